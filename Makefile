@@ -1,0 +1,31 @@
+# make setup | demo | check | test        (all of them work twice in a row and from a path with spaces)
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/installed
+
+.PHONY: setup demo check test clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt requirements-embedded.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "Installing the package and its tools into .venv (torch first: about 200 MB on CPU)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[embedded,dev]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-embedded.txt
+	@touch $(STAMP)
+
+demo: setup
+	@$(BIN)/python -m atv demo
+
+check: setup
+	@$(BIN)/python -m ruff format --check .
+	@$(BIN)/python -m ruff check .
+	@$(BIN)/python -m mypy
+	@$(BIN)/python -m pytest tests/test_rooms.py
+
+test: setup
+	@$(BIN)/python -m pytest
+
+clean:
+	rm -rf .venv runs

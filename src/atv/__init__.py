@@ -1,0 +1,57 @@
+"""Adaptive Task Vectors: adapt a frozen large language model to each query (arXiv 2506.03426).
+
+The names below are the public interface. They are imported on first use, so that ``import atv`` and
+``atv --help`` do not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "ATVConfig": "atv.config",
+    "ATVError": "atv.errors",
+    "ATVModel": "atv.model",
+    "Example": "atv.tasks",
+    "Task": "atv.tasks",
+    "TrainConfig": "atv.config",
+    "check_wiring": "atv.doctor",
+    "evaluate": "atv.evaluation",
+    "load_llm": "atv.models",
+    "load_runs": "atv.records",
+    "load_tasks": "atv.tasks",
+    "train": "atv.training",
+}
+
+__all__ = [
+    "ATVConfig",
+    "ATVError",
+    "ATVModel",
+    "Example",
+    "Task",
+    "TrainConfig",
+    "check_wiring",
+    "evaluate",
+    "load_llm",
+    "load_runs",
+    "load_tasks",
+    "train",
+]
+
+if TYPE_CHECKING:
+    from atv.config import ATVConfig, TrainConfig
+    from atv.doctor import check_wiring
+    from atv.errors import ATVError
+    from atv.evaluation import evaluate
+    from atv.model import ATVModel
+    from atv.models import load_llm
+    from atv.records import load_runs
+    from atv.tasks import Example, Task, load_tasks
+    from atv.training import train
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'atv' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(_HOME[name]), name)

@@ -1,0 +1,147 @@
+"""Texts to tensors, in the one layout that everything here shares.
+
+Prompts are padded on the left and answers on the right, so that the last prompt token is the same column in every
+row; position ids are always explicit; the tokens that receive a vector are a mask, computed here and nowhere else.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atv.config import Positions
+from atv.errors import ATVError
+
+IGNORED = -100
+"""Label of a place that has no answer token (the index that torch's cross-entropy ignores)."""
+
+
+def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    """Token ids of a prompt, with the tokenizer's own beginning-of-text token and never an end-of-text one."""
+    ids = list(tokenizer(prompt)["input_ids"])
+    # Some tokenizers close every text with an end token, after which no model would go on with an answer.
+    closes = list(tokenizer("a")["input_ids"])[-1:] == [tokenizer.eos_token_id]
+    return ids[:-1] if closes and ids[-1:] == [tokenizer.eos_token_id] else ids
+
+
+def encode_pair(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt and of the answer that follows it after one space.
+
+    The prompt's ids are those of the prompt alone, because that is what the model reads in use. The answer's ids are
+    what the tokenizer adds for " " + answer behind the prompt: encoding the answer by itself would be wrong for
+    SentencePiece tokenizers (they put a space of their own before a text), and cutting the joint text at the
+    prompt's length would be wrong wherever a token spans the seam.
+
+    Raises:
+        ATVError: prompt or answer is empty, or no place was found where the answer starts with a fresh token.
+    """
+    if not prompt.strip() or not answer.strip():
+        raise ATVError(f"Prompt {prompt!r} with answer {answer!r}; expected both to have text.")
+    prompt_ids = encode_prompt(tokenizer, prompt)
+    # Behind the prompt itself if a token begins at the seam, else behind a neutral ending that no token reaches over.
+    for before in (prompt, ":", "\n", "a"):
+        before_ids = encode_prompt(tokenizer, before)
+        joint = encode_prompt(tokenizer, f"{before} {answer}")
+        if joint[: len(before_ids)] == before_ids and len(joint) > len(before_ids):
+            return prompt_ids, joint[len(before_ids) :]
+    raise ATVError(f"This tokenizer ({type(tokenizer).__name__}) merges the answer {answer!r} into what precedes it.")
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, side: str) -> tuple[Tensor, Tensor]:
+    """Stack rows of ids, padded on `side` ("left" or "right"), with their mask; both (batch, seq) int64."""
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), value, dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for index, row in enumerate(rows):
+        place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[index, place] = torch.tensor(row, dtype=torch.long)
+        mask[index, place] = 1
+    return ids, mask
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """Positions (batch, seq) that count attended tokens from 0; padding gets position 0."""
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def edit_mask(attention_mask: Tensor, positions: Positions) -> Tensor:
+    """The prompt tokens that receive a vector: (batch, seq) bool, for a prompt padded on either side."""
+    attended = attention_mask.bool()
+    if positions.prompt_tokens is None:
+        return attended
+    from_end = attended.flip(-1).cumsum(-1).flip(-1)  # 1 at the last attended token, 2 at the one before it, ...
+    return attended & (from_end <= positions.prompt_tokens)
+
+
+def left_padded(prompts: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:
+    """Model inputs of encoded prompts: `input_ids`, `attention_mask`, `position_ids`, each (batch, seq)."""
+    ids, mask = pad(prompts, pad_id, "left")
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids(mask)}
+
+
+def pad_id(tokenizer: Any) -> int:
+    """An id to pad with; what it is does not matter, since padding is masked everywhere."""
+    for name in ("pad_token_id", "eos_token_id"):
+        value = getattr(tokenizer, name, None)
+        if value is not None:
+            return int(value)
+    return 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training row: the query that the generator reads, the prompts that share its vector, and the answer."""
+
+    query: str
+    prompts: tuple[str, ...]
+    answer: str
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """A `Row` as token ids: what the generator reads, and a prompt and an answer for each of its prompts."""
+
+    query: list[int]
+    pairs: list[tuple[list[int], list[int]]]
+
+
+@dataclass
+class Collator:
+    """Encoded rows to the keyword tensors of `ATVModel.forward`.
+
+    The last answer token predicts nothing, so the LLM does not read it: its input is prompt + answer[:-1], and the
+    logits of the last `labels.shape[1]` columns are exactly those that the loss uses.
+    """
+
+    positions: Positions
+    pad_id: int
+    query_pad_id: int
+
+    def __call__(self, rows: Sequence[EncodedRow]) -> dict[str, Tensor]:
+        """Tensors of one batch; rows are expanded to their prompts, row by row.
+
+        Returns:
+            `query_input_ids`, `query_attention_mask`: (queries, query seq);
+            `input_ids`, `attention_mask`, `position_ids`, `edit_mask` (bool): (batch, seq);
+            `labels`: (batch, answer), -100 where an answer is shorter.
+        """
+        queries, query_mask = pad([row.query for row in rows], self.query_pad_id, "right")
+        pairs = [pair for row in rows for pair in row.pairs]
+        prompt, prompt_mask = pad([prompt for prompt, _ in pairs], self.pad_id, "left")
+        labels, answer_mask = pad([answer for _, answer in pairs], IGNORED, "right")  # (batch, answer)
+        # An answer token is read where another one follows it: answer_mask[:, 1:], (batch, answer - 1).
+        read_mask = answer_mask[:, 1:]
+        read = labels[:, :-1].masked_fill(read_mask == 0, self.pad_id)
+        attention = torch.cat([prompt_mask, read_mask], dim=1)  # (batch, seq)
+        steered = read_mask.bool() & self.positions.answer
+        return {
+            "query_input_ids": queries,
+            "query_attention_mask": query_mask,
+            "input_ids": torch.cat([prompt, read], dim=1),
+            "attention_mask": attention,
+            "position_ids": position_ids(attention),
+            "edit_mask": torch.cat([edit_mask(prompt_mask, self.positions), steered], dim=1),
+            "labels": labels,
+        }

@@ -1,0 +1,141 @@
+"""What one chooses: the shape of an ATV (saved with it) and how it is trained."""
+
+import math
+import re
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, NamedTuple, Self
+
+from atv.errors import ATVError, unknown
+
+POOLINGS = ("last", "mean", "cls")
+REGIONS = ("all", "bottom", "middle", "top")
+POSITIONS = ("last", "last:K", "answer", "all")
+
+
+class Positions(NamedTuple):
+    """The tokens that a vector is added to.
+
+    The last `prompt_tokens` tokens of the prompt (None: all of them) and, where `answer` is true, every answer
+    token after it.
+    """
+
+    prompt_tokens: int | None
+    answer: bool
+
+    @classmethod
+    def parse(cls, name: str) -> Self:
+        """Read `last`, `last:K`, `answer` or `all`; raise ATVError for anything else."""
+        if name == "all":
+            return cls(None, True)
+        if name == "answer":
+            return cls(1, True)
+        match = re.fullmatch(r"last(?::([1-9]\d*))?", str(name))
+        if match is None:
+            raise unknown("positions", name, POSITIONS, "K is a whole number from 1, as in last:4.")
+        return cls(int(match[1] or 1), False)
+
+
+class _Checked:
+    """Dataclass helpers shared by both configurations."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dictionary, ready for JSON."""
+        return asdict(self)  # type: ignore[call-overload,no-any-return]
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Build from a dictionary; a key that is no option raises ATVError."""
+        known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+        for key in values:
+            if key not in known:
+                raise unknown("option", key, known)
+        return cls(**values)
+
+
+@dataclass
+class ATVConfig(_Checked):
+    """The shape of an ATV. The defaults are the paper's (section 3 of its text)."""
+
+    generator: str = "openai-community/gpt2"
+    """Hugging Face id or folder of the model that reads the query (any encoder or decoder)."""
+    generator_revision: str | None = None
+    """Commit, tag or branch of the generator on the hub."""
+    pooling: Literal["last", "mean", "cls"] = "last"
+    """How the generator's hidden states become one vector: its last token (the paper), their mean, or the first."""
+    train_generator: bool = True
+    """Train generator and expansion together (the paper), or keep the generator frozen."""
+    query_template: str = "Q: {query}\nA:"
+    """What the generator reads, in training and in use alike; must hold {query}."""
+    expansion_rank: int | None = None
+    """None: one full linear map (the paper). A number: the product of two maps through that many dimensions."""
+    layers: str | list[int] = "all"
+    """Decoder layers that receive a vector: all, a third of them (bottom, middle, top), or a list of indices."""
+    layer_path: str | None = None
+    """Name of the LLM's list of decoder layers, for a model where it cannot be found by structure."""
+    positions: str = "last"
+    """Tokens that receive the vector: last (the paper, Eq. 6), last:K, answer, or all (the paper's released code)."""
+    scale: float = 0.001
+    """lambda, the strength of the injection."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        Positions.parse(self.positions)
+        if self.pooling not in POOLINGS:
+            raise unknown("pooling", self.pooling, POOLINGS)
+        if isinstance(self.layers, str) and self.layers not in REGIONS:
+            raise unknown("layer region", self.layers, REGIONS, "Or give a list of indices, as in 0,1,2.")
+        if isinstance(self.scale, bool) or not isinstance(self.scale, int | float) or not math.isfinite(self.scale):
+            raise ATVError(f"scale is {self.scale}; expected a finite number, such as 0.05.")
+        if "{query}" not in self.query_template:
+            raise ATVError(
+                f"The query template {self.query_template!r} has no {{query}}; put {{query}} where the query goes."
+            )
+        if self.expansion_rank is not None and self.expansion_rank < 1:
+            raise ATVError(f"expansion_rank is {self.expansion_rank}; expected a whole number from 1, or none.")
+
+    def layer_indices(self, num_layers: int) -> list[int]:
+        """The chosen layers of an LLM with `num_layers` of them, in ascending order."""
+        if isinstance(self.layers, str):
+            third = REGIONS.index(self.layers)
+            if third == 0:
+                return list(range(num_layers))
+            return list(range(round((third - 1) * num_layers / 3), round(third * num_layers / 3)))
+        chosen = sorted(set(self.layers))
+        if not chosen or chosen[0] < 0 or chosen[-1] >= num_layers:
+            raise ATVError(
+                f"layers is {self.layers}; this LLM has layers 0 to {num_layers - 1}: name at least one of them."
+            )
+        return chosen
+
+
+@dataclass
+class TrainConfig(_Checked):
+    """How an ATV is trained. Optimiser, rate, decay and epochs are the paper's (section 3 of its text)."""
+
+    epochs: int = 15
+    """Passes over the training rows."""
+    batch_size: int = 8
+    """Rows per step; each row is read with `templates_per_row` prompts."""
+    learning_rate: float = 5e-4
+    """Constant learning rate of the expansion (and of the generator unless it has its own)."""
+    generator_learning_rate: float | None = None
+    """Learning rate of the generator; none: the same as the expansion's."""
+    weight_decay: float = 1e-5
+    """Adam's coupled L2 penalty."""
+    max_grad_norm: float | None = None
+    """Clip the gradient to this norm; none: no clipping (the paper)."""
+    templates_per_row: int = 3
+    """Prompts that share a row's vector in a step: 3 is every template (the paper's code), 1 takes them in turn."""
+    seed: int = 42
+    """Seed of initialisation, order and dropout."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        for name, least in (("epochs", 1), ("batch_size", 1), ("templates_per_row", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ATVError(f"{name} is {value!r}; expected a whole number from {least}.")
+        for name in ("learning_rate", "generator_learning_rate", "weight_decay", "max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise ATVError(f"{name} is {value!r}; expected a finite number that is not negative.")

@@ -1,0 +1,224 @@
+"""The wiring self-test: does this ATV do to this LLM what it says, and nothing else?
+
+Libraries change what a layer returns, and steering then fails silently: vectors land on other tokens, or no gradient
+arrives. Every check here states one thing that must be true and measures it on the actual model, in seconds.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atv.batching import Row
+from atv.errors import ATVError
+from atv.hooks import base_llm, capture_outputs
+from atv.model import ATVModel, inject
+from atv.prefix import call_llm
+
+PROMPTS = (
+    "The harbour was quiet before the first boats came in.\nA:",
+    "Two and two are four, and four and four are eight; what comes after that?\nA:",
+    "Short one.\nA:",
+)
+QUERIES = ("The harbour was quiet.", "Two and two are four.", "Short one.")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that must be true, and what was found."""
+
+    name: str
+    passed: bool
+    found: str
+
+
+def check_wiring(atv: ATVModel) -> list[Check]:
+    """Run every check on `atv`; its weights, gradients, modes and the random state are left as they were.
+
+    The vectors are made strong for the test (a tenth of the residual's own size at every layer), so that a wrong
+    place or a lost edit changes the logits far beyond rounding in any dtype.
+    """
+    state = torch.get_rng_state()
+    was_training = atv.training
+    atv.eval()
+    try:
+        return [_run(name, check, atv) for name, check in CHECKS]
+    finally:
+        atv.train(was_training)
+        torch.set_rng_state(state)
+
+
+def require_wiring(atv: ATVModel) -> None:
+    """Raise ATVError naming each check that failed."""
+    failed = [check for check in check_wiring(atv) if not check.passed]
+    if failed:
+        described = "; ".join(f"{check.name}: {check.found}" for check in failed)
+        raise ATVError(f"The wiring self-test failed, so training would be wrong. {described}. See: atv doctor")
+
+
+def _run(name: str, check: Callable[[ATVModel], tuple[bool, str]], atv: ATVModel) -> Check:
+    try:
+        passed, found = check(atv)
+    except Exception as error:
+        passed, found = False, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return Check(name, passed, found)
+
+
+# ---- tools ----
+
+
+def _test_vectors(atv: ATVModel, queries: int) -> Tensor:
+    """Random vectors (queries, layers, hidden), each a tenth as large as its layer's states."""
+    inputs = atv.encode_prompts(PROMPTS[:1])
+    with capture_outputs(atv.layers) as states:
+        _plain(atv, inputs)
+    sizes = torch.stack([states[index].float().norm(dim=-1)[0, -1].cpu() for index in range(len(atv.layers))])
+    noise = torch.randn(queries, len(atv.layers), atv.expansion.shape[1], generator=torch.Generator().manual_seed(0))
+    return 0.1 * sizes[None, :, None] * noise / noise.norm(dim=-1, keepdim=True)
+
+
+@torch.no_grad()
+def _plain(atv: ATVModel, inputs: dict[str, Tensor]) -> Tensor:
+    """Logits (batch, vocabulary) of the last column."""
+    logits: Tensor = call_llm(atv.llm, keep=1, use_cache=False, **inputs).logits[:, -1].float()
+    return logits
+
+
+@torch.no_grad()
+def _steered(atv: ATVModel, prompts: Sequence[str], vectors: Tensor) -> Tensor:
+    with atv.steer(prompts, vectors=vectors, scale=1.0):
+        return _plain(atv, atv.encode_prompts(prompts))
+
+
+def _tolerance(atv: ATVModel) -> float:
+    """Largest difference that rounding explains, as a share of what steering changes."""
+    return 0.25 if next(atv.llm.parameters()).dtype in (torch.bfloat16, torch.float16) else 1e-3
+
+
+def _close(atv: ATVModel, found: Tensor, expected: Tensor, plain: Tensor) -> tuple[bool, str]:
+    effect = (expected - plain).abs().mean().item()
+    share = (found - expected).abs().mean().item() / effect if effect else float("inf")
+    return share <= _tolerance(atv), f"differs by {share:.1e} of what steering changes"
+
+
+# ---- checks ----
+
+
+def _gradient(atv: ATVModel) -> tuple[bool, str]:
+    """Not only there but not zero: a vector at the wrong token gives a gradient that is exactly zero."""
+    rows = [atv.encode_row(Row(query, (prompt,), "yes")) for query, prompt in zip(QUERIES, PROMPTS, strict=True)]
+    device = next(atv.parameters()).device
+    batch = {name: value.to(device) for name, value in atv.collator()(rows).items()}
+    parameters = [p for p in atv.parameters() if p.requires_grad]
+    with torch.enable_grad():
+        loss = atv(**batch).loss
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    llm_reached = [name for name, p in atv.llm.named_parameters() if p.requires_grad or p.grad is not None]
+    of = dict(zip(map(id, parameters), gradients, strict=True))
+
+    def largest(module: torch.nn.Module) -> float:
+        found = [of.get(id(p)) for p in module.parameters()]
+        return max((g.abs().max().item() for g in found if g is not None), default=0.0)
+
+    parts = {"expansion": largest(atv.expansion)}
+    if atv.config.train_generator:
+        parts["generator"] = largest(atv.generator)
+    zero = [name for name, size in parts.items() if not size > 0]
+    found = ", ".join(f"{name} {size:.1e}" for name, size in parts.items())
+    if llm_reached:
+        return False, f"LLM weights take a gradient: {', '.join(llm_reached[:3])}"
+    return not zero, f"largest gradient: {found}"
+
+
+def _positions(atv: ATVModel) -> tuple[bool, str]:
+    """At the first steered layer nothing has spread yet: exactly the tokens asked for must have changed."""
+    inputs = atv.encode_prompts(PROMPTS)
+    vectors = _test_vectors(atv, len(PROMPTS))
+    with torch.no_grad():
+        with capture_outputs(atv.layers[:1]) as before:
+            _plain(atv, inputs)
+        with atv.steer(PROMPTS, vectors=vectors, scale=1.0), capture_outputs(atv.layers[:1]) as after:
+            _plain(atv, inputs)
+    attended = inputs["attention_mask"].bool()
+    count = atv.positions.prompt_tokens
+    asked = attended.clone()
+    if count is not None:
+        for row, length in enumerate(attended.sum(1).tolist()):
+            asked[row, : attended.shape[1] - min(count, length)] = False
+    changed = (before[0] != after[0]).any(-1).to(asked.device)
+    wrong = int((changed != asked).sum())
+    return wrong == 0, f"{int(changed.sum())} tokens changed, {int(asked.sum())} asked for, {wrong} of them others"
+
+
+def _scale_zero(atv: ATVModel) -> tuple[bool, str]:
+    inputs = atv.encode_prompts(PROMPTS)
+    plain = _plain(atv, inputs)
+    vectors = _test_vectors(atv, len(PROMPTS))
+    everywhere = inputs["attention_mask"].bool()
+    with inject(atv.layers, vectors, 0.0, lambda: everywhere):
+        zero = _plain(atv, inputs)
+    different = int((plain != zero).sum())
+    return different == 0, f"{different} of {plain.numel()} logits differ"
+
+
+def _batch_single(atv: ATVModel) -> tuple[bool, str]:
+    """Every row of a padded batch against the same prompt alone: no vector may reach another row, no pad matter."""
+    vectors = _test_vectors(atv, len(PROMPTS))
+    together = _steered(atv, PROMPTS, vectors)
+    alone = torch.cat([_steered(atv, [p], vectors[i : i + 1]) for i, p in enumerate(PROMPTS)])
+    return _close(atv, together, alone, _plain(atv, atv.encode_prompts(PROMPTS)))
+
+
+def _padded(atv: ATVModel) -> tuple[bool, str]:
+    prompt = PROMPTS[0]
+    vectors = _test_vectors(atv, 1)
+    inputs = atv.encode_prompts([prompt])
+    wider = {name: torch.nn.functional.pad(value, (5, 0)) for name, value in inputs.items()}
+    with atv.steer([prompt], vectors=vectors, scale=1.0):
+        padded = _plain(atv, wider)
+    return _close(atv, padded, _steered(atv, [prompt], vectors), _plain(atv, inputs))
+
+
+def _cached(atv: ATVModel) -> tuple[bool, str]:
+    """Greedy decoding with a cache against reading everything again at each step, steered alike."""
+    vectors = _test_vectors(atv, len(PROMPTS))
+    inputs = atv.encode_prompts(PROMPTS)
+    inputs.pop("position_ids")
+    options: dict[str, Any] = {
+        "max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "output_logits": True,
+        "return_dict_in_generate": True, "pad_token_id": 0,
+    }  # fmt: skip
+    llm: Any = atv.llm
+    results = {}
+    with torch.no_grad():
+        for name, use_cache in (("cached", True), ("recomputed", False)):
+            with atv.steer(PROMPTS, vectors=vectors, scale=1.0):
+                results[name] = llm.generate(**inputs, **options, use_cache=use_cache)
+        plain = llm.generate(**inputs, **options)
+    # Rounding may turn a near tie into another token, after which the texts differ: compare up to there.
+    tokens = {name: result.sequences[:, -3:] for name, result in results.items()}
+    same = (tokens["cached"] == tokens["recomputed"]).cumprod(1).bool()
+    comparable = torch.cat([torch.ones_like(same[:, :1]), same[:, :-1]], dim=1)  # (batch, 3)
+    logits = {name: torch.stack(result.logits, 1).float()[comparable] for name, result in results.items()}
+    unsteered = torch.stack(plain.logits, 1).float()[comparable]
+    return _close(atv, logits["cached"], logits["recomputed"], unsteered)
+
+
+CHECKS: tuple[tuple[str, Callable[[ATVModel], tuple[bool, str]]], ...] = (
+    ("gradient reaches generator and expansion, and no LLM weight", _gradient),
+    ("the tokens that changed are those asked for", _positions),
+    ("scale 0 gives the base model's logits bit for bit", _scale_zero),
+    ("batch = single", _batch_single),
+    ("padded = unpadded", _padded),
+    ("cached = recomputed", _cached),
+)
+
+
+def model_summary(atv: ATVModel) -> str:
+    """One line on what was tested."""
+    return (
+        f"{base_llm(atv.llm).name_or_path}: {len(atv.layers)} steered layers, width {atv.expansion.shape[1]}, "
+        f"{next(atv.llm.parameters()).dtype}; generator {atv.generator.name_or_path}, pooling {atv.config.pooling}"
+    )

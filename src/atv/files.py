@@ -1,0 +1,84 @@
+"""Files that are whole or absent: atomic writes, folder swaps, and JSON read with an error one can act on."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from atv.errors import ATVError
+
+
+def read_json(path: Path, expected: str) -> Any:
+    """Parse a JSON file; `expected` says in the error what the file should have been."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ATVError(f"No file {path}; expected {expected}.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ATVError(f"{path} is not valid JSON ({error}); expected {expected}.") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON so that a kill leaves either the former file or the new one."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` so that a kill leaves either the former file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{uuid4().hex[:8]}.part")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _former(path: Path) -> Path:
+    return path.with_name(f".{path.name}.former")
+
+
+def recover_folder(path: Path) -> None:
+    """Put the former folder back if a kill fell between the two renames of `replace_folder`."""
+    if not path.exists() and _former(path).exists():
+        os.replace(_former(path), path)
+
+
+@contextmanager
+def replace_folder(path: Path) -> Iterator[Path]:
+    """Give an empty folder to fill; at the end it takes the place of `path`.
+
+    No file system can swap two folders in one portable step, so the former folder is renamed away first and
+    `recover_folder`, which every reader calls, finishes or undoes what a kill in between has left.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    recover_folder(path)
+    part = path.with_name(f".{path.name}.{uuid4().hex[:8]}.part")
+    part.mkdir()
+    try:
+        yield part
+        for file in part.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
+        shutil.rmtree(_former(path), ignore_errors=True)
+        if path.exists():
+            os.replace(path, _former(path))
+        os.replace(part, path)
+        shutil.rmtree(_former(path), ignore_errors=True)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

@@ -1,0 +1,124 @@
+"""Reach into a frozen LLM without changing it: find its decoder layers, edit or read what they return.
+
+Everything here is a context manager around forward hooks. The module tree, its names and its weights stay as they
+are, and the hooks are gone when the context ends, after an exception too.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from atv.errors import ATVError
+
+Edit = Callable[[int, Tensor], Tensor]
+
+
+def base_llm(llm: nn.Module) -> nn.Module:
+    """The Hugging Face model inside a PEFT wrapper (its `generate` calls that one), or the model itself."""
+    unwrap = getattr(llm, "get_base_model", None)
+    return unwrap() if callable(unwrap) else llm
+
+
+def text_config(llm: nn.Module) -> Any:
+    """The configuration of the language part of a Hugging Face model."""
+    return base_llm(llm).config.get_text_config()  # type: ignore[operator, union-attr]
+
+
+def decoder_layers(llm: nn.Module, path: str | None = None) -> list[nn.Module]:
+    """The decoder layers, found by structure: the one ModuleList as long as `config.num_hidden_layers`.
+
+    Args:
+        llm: a Hugging Face causal LM, PEFT-wrapped or not.
+        path: name of the ModuleList (as in `llm.named_modules()`), for a model where structure does not decide.
+
+    Raises:
+        ATVError: no list, or several, or no list of that name; the message lists the candidates.
+    """
+    lists = {name: module for name, module in llm.named_modules() if isinstance(module, nn.ModuleList)}
+    described = ", ".join(f"{name} ({len(module)})" for name, module in lists.items()) or "none"
+    if path is not None:
+        if path not in lists:
+            raise ATVError(f"{type(llm).__name__} has no ModuleList named {path!r}; it has: {described}.")
+        return list(lists[path])
+    count = text_config(llm).num_hidden_layers
+    found = [name for name, module in lists.items() if len(module) == count]
+    # A list inside another (experts inside a layer) is not the list of layers.
+    found = [name for name in found if not any(name.startswith(outer + ".") for outer in found)]
+    if len(found) != 1:
+        raise ATVError(
+            f"{type(llm).__name__} has {len(found)} ModuleLists of {count} layers ({', '.join(found) or 'none'}); "
+            f"expected exactly one. Name it with layer_path; candidates: {described}."
+        )
+    return list(lists[found[0]])
+
+
+def _hidden(module: nn.Module, output: Any) -> Tensor:
+    hidden = output[0] if isinstance(output, tuple) else output
+    if not isinstance(hidden, Tensor):
+        raise ATVError(
+            f"{type(module).__name__} returned {type(output).__name__}; expected hidden states as a tensor, or a "
+            "tuple that begins with them."
+        )
+    return hidden
+
+
+@contextmanager
+def edit_outputs(modules: Sequence[nn.Module], edit: Edit) -> Iterator[None]:
+    """Replace each module's hidden states by `edit(index, hidden)` while the context lasts.
+
+    Args:
+        modules: modules that return hidden states (batch, seq, hidden), as a tensor or first in a tuple.
+        edit: called with the module's place in `modules` and its hidden states; returns a new tensor of the same
+            shape, or the same tensor to leave it alone. It must not write into the tensor that it is given.
+    """
+
+    def hook(index: int, module: nn.Module, _: Any, output: Any) -> Any:
+        hidden = _hidden(module, output)
+        edited = edit(index, hidden)
+        if edited is hidden:
+            return None  # nothing replaced
+        return (edited, *output[1:]) if isinstance(output, tuple) else edited
+
+    handles = []
+    try:
+        for index, module in enumerate(modules):
+            handles.append(module.register_forward_hook(partial(hook, index)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def capture_outputs(modules: Sequence[nn.Module]) -> Iterator[dict[int, Tensor]]:
+    """Collect each module's latest hidden states, detached, by its place in `modules`.
+
+    Opened inside `edit_outputs`, it sees the edited states: hooks run in the order in which they were registered.
+    """
+    captured: dict[int, Tensor] = {}
+
+    def keep(index: int, hidden: Tensor) -> Tensor:
+        captured[index] = hidden.detach()
+        return hidden
+
+    with edit_outputs(modules, keep):
+        yield captured
+
+
+@contextmanager
+def observe_calls(module: nn.Module, observe: Callable[[Mapping[str, Any]], None]) -> Iterator[None]:
+    """Call `observe` with the named arguments of every forward call of `module`, before it runs."""
+    signature = inspect.signature(module.forward)
+
+    def before(_: nn.Module, args: Any, kwargs: Any) -> None:
+        observe(signature.bind_partial(*args, **kwargs).arguments)
+
+    handle = module.register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,39 @@
+"""ATV: the plain prompt, and vectors made from the query inside the LLM."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Self
+
+from torch import nn
+
+from atv.errors import ATVError
+from atv.methods.base import Method
+from atv.model import ATVModel
+from atv.tasks import Example, Task
+
+
+class ATV(Method):
+    """A trained adapter. The generator reads the example's input, never the template."""
+
+    name = "atv"
+
+    def __init__(self, atv: ATVModel) -> None:
+        super().__init__(atv.llm, atv.tokenizer)
+        self.atv = atv.eval()
+
+    @classmethod
+    def load(cls, llm: nn.Module, tokenizer: Any, adapter: Path | None) -> Self:
+        """Load the adapter onto the LLM."""
+        if adapter is None:
+            raise ATVError("The method atv needs an adapter; give --adapter DIR, the folder that atv train wrote.")
+        return cls(ATVModel.from_pretrained(llm, adapter, tokenizer=tokenizer))
+
+    def describe(self) -> dict[str, Any]:
+        """Its configuration and how it was trained."""
+        return {"config": self.atv.config.to_dict(), "training": self.atv.training_summary}
+
+    def steer(self, task: Task, examples: Sequence[Example]) -> AbstractContextManager[Any]:
+        """Vectors made from the inputs of `examples`."""
+        del task
+        return self.atv.steer([example.input for example in examples])

@@ -1,0 +1,9 @@
+"""Zero-shot: the template and the query, nothing else."""
+
+from atv.methods.base import Method
+
+
+class ZeroShot(Method):
+    """The frozen LLM as it is."""
+
+    name = "zero-shot"

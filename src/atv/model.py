@@ -1,0 +1,338 @@
+"""THE IDEA: a generator reads the query, an expansion makes one vector per layer, a frozen LLM is steered by them.
+
+    query --Generator--> state (batch, generator hidden) --Expansion--> task vectors (batch, layers, hidden)
+    prompt --frozen LLM, with  h~_l = h_l + scale * v_l  at the chosen tokens of every chosen layer (Eq. 6)--> answer
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from atv import adapter
+from atv.batching import IGNORED, Collator, EncodedRow, Row, encode_pair, encode_prompt, left_padded, pad, pad_id
+from atv.config import ATVConfig, Positions
+from atv.errors import ATVError
+from atv.generator import Generator
+from atv.hooks import base_llm, decoder_layers, edit_outputs, observe_calls, text_config
+from atv.models import context_length, load_llm, load_tokenizer
+from atv.prefix import first_edited, steered_logits
+from atv.steering import PromptTracker
+
+
+class Expansion(nn.Module):
+    """The generator's state to one vector per layer: one linear map, reshaped (section 1 of the paper).
+
+    Args:
+        state_size: width of the generator's hidden state.
+        layers: number of steered layers.
+        hidden_size: width of the LLM's residual stream.
+        rank: None for the paper's full map; else the product of two maps through `rank` dimensions.
+    """
+
+    def __init__(self, state_size: int, layers: int, hidden_size: int, rank: int | None = None) -> None:
+        super().__init__()
+        self.shape = (layers, hidden_size)
+        wide = layers * hidden_size
+        self.map = (
+            nn.Linear(state_size, wide)
+            if rank is None
+            else nn.Sequential(nn.Linear(state_size, rank, bias=False), nn.Linear(rank, wide))
+        )
+
+    def forward(self, state: Tensor) -> Tensor:
+        """(batch, state) to (batch, layers, hidden)."""
+        return cast(Tensor, self.map(state)).unflatten(-1, self.shape)
+
+
+def add_vectors(hidden: Tensor, vectors: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """`hidden + scale * vectors` at the tokens that `mask` names (Eq. 6), added in float32 at least, rounded once.
+
+    Args:
+        hidden: (batch, seq, hidden), on any device and of any floating dtype; not written to.
+        vectors: (batch, hidden), one per row.
+        mask: (batch, seq) bool.
+        scale: lambda.
+
+    Returns:
+        (batch, seq, hidden) in the dtype of `hidden`, equal to it wherever `mask` is false.
+    """
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    added = scale * vectors.to(hidden.device, dtype)[:, None] * mask.to(hidden.device)[:, :, None]
+    return (hidden.to(dtype) + added).to(hidden.dtype)
+
+
+@contextmanager
+def inject(
+    layers: Sequence[nn.Module], vectors: Tensor, scale: float, mask: Callable[[], Tensor | None]
+) -> Iterator[None]:
+    """Add each query's vectors to the outputs of `layers` while the context lasts.
+
+    Args:
+        layers: the steered decoder layers.
+        vectors: (queries, layers, hidden). A batch may hold several rows per query, one query after the other
+            (templates, beams, returned sequences): they share its vector.
+        scale: lambda.
+        mask: called at every layer; the tokens of this call that receive the vector, (rows, seq) bool, or None.
+    """
+
+    def edit(index: int, hidden: Tensor) -> Tensor:
+        where = mask()
+        if where is None:
+            return hidden
+        rows_per_query, rest = divmod(len(hidden), len(vectors))
+        if where.shape != hidden.shape[:2] or rest:
+            raise ATVError(
+                f"A layer returned {tuple(hidden.shape[:2])} tokens; the edit mask has {tuple(where.shape)} and there "
+                f"are {len(vectors)} task vectors. Expected a mask of that shape and a whole number of rows per vector."
+            )
+        row_vectors = vectors[:, index].repeat_interleave(rows_per_query, dim=0)  # (rows, hidden)
+        start = first_edited(where)
+        if start == 0:
+            return add_vectors(hidden, row_vectors, where, scale)
+        edited = hidden.clone()
+        edited[:, start:] = add_vectors(hidden[:, start:], row_vectors, where[:, start:], scale)
+        return edited
+
+    with edit_outputs(layers, edit):
+        yield
+
+
+class ATVModel(nn.Module):
+    """An Adaptive Task Vector for one frozen LLM.
+
+    Its parameters, its `state_dict` and its `train` are those of generator and expansion alone: the LLM is not a
+    submodule. It is put into eval mode, its weights take no gradient and are never written to.
+
+    Args:
+        llm: a Hugging Face causal LM, PEFT-wrapped or not, in any dtype.
+        config: the shape of the ATV; the default is the paper's.
+        tokenizer: the LLM's; by default the one saved with it.
+        generator: a ready `Generator`; by default the one that `config` names is loaded.
+    """
+
+    def __init__(
+        self,
+        llm: nn.Module,
+        config: ATVConfig | None = None,
+        *,
+        tokenizer: Any = None,
+        generator: Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config or ATVConfig()
+        object.__setattr__(self, "llm", llm.eval().requires_grad_(False))
+        self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(base_llm(llm).name_or_path)
+        self.positions = Positions.parse(self.config.positions)
+        all_layers = decoder_layers(llm, self.config.layer_path)
+        chosen = self.config.layer_indices(len(all_layers))
+        object.__setattr__(self, "layers", [all_layers[index] for index in chosen])
+        self.generator = generator if generator is not None else Generator.load(self.config)
+        self.expansion = Expansion(
+            self.generator.hidden_size, len(chosen), text_config(llm).hidden_size, self.config.expansion_rank
+        )
+        self.training_summary: dict[str, Any] = {}
+        """How it was trained; saved with the adapter."""
+        self.to(next(llm.parameters()).device)
+
+    llm: nn.Module
+    layers: list[nn.Module]
+
+    # ---- the path of a query ----
+
+    def vectors(self, query_input_ids: Tensor, query_attention_mask: Tensor) -> Tensor:
+        """Encoded queries (queries, query seq) to task vectors (queries, layers, hidden), float32, with gradient."""
+        return cast(Tensor, self.expansion(self.generator(query_input_ids, query_attention_mask)))
+
+    def forward(
+        self,
+        query_input_ids: Tensor,
+        query_attention_mask: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        edit_mask: Tensor,
+        labels: Tensor,
+    ) -> ModelOutput:
+        """The loss of the steered LLM's answers (Eq. 7), from the tensors that `collator()` makes.
+
+        Args:
+            query_input_ids: (queries, query seq), what the generator reads.
+            query_attention_mask: (queries, query seq).
+            input_ids: (batch, seq), prompt and answer without its last token; batch = queries * prompts per row.
+            attention_mask: (batch, seq).
+            position_ids: (batch, seq).
+            edit_mask: (batch, seq) bool, the tokens that receive a vector.
+            labels: (batch, answer), answer tokens, -100 where there is none.
+
+        Returns:
+            `loss`, scalar float32: mean over a row's answer tokens, then over rows; `correct`, (batch,) bool: the
+            most likely first token, over the whole vocabulary, is the answer's.
+        """
+        vectors = self.vectors(query_input_ids, query_attention_mask)  # (queries, layers, hidden)
+        logits = steered_logits(
+            self.llm,
+            lambda mask: inject(self.layers, vectors, self.config.scale, lambda: mask),
+            input_ids,
+            attention_mask,
+            position_ids,
+            edit_mask,
+            keep=labels.shape[1],
+        )  # (batch, answer, vocabulary)
+        labels = labels.to(logits.device)
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        token_loss = nn.functional.cross_entropy(
+            wide.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
+        ).view_as(labels)  # (batch, answer), 0 where ignored
+        loss = (token_loss.sum(1) / (labels != IGNORED).sum(1)).mean()
+        return ModelOutput(loss=loss, correct=logits[:, 0].argmax(-1) == labels[:, 0])
+
+    # ---- texts to tensors ----
+
+    def encode_row(self, row: Row) -> EncodedRow:
+        """A training row as token ids; raises ATVError if a prompt and its answer exceed the LLM's context."""
+        pairs = [encode_pair(self.tokenizer, prompt, row.answer) for prompt in row.prompts]
+        for prompt, answer in pairs:
+            self._check_length(len(prompt) + len(answer), row.prompts[0])
+        return EncodedRow(self.generator.encode([row.query])[0], pairs)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Prompts as left-padded model inputs on the LLM's device: `input_ids`, `attention_mask`, `position_ids`."""
+        encoded = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+        for ids, prompt in zip(encoded, prompts, strict=True):
+            self._check_length(len(ids), prompt)
+        device = next(self.llm.parameters()).device
+        return {name: tensor.to(device) for name, tensor in left_padded(encoded, pad_id(self.tokenizer)).items()}
+
+    def _check_length(self, tokens: int, prompt: str) -> None:
+        limit = context_length(self.llm)
+        if limit is not None and tokens > limit:
+            raise ATVError(
+                f"A prompt has {tokens} tokens and the LLM's context is {limit}; shorten or drop it. It begins: "
+                f"{prompt[:60]!r}."
+            )
+        if tokens == 0:
+            raise ATVError("A prompt is empty; expected some text.")
+
+    def collator(self) -> Collator:
+        """Makes the batches that `forward` takes from `encode_row`'s rows."""
+        return Collator(self.positions, pad_id(self.tokenizer), pad_id(self.generator.tokenizer))
+
+    # ---- use ----
+
+    @torch.no_grad()
+    def task_vectors(self, queries: Sequence[str]) -> Tensor:
+        """Task vectors of queries: (queries, layers, hidden), float32; dropout off. An empty query raises ATVError."""
+        if isinstance(queries, str):
+            raise ATVError("queries is one text; expected a list of texts: put it into brackets.")
+        ids, mask = pad(self.generator.encode(queries), pad_id(self.generator.tokenizer), "right")
+        device = self.generator.device
+        was_training = self.training
+        self.eval()
+        try:
+            return self.vectors(ids.to(device), mask.to(device))
+        finally:
+            self.train(was_training)
+
+    @contextmanager
+    def steer(
+        self, queries: Sequence[str], *, vectors: Tensor | None = None, scale: float | None = None
+    ) -> Iterator[Self]:
+        """Steer any call of the LLM inside the context: ``with atv.steer(queries): llm.generate(**inputs)``.
+
+        Args:
+            queries: one per prompt, in the order of the prompts. The LLM may be called with several rows per prompt
+                (beams, returned sequences), with or without a cache, as often as one likes; prompts may be padded on
+                either side if `attention_mask` is given. A prompt read in chunks (`prefill_chunk_size`) is not
+                supported, since its end cannot be told from its first chunk.
+            vectors: ready task vectors (queries, layers, hidden) to use instead of making them from the queries.
+            scale: strength for this context; by default the configuration's.
+
+        Raises:
+            ATVError: a number of rows that is no multiple of the number of queries, or an empty query.
+        """
+        vectors = self.task_vectors(queries) if vectors is None else vectors  # (queries, layers, hidden)
+        scale = self.config.scale if scale is None else scale
+        tracker = PromptTracker(len(queries), self.positions)
+        with (
+            observe_calls(base_llm(self.llm), tracker.observe),
+            inject(self.layers, vectors, scale, lambda: tracker.mask),
+        ):
+            yield self
+
+    def generate(
+        self, prompts: Sequence[str], queries: Sequence[str] | None = None, **generate_options: Any
+    ) -> list[str]:
+        """Answer prompts, steered.
+
+        Args:
+            prompts: what the LLM reads, of any mixed lengths.
+            queries: what the generator reads, one per prompt; by default the prompts themselves.
+            generate_options: for transformers' `generate`: `max_new_tokens`, `do_sample`, `num_beams`,
+                `num_return_sequences`, `streamer` and so on.
+
+        Returns:
+            The new text of each sequence; `num_return_sequences` per prompt, one prompt after the other.
+        """
+        queries = prompts if queries is None else queries
+        if isinstance(prompts, str) or isinstance(queries, str) or len(prompts) != len(queries) or not prompts:
+            raise ATVError("generate takes a list of prompts, not empty, and as many queries (or none).")
+        inputs = self.encode_prompts(prompts)
+        width = inputs.pop("position_ids").shape[1]  # generate counts positions from the mask itself
+        generate_options.setdefault("pad_token_id", pad_id(self.tokenizer))
+        with self.steer(queries), torch.no_grad():
+            output = cast(Any, self.llm).generate(**inputs, **generate_options)
+        sequences = getattr(output, "sequences", output)
+        return cast(list[str], self.tokenizer.batch_decode(sequences[:, width:], skip_special_tokens=True))
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters are trained, beside those of the frozen LLM."""
+        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        frozen = sum(p.numel() for p in self.llm.parameters())
+        print(  # noqa: T201 - printing is what this is for, as in PEFT
+            f"trainable params: {trained:,} || frozen LLM params: {frozen:,} || ratio: {100 * trained / frozen:.2f}%"
+        )
+
+    # ---- the artifact ----
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write generator, expansion, configuration and model card to a folder, whole or not at all."""
+        adapter.save(self, Path(path))
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Save and upload to the Hugging Face hub; returns the address of the commit."""
+        return adapter.push(self, repo_id, private=private, token=token)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        llm: nn.Module | str,
+        path_or_hub_id: str | Path,
+        *,
+        tokenizer: Any = None,
+        revision: str | None = None,
+    ) -> Self:
+        """Load an adapter onto the LLM that it was trained for.
+
+        Args:
+            llm: the LLM, or the name to load it by.
+            path_or_hub_id: folder written by `save_pretrained`, or a repository of the hub.
+            tokenizer: the LLM's; by default the one saved with it.
+            revision: of the hub repository.
+
+        Raises:
+            ATVError: not an adapter, made for another LLM, or damaged; the message names what differs.
+        """
+        folder = adapter.locate(path_or_hub_id, revision)
+        saved = adapter.read(folder)
+        loaded = load_llm(llm) if isinstance(llm, str) else llm
+        adapter.check_llm(saved, loaded, folder)
+        model = cls(loaded, saved.config, tokenizer=tokenizer, generator=adapter.load_generator(saved, folder))
+        adapter.load_expansion(model, folder)
+        model.training_summary = saved.training
+        return model.eval()
+

@@ -1,0 +1,160 @@
+"""The one record format: a run is a folder with `run.json` and `predictions.jsonl`.
+
+Rows are appended as they come, so that an interrupted run goes on where it stopped. Nothing averaged is stored:
+tables are computed from rows.
+"""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from atv.errors import ATVError
+from atv.files import read_json, write_json, write_text
+
+SCHEMA = 1
+RUN_FILE = "run.json"
+ROWS_FILE = "predictions.jsonl"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One row: one example asked in one variant."""
+
+    task: str
+    category: str
+    split: str
+    template: int
+    answer_prefix: str
+    example: int
+    target: str
+    prediction: str
+    """The most likely next token over the whole vocabulary, as text."""
+    correct: bool
+    """It is the first token of the answer (the paper's score)."""
+    prediction_among_options: str
+    correct_among_options: bool
+    """The likeliest of the first tokens of the task's options is the answer's."""
+    prompt_tokens: int
+    seconds: float
+    """Prompt to prediction, everything that the method does included; a batch's time shared by its rows."""
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, commit and machine: what a figure needs beside it."""
+    versions = {}
+    for package in ("adaptive-task-vectors", "torch", "transformers", "accelerate", "peft", "safetensors"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    try:
+        here = Path(__file__).parent
+        options: dict[str, Any] = {"cwd": here, "capture_output": True, "text": True, "check": True, "timeout": 5}
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], **options).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = None
+    return {
+        "versions": versions,
+        "commit": commit,
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+    }
+
+
+class RunWriter:
+    """A run that is being made: opens or continues its folder.
+
+    Args:
+        folder: of the run.
+        settings: what decides the rows (method, LLM, tasks, seed ...); an existing run must have the same.
+        force: begin anew, whatever the folder holds.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], force: bool = False) -> None:
+        self.folder = folder
+        self.run: dict[str, Any] = {"schema": SCHEMA, "finished": False, "settings": settings, "seconds": 0.0}
+        self.rows: list[dict[str, Any]] = []
+        settings = self.run["settings"] = json.loads(json.dumps(settings))  # as it will be read back
+        if (folder / RUN_FILE).exists() and not force:
+            former = read_json(folder / RUN_FILE, "a run's description")
+            _same_settings(former.get("settings", {}), settings, folder)
+            self.run = former
+            self.rows = read_rows(folder)
+            _rewrite(folder / ROWS_FILE, self.rows)  # without a line that a kill cut short
+        elif folder.exists() and any(folder.iterdir()) and not (folder / RUN_FILE).exists():
+            raise ATVError(f"{folder} exists and is not a run; choose a new folder, so that nothing there is lost.")
+        else:
+            self.run |= provenance()
+            write_json(folder / RUN_FILE, self.run)
+            _rewrite(folder / ROWS_FILE, [])
+
+    @property
+    def finished(self) -> bool:
+        """The run was already complete when it was opened, or has been completed."""
+        return bool(self.run["finished"])
+
+    def append(self, predictions: Iterable[Prediction]) -> None:
+        """Add rows; they are on disk when this returns."""
+        rows = [asdict(prediction) for prediction in predictions]
+        with (self.folder / ROWS_FILE).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        self.rows.extend(rows)
+
+    def finish(self, **facts: Any) -> None:
+        """Mark the run as complete and note `facts` about it."""
+        self.run |= facts | {"finished": True}
+        write_json(self.folder / RUN_FILE, self.run)
+
+
+def _same_settings(former: dict[str, Any], settings: dict[str, Any], folder: Path) -> None:
+    differing = [key for key in sorted(former.keys() | settings.keys()) if former.get(key) != settings.get(key)]
+    if differing:
+        shown = "; ".join(f"{key}: {former.get(key)!r} there, {settings.get(key)!r} now" for key in differing)
+        raise ATVError(f"{folder} holds a run with other settings ({shown[:400]}). Use another --out, or --force.")
+
+
+def _rewrite(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run; a last line that a kill cut short is left out, any other damage raises ATVError."""
+    path = folder / ROWS_FILE
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            if line:
+                rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise ATVError(f"{path} line {number} is not JSON ({error}); expected one prediction a line.") from None
+    return rows
+
+
+def load_runs(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
+    """Rows of several runs, each with its run's `method`, `llm`, `seed` and `run` (the folder) in it."""
+    flat = []
+    for name in folders:
+        folder = Path(name)
+        if not (folder / RUN_FILE).exists():
+            raise ATVError(f"{folder} is not a run: {folder / RUN_FILE} is missing. Make one with: atv eval --out DIR")
+        run = read_json(folder / RUN_FILE, "a run's description")
+        if not isinstance(run, dict) or run.get("schema") != SCHEMA:
+            raise ATVError(f"{folder / RUN_FILE} is not of schema {SCHEMA}; it was written by another version.")
+        settings = run.get("settings", {})
+        about = {key: settings.get(key) for key in ("method", "llm", "seed")} | {"run": str(folder)}
+        rows = read_rows(folder)
+        if not rows:
+            raise ATVError(f"{folder} has no predictions yet; finish it with the command that began it.")
+        flat.extend(about | row for row in rows)
+    return flat

@@ -1,0 +1,90 @@
+"""Which tokens does this forward call read? The bookkeeping that lets any `generate` call be steered.
+
+`generate` calls the LLM in several ways: the whole prompt first and then one token at a time with a cache; the whole
+text again at every step without one; chunks; several beams or returned sequences per prompt. A `PromptTracker` looks
+at each call's own arguments and says which of its columns receive a vector.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atv.batching import edit_mask
+from atv.config import Positions
+from atv.errors import ATVError
+
+
+def _attended(mask: Tensor | None, rows: int, total: int, device: torch.device) -> Tensor:
+    """The call's padding as a (rows, total) mask; a 4-D causal mask (static caches) is read off its last query."""
+    if mask is None:
+        return torch.ones(rows, total, dtype=torch.long, device=device)
+    if mask.dim() == 4:
+        last = mask[:, 0, -1, :total]
+        return last.long() if last.dtype == torch.bool else (last == 0).long()
+    return mask[:, :total]
+
+
+class PromptTracker:
+    """Follows the forward calls of one steered context and keeps the edit mask of the current one.
+
+    The first call, and any later one that does not go on from what was read before, is a new prompt: its edit mask
+    comes from its padding and from `positions`. A call goes on if its cache holds the prompt already, or if it reads
+    the same prompt again with more behind it. Columns behind the prompt are answer tokens.
+    """
+
+    def __init__(self, queries: int, positions: Positions) -> None:
+        self.queries = queries
+        self.positions = positions
+        self.mask: Tensor | None = None
+        """(rows, columns of this call) bool; None when this call edits nothing."""
+        self._prompt_mask: Tensor | None = None  # (rows, prompt)
+        self._prompt_ids: Tensor | None = None
+        self._start = 0
+
+    def observe(self, call: Mapping[str, Any]) -> None:
+        """Look at the named arguments of a forward call that is about to run."""
+        ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
+        tokens = ids if ids is not None else embeds
+        if tokens is None:
+            raise ATVError("The LLM was called with neither input_ids nor inputs_embeds; a steered call needs one.")
+        rows, width = tokens.shape[:2]
+        past = call.get("past_key_values")
+        start = int(past.get_seq_length()) if past is not None else 0
+        if not self._goes_on(ids, start, rows):
+            self._begin(tokens, call.get("attention_mask"), ids, start)
+        assert self._prompt_mask is not None
+        known = self._prompt_mask[:, start : start + width]  # columns of the prompt in this call
+        answer = torch.full(
+            (rows, width - known.shape[1]), self.positions.answer, dtype=torch.bool, device=known.device
+        )
+        mask = torch.cat([known, answer], dim=1)
+        self.mask = mask if bool(mask.any()) else None
+
+    def _goes_on(self, ids: Tensor | None, start: int, rows: int) -> bool:
+        prompt = self._prompt_mask
+        if prompt is None or rows != prompt.shape[0]:
+            return False
+        if start > self._start:
+            return True  # the cache has grown since the prompt began: a decoding step, or the prompt's next chunk
+        seen = self._prompt_ids
+        if ids is None or seen is None or start != self._start or ids.shape[1] <= seen.shape[1]:
+            return False
+        return bool((ids[:, : seen.shape[1]] == seen).all())
+
+    def _begin(self, tokens: Tensor, mask: Tensor | None, ids: Tensor | None, start: int) -> None:
+        rows, width = tokens.shape[:2]
+        repeats, rest = divmod(rows, self.queries)
+        groups_differ = False
+        if rest == 0 and repeats > 1 and ids is not None:
+            grouped = ids.view(self.queries, repeats, width)
+            groups_differ = bool((grouped != grouped[:, :1]).any())
+        if rest or repeats == 0 or groups_differ:
+            raise ATVError(
+                f"The LLM was given {rows} rows of prompts and steering was opened with {self.queries} queries; "
+                "expected one query per prompt (beams and returned sequences repeat a prompt's rows by themselves)."
+            )
+        attended = _attended(mask, rows, start + width, tokens.device)
+        self._prompt_mask = edit_mask(attended, self.positions)
+        self._prompt_ids, self._start = ids, start

@@ -1,0 +1,102 @@
+"""What a task is: examples in three splits, three templates, and the options among which an answer is judged."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from atv.errors import ATVError
+
+ANSWER_PREFIXES = ("A:", "Answer:", "The answer is")
+"""What may stand before the answer (section 3 of the paper); evaluation uses all of them."""
+TRAIN_PREFIX = ANSWER_PREFIXES[0]
+"""The only one used in training."""
+SPLITS = ("train", "valid", "test")
+
+
+class Example(NamedTuple):
+    """One row of a task."""
+
+    input: str
+    """The query: what the generator reads, and what fills the template that the LLM reads."""
+    output: str
+    """The answer that a model should give."""
+
+
+class Variant(NamedTuple):
+    """One way to ask: the number of a template and an answer prefix."""
+
+    template: int
+    answer_prefix: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """Examples, templates and options of one task, checked when it is made.
+
+    Raises:
+        ATVError: a split is empty, a template has no {input}, an input is in two splits, or all test answers are
+            the same (a constant answer would then score 100).
+    """
+
+    name: str
+    templates: tuple[str, ...]
+    train: tuple[Example, ...]
+    valid: tuple[Example, ...]
+    test: tuple[Example, ...]
+    category: str = "other"
+    options: tuple[str, ...] = field(default=())
+    """Every answer that occurs in the task, sorted; filled in by itself."""
+
+    def __post_init__(self) -> None:
+        """Refuse data on which no honest number can be measured."""
+        if not self.templates:
+            raise ATVError(f"Task {self.name}: no template; expected at least one with {{input}} in it.")
+        for template in self.templates:
+            if "{input}" not in template:
+                raise ATVError(
+                    f"Task {self.name}: the template {template!r} has no {{input}}; put {{input}} where the input goes."
+                )
+        seen: dict[str, str] = {}
+        for split in SPLITS:
+            rows: Sequence[Example] = getattr(self, split)
+            if not rows:
+                raise ATVError(f"Task {self.name}: the split {split!r} is empty; expected at least one row.")
+            for row in rows:
+                if seen.setdefault(row.input, split) != split:
+                    raise ATVError(
+                        f"Task {self.name}: the input {row.input[:60]!r} is in {seen[row.input]} and in {split}; "
+                        "remove it from one of them, or the test measures memory."
+                    )
+        if len(self.test) > 1 and len({row.output for row in self.test}) == 1:
+            raise ATVError(
+                f"Task {self.name}: all {len(self.test)} test answers are {self.test[0].output!r}; expected at least "
+                "two different ones (a hidden-label split looks like this)."
+            )
+        if not self.options:
+            answers = {row.output for split in SPLITS for row in getattr(self, split)}
+            object.__setattr__(self, "options", tuple(sorted(answers)))
+
+    def prompt(self, query: str, variant: Variant) -> str:
+        """What the LLM reads: template with the query in it, a line break, the answer prefix."""
+        return f"{self.templates[variant.template].replace('{input}', query)}\n{variant.answer_prefix}"
+
+    def variants(self) -> Iterator[Variant]:
+        """Every template with every answer prefix."""
+        for template in range(len(self.templates)):
+            for prefix in ANSWER_PREFIXES:
+                yield Variant(template, prefix)
+
+    def majority(self) -> float:
+        """Share of the most frequent test answer: what a constant answer scores."""
+        return Counter(row.output for row in self.test).most_common(1)[0][1] / len(self.test)
+
+    def limited(self, train: int | None = None, valid: int | None = None, test: int | None = None) -> "Task":
+        """The same task with at most that many rows in each split, from the start of the split."""
+        for name, count in (("train", train), ("valid", valid), ("test", test)):
+            if count is not None and count < 1:
+                raise ATVError(f"{name} rows is {count}; expected a whole number from 1.")
+        return Task(
+            self.name, self.templates, self.train[:train], self.valid[:valid], self.test[:test], self.category,
+            self.options,
+        )  # fmt: skip

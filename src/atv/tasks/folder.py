@@ -1,0 +1,88 @@
+"""Tasks from a folder of JSON files, one a task, and `templates.json` beside them.
+
+`DIR/TASK.json` or `DIR/tasks/TASK.json` is `{"train": [...], "valid": [...], "test": [...]}` with rows
+`{"input": text, "output": text}`; `DIR/templates.json` maps a task's name to its templates.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from atv.errors import ATVError, unknown
+from atv.files import read_json
+from atv.tasks.base import SPLITS, Example, Task
+from atv.tasks.builtin import BUILTIN, builtin_task
+
+TEMPLATES_FILE = "templates.json"
+
+
+def _task_folder(folder: Path) -> Path:
+    return folder / "tasks" if (folder / "tasks").is_dir() else folder
+
+
+def available_tasks(data: Path | None = None) -> list[str]:
+    """Names of the tasks in a folder, or of the built-in ones."""
+    if data is None:
+        return list(BUILTIN)
+    if not data.is_dir():
+        raise ATVError(f"No folder {data}; expected one with TASK.json files and {TEMPLATES_FILE}.")
+    named_otherwise = {TEMPLATES_FILE, "answer_prefixes.json"}
+    return sorted(file.stem for file in _task_folder(data).glob("*.json") if file.name not in named_otherwise)
+
+
+def load_tasks(
+    names: Sequence[str] | None = None, data: Path | None = None, templates: Sequence[str] | None = None
+) -> list[Task]:
+    """Tasks by name, each once; all that there are when no name is given.
+
+    Args:
+        names: of the tasks.
+        data: folder of task files; None: the built-in tasks.
+        templates: used instead of the folder's own.
+    """
+    wanted = list(names) if names else available_tasks(data)
+    if not wanted:
+        raise ATVError(f"{data} holds no TASK.json; expected at least one.")
+    return [load_task(name, data, templates) for name in dict.fromkeys(wanted)]
+
+
+def load_task(name: str, data: Path | None = None, templates: Sequence[str] | None = None) -> Task:
+    """One task, built in or from a folder; ATVError says what is wrong with its file."""
+    if name not in (known := available_tasks(data)):
+        where = "Give --data DIR for your own tasks." if data is None else f"Tasks are the JSON files in {data}."
+        raise unknown("task", name, known, where)
+    if data is None:
+        return builtin_task(name)
+    assert re.fullmatch(r"[^/\\]+", name)  # a file's stem, since it is one of the known names
+    file = _task_folder(data) / f"{name}.json"
+    found = read_json(file, 'an object {"train": [...], "valid": [...], "test": [...]}')
+    if not isinstance(found, dict):
+        raise ATVError(f"{file} holds a JSON {type(found).__name__}; expected an object with {', '.join(SPLITS)}.")
+    splits = {split: _rows(found.get(split), split, file) for split in SPLITS}
+    return Task(name, tuple(templates or _templates(name, data)), **splits)
+
+
+def _rows(rows: Any, split: str, file: Path) -> tuple[Example, ...]:
+    if not isinstance(rows, list) or not rows:
+        raise ATVError(f"{file}: the split {split!r} is {'empty' if rows == [] else 'missing'}; expected rows.")
+    examples = []
+    for index, row in enumerate(rows):
+        for key in ("input", "output"):
+            value = row.get(key) if isinstance(row, dict) else None
+            if not isinstance(value, str) or not value.strip():
+                raise ATVError(
+                    f"{file}: {split} row {index} has {key} {value!r}; expected an object with the texts "
+                    "input and output."
+                )
+        examples.append(Example(row["input"], row["output"].strip()))
+    return tuple(examples)
+
+
+def _templates(name: str, data: Path) -> list[str]:
+    file = data / TEMPLATES_FILE
+    found = read_json(file, "an object of task names, each with its templates (or give --template three times)")
+    templates = found.get(name) if isinstance(found, dict) else None
+    if not isinstance(templates, list) or not all(isinstance(template, str) for template in templates):
+        raise ATVError(f"{file} has no list of templates for {name}; add one, or give --template three times.")
+    return templates
