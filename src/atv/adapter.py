@@ -110,6 +110,11 @@ def locate(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
         raise ATVError(f"No adapter at {name}: not a local folder, and the hub did not give it ({reason}).") from error
 
 
+def identity(folder: Path) -> str:
+    """A digest that is the same for the same adapter and differs after any change to it."""
+    return sha256(folder / CONFIG_FILE)[:16]
+
+
 def read(folder: Path) -> Saved:
     """Read `atv_config.json` and compare every weight file with the digest that stands in it."""
     written = read_json(folder / CONFIG_FILE, "an adapter's configuration")
@@ -123,9 +128,7 @@ def read(folder: Path) -> Saved:
         raise ATVError(f"{folder / CONFIG_FILE} is damaged: {error}. Restore it or train again.") from error
     expected = {EXPANSION_FILE} | ({f"{GENERATOR_FOLDER}/model.safetensors"} if config.train_generator else set())
     if set(digests) != expected:
-        raise ATVError(
-            f"{folder / CONFIG_FILE} lists the weight files {sorted(digests)}; expected {sorted(expected)}."
-        )
+        raise ATVError(f"{folder / CONFIG_FILE} lists the weight files {sorted(digests)}; expected {sorted(expected)}.")
     for name, digest in digests.items():
         file = folder / name
         if not file.is_file() or sha256(file) != digest:
@@ -179,27 +182,32 @@ def push(model: "ATVModel", repo_id: str, *, private: bool | None, token: str | 
 
 def model_card(model: "ATVModel", llm: dict[str, Any]) -> str:
     """The card that goes with an adapter: what it is, what it was trained on, how to use it."""
-    tasks = ", ".join(model.training_summary.get("tasks", {})) or "not recorded"
-    name = llm["name"]
-    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", str(name))
-    return f"""---
-library_name: adaptive-task-vectors
-{f"base_model: {name}" if is_hub_id else "tags:"}
-{"tags:" if is_hub_id else "- frozen-llm"}
-- adaptive-task-vectors
----
+    name = str(llm["name"])
+    about = ["---", "library_name: adaptive-task-vectors", "tags: [adaptive-task-vectors, steering]"]
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        about.append(f"base_model: {name}")
+    return "\n".join([*about, "---", _CARD.format(
+        name=name,
+        layers=llm["num_layers"],
+        hidden=llm["hidden_size"],
+        generator=model.generator.name_or_path,
+        config=model.config,
+        tasks=", ".join(model.training_summary.get("tasks", {})) or "not recorded",
+    )])  # fmt: skip
 
+
+_CARD = """
 # Adaptive Task Vector for {name}
 
-A generator ({model.generator.name_or_path}) reads the query; a linear expansion turns its state into one vector per
-layer; the vectors are added inside the frozen LLM (arXiv 2506.03426). No weight of the LLM is changed.
+A generator ({generator}) reads the query; a linear expansion turns its state into one vector per layer; the vectors
+are added inside the frozen LLM (arXiv 2506.03426). No weight of the LLM is changed.
 
 | | |
 |---|---|
-| base LLM | {name}, {llm["num_layers"]} layers of width {llm["hidden_size"]} |
-| positions | {model.config.positions} |
-| layers | {model.config.layers} |
-| scale | {model.config.scale} |
+| base LLM | {name}, {layers} layers of width {hidden} |
+| positions | {config.positions} |
+| layers | {config.layers} |
+| scale | {config.scale} |
 | trained on | {tasks} |
 
 ```python

@@ -6,7 +6,7 @@ arrives. Every check here states one thing that must be true and measures it on 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -82,8 +82,7 @@ def _test_vectors(atv: ATVModel, queries: int) -> Tensor:
 @torch.no_grad()
 def _plain(atv: ATVModel, inputs: dict[str, Tensor]) -> Tensor:
     """Logits (batch, vocabulary) of the last column."""
-    logits: Tensor = call_llm(atv.llm, keep=1, use_cache=False, **inputs).logits[:, -1].float()
-    return logits
+    return cast(Tensor, call_llm(atv.llm, keep=1, use_cache=False, **inputs).logits[:, -1].float())
 
 
 @torch.no_grad()

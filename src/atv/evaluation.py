@@ -95,7 +95,7 @@ def _ask(
             example = task.test[index]
             options = {option: first_answer_token(method, prompts[index], option) for option in task.options}
             target = options[example.output]
-            best = max(options, key=lambda option: logits[place, options[option]].item())  # noqa: B023
+            best = max(options, key=lambda option: logits[place, options[option]].item())
             rows.append(
                 Prediction(
                     task=task.name,

@@ -1,7 +1,7 @@
 """THE IDEA: a generator reads the query, an expansion makes one vector per layer, a frozen LLM is steered by them.
 
-    query --Generator--> state (batch, generator hidden) --Expansion--> task vectors (batch, layers, hidden)
-    prompt --frozen LLM, with  h~_l = h_l + scale * v_l  at the chosen tokens of every chosen layer (Eq. 6)--> answer
+query --Generator--> state (batch, generator hidden) --Expansion--> task vectors (batch, layers, hidden)
+prompt --frozen LLM, with  h~_l = h_l + scale * v_l  at the chosen tokens of every chosen layer (Eq. 6)--> answer
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +11,7 @@ from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from atv import adapter
 from atv.batching import IGNORED, Collator, EncodedRow, Row, encode_pair, encode_prompt, left_padded, pad, pad_id
@@ -46,7 +46,7 @@ class Expansion(nn.Module):
 
     def forward(self, state: Tensor) -> Tensor:
         """(batch, state) to (batch, layers, hidden)."""
-        return cast(Tensor, self.map(state)).unflatten(-1, self.shape)
+        return cast(Tensor, self.map(state).unflatten(-1, self.shape))
 
 
 def add_vectors(hidden: Tensor, vectors: Tensor, mask: Tensor, scale: float) -> Tensor:
@@ -126,7 +126,7 @@ class ATVModel(nn.Module):
         super().__init__()
         self.config = config or ATVConfig()
         object.__setattr__(self, "llm", llm.eval().requires_grad_(False))
-        self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(base_llm(llm).name_or_path)
+        self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(str(base_llm(llm).name_or_path))
         self.positions = Positions.parse(self.config.positions)
         all_layers = decoder_layers(llm, self.config.layer_path)
         chosen = self.config.layer_indices(len(all_layers))
@@ -335,4 +335,3 @@ class ATVModel(nn.Module):
         adapter.load_expansion(model, folder)
         model.training_summary = saved.training
         return model.eval()
-

@@ -66,7 +66,7 @@ def _converted_smollm2() -> Path:
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
     with replace_folder(folder) as part:
         # Four-bit weights lose nothing that matters in bfloat16, the dtype in which the LLM is run.
-        model.to(torch.bfloat16).save_pretrained(part)
+        cast(nn.Module, model).bfloat16().save_pretrained(part)
         tokenizer.save_pretrained(part)
     return folder
 
@@ -102,9 +102,7 @@ def load_llm(
         trust_remote_code: run code that comes with the model; only for a model that you trust.
     """
     dtype = parse_dtype(dtype) if isinstance(dtype, str) else dtype
-    llm = _load(
-        AutoModelForCausalLM, "LLM", name, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
-    )
+    llm = _load(AutoModelForCausalLM, "LLM", name, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
     llm.config._name_or_path = llm.name_or_path = name  # the name that was asked for, not a cache folder
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return cast(nn.Module, llm.to(device).eval())

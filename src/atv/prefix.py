@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atv.hooks import base_llm
+from atv.hooks import base_llm, flat_head
 
 
 def first_edited(edit_mask: Tensor) -> int:
@@ -30,7 +30,8 @@ def call_llm(llm: nn.Module, *, keep: int, **inputs: Any) -> Any:
     inputs = {name: value for name, value in inputs.items() if name in accepted}
     if "logits_to_keep" in accepted:
         inputs["logits_to_keep"] = keep
-    output = llm(**inputs)
+    with flat_head(llm):
+        output = llm(**inputs)
     output.logits = output.logits[:, -keep:]
     return output
 

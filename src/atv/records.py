@@ -106,10 +106,14 @@ class RunWriter:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         self.rows.extend(rows)
 
+    def describe(self, **facts: Any) -> None:
+        """Note `facts` about the run: the method's configuration, the device."""
+        self.run |= facts
+        write_json(self.folder / RUN_FILE, self.run)
+
     def finish(self, **facts: Any) -> None:
         """Mark the run as complete and note `facts` about it."""
-        self.run |= facts | {"finished": True}
-        write_json(self.folder / RUN_FILE, self.run)
+        self.describe(**facts, finished=True)
 
 
 def _same_settings(former: dict[str, Any], settings: dict[str, Any], folder: Path) -> None:
@@ -143,7 +147,7 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 def load_runs(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
     """Rows of several runs, each with its run's `method`, `llm`, `seed` and `run` (the folder) in it."""
-    flat = []
+    flat: list[dict[str, Any]] = []
     for name in folders:
         folder = Path(name)
         if not (folder / RUN_FILE).exists():

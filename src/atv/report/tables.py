@@ -78,7 +78,9 @@ def _scores(found: Sequence[Sequence[dict[str, Any]]]) -> list[str]:
 
 
 def _costs(found: Sequence[Sequence[dict[str, Any]]]) -> list[str]:
-    return [_show(fmean(row[key] for row in cell) if cell else None, digits) for cell in found for key, digits in _COSTS]
+    return [
+        _show(fmean(row[key] for row in cell) if cell else None, digits) for cell in found for key, digits in _COSTS
+    ]
 
 
 def _mean_scores(averages: Sequence[Sequence[Sequence[dict[str, Any]]]]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from atv.errors import ATVError
@@ -96,7 +96,4 @@ class Task:
         for name, count in (("train", train), ("valid", valid), ("test", test)):
             if count is not None and count < 1:
                 raise ATVError(f"{name} rows is {count}; expected a whole number from 1.")
-        return Task(
-            self.name, self.templates, self.train[:train], self.valid[:valid], self.test[:test], self.category,
-            self.options,
-        )  # fmt: skip
+        return replace(self, train=self.train[:train], valid=self.valid[:valid], test=self.test[:test])

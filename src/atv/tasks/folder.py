@@ -59,7 +59,7 @@ def load_task(name: str, data: Path | None = None, templates: Sequence[str] | No
     found = read_json(file, 'an object {"train": [...], "valid": [...], "test": [...]}')
     if not isinstance(found, dict):
         raise ATVError(f"{file} holds a JSON {type(found).__name__}; expected an object with {', '.join(SPLITS)}.")
-    splits = {split: _rows(found.get(split), split, file) for split in SPLITS}
+    splits: dict[str, Any] = {split: _rows(found.get(split), split, file) for split in SPLITS}
     return Task(name, tuple(templates or _templates(name, data)), **splits)
 
 

@@ -10,11 +10,28 @@ import random
 from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
+from itertools import pairwise
+from typing import Any
 
 from atv.tasks.base import Example, Task
 
 _SIZES = {"train": 200, "valid": 40, "test": 100}
-_NAMES = ("Ada", "Bruno", "Chiara", "Dev", "Elif", "Farid", "Greta", "Hana", "Ivo", "June", "Kofi", "Lena", "Mio", "Noor")
+_NAMES = (
+    "Ada",
+    "Bruno",
+    "Chiara",
+    "Dev",
+    "Elif",
+    "Farid",
+    "Greta",
+    "Hana",
+    "Ivo",
+    "June",
+    "Kofi",
+    "Lena",
+    "Mio",
+    "Noor",
+)
 _PLACES = (
     "the bakery", "the library", "the swimming pool", "the dentist", "the orchard", "the harbour", "the cinema",
     "the post office", "the climbing hall", "the museum", "the workshop", "the allotment", "the chess club",
@@ -64,7 +81,7 @@ def _temporal_example(rng: random.Random) -> Example:
     """Someone was seen during every span of a day but one; that one is the answer."""
     name, place = rng.choice(_NAMES), rng.choice(_PLACES)
     cuts = sorted(rng.sample(range(7, 22), 5))
-    spans = [f"{_hour(start)} to {_hour(end)}" for start, end in zip(cuts, cuts[1:], strict=False)]
+    spans = [f"{_hour(start)} to {_hour(end)}" for start, end in pairwise(cuts)]
     free = rng.randrange(4)
     seen = [
         f"{rng.choice(_NAMES)} saw {name} {doing} from {span}."
@@ -80,7 +97,7 @@ def _temporal_example(rng: random.Random) -> Example:
     return Example(text, "ABCD"[options.index(free)])
 
 
-def _generated(make: Callable[[random.Random], Example], seed: int) -> dict[str, tuple[Example, ...]]:
+def _generated(make: Callable[[random.Random], Example], seed: int) -> dict[str, Any]:
     """Rows of a seeded generator, every input once over all splits."""
     rng = random.Random(seed)
     rows: dict[str, Example] = {}
@@ -91,7 +108,7 @@ def _generated(make: Callable[[random.Random], Example], seed: int) -> dict[str,
     return {split: tuple(next(left) for _ in range(size)) for split, size in _SIZES.items()}
 
 
-def _written(name: str) -> dict[str, tuple[Example, ...]]:
+def _written(name: str) -> dict[str, Any]:
     text = files(__package__).joinpath(f"{name}.json").read_text(encoding="utf-8")
     return {split: tuple(Example(**row) for row in rows) for split, rows in json.loads(text).items()}
 

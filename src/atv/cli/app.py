@@ -1,0 +1,188 @@
+"""Subcommands: demo, train, eval, generate, doctor, tasks, report."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from atv.cli import options as opt
+from atv.errors import ATVError
+
+app = typer.Typer(
+    name="atv",
+    help="Adaptive Task Vectors: adapt a frozen large language model to each query.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line on standard error and exit code 2."""
+    try:
+        app()
+    except ATVError as error:
+        print(f"atv: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\natv: interrupted; the same command goes on where it stopped.", file=sys.stderr)  # noqa: T201
+        sys.exit(130)
+
+
+def _say(text: str) -> None:
+    print(text)  # noqa: T201 - results go to standard output
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the adapter and the runs.")] = Path("runs/demo"),
+    force: opt.Force = False,
+) -> None:
+    """Train on the built-in tasks with the embedded models, measure beside zero-shot, answer three queries."""
+    from atv.cli.demo import run_demo
+
+    run_demo(out, force)
+
+
+@app.command()
+def train(
+    context: typer.Context,
+    out: Annotated[Path, typer.Option(help="Folder for the adapter, the record and the checkpoints.")] = Path(
+        "runs/train"
+    ),
+    llm: opt.LLM = opt.EMBEDDED_LLM,
+    generator: Annotated[
+        str, typer.Option(help="Model that reads the query: Hugging Face id, folder or embedded name.")
+    ] = "openai-community/gpt2",
+    task: opt.TaskNames = None,
+    data: opt.Data = None,
+    template: opt.Templates = None,
+    positions: Annotated[str, typer.Option(help="last, last:K, answer or all.")] = "last",
+    layers: Annotated[str, typer.Option(help="all, bottom, middle, top, or indices as in 0,1,2 or 0-9.")] = "all",
+    scale: Annotated[float, typer.Option(help="Strength of the injection (lambda).")] = 0.001,
+    pooling: Annotated[str, typer.Option(help="Generator's state: last, mean or cls.")] = "last",
+    freeze_generator: Annotated[bool, typer.Option("--freeze-generator", help="Train the expansion alone.")] = False,
+    expansion_rank: Annotated[int | None, typer.Option(help="Rank of the expansion; by default full.")] = None,
+    query_template: Annotated[str, typer.Option(help="What the generator reads, with {query}.")] = "Q: {query}\nA:",
+    epochs: Annotated[int, typer.Option(help="Passes over the training rows.")] = 15,
+    batch_size: Annotated[int, typer.Option(help="Rows per step.")] = 8,
+    lr: Annotated[float, typer.Option(help="Learning rate, constant.")] = 5e-4,
+    generator_lr: Annotated[float | None, typer.Option(help="Learning rate of the generator, if another.")] = None,
+    weight_decay: Annotated[float, typer.Option(help="Adam's coupled L2 penalty.")] = 1e-5,
+    max_grad_norm: Annotated[float | None, typer.Option(help="Clip the gradient to this norm.")] = None,
+    templates_per_row: Annotated[
+        int, typer.Option(help="Prompts that share a row's vector in a step; 1 takes the templates in turn.")
+    ] = 3,
+    train_rows: Annotated[int | None, typer.Option(help="At most so many training rows per task (paper: 90).")] = None,
+    valid_rows: Annotated[int | None, typer.Option(help="At most so many validation rows per task.")] = None,
+    seed: opt.Seed = 42,
+    dtype: opt.Dtype = "bfloat16",
+    device: opt.Device = None,
+    revision: opt.Revision = None,
+    trust_remote_code: opt.Trust = False,
+    force: opt.Force = False,
+    config: opt.Config = None,
+) -> None:
+    """Train an ATV for a frozen LLM. Interrupted, the same command goes on where it stopped."""
+    from atv.cli.work import train_adapter
+
+    train_adapter(opt.with_recipe(context))
+
+
+@app.command(name="eval")
+def evaluate(
+    context: typer.Context,
+    method: Annotated[str, typer.Option(help="zero-shot or atv; with --adapter atv is the default.")] = "",
+    adapter: Annotated[Path | None, typer.Option(help="Folder that atv train wrote.")] = None,
+    llm: Annotated[str, typer.Option(help="Frozen LLM; by default the adapter's, else the embedded one.")] = "",
+    task: opt.TaskNames = None,
+    data: opt.Data = None,
+    template: opt.Templates = None,
+    test_rows: Annotated[int | None, typer.Option(help="At most so many test rows per task (paper: 100).")] = None,
+    variants: Annotated[
+        str, typer.Option(help="all: every template with every answer prefix; first: the first template with A: alone.")
+    ] = "all",
+    batch_size: Annotated[int, typer.Option(help="Prompts per call of the LLM.")] = 16,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/METHOD.")] = None,
+    seed: opt.Seed = 42,
+    dtype: opt.Dtype = "bfloat16",
+    device: opt.Device = None,
+    revision: opt.Revision = None,
+    trust_remote_code: opt.Trust = False,
+    force: opt.Force = False,
+    config: opt.Config = None,
+) -> None:
+    """Measure a method on the test rows of tasks, and record every prediction."""
+    from atv.cli.work import evaluate_method
+
+    evaluate_method(context.params)
+
+
+@app.command()
+def generate(
+    context: typer.Context,
+    query: Annotated[list[str], typer.Argument(help="One or more queries.")],
+    adapter: Annotated[Path, typer.Option(help="Folder that atv train wrote.")],
+    task: Annotated[str | None, typer.Option(help="Put the query into this task's first template.")] = None,
+    template: Annotated[str | None, typer.Option(help="What the LLM reads, with {input} where the query goes.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens of answer.")] = 16,
+    temperature: Annotated[float, typer.Option(help="0 is greedy; above 0 samples.")] = 0.0,
+    compare: Annotated[bool, typer.Option("--compare", help="Show the answer without steering beside it.")] = False,
+    llm: Annotated[str, typer.Option(help="Frozen LLM; by default the adapter's.")] = "",
+    dtype: opt.Dtype = "bfloat16",
+    device: opt.Device = None,
+    revision: opt.Revision = None,
+    trust_remote_code: opt.Trust = False,
+    seed: opt.Seed = 42,
+) -> None:
+    """Answer queries with an adapter."""
+    from atv.cli.work import answer
+
+    answer(context.params)
+
+
+@app.command()
+def doctor(
+    context: typer.Context,
+    llm: opt.LLM = opt.EMBEDDED_LLM,
+    generator: Annotated[str, typer.Option(help="Model that reads the query.")] = "embedded:minilm-l6",
+    positions: Annotated[str, typer.Option(help="last, last:K, answer or all.")] = "last",
+    layers: Annotated[str, typer.Option(help="all, bottom, middle, top, or indices.")] = "all",
+    layer_path: Annotated[str | None, typer.Option(help="Name of the list of decoder layers, if not found.")] = None,
+    pooling: Annotated[str, typer.Option(help="last, mean or cls.")] = "mean",
+    dtype: opt.Dtype = "bfloat16",
+    device: opt.Device = None,
+    revision: opt.Revision = None,
+    trust_remote_code: opt.Trust = False,
+) -> None:
+    """Test on a model that steering does what it says: gradient, positions, scale 0, batch, padding, cache."""
+    from atv.cli.work import examine
+
+    if not examine(context.params):
+        raise typer.Exit(1)
+
+
+@app.command()
+def tasks(data: opt.Data = None, task: opt.TaskNames = None) -> None:
+    """List tasks with their sizes, options and majority rate."""
+    from atv.cli.work import list_tasks
+
+    list_tasks(task, data)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs.")],
+    out: Annotated[Path, typer.Option(help="Markdown file to write.")] = Path("report.md"),
+) -> None:
+    """Print the accuracy table of runs and write it as Markdown."""
+    from atv.cli.show import print_table
+    from atv.files import write_text
+    from atv.records import load_runs
+    from atv.report import accuracy_table, markdown
+
+    table = accuracy_table(load_runs(runs))
+    print_table(table)
+    write_text(out, markdown(table))
+    _say(f"Written to {out}")

@@ -1,0 +1,70 @@
+"""`atv demo`: the whole path on the built-in tasks with the embedded models, in a few minutes on two cores."""
+
+from pathlib import Path
+from typing import Any
+
+from atv.adapter import read
+from atv.cli.show import print_lines, print_table
+from atv.cli.work import answers, evaluate_method, train_adapter
+from atv.files import write_text
+from atv.model import ATVModel
+from atv.models import EMBEDDED_LLM
+from atv.progress import note
+from atv.records import load_runs
+from atv.report import accuracy_table, markdown
+from atv.tasks import UNSEEN, builtin_task, load_tasks
+
+QUERIES = (
+    ("sentiment", "I would have paid twice the price to hear that encore again."),
+    ("sentiment", "The kettle leaks, the lid sticks and the shop will not answer my letters."),
+    ("topic", "Her second serve clipped the net and fell just inside the line."),
+)
+
+
+def run_demo(out: Path, force: bool) -> None:
+    """Train, measure zero-shot and ATV, answer three queries; what is there already is not done again."""
+    from typer.main import get_command
+
+    from atv.cli.app import app
+    from atv.cli.options import EMBEDDED_CONFIG, read_config
+
+    trained = [task.name for task in load_tasks() if task.name not in UNSEEN]
+    note(f"Training on {', '.join(trained)}; {', '.join(UNSEEN)} is only measured, never trained on.")
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+
+    def options(command: str, **given: Any) -> dict[str, Any]:
+        """The command's own defaults with `given` over them, so that the demo is what a user could type."""
+        defaults = {p.name: p.default for p in commands[command].params}
+        return defaults | {"force": force} | given
+
+    recipe = read_config(EMBEDDED_CONFIG, "train", list(options("train")))
+    adapter = train_adapter(options("train", **recipe, out=out / "train", task=trained))
+    runs = []
+    for method in ("zero-shot", "atv"):
+        chosen = adapter if method == "atv" else None
+        given = {"method": method, "adapter": chosen, "out": out / method, "variants": "first"}
+        runs.append(evaluate_method(options("eval", **given)))
+    table = accuracy_table(load_runs(runs))
+    write_text(out / "report.md", markdown(table))
+    print_table(table)
+    _show_queries(adapter)
+    print_lines(
+        [
+            f"Adapter: {adapter}    Runs: {', '.join(map(str, runs))}    Table: {out / 'report.md'}",
+            "",
+            "Next, with .venv/bin/ before atv if the environment is not active:",
+            f'  atv generate --adapter {adapter} --task sentiment --compare "your own sentence"',
+            "  atv train --data DIR --task NAME --out runs/mine       your data (see README, Your own data)",
+            "  atv doctor --llm NAME                                  is steering wired right on your LLM?",
+        ]
+    )
+
+
+def _show_queries(adapter: Path) -> None:
+    templates = read(adapter).training["tasks"]
+    atv = ATVModel.from_pretrained(EMBEDDED_LLM, adapter)
+    for task, query in QUERIES:
+        plain, steered = answers(atv, [query], templates[task][0], max_new_tokens=6, do_sample=False)
+        expected = ", ".join(builtin_task(task).options)
+        lines = [f"  without steering: {plain[0].strip()!r}", f"  with steering:    {steered[0].strip()!r}", ""]
+        print_lines([f"{task} ({expected}): {query}", *lines])

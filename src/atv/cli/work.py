@@ -1,0 +1,215 @@
+"""The work behind the subcommands; imported when one of them runs, since it loads torch."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import set_seed
+
+from atv import adapter as artifact
+from atv.cli.options import EMBEDDED_LLM, parse_layers
+from atv.cli.show import output, print_lines
+from atv.config import ATVConfig, TrainConfig
+from atv.doctor import check_wiring, model_summary
+from atv.errors import ATVError, unknown
+from atv.evaluation import evaluate
+from atv.generator import Generator
+from atv.methods import METHODS
+from atv.model import ATVModel
+from atv.models import load_llm, load_tokenizer, quiet_transformers
+from atv.progress import note
+from atv.records import RunWriter
+from atv.tasks import TRAIN_PREFIX, UNSEEN, Task, Variant, load_tasks
+from atv.training import train
+
+quiet_transformers()
+
+
+def _load_llm(options: Mapping[str, Any], name: str) -> tuple[nn.Module, Any]:
+    """The LLM and its tokenizer."""
+    llm = load_llm(
+        name,
+        dtype=options["dtype"],
+        device=options["device"],
+        revision=options["revision"],
+        trust_remote_code=options["trust_remote_code"],
+    )
+    return llm, load_tokenizer(name, options["revision"])
+
+
+def _tasks(options: Mapping[str, Any]) -> list[Task]:
+    return load_tasks(options["task"], options["data"], options["template"])
+
+
+def train_adapter(options: Mapping[str, Any]) -> Path:
+    """`atv train`: everything that can be checked without a model is checked before one is loaded."""
+    config = ATVConfig(
+        generator=options["generator"],
+        pooling=options["pooling"],
+        train_generator=not options["freeze_generator"],
+        query_template=options["query_template"],
+        expansion_rank=options["expansion_rank"],
+        layers=parse_layers(options["layers"]),
+        positions=options["positions"],
+        scale=options["scale"],
+    )
+    settings = TrainConfig(
+        epochs=options["epochs"],
+        batch_size=options["batch_size"],
+        learning_rate=options["lr"],
+        generator_learning_rate=options["generator_lr"],
+        weight_decay=options["weight_decay"],
+        max_grad_norm=options["max_grad_norm"],
+        templates_per_row=options["templates_per_row"],
+        seed=options["seed"],
+    )
+    tasks = _tasks(options)
+    if options["data"] is None and not options["task"]:
+        tasks = [task for task in tasks if task.name not in UNSEEN]
+    tasks = [task.limited(train=options["train_rows"], valid=options["valid_rows"]) for task in tasks]
+    llm, tokenizer = _load_llm(options, options["llm"])
+    set_seed(options["seed"])
+    atv = ATVModel(llm, config, tokenizer=tokenizer)
+    rows = sum(len(task.train) for task in tasks)
+    note(f"{model_summary(atv)}; {rows} training rows of {', '.join(task.name for task in tasks)}")
+    result = train(atv, tasks, options["out"], settings, options["force"])
+    seconds = result.record.get("seconds")
+    print_lines(
+        [
+            f"Adapter: {result.adapter}" + (f" (trained in {seconds:.0f} s)" if seconds else ""),
+            f"Next: atv eval --adapter {result.adapter} --task {tasks[0].name}"
+            + (f" --data {options['data']}" if options["data"] else ""),
+        ]
+    )
+    return result.adapter
+
+
+def _variants(name: str) -> list[Variant] | None:
+    if name not in ("all", "first"):
+        raise unknown("variants", name, ("all", "first"))
+    return None if name == "all" else [Variant(0, TRAIN_PREFIX)]
+
+
+def evaluate_method(options: Mapping[str, Any]) -> Path:
+    """`atv eval`: one run; a finished one is shown, an interrupted one goes on."""
+    name = options["method"] or ("atv" if options["adapter"] else "zero-shot")
+    if name not in METHODS:
+        raise unknown("method", name, METHODS)
+    if name == "atv" and options["adapter"] is None:
+        raise ATVError("The method atv needs an adapter; give --adapter DIR, the folder that atv train wrote.")
+    tasks = [task.limited(test=options["test_rows"]) for task in _tasks(options)]
+    variants = _variants(options["variants"])
+    folder = artifact.locate(options["adapter"]) if options["adapter"] else None
+    saved = artifact.read(folder) if folder else None
+    llm_name = options["llm"] or (saved.base_llm["name"] if saved else EMBEDDED_LLM)
+    settings = {
+        "method": name,
+        "llm": llm_name,
+        "revision": options["revision"],
+        "dtype": options["dtype"],
+        "seed": options["seed"],
+        "adapter": artifact.identity(folder) if folder else None,
+        "tasks": {task.name: len(task.test) for task in tasks},
+        "templates": {task.name: list(task.templates) for task in tasks},
+        "variants": options["variants"],
+    }
+    out = options["out"] or Path("runs") / name
+    run = RunWriter(out, settings, options["force"])
+    if run.finished:
+        print_lines([f"{out} holds this run already, finished. Show it with: atv report {out}"])
+        return Path(out)
+    llm, tokenizer = _load_llm(options, llm_name)
+    set_seed(options["seed"])
+    method = METHODS[name].load(llm, tokenizer, folder)
+    run.describe(method=method.describe(), device=str(next(llm.parameters()).device))
+    evaluate(method, tasks, run, variants=variants, batch_size=options["batch_size"])
+    print_lines([f"Run: {out}", f"Next: atv report {out}"])
+    return Path(out)
+
+
+def prompt_template(saved: artifact.Saved, task: str | None, template: str | None) -> str:
+    """What surrounds a query for the LLM: as given, a trained task's first template, or the bare query."""
+    trained: dict[str, list[str]] = saved.training.get("tasks", {})
+    if template is not None:
+        if "{input}" not in template:
+            raise ATVError(f"The template {template!r} has no {{input}}; put {{input}} where the query goes.")
+        return template
+    if task is not None:
+        if task not in trained:
+            raise unknown("task", task, trained, "These are the tasks that the adapter was trained on.")
+        return trained[task][0]
+    if len(trained) == 1:
+        return next(iter(trained.values()))[0]
+    note(f"No --task or --template: the LLM reads the bare query. Trained tasks: {', '.join(trained) or 'none'}.")
+    return "{input}"
+
+
+def answers(atv: ATVModel, queries: list[str], template: str, **options: Any) -> tuple[list[str], list[str]]:
+    """Answers to queries without and with steering."""
+    prompts = [f"{template.replace('{input}', query)}\n{TRAIN_PREFIX}" for query in queries]
+    set_seed(options.pop("seed", 42))
+    steered = atv.generate(prompts, queries, **options)
+    inputs = atv.encode_prompts(prompts)
+    width = inputs.pop("position_ids").shape[1]
+    llm: Any = atv.llm
+    plain = llm.generate(**inputs, **options, pad_token_id=atv.tokenizer.pad_token_id or 0)
+    return atv.tokenizer.batch_decode(plain[:, width:], skip_special_tokens=True), steered
+
+
+def answer(options: Mapping[str, Any]) -> None:
+    """`atv generate`."""
+    queries: list[str] = options["query"]
+    for query in queries:
+        if not query.strip():
+            raise ATVError("A query is empty; expected some text.")
+    folder = artifact.locate(options["adapter"])
+    saved = artifact.read(folder)
+    template = prompt_template(saved, options["task"], options["template"])
+    llm, tokenizer = _load_llm(options, options["llm"] or saved.base_llm["name"])
+    atv = ATVModel.from_pretrained(llm, folder, tokenizer=tokenizer)
+    how: dict[str, Any] = {"max_new_tokens": options["max_new_tokens"], "do_sample": options["temperature"] > 0}
+    if options["temperature"] > 0:
+        how["temperature"] = options["temperature"]
+    plain, steered = answers(atv, queries, template, seed=options["seed"], **how)
+    for query, without, given in zip(queries, plain, steered, strict=True):
+        if options["compare"]:
+            print_lines([f"query:     {query}", f"unsteered: {without.strip()!r}", f"steered:   {given.strip()!r}", ""])
+        else:
+            print_lines([given.strip()])
+
+
+def examine(options: Mapping[str, Any]) -> bool:
+    """`atv doctor`: print every check; true if all passed."""
+    config = ATVConfig(
+        generator=options["generator"],
+        pooling=options["pooling"],
+        layers=parse_layers(options["layers"]),
+        layer_path=options["layer_path"],
+        positions=options["positions"],
+    )
+    llm, tokenizer = _load_llm(options, options["llm"])
+    set_seed(0)
+    atv = ATVModel(llm, config, tokenizer=tokenizer, generator=Generator.load(config))
+    print_lines([model_summary(atv)])
+    checks = check_wiring(atv)
+    for check in checks:
+        mark = "[green]ok    [/green]" if check.passed else "[red]FAILED[/red]"
+        output.print(f"{mark} {check.name}  [dim]({check.found})[/dim]", highlight=False, soft_wrap=True)
+    failed = [check.name for check in checks if not check.passed]
+    print_lines([f"{len(failed)} of {len(checks)} checks failed." if failed else f"All {len(checks)} checks passed."])
+    return not failed
+
+
+def list_tasks(names: list[str] | None, data: Path | None) -> None:
+    """`atv tasks`."""
+    from rich.table import Table
+
+    grid = Table()
+    for column in ("task", "category", "train", "valid", "test", "majority", "options"):
+        grid.add_column(column, justify="left" if column in ("task", "category", "options") else "right")
+    for task in load_tasks(names, data):
+        shown = ", ".join(task.options[:6]) + (" ..." if len(task.options) > 6 else "")
+        sizes = (str(len(task.train)), str(len(task.valid)), str(len(task.test)))
+        grid.add_row(task.name, task.category, *sizes, f"{100 * task.majority():.1f}%", shown)
+    output.print(grid)
