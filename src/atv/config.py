@@ -29,10 +29,18 @@ class Positions(NamedTuple):
             return cls(None, True)
         if name == "answer":
             return cls(1, True)
-        match = re.fullmatch(r"last(?::([1-9]\d*))?", str(name))
+        match = re.fullmatch(r"last(?::([1-9][0-9]*))?", str(name))
         if match is None:
             raise unknown("positions", name, POSITIONS, "K is a whole number from 1, as in last:4.")
         return cls(int(match[1] or 1), False)
+
+
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 class _Checked:
@@ -84,26 +92,32 @@ class ATVConfig(_Checked):
             raise unknown("pooling", self.pooling, POOLINGS)
         if isinstance(self.layers, str) and self.layers not in REGIONS:
             raise unknown("layer region", self.layers, REGIONS, "Or give a list of indices, as in 0,1,2.")
-        if isinstance(self.scale, bool) or not isinstance(self.scale, int | float) or not math.isfinite(self.scale):
-            raise ATVError(f"scale is {self.scale}; expected a finite number, such as 0.05.")
-        if "{query}" not in self.query_template:
+        if not isinstance(self.layers, str) and not (
+            isinstance(self.layers, list) and all(_is_whole(index, 0) for index in self.layers)
+        ):
+            raise ATVError(
+                f"layers is {self.layers!r}; expected {', '.join(REGIONS)}, or a list of whole numbers from 0."
+            )
+        if not _is_finite(self.scale):
+            raise ATVError(f"scale is {self.scale!r}; expected a finite number, such as 0.05.")
+        if not isinstance(self.query_template, str) or "{query}" not in self.query_template:
             raise ATVError(
                 f"The query template {self.query_template!r} has no {{query}}; put {{query}} where the query goes."
             )
-        if self.expansion_rank is not None and self.expansion_rank < 1:
-            raise ATVError(f"expansion_rank is {self.expansion_rank}; expected a whole number from 1, or none.")
+        if self.expansion_rank is not None and not _is_whole(self.expansion_rank, 1):
+            raise ATVError(f"expansion_rank is {self.expansion_rank!r}; expected a whole number from 1, or none.")
 
     def layer_indices(self, num_layers: int) -> list[int]:
         """The chosen layers of an LLM with `num_layers` of them, in ascending order."""
         if isinstance(self.layers, str):
             third = REGIONS.index(self.layers)
-            if third == 0:
-                return list(range(num_layers))
-            return list(range(round((third - 1) * num_layers / 3), round(third * num_layers / 3)))
-        chosen = sorted(set(self.layers))
-        if not chosen or chosen[0] < 0 or chosen[-1] >= num_layers:
+            ends = (round((third - 1) * num_layers / 3), round(third * num_layers / 3)) if third else (0, num_layers)
+            chosen = list(range(*ends))
+        else:
+            chosen = sorted(set(self.layers))
+        if not chosen or chosen[-1] >= num_layers:
             raise ATVError(
-                f"layers is {self.layers}; this LLM has layers 0 to {num_layers - 1}: name at least one of them."
+                f"layers is {self.layers!r}; this LLM has layers 0 to {num_layers - 1}: name at least one of them."
             )
         return chosen
 
@@ -131,11 +145,13 @@ class TrainConfig(_Checked):
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
-        for name, least in (("epochs", 1), ("batch_size", 1), ("templates_per_row", 1)):
+        for name, least in (("epochs", 1), ("batch_size", 1), ("templates_per_row", 1), ("seed", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
+            if not _is_whole(value, least):
                 raise ATVError(f"{name} is {value!r}; expected a whole number from {least}.")
         for name in ("learning_rate", "generator_learning_rate", "weight_decay", "max_grad_norm"):
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= 0):
+            if value is None and name in ("generator_learning_rate", "max_grad_norm"):
+                continue
+            if not _is_finite(value) or value < 0:
                 raise ATVError(f"{name} is {value!r}; expected a finite number that is not negative.")

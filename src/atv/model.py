@@ -20,7 +20,7 @@ from atv.errors import ATVError
 from atv.generator import Generator
 from atv.hooks import base_llm, decoder_layers, edit_outputs, observe_calls, text_config
 from atv.models import context_length, load_llm, load_tokenizer
-from atv.prefix import first_edited, steered_logits
+from atv.prefix import ReadPrefix, first_edited, read_prefix, steered_logits
 from atv.steering import PromptTracker
 
 
@@ -137,6 +137,8 @@ class ATVModel(nn.Module):
         )
         self.training_summary: dict[str, Any] = {}
         """How it was trained; saved with the adapter."""
+        self.read_prefix: ReadPrefix = read_prefix
+        """Where `forward` takes the prompt's unsteered keys and values from; training puts a store here."""
         self.to(next(llm.parameters()).device)
 
     llm: nn.Module
@@ -182,6 +184,7 @@ class ATVModel(nn.Module):
             position_ids,
             edit_mask,
             keep=labels.shape[1],
+            read=self.read_prefix,
         )  # (batch, answer, vocabulary)
         labels = labels.to(logits.device)
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -82,15 +82,16 @@ class RunWriter:
         self.rows: list[dict[str, Any]] = []
         settings = self.run["settings"] = json.loads(json.dumps(settings))  # as it will be read back
         if (folder / RUN_FILE).exists() and not force:
-            former = read_json(folder / RUN_FILE, "a run's description")
+            former = _read_run(folder)
             _same_settings(former.get("settings", {}), settings, folder)
             self.run = former
             self.rows = read_rows(folder)
             _rewrite(folder / ROWS_FILE, self.rows)  # without a line that a kill cut short
-        elif folder.exists() and any(folder.iterdir()) and not (folder / RUN_FILE).exists():
+        elif not (folder / RUN_FILE).exists() and (folder.is_file() or (folder.exists() and any(folder.iterdir()))):
             raise ATVError(f"{folder} exists and is not a run; choose a new folder, so that nothing there is lost.")
         else:
             self.run |= provenance()
+            (folder / ROWS_FILE).unlink(missing_ok=True)  # first: a kill must not leave former rows in the new run
             write_json(folder / RUN_FILE, self.run)
             _rewrite(folder / ROWS_FILE, [])
 
@@ -116,6 +117,13 @@ class RunWriter:
         self.describe(**facts, finished=True)
 
 
+def _read_run(folder: Path) -> dict[str, Any]:
+    run = read_json(folder / RUN_FILE, "a run's description")
+    if not isinstance(run, dict) or run.get("schema") != SCHEMA:
+        raise ATVError(f"{folder / RUN_FILE} is not of schema {SCHEMA}; it was written by another version.")
+    return run
+
+
 def _same_settings(former: dict[str, Any], settings: dict[str, Any], folder: Path) -> None:
     differing = [key for key in sorted(former.keys() | settings.keys()) if former.get(key) != settings.get(key)]
     if differing:
@@ -132,13 +140,13 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     path = folder / ROWS_FILE
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_bytes().split(b"\n")
     rows = []
     for number, line in enumerate(lines, 1):
         try:
             if line:
-                rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+                rows.append(json.loads(line.decode("utf-8")))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             if number == len(lines):
                 break
             raise ATVError(f"{path} line {number} is not JSON ({error}); expected one prediction a line.") from None
@@ -152,9 +160,7 @@ def load_runs(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
         folder = Path(name)
         if not (folder / RUN_FILE).exists():
             raise ATVError(f"{folder} is not a run: {folder / RUN_FILE} is missing. Make one with: atv eval --out DIR")
-        run = read_json(folder / RUN_FILE, "a run's description")
-        if not isinstance(run, dict) or run.get("schema") != SCHEMA:
-            raise ATVError(f"{folder / RUN_FILE} is not of schema {SCHEMA}; it was written by another version.")
+        run = _read_run(folder)
         settings = run.get("settings", {})
         about = {key: settings.get(key) for key in ("method", "llm", "seed")} | {"run": str(folder)}
         rows = read_rows(folder)

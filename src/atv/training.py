@@ -122,6 +122,7 @@ class ATVTrainer(Trainer):
                     for part, rate in rates.items()
                 ],
                 weight_decay=config.weight_decay,
+                fused=True,  # one pass over memory instead of one per term: several times faster on a CPU
             )
         return self.optimizer
 

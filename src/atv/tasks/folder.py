@@ -65,7 +65,8 @@ def load_task(name: str, data: Path | None = None, templates: Sequence[str] | No
 
 def _rows(rows: Any, split: str, file: Path) -> tuple[Example, ...]:
     if not isinstance(rows, list) or not rows:
-        raise ATVError(f"{file}: the split {split!r} is {'empty' if rows == [] else 'missing'}; expected rows.")
+        what = "missing" if rows is None else "empty" if rows == [] else f"a JSON {type(rows).__name__}"
+        raise ATVError(f"{file}: the split {split!r} is {what}; expected a list of rows.")
     examples = []
     for index, row in enumerate(rows):
         for key in ("input", "output"):

@@ -1,0 +1,192 @@
+"""Tiny random models of real architectures, tokenizers trained in memory, toy tasks. No network."""
+
+import copy
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2Model,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    set_seed,
+)
+
+from atv.config import ATVConfig
+from atv.generator import Generator
+from atv.model import ATVModel
+from atv.tasks import Example, Task
+
+torch.set_num_threads(1)  # tiny models: more threads only wait for each other
+
+TEXT = [
+    "The harbour was quiet before the first boats came in.",
+    "Is this opinion positive or negative? Answer positive or negative.",
+    "Question: the kettle leaks and the lid sticks, yes or no?",
+    "A: Answer: The answer is True or False; one two three four five six.",
+]
+
+
+def _train(tokenizer: Tokenizer, trainer: object) -> PreTrainedTokenizerFast:
+    tokenizer.train_from_iterator(TEXT * 3, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+    )
+
+
+SPECIAL = ["<pad>", "<unk>", "<s>", "</s>"]
+
+
+def byte_level_tokenizer() -> PreTrainedTokenizerFast:
+    """As GPT-2's and Llama 3's: byte-level BPE, a space belongs to the word after it."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    return _train(
+        tokenizer,
+        trainers.BpeTrainer(vocab_size=380, show_progress=False, special_tokens=SPECIAL, initial_alphabet=alphabet),
+    )
+
+
+def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
+    """As Llama 2's and Mistral's: a text gets a space of its own in front, spaces are a visible mark."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+    return _train(
+        tokenizer,
+        trainers.UnigramTrainer(
+            vocab_size=120, show_progress=False, special_tokens=SPECIAL, unk_token="<unk>", max_piece_length=9
+        ),
+    )
+
+
+SIZES = {
+    "vocab_size": 400,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.4,  # at 0.02 attention hardly matters, and a wrong cache or position does not show
+    "bos_token_id": 2,
+    "eos_token_id": 3,
+    "pad_token_id": 0,
+}
+GROUPED = SIZES | {"num_key_value_heads": 2}
+
+
+class TupleLayer(nn.Module):
+    """A decoder layer that returns a tuple, as many architectures and older libraries do."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args: object, **kwargs: object) -> tuple[torch.Tensor, str]:
+        output = self.layer(*args, **kwargs)
+        return (output[0] if isinstance(output, tuple) else output), "something else"
+
+
+def _with_tuple_layers(llm: nn.Module) -> nn.Module:
+    class Unpack(nn.Module):
+        """What a model with tuple layers does in its own forward: takes the first element."""
+
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, *args: object, **kwargs: object) -> torch.Tensor:
+            return self.layer(*args, **kwargs)[0]
+
+    inner = [TupleLayer(layer) for layer in llm.model.layers]
+    llm.model.layers = nn.ModuleList(Unpack(layer) for layer in inner)
+    llm.tuple_layers = nn.ModuleList(inner)
+    llm.layer_path = "tuple_layers"
+    return llm
+
+
+def _with_lora(llm: nn.Module) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    peft = get_peft_model(llm, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    return peft.eval()
+
+
+CONFIGS = {
+    "llama": LlamaConfig(**GROUPED),
+    "qwen2": Qwen2Config(**GROUPED),
+    "mistral": MistralConfig(**GROUPED, sliding_window=6),
+    "gpt2": GPT2Config(**SIZES, n_inner=48),
+    "gpt_neox": GPTNeoXConfig(**SIZES),
+    "gemma3": Gemma3TextConfig(**GROUPED, head_dim=8, sliding_window=6, layer_types=None),
+    "opt": OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32),
+}
+ARCHITECTURES = [*CONFIGS, "peft", "tuple"]
+
+
+def make_llm(name: str = "llama", dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A tiny random LLM of the named architecture."""
+    set_seed(1)
+    base = "llama" if name in ("peft", "tuple") else name
+    llm = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[base])).to(dtype).eval()
+    if name == "peft":
+        return _with_lora(llm).to(dtype)
+    return _with_tuple_layers(llm) if name == "tuple" else llm
+
+
+def make_generator(config: ATVConfig, kind: str = "bert") -> Generator:
+    """A tiny random generator, encoder or decoder."""
+    set_seed(2)
+    if kind == "bert":
+        sizes = {key: SIZES[key] for key in SIZES if key not in ("hidden_size", "bos_token_id", "eos_token_id")}
+        encoder: nn.Module = BertModel(BertConfig(**sizes, hidden_size=24))
+    else:
+        encoder = GPT2Model(GPT2Config(**SIZES | {"hidden_size": 24, "num_hidden_layers": 2}))
+    return Generator(encoder, byte_level_tokenizer(), config.pooling, config.query_template, config.train_generator)
+
+
+def make_atv(
+    name: str = "llama", dtype: torch.dtype = torch.float64, kind: str = "bert", **options: object
+) -> ATVModel:
+    """An ATV on a tiny LLM, strong enough to matter."""
+    llm = make_llm(name, dtype)
+    path = getattr(llm, "layer_path", None)
+    config = ATVConfig(**({"scale": 0.3, "pooling": "mean", "layer_path": path} | options))  # type: ignore[arg-type]
+    set_seed(3)
+    atv = ATVModel(llm, config, tokenizer=byte_level_tokenizer(), generator=make_generator(config, kind))
+    return atv.to(dtype).eval()
+
+
+def toy_task(name: str = "toy", rows: int = 24) -> Task:
+    """Two words decide the answer."""
+    words = [("quiet", "yes"), ("leaks", "no")]
+    examples = [Example(f"the harbour {words[i % 2][0]} {i}", words[i % 2][1]) for i in range(rows)]
+    third = rows // 3
+    return Task(
+        name,
+        ("{input}\nyes or no?", "Question: {input}", "Is it so? {input}"),
+        tuple(examples[:third]),
+        tuple(examples[third : 2 * third]),
+        tuple(examples[2 * third :]),
+    )
+
+
+@pytest.fixture
+def task() -> Task:
+    return toy_task()

@@ -1,0 +1,218 @@
+"""The artifact: round trip, damage refused, another LLM refused, a kill leaves the former or the new one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_atv, make_llm
+
+from atv import adapter
+from atv.errors import ATVError
+from atv.model import ATVModel
+
+QUERIES = ["the kettle leaks", "a quiet harbour"]
+
+
+def saved(tmp_path, **options):
+    atv = make_atv(dtype=torch.float32, **options)
+    atv.training_summary = {"tasks": {"toy": ["{input}"]}}
+    atv.save_pretrained(tmp_path / "adapter")
+    return atv, tmp_path / "adapter"
+
+
+def load(path, llm=None):
+    return ATVModel.from_pretrained(llm or make_llm(dtype=torch.float32), path, tokenizer=make_atv().tokenizer)
+
+
+@pytest.mark.parametrize("options", [{}, {"expansion_rank": 3}, {"layers": [0, 2], "positions": "last:2"}])
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_a_loaded_adapter_gives_the_same_vectors_bit_for_bit(tmp_path, options, kind):
+    atv, path = saved(tmp_path, kind=kind, **options)
+    again = load(path)
+    assert torch.equal(again.task_vectors(QUERIES), atv.task_vectors(QUERIES))
+    assert again.config == atv.config
+    assert again.training_summary == atv.training_summary
+    assert not again.training
+    assert not list(tmp_path.rglob("*.bin")) + list(tmp_path.rglob("*.pt"))
+    assert {p.name for p in tmp_path.iterdir()} == {"adapter"}
+
+
+def test_a_frozen_generator_is_named_not_copied(tmp_path):
+    source = make_atv(dtype=torch.float32).generator
+    source.save(tmp_path / "generator")
+    atv, path = saved(tmp_path, train_generator=False, generator=str(tmp_path / "generator"))
+    assert not (path / "generator").exists()
+    assert torch.equal(load(path).task_vectors(QUERIES), atv.task_vectors(QUERIES))
+
+
+def test_the_folder_of_a_training_is_taken_for_its_adapter(tmp_path):
+    _, path = saved(tmp_path)
+    assert adapter.locate(tmp_path) == path
+
+
+def other(**changes):
+    from conftest import GROUPED
+    from transformers import AutoModelForCausalLM, LlamaConfig, set_seed
+
+    set_seed(1)
+    return AutoModelForCausalLM.from_config(LlamaConfig(**GROUPED | changes))
+
+
+@pytest.mark.parametrize(
+    ("llm", "named"),
+    [
+        (lambda: other(num_hidden_layers=4), "num_layers 3 against 4"),
+        (lambda: other(hidden_size=64), "hidden_size 32 against 64"),
+        (lambda: make_llm("qwen2"), "model_type llama against qwen2"),
+        (lambda: other(vocab_size=500), "vocab_size 400 against 500"),
+        (lambda: other(initializer_range=0.3), "fingerprint"),
+    ],
+)
+def test_another_llm_is_refused_and_both_are_named(tmp_path, llm, named):
+    _, path = saved(tmp_path)
+    with pytest.raises(ATVError, match=f"was made for .* and the LLM given is .*{named}"):
+        load(path, llm())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_same_llm_in_another_dtype_is_accepted(tmp_path, dtype):
+    from conftest import CONFIGS
+    from transformers import AutoModelForCausalLM, set_seed
+
+    set_seed(1)
+    llm = AutoModelForCausalLM.from_config(CONFIGS["llama"]).bfloat16()  # as checkpoints are published
+    expected = adapter.describe_llm(llm)
+    assert adapter.describe_llm(llm.to(dtype)) == expected
+
+
+def truncate(path):
+    os.truncate(path / "expansion.safetensors", 200)
+
+
+def alter(path):
+    file = path / "generator" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+def edit(**changes):
+    def apply(path):
+        file = path / "atv_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (truncate, "expansion.safetensors is altered or truncated"),
+        (alter, "model.safetensors is altered or truncated"),
+        (lambda path: (path / "expansion.safetensors").unlink(), "expansion.safetensors is missing"),
+        (lambda path: (path / "atv_config.json").write_text("{"), "is not valid JSON"),
+        (lambda path: (path / "atv_config.json").unlink(), "No adapter at"),
+        (edit(format=99), "has format 99; this version reads format 1"),
+        (edit(config={"scale": "strong"}), "is damaged"),
+        (edit(sha256={"../../etc/passwd": "0"}), "lists the weight files"),
+    ],
+)
+def test_damage_is_refused_and_named(tmp_path, damage, named):
+    _, path = saved(tmp_path)
+    damage(path)
+    with pytest.raises(ATVError, match=named):
+        load(path)
+
+
+def test_saving_over_something_else_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ATVError, match="exists and is not an adapter"):
+        make_atv(dtype=torch.float32).save_pretrained(tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+KILLED = """
+import sys
+sys.path.insert(0, {tests!r})
+from conftest import make_atv
+import torch
+atv = make_atv(dtype=torch.float32)
+with torch.no_grad():
+    atv.expansion.map.bias.fill_(7.0)
+print("ready", flush=True)
+while True:
+    atv.save_pretrained({path!r})
+"""
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_adapter(tmp_path):
+    atv, path = saved(tmp_path)
+    tests = str(Path(__file__).parent)
+    for moment in range(6):
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED.format(tests=tests, path=str(path))], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout.readline() == "ready\n"
+        try:
+            process.wait(timeout=0.011 * (moment + 1))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        bias = load(path).expansion.map.bias
+        assert torch.equal(bias, torch.full_like(bias, 7.0)) or torch.equal(bias, atv.expansion.map.bias)
+
+
+def test_push_uploads_the_saved_folder(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    uploaded = {}
+
+    class Api:
+        def __init__(self, token=None):
+            uploaded["token"] = token
+
+        def create_repo(self, repo_id, **options):
+            uploaded["repo"] = repo_id
+
+        def upload_folder(self, *, repo_id, folder_path, commit_message):
+            uploaded["files"] = sorted(p.name for p in Path(folder_path).rglob("*") if p.is_file())
+            return "address"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    assert make_atv(dtype=torch.float32).push_to_hub("me/adapter", token="t") == "address"
+    assert uploaded["repo"] == "me/adapter"
+    assert {"atv_config.json", "expansion.safetensors", "README.md", "model.safetensors"} <= set(uploaded["files"])
+
+
+def test_a_hub_id_is_downloaded_without_pickles(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    atv, path = saved(tmp_path)
+    asked = {}
+
+    def download(name, revision, allow_patterns):
+        asked.update(name=name, revision=revision, patterns=allow_patterns)
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    model = ATVModel.from_pretrained(
+        make_llm(dtype=torch.float32), "me/adapter", tokenizer=atv.tokenizer, revision="abc"
+    )
+    assert torch.equal(model.task_vectors(QUERIES), atv.task_vectors(QUERIES))
+    assert asked["name"] == "me/adapter"
+    assert asked["revision"] == "abc"
+    assert not any(pattern in ("*", "*.bin", "*.pt") for pattern in asked["patterns"])
+
+
+def test_the_model_card_names_llm_generator_and_tasks(tmp_path):
+    _, path = saved(tmp_path)
+    card = (path / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: adaptive-task-vectors")
+    for word in ("toy", "positions | last", "3 layers of width 32"):
+        assert word in card

@@ -1,0 +1,108 @@
+"""The wiring self-test: passes on every architecture, and finds what is broken on purpose."""
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, make_atv
+
+import atv.model
+import atv.steering
+from atv import hooks
+from atv.doctor import check_wiring, require_wiring
+from atv.errors import ATVError
+
+
+def failed(found):
+    return [check.name for check in found if not check.passed]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("positions", ["last", "last:3", "answer", "all"])
+def test_every_architecture_and_position_passes(name, positions):
+    checks = check_wiring(make_atv(name, dtype=torch.float32, positions=positions))
+    assert len(checks) == 6
+    assert failed(checks) == []
+
+
+def test_bfloat16_passes_too():
+    atv = make_atv(dtype=torch.float32)
+    llm = atv.llm.bfloat16()
+    assert next(llm.parameters()).dtype == torch.bfloat16
+    assert failed(check_wiring(atv)) == []
+
+
+def test_it_leaves_weights_gradients_modes_and_random_state_as_they_were():
+    atv = make_atv(dtype=torch.float32).train()
+    weights = {name: p.clone() for name, p in atv.named_parameters()}
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    check_wiring(atv)
+    assert torch.equal(torch.rand(3), expected)
+    assert atv.training
+    assert atv.generator.training
+    assert all(torch.equal(p, weights[name]) and p.grad is None for name, p in atv.named_parameters())
+
+
+def nowhere(hidden, vectors, mask, scale):
+    return hidden
+
+
+def detached(hidden, vectors, mask, scale):
+    return REAL(hidden, vectors.detach(), mask, scale)
+
+
+def next_row(hidden, vectors, mask, scale):
+    return REAL(hidden, vectors.roll(1, 0), mask, scale)
+
+
+REAL = atv.model.add_vectors
+
+
+@pytest.mark.parametrize(
+    ("broken", "named"),
+    [
+        (nowhere, "the tokens that changed are those asked for"),
+        (nowhere, "gradient reaches generator and expansion, and no LLM weight"),
+        (detached, "gradient reaches generator and expansion, and no LLM weight"),
+        (next_row, "batch = single"),
+    ],
+)
+def test_a_broken_injection_is_found_and_named(monkeypatch, broken, named):
+    monkeypatch.setattr(atv.model, "add_vectors", broken)
+    assert named in failed(check_wiring(make_atv(dtype=torch.float32, positions="last:2")))
+
+
+def test_a_vector_on_every_token_is_found(monkeypatch):
+    """What the paper's released code does, where the last token was asked for."""
+    monkeypatch.setattr(atv.steering, "edit_mask", lambda attended, positions: attended.bool())
+    assert "the tokens that changed are those asked for" in failed(check_wiring(make_atv(dtype=torch.float32)))
+
+
+def test_a_hook_that_loses_the_answers_edit_is_found_by_the_cache_check(monkeypatch):
+    from atv.steering import PromptTracker
+
+    observe = PromptTracker.observe
+
+    def prefill_only(self, call):
+        observe(self, call)
+        if call["input_ids"].shape[1] == 1:
+            self.mask = None
+
+    monkeypatch.setattr(PromptTracker, "observe", prefill_only)
+    assert "cached = recomputed" in failed(check_wiring(make_atv(dtype=torch.float32, positions="answer")))
+
+
+def test_an_llm_that_takes_a_gradient_is_found():
+    model = make_atv(dtype=torch.float32)
+    next(model.llm.parameters()).requires_grad_(True)
+    assert failed(check_wiring(model)) == ["gradient reaches generator and expansion, and no LLM weight"]
+
+
+def test_a_model_that_fails_altogether_is_reported_not_raised(monkeypatch):
+    model = make_atv(dtype=torch.float32)
+    monkeypatch.setattr(hooks, "_hidden", lambda module, output: 1 / 0)
+    checks = check_wiring(model)
+    assert len(failed(checks)) >= 4
+    assert "ZeroDivisionError" in checks[0].found
+    with pytest.raises(ATVError, match="wiring self-test failed.*atv doctor"):
+        require_wiring(model)

@@ -1,0 +1,182 @@
+"""Steered generation: cached, uncached, beams, samples, padding, and a user's own generate call."""
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, make_atv
+from transformers import StaticCache, TextStreamer
+
+from atv.batching import edit_mask
+from atv.errors import ATVError
+from atv.hooks import base_llm
+from atv.model import inject
+
+PROMPTS = ["the kettle leaks and the lid sticks, yes or no?\nA:", "quiet\nA:", "x"]
+QUERIES = ["the kettle leaks", "quiet", "one two three"]
+NEW = 5
+
+
+def recomputed(atv, prompt, query, steps=NEW, token_ids=None):
+    """Greedy decoding by hand: the whole text read again at each step, alone, with its edit mask written out."""
+    vectors = atv.task_vectors([query])
+    ids = atv.encode_prompts([prompt])["input_ids"]
+    length = ids.shape[1]
+    for step in range(steps):
+        mask = torch.zeros(1, length + step, dtype=torch.bool)
+        count = atv.positions.prompt_tokens
+        mask[:, 0 if count is None else max(0, length - count) : length] = True
+        mask[:, length:] = atv.positions.answer
+        with torch.no_grad(), inject(atv.layers, vectors, atv.config.scale, lambda mask=mask: mask):
+            logits = atv.llm(ids, use_cache=False).logits[0, -1]
+        chosen = logits.argmax() if token_ids is None else token_ids[step]
+        ids = torch.cat([ids, chosen.view(1, 1)], dim=1)
+    return ids[0, length:].tolist()
+
+
+def generated(atv, prompts, queries, **options):
+    """New token ids of the user's own call: ``with atv.steer(queries): llm.generate(...)``."""
+    inputs = atv.encode_prompts(prompts)
+    width = inputs.pop("position_ids").shape[1]
+    with atv.steer(queries):
+        out = atv.llm.generate(**inputs, max_new_tokens=NEW, min_new_tokens=NEW, pad_token_id=0, **options)
+    return out[:, width:].tolist()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("positions", ["last", "last:3", "answer", "all"])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_batch_of_mixed_lengths_equals_each_prompt_recomputed_by_hand(name, positions, use_cache):
+    atv = make_atv(name, positions=positions, scale=1.0)
+    base_llm(atv.llm).generation_config.eos_token_id = None
+    found = generated(atv, PROMPTS, QUERIES, do_sample=False, use_cache=use_cache)
+    assert found == [recomputed(atv, prompt, query) for prompt, query in zip(PROMPTS, QUERIES, strict=True)]
+
+
+def test_steering_changes_the_answer_and_each_query_steers_its_own_row():
+    atv = make_atv(scale=5.0)
+    base_llm(atv.llm).generation_config.eos_token_id = None
+    steered = generated(atv, PROMPTS[:1] * 3, QUERIES, do_sample=False)
+    assert len({tuple(row) for row in steered}) == 3
+
+
+@pytest.mark.parametrize("positions", ["last", "answer", "all"])
+def test_beams_repeat_the_vectors_row_by_row(positions):
+    atv = make_atv(positions=positions, scale=1.0)
+    base_llm(atv.llm).generation_config.eos_token_id = None
+    options = {"do_sample": False, "num_beams": 3, "num_return_sequences": 2}
+    together = generated(atv, PROMPTS, QUERIES, **options)
+    alone = [row for p, q in zip(PROMPTS, QUERIES, strict=True) for row in generated(atv, [p], [q], **options)]
+    assert together == alone
+    assert together == generated(atv, PROMPTS, QUERIES, use_cache=False, **options)
+
+
+def test_beam_scores_are_those_of_the_steered_model():
+    """The best beam's own log-probability, recomputed by hand, is the score that beam search gave it."""
+    atv = make_atv(scale=1.0)
+    base_llm(atv.llm).generation_config.eos_token_id = None
+    inputs = atv.encode_prompts(PROMPTS[:1])
+    width = inputs.pop("position_ids").shape[1]
+    with atv.steer(QUERIES[:1]):
+        out = atv.llm.generate(
+            **inputs, max_new_tokens=3, min_new_tokens=3, num_beams=4, do_sample=False, pad_token_id=0,
+            return_dict_in_generate=True, output_scores=True, length_penalty=0.0,
+        )  # fmt: skip
+    ids = out.sequences
+    vectors = atv.task_vectors(QUERIES[:1])
+    mask = edit_mask(torch.ones_like(ids), atv.positions)
+    mask[:] = False
+    mask[:, width - 1] = True
+    with torch.no_grad(), inject(atv.layers, vectors, 1.0, lambda: mask):
+        log_probs = atv.llm(ids, use_cache=False).logits[0].log_softmax(-1)
+    expected = sum(log_probs[width - 1 + step, ids[0, width + step]].item() for step in range(3))
+    assert out.sequences_scores[0].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_returned_sequences_share_their_prompts_vector():
+    atv = make_atv(scale=1.0)
+    torch.manual_seed(0)
+    rows = generated(atv, PROMPTS, QUERIES, do_sample=True, num_return_sequences=4)
+    assert len(rows) == 12
+    torch.manual_seed(0)
+    assert rows == generated(atv, PROMPTS, QUERIES, do_sample=True, num_return_sequences=4)
+
+
+def test_generate_takes_texts_and_gives_texts(capsys):
+    atv = make_atv(scale=1.0)
+    texts = atv.generate(PROMPTS, QUERIES, max_new_tokens=4, do_sample=False)
+    expected = atv.tokenizer.batch_decode(
+        [row[:4] for row in generated(atv, PROMPTS, QUERIES, do_sample=False)], skip_special_tokens=True
+    )
+    assert texts == expected
+    assert len(atv.generate(PROMPTS, num_return_sequences=2, do_sample=True, max_new_tokens=2)) == 6
+    streamed = atv.generate(
+        PROMPTS[:1], QUERIES[:1], max_new_tokens=4, do_sample=False,
+        streamer=TextStreamer(atv.tokenizer, skip_prompt=True, skip_special_tokens=True),
+    )  # fmt: skip
+    assert capsys.readouterr().out.strip() == streamed[0].strip()
+
+
+def test_a_static_cache_gives_the_same_text():
+    atv = make_atv(scale=1.0)
+    base_llm(atv.llm).generation_config.eos_token_id = None
+    plain = generated(atv, PROMPTS, QUERIES, do_sample=False)
+    cache = StaticCache(config=atv.llm.config, max_cache_len=64)
+    assert generated(atv, PROMPTS, QUERIES, do_sample=False, past_key_values=cache) == plain
+
+
+def test_several_calls_in_one_context_each_start_anew():
+    atv = make_atv(scale=1.0)
+    first, second = PROMPTS[:1], [PROMPTS[0].replace("kettle", "boats")]
+    inputs = [atv.encode_prompts(prompts) for prompts in (first, second, first)]
+    with atv.steer(QUERIES[:1]), torch.no_grad():
+        found = [atv.llm(**each).logits[:, -1] for each in inputs]
+    for prompts, logits in zip((first, second, first), found, strict=True):
+        with atv.steer(QUERIES[:1]), torch.no_grad():
+            torch.testing.assert_close(logits, atv.llm(**atv.encode_prompts(prompts)).logits[:, -1])
+
+
+def test_a_cache_that_was_filled_before_is_taken_into_account():
+    atv = make_atv(scale=1.0)
+    inputs = atv.encode_prompts(PROMPTS[:1])
+    with torch.no_grad():
+        past = atv.llm(inputs["input_ids"][:, :4], use_cache=True).past_key_values
+        with atv.steer(QUERIES[:1]):
+            found = atv.llm(inputs["input_ids"][:, 4:], past_key_values=past).logits[:, -1]
+        with atv.steer(QUERIES[:1]):
+            expected = atv.llm(**inputs).logits[:, -1]
+    torch.testing.assert_close(found, expected)
+
+
+def test_right_padded_prompts_are_steered_at_their_last_real_token():
+    atv = make_atv(scale=1.0)
+    ids = atv.encode_prompts(PROMPTS[:1])["input_ids"]
+    padded = torch.nn.functional.pad(ids, (0, 4))
+    mask = torch.nn.functional.pad(torch.ones_like(ids), (0, 4))
+    with atv.steer(QUERIES[:1]), torch.no_grad():
+        found = atv.llm(padded, attention_mask=mask).logits[:, ids.shape[1] - 1]
+    with atv.steer(QUERIES[:1]), torch.no_grad():
+        torch.testing.assert_close(found, atv.llm(ids).logits[:, -1])
+
+
+def test_scale_zero_is_the_base_model_bit_for_bit():
+    for dtype in (torch.bfloat16, torch.float32):
+        atv = make_atv(dtype=dtype, positions="all")
+        inputs = atv.encode_prompts(PROMPTS)
+        with torch.no_grad():
+            plain = atv.llm(**inputs).logits
+            with atv.steer(QUERIES, vectors=torch.randn(3, 3, 32), scale=0.0):
+                assert torch.equal(atv.llm(**inputs).logits, plain)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "queries", "named"),
+    [
+        ([], None, "list of prompts"),
+        ("text", None, "list of prompts"),
+        (["a"], ["a", "b"], "as many queries"),
+        (["a"], [" "], "A query is ' '"),
+        (["the harbour " * 200], ["a"], "the LLM's context is 256"),
+    ],
+)
+def test_wrong_input_is_named(prompts, queries, named):
+    with pytest.raises(ATVError, match=named):
+        make_atv(dtype=torch.float32).generate(prompts, queries, max_new_tokens=1)

@@ -1,0 +1,286 @@
+"""Runs on disk: made, continued after a kill at any byte, refused when they do not fit, and loaded together."""
+
+import json
+import platform
+import shutil
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from refusals import refused
+
+import atv
+from atv.records import Prediction, RunWriter, load_runs, read_rows
+
+SETTINGS = {"method": "atv", "llm": "tiny", "seed": 42, "tasks": {"sentiment": 120}}
+
+
+def prediction(example: int = 0, **changed: object) -> Prediction:
+    fields = {
+        "task": "sentiment",
+        "category": "NLU",
+        "split": "test",
+        "template": 1,
+        "answer_prefix": "A:",
+        "example": example,
+        "target": "positive",
+        "prediction": " größer\n",
+        "correct": False,
+        "prediction_among_options": "positive",
+        "correct_among_options": True,
+        "prompt_tokens": 31,
+        "seconds": 0.25,
+    }
+    return Prediction(**fields | changed)
+
+
+def fresh(folder: Path, rows: int = 0, **changed: object) -> RunWriter:
+    run = RunWriter(folder, SETTINGS | changed)
+    run.append(prediction(index) for index in range(rows))
+    return run
+
+
+def run_file(folder: Path) -> dict[str, object]:
+    return json.loads((folder / "run.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return tmp_path / "runs" / "atv"
+
+
+def test_a_new_run_has_its_settings_its_origin_and_no_rows(folder):
+    run = fresh(folder)
+    described = run_file(folder)
+    assert {key: described[key] for key in ("schema", "finished", "settings")} == {
+        "schema": 1,
+        "finished": False,
+        "settings": SETTINGS,
+    }
+    assert described["versions"]["adaptive-task-vectors"] == atv.__version__
+    assert described["python"] == platform.python_version()
+    assert platform.machine() in described["machine"]
+    assert described["commit"] is None or set(described["commit"]) <= set("0123456789abcdef")
+    assert (run.finished, run.rows, (folder / "predictions.jsonl").read_bytes()) == (False, [], b"")
+
+
+def test_a_row_is_one_line_of_json_that_any_tool_can_read(folder):
+    fresh(folder, rows=2)
+    lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["example"] for line in lines] == [0, 1]
+    assert '"prediction": " größer\\n"' in lines[0]
+    assert list(json.loads(lines[0])) == list(asdict(prediction()))
+
+
+TEXT = st.text(max_size=12) | st.sampled_from(["\n", "a\r\nb", "\u2028", "\x85", '"}', "\\", "ß🦆"])
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(
+        st.builds(
+            Prediction,
+            task=TEXT,
+            category=TEXT,
+            split=TEXT,
+            template=st.integers(0, 9),
+            answer_prefix=TEXT,
+            example=st.integers(0, 999),
+            target=TEXT,
+            prediction=TEXT,
+            correct=st.booleans(),
+            prediction_among_options=TEXT,
+            correct_among_options=st.booleans(),
+            prompt_tokens=st.integers(0, 9999),
+            seconds=st.floats(0, 100),
+        ),
+        max_size=4,
+    )
+)
+def test_rows_come_back_as_they_were_appended(predictions):
+    with tempfile.TemporaryDirectory() as name:
+        run = RunWriter(Path(name), SETTINGS)
+        run.append(predictions[:1])
+        run.append(predictions[1:])
+        assert run.rows == [asdict(row) for row in predictions]
+        assert [Prediction(**row) for row in read_rows(Path(name))] == predictions
+
+
+def test_a_run_goes_on_where_it_stopped(folder):
+    fresh(folder, rows=2).describe(device="cpu")
+    before = run_file(folder)
+    run = RunWriter(folder, SETTINGS)
+    assert [row["example"] for row in run.rows] == [0, 1]
+    assert not run.finished
+    run.append([prediction(2)])
+    assert [row["example"] for row in read_rows(folder)] == [0, 1, 2]
+    assert run_file(folder) == before
+    assert before["device"] == "cpu"
+
+
+def test_a_finished_run_is_known_as_finished_when_it_is_opened_again(folder):
+    fresh(folder, rows=1).finish(seconds=12.5)
+    run = RunWriter(folder, SETTINGS)
+    assert run.finished
+    assert (run.run["seconds"], len(run.rows)) == (12.5, 1)
+
+
+def test_settings_are_compared_as_json_gives_them_back(folder):
+    fresh(folder, rows=1, layers=(0, 1), counts={3: "three"})
+    assert len(RunWriter(folder, SETTINGS | {"layers": [0, 1], "counts": {"3": "three"}}).rows) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts", "same"),
+    [
+        (SETTINGS | {"seed": 43}, ["seed: 42 there, 43 now"], ["llm", "method"]),
+        (
+            SETTINGS | {"llm": "huge", "method": "zero-shot"},
+            ["llm: 'tiny' there, 'huge' now", "method: 'atv'"],
+            ["seed"],
+        ),
+        (SETTINGS | {"tasks": {"sentiment": 8}}, ["tasks: {'sentiment': 120} there, {'sentiment': 8} now"], ["seed"]),
+        (SETTINGS | {"dtype": "float16"}, ["dtype: None there, 'float16' now"], ["seed"]),
+        ({"method": "atv", "llm": "tiny", "seed": 42}, ["tasks: {'sentiment': 120} there, None now"], ["seed"]),
+    ],
+)
+def test_a_run_with_other_settings_is_refused_and_left_alone(folder, settings, parts, same):
+    fresh(folder, rows=2)
+    with refused(folder, "other settings", "Use another --out, or --force", *parts) as caught:
+        RunWriter(folder, settings)
+    assert not [key for key in same if f"{key}:" in str(caught.value)]
+    assert [row["example"] for row in RunWriter(folder, SETTINGS).rows] == [0, 1]
+
+
+def test_force_begins_anew_whatever_the_settings(folder):
+    fresh(folder, rows=2).finish(note="former")
+    run = RunWriter(folder, SETTINGS | {"seed": 43}, force=True)
+    assert (run.rows, read_rows(folder), run.finished) == ([], [], False)
+    described = run_file(folder)
+    assert described["settings"]["seed"] == 43
+    assert "note" not in described
+
+
+def test_force_that_cannot_write_the_new_run_does_not_pass_former_rows_for_it(folder):
+    fresh(folder, rows=2)
+    (folder / "run.json").unlink()
+    (folder / "run.json").mkdir()
+    with pytest.raises(OSError, match=r"run\.json"):
+        RunWriter(folder, SETTINGS | {"seed": 43}, force=True)
+    assert read_rows(folder) == []
+
+
+@pytest.mark.parametrize("force", [True, False])
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_what_is_not_a_run_is_never_written_over(tmp_path, kind, force):
+    path = tmp_path / "thesis"
+    if kind == "folder":
+        path.mkdir()
+    precious = path / "chapter.txt" if kind == "folder" else path
+    precious.write_text("years of work")
+    with refused(path, "is not a run", "choose a new folder"):
+        RunWriter(path, SETTINGS, force=force)
+    assert precious.read_text() == "years of work"
+    assert len(list(tmp_path.rglob("*"))) == (2 if kind == "folder" else 1)
+
+
+def test_an_empty_folder_becomes_a_run(folder):
+    folder.mkdir(parents=True)
+    assert len(fresh(folder, rows=1).rows) == 1
+
+
+def test_a_kill_at_any_byte_of_a_row_costs_at_most_that_row(folder):
+    fresh(folder, rows=2)
+    path = folder / "predictions.jsonl"
+    whole = path.read_bytes()
+    first, last = (index for index, byte in enumerate(whole) if byte == ord("\n"))
+    for cut in range(first, len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        assert [row["example"] for row in read_rows(folder)] == ([0, 1] if cut >= last else [0])
+
+
+@pytest.mark.parametrize("cut", [b'{"task": "senti', '"größer"'.encode()[:4], b'{"task": "x"', b"\x00\x00\x00"])
+def test_a_line_that_a_kill_cut_short_is_dropped_and_the_next_row_stands_on_a_line_of_its_own(folder, cut):
+    fresh(folder, rows=2)
+    path = folder / "predictions.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole + cut)
+    run = RunWriter(folder, SETTINGS)
+    assert path.read_bytes() == whole
+    run.append([prediction(2)])
+    assert [row["example"] for row in run.rows] == [0, 1, 2]
+    assert [json.loads(line)["example"] for line in path.read_bytes().splitlines()] == [0, 1, 2]
+
+
+def test_a_whole_last_row_without_its_line_break_is_kept(folder):
+    fresh(folder, rows=2)
+    path = folder / "predictions.jsonl"
+    path.write_bytes(path.read_bytes().rstrip(b"\n"))
+    RunWriter(folder, SETTINGS).append([prediction(2)])
+    assert [row["example"] for row in read_rows(folder)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("damage", [b'{"task": "senti', b"not json", b'{"task": "\xff"}'])
+@pytest.mark.parametrize("line", [1, 2, 3])
+def test_damage_before_the_last_line_is_named_with_its_place(folder, damage, line):
+    fresh(folder, rows=3)
+    path = folder / "predictions.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[line - 1] = damage + b"\n"
+    path.write_bytes(b"".join(lines))
+    with refused(f"{path} line {line} is not JSON", "expected one prediction a line"):
+        read_rows(folder)
+    with refused(f"{path} line {line}"):
+        RunWriter(folder, SETTINGS)
+    assert path.read_bytes() == b"".join(lines)
+
+
+def test_runs_are_loaded_in_order_each_row_with_its_method_llm_seed_and_folder(tmp_path):
+    fresh(tmp_path / "b", rows=2, method="zero-shot", seed=1)
+    fresh(tmp_path / "a", rows=1).finish()
+    rows = load_runs([tmp_path / "b", str(tmp_path / "a")])
+    zero_shot = {"method": "zero-shot", "llm": "tiny", "seed": 1, "run": str(tmp_path / "b")}
+    adapted = {"method": "atv", "llm": "tiny", "seed": 42, "run": str(tmp_path / "a")}
+    assert rows == [
+        zero_shot | asdict(prediction(0)),
+        zero_shot | asdict(prediction(1)),
+        adapted | asdict(prediction(0)),
+    ]
+
+
+def test_a_run_can_be_moved(tmp_path, folder):
+    fresh(folder, rows=1)
+    shutil.move(folder, tmp_path / "elsewhere")
+    assert load_runs([tmp_path / "elsewhere"])[0]["run"] == str(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (None, ("is not a run", "run.json is missing", "Make one with: atv eval --out DIR")),
+        ("{", ("run.json is not valid JSON", "expected a run's description")),
+        ("[]", ("run.json is not of schema 1", "another version")),
+        ('{"schema": 2, "settings": {}}', ("run.json is not of schema 1", "another version")),
+        ('{"settings": {}}', ("run.json is not of schema 1", "another version")),
+    ],
+)
+def test_a_folder_that_is_no_run_of_this_version_is_named(folder, content, parts):
+    fresh(folder, rows=1)
+    (folder / "run.json").unlink() if content is None else (folder / "run.json").write_text(content)
+    with refused(folder, *parts):
+        load_runs([folder])
+    if content is not None:
+        with refused(folder, *parts):
+            RunWriter(folder, SETTINGS)
+    assert len(read_rows(folder)) == 1
+
+
+@pytest.mark.parametrize("content", [None, "", '{"task": "senti'])
+def test_a_run_without_any_row_is_named(folder, content):
+    fresh(folder)
+    (folder / "predictions.jsonl").unlink() if content is None else (folder / "predictions.jsonl").write_text(content)
+    with refused(folder, "has no predictions yet", "finish it with the command that began it"):
+        load_runs([folder])

@@ -1,0 +1,234 @@
+"""Training: it learns, it resumes bit for bit after a kill, it stops before NaN, it keeps the best epoch."""
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_atv, toy_task
+from safetensors.torch import load_file
+
+from atv.batching import EncodedRow
+from atv.config import TrainConfig
+from atv.errors import ATVError
+from atv.training import Batches, Rows, train, training_rows
+
+
+def quick(**options):
+    return TrainConfig(**({"epochs": 3, "batch_size": 4, "learning_rate": 5e-3, "templates_per_row": 1} | options))
+
+
+def tiny(**options):
+    return make_atv(dtype=torch.float32, scale=0.5, **options)
+
+
+def weights(folder):
+    files = sorted((Path(folder) / "adapter").rglob("*.safetensors"))
+    return {f"{file.name}:{name}": tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def test_it_learns_a_toy_task(tmp_path):
+    atv, task = tiny(), toy_task(rows=48)
+    frozen = {name: p.clone() for name, p in atv.llm.named_parameters()}
+    result = train(atv, [task], tmp_path / "out", quick(epochs=30, templates_per_row=3, learning_rate=0.01))
+    history = [entry["eval_accuracy"] for entry in result.record["history"] if "eval_accuracy" in entry]
+    assert max(history) == 1.0
+    assert result.record["finished"]
+    assert all(torch.equal(p, frozen[name]) for name, p in atv.llm.named_parameters())
+    assert not (tmp_path / "out" / "checkpoints").exists()
+    assert result.adapter == tmp_path / "out" / "adapter"
+
+
+def test_the_first_step_is_adam_with_coupled_decay_written_by_hand(tmp_path):
+    """One step on one batch: m = g, v = g^2 after bias correction, so w - lr * g / (|g| + eps), g with decay in it."""
+    task, config = toy_task(rows=12), quick(epochs=1, batch_size=4, weight_decay=0.1, generator_learning_rate=1e-3)
+    atv = tiny()
+    for module in atv.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    before = {name: p.clone() for name, p in atv.named_parameters()}
+    rows = Rows([atv.encode_row(row) for row in training_rows(task)], 1)
+    batch = atv.collator()([rows[index] for index in Batches(rows, 4, config.seed)])
+    gradients = dict(zip(before, torch.autograd.grad(atv(**batch).loss, list(atv.parameters())), strict=True))
+    train(atv, [task], tmp_path / "out", config)
+    for name, after in atv.named_parameters():
+        rate = config.learning_rate if name.startswith("expansion") else 1e-3
+        g = gradients[name] + 0.1 * before[name]
+        expected = before[name] - rate * g / (g.abs() + 1e-8)
+        torch.testing.assert_close(after, expected, atol=2e-5, rtol=0)
+
+
+def test_a_second_call_trains_nothing_and_force_trains_anew(tmp_path):
+    task = toy_task()
+    train(tiny(), [task], tmp_path / "out", quick())
+    before = os.stat(tmp_path / "out" / "adapter" / "expansion.safetensors").st_mtime_ns
+    train(tiny(), [task], tmp_path / "out", quick())
+    assert os.stat(tmp_path / "out" / "adapter" / "expansion.safetensors").st_mtime_ns == before
+    train(tiny(), [task], tmp_path / "out", quick(), force=True)
+    assert os.stat(tmp_path / "out" / "adapter" / "expansion.safetensors").st_mtime_ns != before
+
+
+def test_other_settings_in_the_same_folder_are_refused(tmp_path):
+    train(tiny(), [toy_task()], tmp_path / "out", quick())
+    with pytest.raises(ATVError, match=r"holds another training \(train: .*Use another --out, or --force"):
+        train(tiny(), [toy_task()], tmp_path / "out", quick(epochs=4))
+
+
+def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path):
+    (tmp_path / "mine.txt").write_text("x")
+    with pytest.raises(ATVError, match="exists and is not a training"):
+        train(tiny(), [toy_task()], tmp_path, quick())
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_training import tiny, quick, toy_task
+from transformers import set_seed
+from atv.training import train
+set_seed(42)
+train(tiny(), [toy_task(rows=36)], {out!r}, quick(epochs=5))
+"""
+
+
+def run_script(out, kill_after_checkpoint=False):
+    code = SCRIPT.format(tests=str(Path(__file__).parent), out=str(out))
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if kill_after_checkpoint:
+        # The complete checkpoint of the second epoch is there; the third is under way.
+        while not list(out.glob("checkpoints/checkpoint-6/complete")) and process.poll() is None:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    return process.returncode
+
+
+def test_killed_and_resumed_the_weights_are_bit_equal(tmp_path):
+    assert run_script(tmp_path / "whole") == 0
+    assert run_script(tmp_path / "killed", kill_after_checkpoint=True) == -signal.SIGKILL
+    record = json.loads((tmp_path / "killed" / "train.json").read_text())
+    assert not record["finished"]
+    half = tmp_path / "killed" / "checkpoints" / "checkpoint-999"
+    half.mkdir()  # as a kill in the middle of writing leaves it
+    assert run_script(tmp_path / "killed") == 0
+    whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+    histories = [json.loads((tmp_path / n / "train.json").read_text())["history"] for n in ("whole", "killed")]
+    losses = [[entry["eval_loss"] for entry in h if "eval_loss" in entry] for h in histories]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 5
+
+
+def break_loss_after(atv, steps):
+    forward, calls = atv.forward, []
+
+    @functools.wraps(forward)
+    def broken(**batch):
+        output = forward(**batch)
+        if atv.training:
+            calls.append(1)
+            if len(calls) > steps:
+                output.loss = output.loss * float("nan")
+        return output
+
+    atv.forward = broken
+
+
+def test_a_nan_loss_stops_and_keeps_the_last_good_state(tmp_path):
+    atv, task = tiny(), toy_task()  # two steps an epoch
+    break_loss_after(atv, 3)
+    with pytest.raises(ATVError, match="NaN or infinite after step 3 .*holds the best epoch before that"):
+        train(atv, [task], tmp_path / "out", quick())
+    reference = tiny()
+    train(reference, [task], tmp_path / "one", quick(epochs=1))
+    kept, expected = weights(tmp_path / "out"), weights(tmp_path / "one")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in kept.items())
+
+
+def test_a_nan_loss_in_the_first_epoch_leaves_no_adapter(tmp_path):
+    atv = tiny()
+    break_loss_after(atv, 1)
+    with pytest.raises(ATVError, match="no adapter to keep.*lower --lr or --scale"):
+        train(atv, [toy_task()], tmp_path / "out", quick())
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+def test_the_best_epoch_is_kept_not_the_last(tmp_path):
+    """At a rate that wrecks the model sooner or later, what is saved has the lowest validation loss of all epochs."""
+    atv, task = tiny(), toy_task()
+    result = train(atv, [task], tmp_path / "out", quick(epochs=6, learning_rate=0.05))
+    losses = [entry["eval_loss"] for entry in result.record["history"] if "eval_loss" in entry]
+    assert result.record["best_eval_loss"] == min(losses)
+    valid = Rows([atv.encode_row(row) for row in training_rows(task, "valid")], 1)
+    with torch.no_grad():
+        found = [atv(**atv.collator()([valid[i]])).loss.item() for i in range(len(valid))]
+    assert sum(found) / len(found) == pytest.approx(min(losses), rel=1e-4)
+
+
+def test_checkpoints_hold_safetensors_and_no_llm(tmp_path, monkeypatch):
+    import atv.training as training
+
+    monkeypatch.setattr(training.shutil, "rmtree", lambda *a, **k: None)
+    train(tiny(), [toy_task()], tmp_path / "out", quick(epochs=1))
+    folder = tmp_path / "out" / "checkpoints" / "checkpoint-2"
+    assert not (folder / "training_args.bin").exists()
+    assert {name.split(".")[0] for name in load_file(folder / "model.safetensors")} == {"generator", "expansion"}
+
+
+def row(length):
+    return EncodedRow([1], [([1] * length, [2]), ([1] * length, [3]), ([1] * length, [4])])
+
+
+def test_each_epoch_takes_the_next_template_of_every_row():
+    rows = Rows([row(1), row(1)], 1)
+    seen = []
+    for epoch in range(3):
+        rows.epoch = epoch
+        seen.append([rows[i].pairs[0][1][0] for i in range(2)])
+    assert seen == [[2, 3], [3, 4], [4, 2]]
+    assert len(Rows([row(1)], 3)[0].pairs) == 3
+
+
+def test_batches_hold_every_row_once_and_are_of_like_length():
+    rows = Rows([row(1 + 7 * i % 50) for i in range(203)], 1)
+    batches = Batches(rows, 8, seed=0)
+    order = list(batches)
+    assert sorted(order) == list(range(203))
+    padding = sum(8 * max(batches.lengths[i] for i in order[s : s + 8]) for s in range(0, 200, 8))
+    assert padding < 1.25 * sum(batches.lengths)
+    batches.set_epoch(1)
+    assert list(batches) != order
+    batches.set_epoch(0)
+    assert list(batches) == order
+
+
+def test_epochs_are_shuffled_differently_by_the_trainer(tmp_path, monkeypatch):
+    """The data loader must tell the sampler its epoch, or every epoch would have the same order."""
+    epochs = []
+    original = Batches.__iter__
+    monkeypatch.setattr(Batches, "__iter__", lambda self: epochs.append(self.epoch) or original(self))
+    train(tiny(), [toy_task()], tmp_path / "out", quick())
+    assert sorted(set(epochs)) == [0, 1, 2]
+
+
+def test_it_runs_in_a_plain_trainer_too(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    atv = tiny()
+    rows = [atv.encode_row(r) for r in training_rows(toy_task())]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, report_to="none", remove_unused_columns=False, use_cpu=True,
+        save_strategy="no", disable_tqdm=True, logging_strategy="no",
+    )  # fmt: skip
+    before = atv.expansion.map.weight.clone()
+    Trainer(model=atv, args=arguments, train_dataset=rows, data_collator=atv.collator()).train()
+    assert not torch.equal(atv.expansion.map.weight, before)
