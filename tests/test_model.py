@@ -62,7 +62,7 @@ def test_kept_prefixes_give_the_same_loss_and_gradients(name):
     parameters = list(atv.parameters())
     plain = torch.autograd.grad(atv(**batch).loss, parameters)
     for budget in (0, 20_000, 1 << 30):
-        atv.read_prefix = PrefixStore(atv.llm, budget).read
+        atv.read_prefix = PrefixStore(budget).read
         for _ in range(2):  # the first call fills it, the second reads from it
             stored = torch.autograd.grad(atv(**batch).loss, parameters)
             for ours, theirs in zip(stored, plain, strict=True):
@@ -77,12 +77,12 @@ def test_a_store_reads_nothing_twice_and_keeps_its_budget(monkeypatch):
 
     read = prefix.read_prefix
     monkeypatch.setattr(prefix, "read_prefix", lambda *args: calls.append(1) or read(*args))
-    store = PrefixStore(atv.llm, 1 << 30)
+    store = PrefixStore(1 << 30)
     atv.read_prefix = store.read
     atv(**batch)
     atv(**batch)
     assert len(calls) == 1
-    small = PrefixStore(atv.llm, 20_000)
+    small = PrefixStore(20_000)
     atv.read_prefix = small.read
     atv(**batch)
     assert 0 < small.used <= 20_000

@@ -19,7 +19,6 @@ LEVEL = {room: level for level, (_, rooms) in enumerate(LEVELS) for room in room
 # Inside a level nothing imports another room, but for these, each from a later step of the one path to an earlier.
 WITHIN = {
     "batching": {"config"},
-    "prefix": set(),
     "adapter": {"generator"},
     "model": {"adapter", "generator", "prefix", "steering"},
     "doctor": {"model", "prefix"},

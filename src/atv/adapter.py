@@ -18,7 +18,7 @@ from torch import nn
 
 from atv.config import ATVConfig
 from atv.errors import ATVError
-from atv.files import read_json, recover_folder, replace_folder, sha256, write_json
+from atv.files import occupied, read_json, recover_folder, replace_folder, sha256, write_json
 from atv.generator import Generator
 from atv.hooks import base_llm, decoder_layers, text_config
 
@@ -65,7 +65,7 @@ def _fingerprint(llm: nn.Module) -> str:
 
 def save(model: "ATVModel", path: Path) -> None:
     """Write the adapter; a kill at any moment leaves the former folder or the new one."""
-    if path.exists() and not (path / CONFIG_FILE).exists() and (path.is_file() or any(path.iterdir())):
+    if occupied(path) and not (path / CONFIG_FILE).exists():
         raise ATVError(f"{path} exists and is not an adapter; choose a new folder, so that nothing there is lost.")
     llm = describe_llm(model.llm, model.config.layer_path)
     with replace_folder(path) as part:

@@ -74,9 +74,9 @@ def _test_vectors(atv: ATVModel, queries: int) -> Tensor:
     inputs = atv.encode_prompts(PROMPTS[:1])
     with capture_outputs(atv.layers) as states:
         _plain(atv, inputs)
-    sizes = torch.stack([states[index].float().norm(dim=-1)[0, -1].cpu() for index in range(len(atv.layers))])
+    sizes: Tensor = torch.stack([states[index].float().norm(dim=-1)[0, -1].cpu() for index in range(len(atv.layers))])
     noise = torch.randn(queries, len(atv.layers), atv.expansion.shape[1], generator=torch.Generator().manual_seed(0))
-    return 0.1 * sizes[None, :, None] * noise / noise.norm(dim=-1, keepdim=True)
+    return cast(Tensor, 0.1 * sizes[None, :, None] * noise / noise.norm(dim=-1, keepdim=True))
 
 
 @torch.no_grad()

@@ -42,6 +42,20 @@ def write_text(path: Path, text: str) -> None:
         part.unlink(missing_ok=True)
 
 
+def occupied(folder: Path) -> bool:
+    """Something is there that a new output would hide or mix with; what a kill left half-written does not count."""
+    return folder.is_file() or (folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()))
+
+
+def same_settings(former: dict[str, Any], settings: dict[str, Any], folder: Path) -> None:
+    """Raise ATVError naming what differs, if `folder` was made with other settings than those asked for now."""
+    settings = json.loads(json.dumps(settings))  # as they are read back
+    differing = [key for key in sorted(former.keys() | settings.keys()) if former.get(key) != settings.get(key)]
+    if differing:
+        shown = "; ".join(f"{key}: {former.get(key)!r} there, {settings.get(key)!r} now" for key in differing)
+        raise ATVError(f"{folder} was made with other settings ({shown[:400]}). Use another --out, or --force.")
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file."""
     with path.open("rb") as file:

@@ -60,13 +60,13 @@ def _converted_smollm2() -> Path:
     from transformers import GgufConfig
 
     note(f"Converting the embedded LLM once (about half a minute) into {folder}")
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         source, gguf_file=_GGUF, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
     with replace_folder(folder) as part:
         # Four-bit weights lose nothing that matters in bfloat16, the dtype in which the LLM is run.
-        cast(nn.Module, model).bfloat16().save_pretrained(part)
+        model.bfloat16().save_pretrained(part)
         tokenizer.save_pretrained(part)
     return folder
 

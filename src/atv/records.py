@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from atv.errors import ATVError
-from atv.files import read_json, write_json, write_text
+from atv.files import occupied, read_json, same_settings, write_json, write_text
 
 SCHEMA = 1
 RUN_FILE = "run.json"
@@ -73,21 +73,20 @@ class RunWriter:
     Args:
         folder: of the run.
         settings: what decides the rows (method, LLM, tasks, seed ...); an existing run must have the same.
-        force: begin anew, whatever the folder holds.
+        force: begin anew, even if the folder holds a run.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], force: bool = False) -> None:
         self.folder = folder
         self.run: dict[str, Any] = {"schema": SCHEMA, "finished": False, "settings": settings, "seconds": 0.0}
         self.rows: list[dict[str, Any]] = []
-        settings = self.run["settings"] = json.loads(json.dumps(settings))  # as it will be read back
         if (folder / RUN_FILE).exists() and not force:
             former = _read_run(folder)
-            _same_settings(former.get("settings", {}), settings, folder)
+            same_settings(former.get("settings", {}), settings, folder)
             self.run = former
             self.rows = read_rows(folder)
             _rewrite(folder / ROWS_FILE, self.rows)  # without a line that a kill cut short
-        elif not (folder / RUN_FILE).exists() and (folder.is_file() or (folder.exists() and any(folder.iterdir()))):
+        elif occupied(folder) and not (folder / RUN_FILE).exists():
             raise ATVError(f"{folder} exists and is not a run; choose a new folder, so that nothing there is lost.")
         else:
             self.run |= provenance()
@@ -124,13 +123,6 @@ def _read_run(folder: Path) -> dict[str, Any]:
     return run
 
 
-def _same_settings(former: dict[str, Any], settings: dict[str, Any], folder: Path) -> None:
-    differing = [key for key in sorted(former.keys() | settings.keys()) if former.get(key) != settings.get(key)]
-    if differing:
-        shown = "; ".join(f"{key}: {former.get(key)!r} there, {settings.get(key)!r} now" for key in differing)
-        raise ATVError(f"{folder} holds a run with other settings ({shown[:400]}). Use another --out, or --force.")
-
-
 def _rewrite(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
@@ -164,7 +156,7 @@ def load_runs(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
         settings = run.get("settings", {})
         about = {key: settings.get(key) for key in ("method", "llm", "seed")} | {"run": str(folder)}
         rows = read_rows(folder)
-        if not rows:
-            raise ATVError(f"{folder} has no predictions yet; finish it with the command that began it.")
+        if not run.get("finished"):
+            raise ATVError(f"{folder} is not finished ({len(rows)} rows); run the command that began it again.")
         flat.extend(about | row for row in rows)
     return flat

@@ -18,8 +18,9 @@ from atv.batching import EncodedRow, Row
 from atv.config import TrainConfig
 from atv.doctor import require_wiring
 from atv.errors import ATVError
-from atv.files import read_json, write_json
+from atv.files import occupied, read_json, same_settings, write_json
 from atv.model import ATVModel
+from atv.prefix import PrefixStore, read_prefix
 from atv.progress import Bar, bar, note
 from atv.records import provenance
 from atv.tasks import TRAIN_PREFIX, Task, Variant
@@ -201,7 +202,7 @@ def train(
         tasks: trained on together, shuffled.
         out: folder of this training.
         config: the default is the paper's.
-        force: begin anew, whatever `out` holds.
+        force: begin anew, even if `out` holds a training.
 
     Raises:
         ATVError: `out` holds another training; a prompt is too long; the wiring self-test failed; or the loss became
@@ -218,6 +219,7 @@ def train(
     note("Wiring self-test")
     require_wiring(atv)
     set_seed(config.seed)
+    atv.read_prefix = _filled_store(atv, [*rows.rows, *(valid[index] for index in range(len(valid)))]).read
     checkpoints = out / "checkpoints"
     steps = config.epochs * math.ceil(len(rows) / config.batch_size)
     with bar("train", steps) as progress:
@@ -229,6 +231,8 @@ def train(
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         except NonFiniteLoss:
             raise ATVError(_after_non_finite(trainer, atv, record, out)) from None
+        finally:
+            atv.read_prefix = read_prefix
     _finish(trainer, atv, record, out)
     return TrainResult(out / "adapter", record)
 
@@ -236,7 +240,12 @@ def train(
 def _settings(atv: ATVModel, tasks: Sequence[Task], config: TrainConfig) -> dict[str, Any]:
     """What decides the weights: everything that a resumed training must share with the interrupted one."""
     described = {
-        task.name: {"train": len(task.train), "valid": len(task.valid), "templates": list(task.templates)}
+        task.name: {
+            "train": len(task.train),
+            "valid": len(task.valid),
+            "templates": list(task.templates),
+            "digest": task.digest("train", "valid"),
+        }
         for task in tasks
     }
     return {
@@ -253,13 +262,9 @@ def _open(out: Path, settings: dict[str, Any], force: bool) -> dict[str, Any]:
     file = out / RECORD_FILE
     if file.exists() and not force:
         record: dict[str, Any] = read_json(file, "the record of a training")
-        former = record.get("settings", {})
-        differing = [key for key in settings if former.get(key) != settings[key]]
-        if differing:
-            shown = "; ".join(f"{key}: {former.get(key)} there, {settings[key]} now" for key in differing)
-            raise ATVError(f"{out} holds another training ({shown[:400]}). Use another --out, or --force.")
+        same_settings(record.get("settings", {}), settings, out)
         return record
-    if out.exists() and any(out.iterdir()) and not file.exists():
+    if occupied(out) and not file.exists():
         raise ATVError(f"{out} exists and is not a training; choose a new folder, so that nothing there is lost.")
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     record = {"finished": False, "settings": settings} | provenance()
@@ -277,6 +282,17 @@ def _encoded(atv: ATVModel, tasks: Sequence[Task], split: str) -> list[EncodedRo
             encoded.append(atv.encode_row(row))
             progress.advance()
     return encoded
+
+
+def _filled_store(atv: ATVModel, rows: Sequence[EncodedRow]) -> PrefixStore:
+    """Keys and values of every prompt up to its first edited token."""
+    store, edited = PrefixStore(), atv.positions.prompt_tokens
+    if edited is not None:
+        prefixes = {tuple(prompt[:-edited]) for row in rows for prompt, _ in row.pairs} - {()}
+        with bar("read prompts", len(prefixes)) as progress:
+            store.fill(atv.llm, prefixes, progress.advance)
+        note(f"Kept {store.used / 2**20:.0f} MiB of prompt prefixes" + (", as many as fit" if store.full else ""))
+    return store
 
 
 def _accuracy(prediction: Any) -> dict[str, float]:

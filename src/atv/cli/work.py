@@ -110,7 +110,7 @@ def evaluate_method(options: Mapping[str, Any]) -> Path:
         "dtype": options["dtype"],
         "seed": options["seed"],
         "adapter": artifact.identity(folder) if folder else None,
-        "tasks": {task.name: len(task.test) for task in tasks},
+        "tasks": {task.name: f"{len(task.test)} rows, {task.digest('test')}" for task in tasks},
         "templates": {task.name: list(task.templates) for task in tasks},
         "variants": options["variants"],
     }

@@ -20,17 +20,20 @@ class Table:
 def accuracy_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Accuracy per task and method, with tokens and seconds per query.
 
-    A task's accuracy is the mean over its variants and rows, and over runs if there are several of a method; the
-    average is the mean over tasks. Beside each stands the accuracy among the task's options.
+    Methods on different LLMs stand in columns of their own. A task's accuracy is the mean over its variants and rows,
+    and over runs if there are several of a method; the average is the mean over tasks. Beside each stands the
+    accuracy among the task's options.
 
     Args:
         rows: from `load_runs`, of any number of runs.
     """
-    methods = list(dict.fromkeys(_label(row) for row in rows))
+    several = len({row["llm"] for row in rows}) > 1
+    rows = [row | {"label": f"{row['method']}, {row['llm']}" if several else row["method"]} for row in rows]
+    methods = list(dict.fromkeys(row["label"] for row in rows))
     tasks = list(dict.fromkeys((row["category"], row["task"]) for row in rows))
     cells: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        cells[row["task"], _label(row)].append(row)
+        cells[row["task"], row["label"]].append(row)
     columns = ["task", "category", "rows"]
     for method in methods:
         columns += [method, f"{method} (options)"]
@@ -49,10 +52,6 @@ def accuracy_table(rows: Sequence[dict[str, Any]]) -> Table:
         "include everything that the method does for it."
     )
     return Table("Accuracy per task", columns, table, note)
-
-
-def _label(row: dict[str, Any]) -> str:
-    return str(row["method"])
 
 
 def _percent(rows: Sequence[dict[str, Any]], key: str) -> float | None:

@@ -1,5 +1,6 @@
 """What a task is: examples in three splits, three templates, and the options among which an answer is judged."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,8 @@ ANSWER_PREFIXES = ("A:", "Answer:", "The answer is")
 TRAIN_PREFIX = ANSWER_PREFIXES[0]
 """The only one used in training."""
 SPLITS = ("train", "valid", "test")
+ENOUGH_TO_JUDGE = 10
+"""Fewer test rows than this may share an answer by chance; at this many it is a hidden-label split."""
 
 
 class Example(NamedTuple):
@@ -68,7 +71,7 @@ class Task:
                         f"Task {self.name}: the input {row.input[:60]!r} is in {seen[row.input]} and in {split}; "
                         "remove it from one of them, or the test measures memory."
                     )
-        if len(self.test) > 1 and len({row.output for row in self.test}) == 1:
+        if len(self.test) >= ENOUGH_TO_JUDGE and len({row.output for row in self.test}) == 1:
             raise ATVError(
                 f"Task {self.name}: all {len(self.test)} test answers are {self.test[0].output!r}; expected at least "
                 "two different ones (a hidden-label split looks like this)."
@@ -90,6 +93,11 @@ class Task:
     def majority(self) -> float:
         """Share of the most frequent test answer: what a constant answer scores."""
         return Counter(row.output for row in self.test).most_common(1)[0][1] / len(self.test)
+
+    def digest(self, *splits: str) -> str:
+        """A short digest of the rows of these splits: what tells the same data from changed data."""
+        rows = [row for split in splits for row in getattr(self, split)]
+        return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
 
     def limited(self, train: int | None = None, valid: int | None = None, test: int | None = None) -> "Task":
         """The same task with at most that many rows in each split, from the start of the split."""

@@ -67,9 +67,10 @@ def _negation(rng: random.Random, depth: int) -> tuple[str, bool]:
 
 
 def _boolean_example(rng: random.Random) -> Example:
+    wanted = rng.random() < 0.5
     while True:
         text, value = _disjunction(rng, 0)
-        if 4 <= len(text.split()) <= 12:
+        if value == wanted and 4 <= len(text.split()) <= 12:
             return Example(f"{text} is", str(value))
 
 
@@ -84,7 +85,7 @@ def _temporal_example(rng: random.Random) -> Example:
     spans = [f"{_hour(start)} to {_hour(end)}" for start, end in pairwise(cuts)]
     free = rng.randrange(4)
     seen = [
-        f"{rng.choice(_NAMES)} saw {name} {doing} from {span}."
+        f"{rng.choice([other for other in _NAMES if other != name])} saw {name} {doing} from {span}."
         for span, doing in zip(spans, rng.sample(_DOINGS, 4), strict=True)
     ]
     options = rng.sample(range(4), 4)
