@@ -22,8 +22,8 @@ SPLITS = ("train", "valid", "test")
 KNOWN = {
     "sentiment": ("NLU", (204, 40, 120), "negative positive"),
     "topic": ("NLU", (204, 40, 120), "business food science sports"),
-    "boolean_expressions": ("Reasoning", (200, 40, 100), "False True"),
-    "temporal_sequences": ("Reasoning", (200, 40, 100), "A B C D"),
+    "boolean_expressions": ("Reasoning", (120, 20, 100), "False True"),
+    "temporal_sequences": ("Reasoning", (60, 20, 60), "A B C D"),
     "outlook": ("Unseen", (24, 20, 100), "negative positive"),
 }
 WRITTEN = ("sentiment", "topic", "outlook")

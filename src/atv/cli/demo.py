@@ -5,10 +5,9 @@ from typing import Any
 
 from atv.adapter import read
 from atv.cli.show import print_lines, print_table
-from atv.cli.work import answers, evaluate_method, train_adapter
+from atv.cli.work import answers, evaluate_method, load_embedded, train_adapter
 from atv.files import write_text
 from atv.model import ATVModel
-from atv.models import EMBEDDED_LLM
 from atv.progress import note
 from atv.records import load_runs
 from atv.report import accuracy_table, markdown
@@ -38,7 +37,7 @@ def run_demo(out: Path, force: bool) -> None:
         return defaults | {"force": force} | given
 
     recipe = read_config(EMBEDDED_CONFIG, "train", list(options("train")))
-    few = {"train_rows": 100, "valid_rows": 20}  # what two cores learn in three minutes
+    few = {"train_rows": 160, "valid_rows": 20}  # what two cores learn in three minutes
     adapter = train_adapter(options("train", **recipe, **few, out=out / "train", task=trained))
     runs = []
     for method in ("zero-shot", "atv"):
@@ -63,7 +62,8 @@ def run_demo(out: Path, force: bool) -> None:
 
 def _show_queries(adapter: Path) -> None:
     templates = read(adapter).training["tasks"]
-    atv = ATVModel.from_pretrained(EMBEDDED_LLM, adapter)
+    llm, tokenizer = load_embedded()
+    atv = ATVModel.from_pretrained(llm, adapter, tokenizer=tokenizer)
     for task, query in QUERIES:
         plain, steered = answers(atv, [query], templates[task][0], max_new_tokens=6, do_sample=False)
         expected = ", ".join(builtin_task(task).options)

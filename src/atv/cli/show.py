@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table as RichTable
 
@@ -11,14 +12,14 @@ output = Console()
 
 
 def print_table(table: Table) -> None:
-    """A recorded table on the screen; columns that do not fit a narrow terminal are folded, never dropped."""
-    grid = RichTable(title=table.title, title_justify="left")
+    """A recorded table on the screen; in a terminal that is too narrow for it lines are wrapped, nothing is dropped."""
+    grid = RichTable(title=table.title, title_justify="left", box=SIMPLE, pad_edge=False)
     for index, column in enumerate(table.columns):
-        grid.add_column(column, justify="left" if index < 2 else "right", overflow="fold")
-    for number, row in enumerate(table.rows):
-        grid.add_row(*row, end_section=number == len(table.rows) - 2)
+        grid.add_column(column, justify="left" if index < 3 else "right", overflow="fold")
+    for row, after in zip(table.rows, [*table.rows[1:], None], strict=True):
+        grid.add_row(*row, end_section=after is not None and after[0] != row[0])
     output.print(grid)
-    output.print(table.note, style="dim", highlight=False)
+    output.print(f"\n{table.note}", style="dim", highlight=False)
 
 
 def print_lines(lines: Sequence[str]) -> None:

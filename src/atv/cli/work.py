@@ -1,6 +1,7 @@
 """The work behind the subcommands; imported when one of them runs, since it loads torch."""
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,19 @@ quiet_transformers()
 
 
 def _load_llm(options: Mapping[str, Any], name: str) -> tuple[nn.Module, Any]:
-    """The LLM and its tokenizer."""
-    llm = load_llm(
-        name,
-        dtype=options["dtype"],
-        device=options["device"],
-        revision=options["revision"],
-        trust_remote_code=options["trust_remote_code"],
-    )
-    return llm, load_tokenizer(name, options["revision"])
+    """The LLM and its tokenizer; asked for again in one process, the same ones."""
+    return _loaded(name, options["dtype"], options["device"], options["revision"], options["trust_remote_code"])
+
+
+@cache
+def _loaded(name: str, dtype: str, device: str | None, revision: str | None, trust: bool) -> tuple[nn.Module, Any]:
+    llm = load_llm(name, dtype=dtype, device=device, revision=revision, trust_remote_code=trust)
+    return llm, load_tokenizer(name, revision)
+
+
+def load_embedded() -> tuple[nn.Module, Any]:
+    """The embedded LLM and its tokenizer, as every command loads them by default."""
+    return _loaded(EMBEDDED_LLM, "bfloat16", None, None, False)
 
 
 def _tasks(options: Mapping[str, Any]) -> list[Task]:

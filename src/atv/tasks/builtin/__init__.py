@@ -15,7 +15,6 @@ from typing import Any
 
 from atv.tasks.base import Example, Task
 
-_SIZES = {"train": 200, "valid": 40, "test": 100}
 _NAMES = (
     "Ada",
     "Bruno",
@@ -92,21 +91,22 @@ def _temporal_example(rng: random.Random) -> Example:
     listed = "\n".join(f"{letter}. {spans[index]}" for letter, index in zip("ABCD", options, strict=True))
     story = " ".join(seen[index] for index in range(4) if index != free)
     text = (
-        f"{name} went to {place} today, and no one else was there. {story} {place.capitalize()} closed at "
-        f"{_hour(cuts[4])}. Between what times could {name} have been there?\nOptions:\n{listed}"
+        f"{name} went to {place} today. {story} {place.capitalize()} closed at {_hour(cuts[4])}. "
+        f"When could {name} have been there?\nOptions:\n{listed}"
     )
     return Example(text, "ABCD"[options.index(free)])
 
 
-def _generated(make: Callable[[random.Random], Example], seed: int) -> dict[str, Any]:
+def _generated(make: Callable[[random.Random], Example], seed: int, train: int, test: int) -> dict[str, Any]:
     """Rows of a seeded generator, every input once over all splits."""
+    sizes = {"train": train, "valid": 20, "test": test}
     rng = random.Random(seed)
     rows: dict[str, Example] = {}
-    while len(rows) < sum(_SIZES.values()):
+    while len(rows) < sum(sizes.values()):
         example = make(rng)
         rows.setdefault(example.input, example)
     left = iter(rows.values())
-    return {split: tuple(next(left) for _ in range(size)) for split, size in _SIZES.items()}
+    return {split: tuple(next(left) for _ in range(size)) for split, size in sizes.items()}
 
 
 def _written(name: str) -> dict[str, Any]:
@@ -130,9 +130,9 @@ _BOOLEAN = (
     "Evaluate this logical expression. Respond with True or False.\n\nQuestion: {input}",
 )
 _TEMPORAL = (
-    "Find the time at which something could have happened. Answer with the letter of the right option.\n\nQ: {input}",
+    "Find the time when it could have happened. Answer with a letter.\n\nQ: {input}",
     "Which time was free? Respond with 'X', where X is the letter of the option.\n\nQ: {input}",
-    "Answer this question about someone's day. Finish with the letter of the right choice.\n\nQ: {input}",
+    "Answer this question about someone's day with the letter of the right choice.\n\nQ: {input}",
 )
 _OUTLOOK = (
     "{input}\nQuestion: Is this positive or negative for those concerned? Answer positive or negative.",
@@ -144,10 +144,16 @@ BUILTIN: dict[str, Callable[[], Task]] = {
     "sentiment": lambda: Task("sentiment", _SENTIMENT, **_written("sentiment"), category="NLU"),
     "topic": lambda: Task("topic", _TOPIC, **_written("topic"), category="NLU"),
     "boolean_expressions": lambda: Task(
-        "boolean_expressions", _BOOLEAN, **_generated(_boolean_example, seed=1), category="Reasoning"
+        "boolean_expressions",
+        _BOOLEAN,
+        **_generated(_boolean_example, seed=1, train=120, test=100),
+        category="Reasoning",
     ),
     "temporal_sequences": lambda: Task(
-        "temporal_sequences", _TEMPORAL, **_generated(_temporal_example, seed=2), category="Reasoning"
+        "temporal_sequences",
+        _TEMPORAL,
+        **_generated(_temporal_example, seed=2, train=60, test=60),
+        category="Reasoning",
     ),
     "outlook": lambda: Task("outlook", _OUTLOOK, **_written("outlook"), category="Unseen"),
 }
