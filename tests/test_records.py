@@ -239,7 +239,7 @@ def test_damage_before_the_last_line_is_named_with_its_place(folder, damage, lin
 
 
 def test_runs_are_loaded_in_order_each_row_with_its_method_llm_seed_and_folder(tmp_path):
-    fresh(tmp_path / "b", rows=2, method="zero-shot", seed=1)
+    fresh(tmp_path / "b", rows=2, method="zero-shot", seed=1).finish()
     fresh(tmp_path / "a", rows=1).finish()
     rows = load_runs([tmp_path / "b", str(tmp_path / "a")])
     zero_shot = {"method": "zero-shot", "llm": "tiny", "seed": 1, "run": str(tmp_path / "b")}
@@ -252,7 +252,7 @@ def test_runs_are_loaded_in_order_each_row_with_its_method_llm_seed_and_folder(t
 
 
 def test_a_run_can_be_moved(tmp_path, folder):
-    fresh(folder, rows=1)
+    fresh(folder, rows=1).finish()
     shutil.move(folder, tmp_path / "elsewhere")
     assert load_runs([tmp_path / "elsewhere"])[0]["run"] == str(tmp_path / "elsewhere")
 
@@ -279,8 +279,8 @@ def test_a_folder_that_is_no_run_of_this_version_is_named(folder, content, parts
 
 
 @pytest.mark.parametrize("content", [None, "", '{"task": "senti'])
-def test_a_run_without_any_row_is_named(folder, content):
+def test_a_run_that_is_not_finished_is_named(folder, content):
     fresh(folder)
     (folder / "predictions.jsonl").unlink() if content is None else (folder / "predictions.jsonl").write_text(content)
-    with refused(folder, "has no predictions yet", "finish it with the command that began it"):
+    with refused(folder, "is not finished (0 rows)", "run the command that began it again"):
         load_runs([folder])

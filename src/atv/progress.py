@@ -1,13 +1,12 @@
 """Progress bars on standard error, so that standard output stays a clean result."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-console = Console(file=sys.stderr)
+console = Console(stderr=True)
 
 
 def note(message: str) -> None:

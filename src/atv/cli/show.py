@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table as RichTable
 
@@ -13,11 +12,12 @@ output = Console()
 
 def print_table(table: Table) -> None:
     """A recorded table on the screen; in a terminal that is too narrow for it lines are wrapped, nothing is dropped."""
-    grid = RichTable(title=table.title, title_justify="left", box=SIMPLE, pad_edge=False)
+    grid = RichTable(title=table.title, title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for index, column in enumerate(table.columns):
-        grid.add_column(column, justify="left" if index < 3 else "right", overflow="fold")
-    for row, after in zip(table.rows, [*table.rows[1:], None], strict=True):
-        grid.add_row(*row, end_section=after is not None and after[0] != row[0])
+        grid.add_column(column, justify="left" if index < 3 else "right", no_wrap=index < 3)
+    for before, row in zip([None, *table.rows], table.rows, strict=False):
+        again = before is not None and before[:2] == row[:2]
+        grid.add_row(*(["", "", *row[2:]] if again else row))
     output.print(grid)
     output.print(f"\n{table.note}", style="dim", highlight=False)
 

@@ -1,0 +1,262 @@
+"""The command line: the whole path on tiny models, wrong input as one line with exit code 2, and how fast help is."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import byte_level_tokenizer, make_atv, make_llm, toy_task
+
+from atv.cli import app as command_line
+from atv.cli import main
+from atv.cli.options import parse_layers
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with spaces in its path that holds an LLM, a generator and a task of one's own."""
+    folder = tmp_path_factory.mktemp("my own world")
+    make_llm(dtype=torch.float32).save_pretrained(folder / "llm")
+    byte_level_tokenizer().save_pretrained(folder / "llm")
+    make_atv().generator.save(folder / "generator")
+    task = toy_task()
+    splits = {split: [row._asdict() for row in getattr(task, split)] for split in ("train", "valid", "test")}
+    (folder / "data").mkdir()
+    (folder / "data" / "toy.json").write_text(json.dumps(splits))
+    (folder / "data" / "templates.json").write_text(json.dumps({"toy": list(task.templates)}))
+    return folder
+
+
+@pytest.fixture
+def atv(monkeypatch, capsys):
+    """Run the command: exit code, standard output and standard error."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["atv", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def models(world):
+    return ["--llm", world / "llm", "--dtype", "float32"]
+
+
+def train_options(world):
+    return [*models(world), "--generator", world / "generator", "--data", world / "data", "--pooling", "mean",
+            "--scale", "0.5", "--epochs", "2", "--batch-size", "4", "--lr", "5e-3"]  # fmt: skip
+
+
+def test_train_eval_report_generate_on_ones_own_models_and_data(atv, world, tmp_path):
+    out = tmp_path / "a run"
+    code, said, err = atv("train", *train_options(world), "--out", out)
+    assert code == 0, err
+    assert f"Adapter: {out / 'adapter'}" in said
+    code, _, err = atv("train", *train_options(world), "--out", out)
+    assert code == 0
+    assert "nothing to do" in err
+
+    data = ["--data", world / "data", "--dtype", "float32"]
+    for method, extra in (("zero-shot", ["--llm", world / "llm"]), ("atv", ["--adapter", out])):
+        code, _, err = atv("eval", "--method", method, *data, *extra, "--out", tmp_path / method)
+        assert code == 0, err
+    rows = [json.loads(line) for line in (tmp_path / "atv" / "predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == 8 * 9  # test rows x (3 templates x 3 answer prefixes)
+    assert {row["answer_prefix"] for row in rows} == {"A:", "Answer:", "The answer is"}
+    run = json.loads((tmp_path / "atv" / "run.json").read_text())
+    assert run["finished"]
+    assert run["method"]["config"]["scale"] == 0.5
+    assert run["versions"]["torch"]
+
+    code, said, err = atv("report", tmp_path / "zero-shot", tmp_path / "atv", "--out", tmp_path / "table.md")
+    assert code == 0, err
+    assert "zero-shot" in said
+    assert "| toy |" in (tmp_path / "table.md").read_text()
+
+    code, said, err = atv("generate", "--adapter", out, "--dtype", "float32", "--compare", "the harbour leaks")
+    assert code == 0, err
+    assert "unsteered:" in said
+    assert "steered:" in said
+
+
+def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_rows(atv, world, tmp_path):
+    arguments = ["eval", "--method", "zero-shot", *models(world), "--data", world / "data", "--variants", "first"]
+    assert atv(*arguments, "--out", tmp_path / "whole")[0] == 0
+    assert atv(*arguments, "--out", tmp_path / "cut", "--batch-size", "3")[0] == 0
+    rows = (tmp_path / "cut" / "predictions.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "cut" / "predictions.jsonl").write_text("".join(rows[:5]) + rows[5][:20])
+    run = json.loads((tmp_path / "cut" / "run.json").read_text())
+    (tmp_path / "cut" / "run.json").write_text(json.dumps(run | {"finished": False}))
+    assert atv(*arguments, "--out", tmp_path / "cut")[0] == 0
+
+    def judged(name):
+        lines = (tmp_path / name / "predictions.jsonl").read_text().splitlines()
+        keys = ("example", "prediction", "correct", "prediction_among_options", "correct_among_options")
+        return sorted(tuple(json.loads(line)[key] for key in keys) for line in lines)
+
+    assert judged("whole") == judged("cut")
+
+
+def test_doctor_passes_on_a_named_llm_and_fails_on_a_broken_hook(atv, world, monkeypatch):
+    arguments = ["doctor", *models(world), "--generator", world / "generator"]
+    code, said, err = atv(*arguments)
+    assert code == 0, err
+    assert "All 6 checks passed." in said
+    monkeypatch.setattr("atv.model.add_vectors", lambda hidden, *rest: hidden)
+    code, said, _ = atv(*arguments)
+    assert code == 1
+    assert "FAILED the tokens that changed are those asked for" in said
+
+
+def test_a_config_file_holds_options_and_flags_win(atv, world, tmp_path):
+    options = dict(zip(*[iter(str(part).removeprefix("--") for part in train_options(world))] * 2, strict=True))
+    lines = [f"{key} = {json.dumps(value)}" for key, value in (options | {"epochs": "1", "scale": "0.25"}).items()]
+    (tmp_path / "run.toml").write_text("[train]\n" + "\n".join(lines))
+    code, _, err = atv("train", "--config", tmp_path / "run.toml", "--scale", "0.75", "--out", tmp_path / "out")
+    assert code == 0, err
+    settings = json.loads((tmp_path / "out" / "train.json").read_text())["settings"]
+    assert settings["config"]["scale"] == 0.75
+    assert settings["train"]["epochs"] == 1
+
+
+def task_file(world, folder, change):
+    rows = json.loads((world / "data" / "toy.json").read_text())
+    folder.mkdir()
+    (folder / "toy.json").write_text(json.dumps(change(rows)) if callable(change) else change)
+    (folder / "templates.json").write_text((world / "data" / "templates.json").read_text())
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--llm", "no-such-folder/no-such-model"], ["no-such-folder/no-such-model", "local folder"]),
+        (["--task", "toi"], ["Unknown task 'toi'", "Did you mean 'toy'?"]),
+        (["--data", "nowhere"], ["No folder nowhere"]),
+        (["--layers", "uper"], ["Unknown layer region 'uper'", "bottom"]),
+        (["--layers", "0,7"], ["layers 0 to 2"]),
+        (["--positions", "first"], ["Unknown positions 'first'", "last:K"]),
+        (["--positions", "last:0"], ["Unknown positions 'last:0'"]),
+        (["--pooling", "max"], ["Unknown pooling 'max'"]),
+        (["--scale", "nan"], ["scale is nan", "finite number"]),
+        (["--lr", "-1"], ["learning_rate is -1.0"]),
+        (["--epochs", "0"], ["epochs is 0"]),
+        (["--dtype", "int4"], ["Unknown dtype 'int4'", "bfloat16"]),
+        (["--query-template", "no place"], ["has no {query}"]),
+        (["--template", "no place"], ["has no {input}"]),
+        (["--train-rows", "0"], ["train rows is 0"]),
+        (["--config", "nothing.toml"], ["No config file nothing.toml"]),
+    ],
+)
+def test_a_wrong_option_is_one_line_and_exit_code_2(atv, world, tmp_path, monkeypatch, options, named):
+    monkeypatch.chdir(tmp_path)
+    code, said, err = atv("train", *train_options(world), "--out", tmp_path / "out", *options)
+    check_refused(code, said, err, named)
+    assert not (tmp_path / "out").exists()
+
+
+def check_refused(code, said, err, named):
+    assert code == 2, err
+    assert said == ""
+    line = err.strip().splitlines()[-1]
+    assert line.startswith("atv: ")
+    assert "Traceback" not in err
+    assert [part for part in named if part not in line] == [], line
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("{not json", ["toy.json is not valid JSON"]),
+        (lambda rows: rows | {"test": []}, ["the split 'test' is empty"]),
+        (lambda rows: rows | {"train": [{"input": "x"}]}, ["train row 0 has output None"]),
+        (lambda rows: rows | {"test": [r | {"output": "yes", "input": f"{i}"} for i, r in enumerate(rows["test"] * 2)]},
+         ["all 16 test answers are 'yes'"]),
+        (lambda rows: rows | {"test": rows["test"] + rows["train"][:1]}, ["is in train and in test"]),
+        (lambda rows: rows | {"train": [{"input": "harbour " * 300, "output": "yes"}]}, ["the LLM's context is 256"]),
+    ],
+)  # fmt: skip
+def test_wrong_data_is_one_line_and_exit_code_2(atv, world, tmp_path, change, named):
+    data = task_file(world, tmp_path / "data", change)
+    code, said, err = atv("train", *train_options(world), "--data", data, "--out", tmp_path / "out")
+    check_refused(code, said, err, named)
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+def test_wrong_use_of_eval_generate_and_report_is_one_line(atv, world, tmp_path):
+    check_refused(*atv("eval", "--method", "atv"), ["needs an adapter"])
+    check_refused(*atv("eval", "--method", "lora"), ["Unknown method 'lora'"])
+    check_refused(*atv("eval", "--adapter", tmp_path), ["No adapter at"])
+    check_refused(*atv("generate", "--adapter", tmp_path, " "), ["query is empty"])
+    check_refused(*atv("report", tmp_path), ["is not a run"])
+    make_atv(dtype=torch.float32).save_pretrained(tmp_path / "adapter")
+    make_llm("qwen2", torch.float32).save_pretrained(tmp_path / "qwen2")
+    byte_level_tokenizer().save_pretrained(tmp_path / "qwen2")
+    check_refused(
+        *atv("generate", "--adapter", tmp_path, "--llm", tmp_path / "qwen2", "q"), ["model_type llama against qwen2"]
+    )
+
+
+def test_tasks_lists_the_built_in_ones(atv):
+    code, said, _ = atv("tasks")
+    assert code == 0
+    for name in ("sentiment", "topic", "boolean_ex", "temporal_s", "outlook"):
+        assert name in said
+
+
+def test_help_answers_in_under_half_a_second():
+    """A bound that the issue sets; the best of five, since the machine may be busy. Importing torch takes seconds."""
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "atv", "--help"], check=True, capture_output=True, env=dict(os.environ))
+        times.append(time.perf_counter() - began)
+    assert min(times) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("all", "all"), ("0,2", [0, 2]), ("0-3,7", [0, 1, 2, 3, 7]), ("1-2-3", "1-2-3")]
+)
+def test_layers_are_read_as_a_region_or_indices(text, expected):
+    assert parse_layers(text) == expected
+
+
+def test_every_option_of_every_command_is_explained():
+    from typer.main import get_command
+
+    for name, command in get_command(command_line.app).commands.items():
+        for parameter in command.params:
+            assert parameter.help, f"{name} {parameter.name}"
+
+
+def test_the_embedded_recipe_names_options_of_train(tmp_path):
+    from typer.main import get_command
+
+    from atv.cli.options import EMBEDDED_CONFIG, read_config
+
+    known = [str(p.name) for p in get_command(command_line.app).commands["train"].params]
+    assert read_config(EMBEDDED_CONFIG, "train", known)["generator"] == "embedded:minilm-l6"
+
+
+def test_readme_names_only_commands_and_options_that_exist():
+    import re
+
+    from typer.main import get_command
+
+    commands = get_command(command_line.app).commands
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    used = re.findall(r"^\s*atv (\w+)(.*)$", text, re.M)
+    assert len(used) > 5
+    for name, rest in used:
+        known = {flag for p in commands[name].params for flag in getattr(p, "opts", [])}
+        assert set(re.findall(r"(?<= )--[\w-]+", rest)) <= known, f"atv {name}{rest}"
