@@ -52,10 +52,15 @@ def test_a_batch_of_mixed_lengths_equals_each_prompt_recomputed_by_hand(name, po
 
 
 def test_steering_changes_the_answer_and_each_query_steers_its_own_row():
-    atv = make_atv(scale=5.0)
+    atv = make_atv()
     base_llm(atv.llm).generation_config.eos_token_id = None
-    steered = generated(atv, PROMPTS[:1] * 3, QUERIES, do_sample=False)
-    assert len({tuple(row) for row in steered}) == 3
+    inputs = atv.encode_prompts(PROMPTS[:1] * 3)
+    inputs.pop("position_ids")
+    vectors = 3 * torch.randn(3, 3, 32, generator=torch.Generator().manual_seed(0))
+    with atv.steer(QUERIES, vectors=vectors):
+        steered = atv.llm.generate(**inputs, max_new_tokens=NEW, do_sample=False, pad_token_id=0).tolist()
+    plain = atv.llm.generate(**inputs, max_new_tokens=NEW, do_sample=False, pad_token_id=0).tolist()
+    assert len({tuple(row) for row in [*steered, *plain]}) == 4
 
 
 @pytest.mark.parametrize("positions", ["last", "answer", "all"])

@@ -6,6 +6,7 @@ prompt --frozen LLM, with  h~_l = h_l + scale * v_l  at the chosen tokens of eve
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -22,6 +23,16 @@ from atv.hooks import base_llm, decoder_layers, edit_outputs, observe_calls, tex
 from atv.models import context_length, load_llm, load_tokenizer
 from atv.prefix import ReadPrefix, first_edited, read_prefix, steered_logits
 from atv.steering import PromptTracker
+
+
+@dataclass
+class ATVOutput(ModelOutput):
+    """What `ATVModel.forward` returns."""
+
+    loss: Tensor | None = None
+    """Scalar float32: mean over a row's answer tokens, then over rows (Eq. 7)."""
+    correct: Tensor | None = None
+    """(batch,) bool: the most likely first token, over the whole vocabulary, is the answer's."""
 
 
 class Expansion(nn.Module):
@@ -159,7 +170,7 @@ class ATVModel(nn.Module):
         position_ids: Tensor,
         edit_mask: Tensor,
         labels: Tensor,
-    ) -> ModelOutput:
+    ) -> ATVOutput:
         """The loss of the steered LLM's answers (Eq. 7), from the tensors that `collator()` makes.
 
         Args:
@@ -172,8 +183,7 @@ class ATVModel(nn.Module):
             labels: (batch, answer), answer tokens, -100 where there is none.
 
         Returns:
-            `loss`, scalar float32: mean over a row's answer tokens, then over rows; `correct`, (batch,) bool: the
-            most likely first token, over the whole vocabulary, is the answer's.
+            `loss` and `correct`; in training only `loss` is used.
         """
         vectors = self.vectors(query_input_ids, query_attention_mask)  # (queries, layers, hidden)
         logits = steered_logits(
@@ -192,7 +202,7 @@ class ATVModel(nn.Module):
             wide.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
         ).view_as(labels)  # (batch, answer), 0 where ignored
         loss = (token_loss.sum(1) / (labels != IGNORED).sum(1)).mean()
-        return ModelOutput(loss=loss, correct=logits[:, 0].argmax(-1) == labels[:, 0])
+        return ATVOutput(loss=loss, correct=logits[:, 0].argmax(-1) == labels[:, 0])
 
     # ---- texts to tensors ----
 

@@ -45,7 +45,7 @@ def accuracy_table(rows: Sequence[dict[str, Any]]) -> Table:
             lines.append([task, category, method, str(len(found)), *_shown(_means(found))])
     for method in methods if len(seen) > 1 else ():
         parts = [_means(cells.get((task, method), [])) for task in seen]
-        means = [fmean(values) if None not in values else None for values in zip(*parts, strict=True)]  # type: ignore[arg-type]
+        means = [fmean(values) if None not in values else None for values in zip(*parts, strict=True)]
         lines.append([f"mean of {len(seen)} tasks", "", method, "", *_shown(means)])
     note = (
         "Accuracy in percent: the most likely next token over the whole vocabulary is the first token of the answer; "
