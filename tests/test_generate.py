@@ -57,7 +57,7 @@ def test_steering_changes_the_answer_and_each_query_steers_its_own_row():
     inputs = atv.encode_prompts(PROMPTS[:1] * 3)
     inputs.pop("position_ids")
     vectors = 3 * torch.randn(3, 3, 32, generator=torch.Generator().manual_seed(0))
-    with atv.steer(QUERIES, vectors=vectors):
+    with atv.steer(QUERIES, vectors=vectors, scale=5.0):
         steered = atv.llm.generate(**inputs, max_new_tokens=NEW, do_sample=False, pad_token_id=0).tolist()
     plain = atv.llm.generate(**inputs, max_new_tokens=NEW, do_sample=False, pad_token_id=0).tolist()
     assert len({tuple(row) for row in [*steered, *plain]}) == 4
