@@ -285,3 +285,12 @@ def test_float32_generator_steers_a_bfloat16_llm():
     loss.backward()
     assert loss.dtype == torch.float32
     assert atv.expansion.map.weight.grad.abs().max() > 0
+
+
+def test_a_query_longer_than_the_generators_context_is_cut_and_said_once(capsys):
+    atv = make_atv(dtype=torch.float32)
+    long = "the harbour " * 300
+    assert atv.task_vectors([long, "quiet"]).isfinite().all()
+    atv.task_vectors([long])
+    assert capsys.readouterr().err.count("context of 256 tokens are cut") == 1
+    assert len(atv.generator.encode([long])[0]) == 256

@@ -37,6 +37,7 @@ class Generator(nn.Module):
         self.hidden_size: int = config.get_text_config().hidden_size
         self.name_or_path: str = encoder.name_or_path  # type: ignore[assignment]
         self.revision: str | None = getattr(config, "_commit_hash", None)
+        self._told_of_cut = False
         self.requires_grad_(trainable)
         # A BERT pooler and its like feed nothing here; without a gradient they would only be dead weight to save.
         if getattr(self.encoder, "pooler", None) is not None:
@@ -62,7 +63,7 @@ class Generator(nn.Module):
         return super().train(mode and self.trainable)
 
     def encode(self, queries: Sequence[str]) -> list[list[int]]:
-        """Queries as token ids, each in its template; longer than the generator's context is cut, with a note.
+        """Queries as token ids, each in its template; longer than the generator's context is cut, said once.
 
         Raises:
             ATVError: a query without text.
@@ -73,9 +74,9 @@ class Generator(nn.Module):
         texts = [self.query_template.replace("{query}", query) for query in queries]
         encoded = [list(ids) for ids in self.tokenizer(texts, verbose=False)["input_ids"]]
         limit = context_length(self.encoder)
-        cut = sum(len(ids) > limit for ids in encoded) if limit is not None else 0
-        if cut:
-            note(f"{cut} of {len(encoded)} queries are longer than the generator's context of {limit} tokens: cut.")
+        if limit is not None and not self._told_of_cut and any(len(ids) > limit for ids in encoded):
+            self._told_of_cut = True
+            note(f"Queries longer than the generator's context of {limit} tokens are cut to it (said once).")
         return [ids[:limit] for ids in encoded]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
