@@ -215,7 +215,7 @@ def test_tasks_lists_the_built_in_ones(atv):
 
 
 def test_help_answers_in_under_half_a_second():
-    """A bound that the issue sets; the best of five, since the machine may be busy. Importing torch takes seconds."""
+    """The best of five, since the machine may be busy; importing torch alone would take seconds."""
     times = []
     for _ in range(5):
         began = time.perf_counter()
