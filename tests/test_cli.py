@@ -190,7 +190,7 @@ def test_wrong_data_is_one_line_and_exit_code_2(atv, world, tmp_path, change, na
     data = task_file(world, tmp_path / "data", change)
     code, said, err = atv("train", *train_options(world), "--data", data, "--out", tmp_path / "out")
     check_refused(code, said, err, named)
-    assert not (tmp_path / "out" / "adapter").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_wrong_use_of_eval_generate_and_report_is_one_line(atv, world, tmp_path):

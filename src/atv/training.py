@@ -210,14 +210,18 @@ def train(
     """
     config, out = config or TrainConfig(), Path(out)
     settings = _settings(atv, tasks, config)
-    record = _open(out, settings, force)
-    if record["finished"]:
+    record = _former(out, settings, force)
+    if record is not None and record["finished"]:
         note(f"{out} holds this training already, finished; nothing to do (train it anew with --force).")
         return TrainResult(out / "adapter", record)
     rows = Rows(_encoded(atv, tasks, "train"), config.templates_per_row)
     valid = Rows(_encoded(atv, tasks, "valid"), config.templates_per_row)
     note("Wiring self-test")
     require_wiring(atv)
+    if record is None:  # nothing is written before everything that can be checked has been
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+        record = {"finished": False, "settings": settings} | provenance()
+        write_json(out / RECORD_FILE, record)
     set_seed(config.seed)
     atv.read_prefix = _filled_store(atv, [*rows.rows, *(valid[index] for index in range(len(valid)))]).read
     checkpoints = out / "checkpoints"
@@ -257,8 +261,8 @@ def _settings(atv: ATVModel, tasks: Sequence[Task], config: TrainConfig) -> dict
     }
 
 
-def _open(out: Path, settings: dict[str, Any], force: bool) -> dict[str, Any]:
-    """Begin `out`, or go on with what it holds if its settings are the same."""
+def _former(out: Path, settings: dict[str, Any], force: bool) -> dict[str, Any] | None:
+    """The record of the training that `out` holds, if it is to be gone on with; its settings must be the same."""
     file = out / RECORD_FILE
     if file.exists() and not force:
         record: dict[str, Any] = read_json(file, "the record of a training")
@@ -266,10 +270,7 @@ def _open(out: Path, settings: dict[str, Any], force: bool) -> dict[str, Any]:
         return record
     if occupied(out) and not file.exists():
         raise ATVError(f"{out} exists and is not a training; choose a new folder, so that nothing there is lost.")
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    record = {"finished": False, "settings": settings} | provenance()
-    write_json(file, record)
-    return record
+    return None
 
 
 def _encoded(atv: ATVModel, tasks: Sequence[Task], split: str) -> list[EncodedRow]:
