@@ -129,8 +129,8 @@ def flat_head(llm: nn.Module) -> Iterator[None]:
     """Let the language-model head see its input as (batch * seq, hidden) while the context lasts.
 
     A model that keeps the logits of its last columns gives its head a slice that is not contiguous. With frozen
-    weights torch then multiplies batch-wise and copies the head's weights once per row: on a CPU that took 15 times as
-    long as all the layers together (49,152 x 576, 16 rows). The result is the same.
+    weights torch then multiplies batch-wise and copies the head's weights once per row: on a CPU with a head of
+    49,152 x 576 and 16 rows the forward pass of a training step took 3.7 s, and 1.2 s without. The result is the same.
     """
     head = base_llm(llm).get_output_embeddings()  # type: ignore[operator]
     shapes: list[Any] = []

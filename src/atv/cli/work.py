@@ -9,6 +9,7 @@ from torch import nn
 from transformers import set_seed
 
 from atv import adapter as artifact
+from atv.batching import pad_id
 from atv.cli.options import EMBEDDED_LLM, parse_layers
 from atv.cli.show import output, print_lines
 from atv.config import ATVConfig, TrainConfig
@@ -158,7 +159,7 @@ def answers(atv: ATVModel, queries: list[str], template: str, **options: Any) ->
     inputs = atv.encode_prompts(prompts)
     width = inputs.pop("position_ids").shape[1]
     llm: Any = atv.llm
-    plain = llm.generate(**inputs, **options, pad_token_id=atv.tokenizer.pad_token_id or 0)
+    plain = llm.generate(**inputs, **options, pad_token_id=pad_id(atv.tokenizer))
     return atv.tokenizer.batch_decode(plain[:, width:], skip_special_tokens=True), steered
 
 
