@@ -11,7 +11,7 @@ from atv.batching import Row
 from atv.errors import ATVError
 from atv.hooks import base_llm, capture_outputs
 from atv.model import Expansion, add_vectors, inject
-from atv.prefix import PrefixStore, call_llm
+from atv.prefix import call_llm
 
 ROWS = [
     Row("the kettle leaks", ("the kettle leaks and the lid sticks\nA:", "is it so? the kettle\nA:"), "yes no"),
@@ -53,39 +53,6 @@ def test_the_split_pass_has_the_loss_and_every_gradient_of_the_full_pass(name, p
     assert max(g.abs().max().item() for g in expected) > 1e-4
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=0)
-
-
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
-def test_kept_prefixes_give_the_same_loss_and_gradients(name):
-    atv = make_atv(name, positions="last:2")
-    batch = batch_of(atv)
-    parameters = list(atv.parameters())
-    plain = torch.autograd.grad(atv(**batch).loss, parameters)
-    for budget in (0, 20_000, 1 << 30):
-        atv.read_prefix = PrefixStore(budget).read
-        for _ in range(2):  # the first call fills it, the second reads from it
-            stored = torch.autograd.grad(atv(**batch).loss, parameters)
-            for ours, theirs in zip(stored, plain, strict=True):
-                torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=0)
-
-
-def test_a_store_reads_nothing_twice_and_keeps_its_budget(monkeypatch):
-    atv = make_atv()
-    batch = batch_of(atv)
-    calls = []
-    import atv.prefix as prefix
-
-    read = prefix.read_prefix
-    monkeypatch.setattr(prefix, "read_prefix", lambda *args: calls.append(1) or read(*args))
-    store = PrefixStore(1 << 30)
-    atv.read_prefix = store.read
-    atv(**batch)
-    atv(**batch)
-    assert len(calls) == 1
-    small = PrefixStore(20_000)
-    atv.read_prefix = small.read
-    atv(**batch)
-    assert 0 < small.used <= 20_000
 
 
 def hand_written_llama(llm, ids, vectors, scale):

@@ -9,7 +9,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "atv"
 LEVELS = [
     ("floor", {"errors", "files", "progress"}),
     ("ground", {"config", "hooks", "batching", "tasks", "records", "models"}),
-    ("engine", {"steering", "prefix", "generator", "adapter", "model", "doctor", "training"}),
+    ("engine", {"steering", "prefix", "generator", "adapter", "model", "doctor", "store", "training"}),
     ("methods", {"methods"}),
     ("evaluation", {"evaluation"}),
     ("report", {"report"}),
@@ -22,7 +22,8 @@ WITHIN = {
     "adapter": {"generator"},
     "model": {"adapter", "generator", "prefix", "steering"},
     "doctor": {"model", "prefix"},
-    "training": {"doctor", "model", "prefix"},
+    "store": {"adapter", "prefix"},
+    "training": {"doctor", "model", "prefix", "store"},
     "files": {"errors"},
     "__main__": {"cli"},
 }

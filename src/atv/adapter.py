@@ -51,11 +51,11 @@ def describe_llm(llm: nn.Module, layer_path: str | None = None) -> dict[str, Any
         "num_layers": len(decoder_layers(llm, layer_path)),
         "hidden_size": text_config(llm).hidden_size,
         "vocab_size": text_config(llm).vocab_size,
-        "fingerprint": _fingerprint(llm),
+        "fingerprint": fingerprint(llm),
     }
 
 
-def _fingerprint(llm: nn.Module) -> str:
+def fingerprint(llm: nn.Module) -> str:
     """Digest of a few input embeddings, rounded to bfloat16 so that it is the same in every dtype one may load."""
     weight: torch.Tensor = base_llm(llm).get_input_embeddings().weight  # type: ignore[operator]
     rows = torch.linspace(0, len(weight) - 1, 16).long().to(weight.device)

@@ -2,21 +2,19 @@
 
 Attention is causal, so with positions `last`, `last:K` and `answer` the hidden states, keys and values of every
 column before the first edited one are those of the unsteered model. The loss and its gradient from the remaining
-columns are exactly those of the full pass. `read_prefix` is the one place where such keys and values come from.
+columns are exactly those of the full pass. `read_prefix` is the one place where such keys and values are made;
+`store.PrefixStore` keeps them between epochs.
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import DynamicCache
 
-from atv.batching import left_padded
 from atv.hooks import base_llm, flat_head
 
 ReadPrefix = Callable[[nn.Module, Tensor, Tensor, Tensor], Any]
@@ -66,88 +64,6 @@ def read_prefix(llm: nn.Module, input_ids: Tensor, attention_mask: Tensor, posit
         use_cache=True,
     )
     return output.past_key_values
-
-
-class PrefixStore:
-    """Keeps the keys and values of prompt prefixes in main memory, so that no epoch reads them again.
-
-    A prefix is known by its token ids. What does not fit the budget is read anew each time; so is everything on a model
-    whose cache is not one full pair of tensors per layer (sliding windows, recurrent states).
-
-    Args:
-        budget: most bytes to keep; None: half of the memory that is available.
-    """
-
-    def __init__(self, budget: int | None = None) -> None:
-        self.budget = psutil.virtual_memory().available // 2 if budget is None else budget
-        self.used = 0
-        self.full = False
-        self._kept: dict[bytes, Tensor] = {}  # token ids -> (layers * 2, heads, tokens, head width)
-
-    def fill(self, llm: nn.Module, prefixes: Iterable[Sequence[int]], advance: Callable[[int], None]) -> None:
-        """Read prefixes (token ids) in order of length, in batches that do not depend on the order of training.
-
-        Rounding depends on what else is in a batch; filled before the first step, a resumed training finds the very
-        keys and values that the interrupted one had. `advance` is told of each prefix that is done.
-        """
-        rows = sorted({tuple(prefix) for prefix in prefixes if prefix})
-        rows.sort(key=len)
-        device = next(llm.parameters()).device
-        while rows and not self.full:
-            count = max(1, 2048 // len(rows[0]))  # tokens per call: enough to keep two cores or a GPU busy
-            inputs = left_padded(rows[:count], 0)
-            self.read(llm, **{name: value.to(device) for name, value in inputs.items()})
-            advance(len(rows[:count]))
-            rows = rows[count:]
-        advance(len(rows))
-
-    def read(self, llm: nn.Module, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Any:
-        """As `read_prefix`, from what is kept; all rows are read if one of them cannot be kept."""
-        attended = attention_mask.bool()
-        keys = [ids[mask].cpu().numpy().tobytes() for ids, mask in zip(input_ids, attended, strict=True)]
-        new = [row for row, key in enumerate(keys) if key and key not in self._kept]
-        if new and not self.full:
-            cache = read_prefix(llm, input_ids[new], attention_mask[new], position_ids[new])
-            self.full = not self._keep(cache, attended[new], [keys[row] for row in new])
-        if new and self.full:
-            return read_prefix(llm, input_ids, attention_mask, position_ids)
-        return self._gather(keys, input_ids.shape[1], input_ids.device)
-
-    def _keep(self, cache: Any, attended: Tensor, keys: list[bytes]) -> bool:
-        """Keep each row without its padding; false if one does not fit."""
-        stacked = _stack(cache, attended.shape[1])  # (layers * 2, batch, heads, seq, head width)
-        if stacked is None:
-            return False
-        for row, (key, length) in enumerate(zip(keys, attended.sum(1).tolist(), strict=True)):
-            tokens = stacked[:, row, :, stacked.shape[3] - length :]  # (layers * 2, heads, tokens, head width)
-            if self.used + tokens.nbytes > self.budget:
-                return False
-            self.used += tokens.nbytes
-            self._kept[key] = tokens.to("cpu", copy=True)  # a copy of its own, or the whole batch would stay
-        return True
-
-    def _gather(self, keys: list[bytes], width: int, device: torch.device) -> Any:
-        """Kept prefixes as one left-padded cache of `width` columns; padding is zero and masked."""
-        kept = [self._kept.get(key) for key in keys]
-        like = next(tokens for tokens in kept if tokens is not None)
-        sides, heads, _, head = like.shape
-        batch = like.new_zeros(sides, len(keys), heads, width, head)
-        for row, tokens in enumerate(kept):
-            if tokens is not None:
-                batch[:, row, :, width - tokens.shape[2] :] = tokens
-        batch = batch.to(device)
-        return DynamicCache([(batch[side], batch[side + 1]) for side in range(0, sides, 2)])
-
-
-def _stack(cache: Any, width: int) -> Tensor | None:
-    """A cache as (layers * 2, batch, heads, width, head width); None if its layers are not alike or not full."""
-    sides: list[Tensor] = []
-    for layer in cache.layers:
-        for side in (getattr(layer, "keys", None), getattr(layer, "values", None)):
-            if side is None or side.shape[2] != width or (sides and side.shape != sides[0].shape):
-                return None
-            sides.append(side)
-    return torch.stack(sides) if sides else None
 
 
 def steered_logits(

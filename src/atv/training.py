@@ -20,9 +20,10 @@ from atv.doctor import require_wiring
 from atv.errors import ATVError
 from atv.files import occupied, read_json, same_settings, write_json
 from atv.model import ATVModel
-from atv.prefix import PrefixStore, read_prefix
+from atv.prefix import read_prefix
 from atv.progress import Bar, bar, note
 from atv.records import provenance
+from atv.store import PrefixStore
 from atv.tasks import TRAIN_PREFIX, Task, Variant
 
 RECORD_FILE = "train.json"
@@ -189,13 +190,19 @@ class TrainResult:
 
 
 def train(
-    atv: ATVModel, tasks: Sequence[Task], out: str | Path, config: TrainConfig | None = None, force: bool = False
+    atv: ATVModel,
+    tasks: Sequence[Task],
+    out: str | Path,
+    config: TrainConfig | None = None,
+    force: bool = False,
+    store: PrefixStore | None = None,
 ) -> TrainResult:
     """Train an ATV on the training splits of tasks, validate each epoch, keep the best epoch.
 
     Writes `out/adapter` (the adapter), `out/train.json` (settings and history) and, until it is done,
-    `out/checkpoints`. Called again with the same arguments after an interruption it goes on from the last complete
-    epoch and ends with the same weights, bit for bit on a CPU; called again after the end it trains nothing.
+    `out/checkpoints` and, if main memory is too small, `out/prefixes`. Called again with the same arguments after an
+    interruption it goes on from the last complete epoch and ends with the same weights, bit for bit on a CPU as long as
+    the store keeps every prompt; called again after the end it trains nothing.
 
     Args:
         atv: made under `set_seed(config.seed)` if the result is to be repeatable.
@@ -203,6 +210,7 @@ def train(
         out: folder of this training.
         config: the default is the paper's.
         force: begin anew, even if `out` holds a training.
+        store: an empty one with budgets of its own for the prompts' keys and values.
 
     Raises:
         ATVError: `out` holds another training; a prompt is too long; the wiring self-test failed; or the loss became
@@ -219,11 +227,13 @@ def train(
     note("Wiring self-test")
     require_wiring(atv)
     if record is None:  # nothing is written before everything that can be checked has been
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+        _clear(out)
         record = {"finished": False, "settings": settings} | provenance()
         write_json(out / RECORD_FILE, record)
     set_seed(config.seed)
-    atv.read_prefix = _filled_store(atv, [*rows.rows, *(valid[index] for index in range(len(valid)))]).read
+    store = store or PrefixStore()
+    _fill(store, atv, [*rows.rows, *(valid[index] for index in range(len(valid)))], out / "prefixes")
+    atv.read_prefix = store.read
     checkpoints = out / "checkpoints"
     steps = config.epochs * math.ceil(len(rows) / config.batch_size)
     with bar("train", steps) as progress:
@@ -285,15 +295,23 @@ def _encoded(atv: ATVModel, tasks: Sequence[Task], split: str) -> list[EncodedRo
     return encoded
 
 
-def _filled_store(atv: ATVModel, rows: Sequence[EncodedRow]) -> PrefixStore:
-    """Keys and values of every prompt up to its first edited token."""
-    store, edited = PrefixStore(), atv.positions.prompt_tokens
-    if edited is not None:
-        prefixes = {tuple(prompt[:-edited]) for row in rows for prompt, _ in row.pairs} - {()}
-        with bar("read prompts", len(prefixes)) as progress:
-            store.fill(atv.llm, prefixes, progress.advance)
-        note(f"Kept {store.used / 2**20:.0f} MiB of prompt prefixes" + (", as many as fit" if store.full else ""))
-    return store
+def _fill(store: PrefixStore, atv: ATVModel, rows: Sequence[EncodedRow], folder: Path) -> None:
+    """Read every prompt up to its first edited token."""
+    edited = atv.positions.prompt_tokens
+    if edited is None:
+        return
+    prefixes = {tuple(prompt[:-edited]) for row in rows for prompt, _ in row.pairs} - {()}
+    with bar("read prompts", len(prefixes)) as progress:
+        store.fill(atv.llm, prefixes, progress.advance, folder)
+    kept = f"Kept {store.memory_used / 2**20:.0f} MiB of prompt prefixes in memory"
+    kept += f" and {store.disk_used / 2**20:.0f} MiB in {folder}" if store.disk_used else ""
+    note(kept + (f"; {store.left_out} of {len(prefixes)} are read anew each time" if store.left_out else ""))
+
+
+def _clear(out: Path) -> None:
+    """Remove what a training needs only while it runs."""
+    for name in ("checkpoints", "prefixes"):
+        shutil.rmtree(out / name, ignore_errors=True)
 
 
 def _accuracy(prediction: Any) -> dict[str, float]:
@@ -374,7 +392,7 @@ def _finish(trainer: ATVTrainer, atv: ATVModel, record: dict[str, Any], out: Pat
     runtime = [entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry]
     record |= {"finished": True, "seconds": runtime[-1] if runtime else None}
     write_json(out / RECORD_FILE, record)
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    _clear(out)
 
 
 def _after_non_finite(trainer: ATVTrainer, atv: ATVModel, record: dict[str, Any], out: Path) -> str:

@@ -1,0 +1,149 @@
+"""The prefix store: what is kept is what was read, in memory, on disk or not at all, and its budgets hold."""
+
+import errno
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, make_atv, toy_task
+from safetensors.torch import load_file
+from test_training import quick, tiny, weights
+
+from atv.batching import Row, left_padded
+from atv.prefix import read_prefix
+from atv.store import PrefixStore
+from atv.training import train
+
+TEXTS = ["the harbour was quiet", "is it? yes or no, six", "two", "the kettle leaks and the lid sticks"]
+BIG = 1 << 30
+BUDGETS = {"memory": (BIG, 0), "disk": (0, BIG), "both": (30_000, BIG), "some": (30_000, 0), "none": (0, 0)}
+
+
+def prefixes_of(atv, texts=TEXTS):
+    return [atv.tokenizer(text)["input_ids"][:-1] for text in texts]
+
+
+def filled(atv, budgets, folder, prefixes=None):
+    store = PrefixStore(*budgets)
+    store.fill(atv.llm, prefixes or prefixes_of(atv), lambda count: None, folder)
+    return store
+
+
+def count_reads(monkeypatch):
+    """How many rows the LLM has read, call by call."""
+    rows = []
+
+    def counting(llm, input_ids, *rest, **named):
+        rows.append(len(input_ids))
+        return read_prefix(llm, input_ids, *rest, **named)
+
+    monkeypatch.setattr("atv.store.read_prefix", counting)
+    return rows
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("budgets", BUDGETS.values(), ids=BUDGETS)
+def test_loss_and_gradients_are_those_without_a_store(name, budgets, tmp_path):
+    atv = make_atv(name, positions="last:2")
+    rows = [atv.encode_row(Row(text, (f"{text}\nA:", f"Question: {text} so?"), "no it is")) for text in TEXTS]
+    batch, parameters = atv.collator()(rows), list(atv.parameters())
+    plain = torch.autograd.grad(atv(**batch).loss, parameters)
+    prompts = [prompt[:-2] for row in rows for prompt, _ in row.pairs]
+    atv.read_prefix = filled(atv, budgets, tmp_path, prompts).read
+    for ours, theirs in zip(torch.autograd.grad(atv(**batch).loss, parameters), plain, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["memory", "disk", "both"])
+def test_what_is_kept_is_bit_for_bit_what_was_read(kind, dtype, tmp_path, monkeypatch):
+    atv = make_atv(dtype=dtype)
+    prefixes = sorted(prefixes_of(atv), key=len)
+    inputs = left_padded(prefixes, 0)  # the batch that the store reads: the shortest prefix first
+    fresh = read_prefix(atv.llm, **inputs)
+    store = filled(atv, BUDGETS[kind], tmp_path, prefixes)
+    calls = count_reads(monkeypatch)
+    kept = store.read(atv.llm, **inputs)
+    assert calls == []
+    attended = inputs["attention_mask"].bool()
+    for ours, theirs in zip(kept.layers, fresh.layers, strict=True):
+        assert ours.keys.dtype == dtype
+        for side in ("keys", "values"):
+            read, original = getattr(ours, side).transpose(1, 2), getattr(theirs, side).transpose(1, 2)
+            assert torch.equal(read[attended], original[attended])
+            assert not read[~attended].any()
+
+
+def test_only_rows_that_are_not_kept_are_read(tmp_path, monkeypatch):
+    atv = make_atv()
+    short, long = prefixes_of(atv)[2], prefixes_of(atv)[3]
+    store = filled(atv, (BIG, 0), None, [short])
+    calls = count_reads(monkeypatch)
+    ours = store.read(atv.llm, **left_padded([short, long, short], 0))
+    assert calls == [1]
+    theirs = read_prefix(atv.llm, **left_padded([short, long, short], 0))
+    attended = left_padded([short, long, short], 0)["attention_mask"].bool()
+    for a, b in zip(ours.layers, theirs.layers, strict=True):
+        torch.testing.assert_close(a.keys.transpose(1, 2)[attended], b.keys.transpose(1, 2)[attended])
+
+
+@pytest.mark.parametrize("budgets", BUDGETS.values(), ids=BUDGETS)
+def test_a_training_is_bit_for_bit_the_one_without_a_store(budgets, tmp_path):
+    """Equal batches: every prompt of equal length, all of them in each batch, read so by the store as well."""
+    task = toy_task(rows=12)
+    results = []
+    stored = PrefixStore(*budgets)
+    for name, store in (("plain", PrefixStore(0, 0)), ("stored", stored)):
+        torch.manual_seed(5)
+        train(tiny(), [task], tmp_path / name, quick(templates_per_row=3), store=store)
+        results.append(weights(tmp_path / name))
+    assert (stored.memory_used > 0, stored.disk_used > 0) == (budgets[0] > 0, budgets[1] > 0)
+    assert results[0].keys() == results[1].keys()
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_memory_and_disk_stay_within_a_budget_of_a_few_megabytes(tmp_path):
+    atv = make_atv(dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    prefixes = [torch.randint(4, 380, (40 + i % 60,), generator=generator).tolist() for i in range(300)]
+    budgets = (2_000_000, 3_000_000)
+    store = filled(atv, budgets, tmp_path, prefixes)
+    files = list(tmp_path.iterdir())
+    on_disk = {key for file in files for key in load_file(file)}
+    in_memory = sum(tensor.nbytes for key, tensor in store._kept.items() if key not in on_disk)
+    assert 0.9 * budgets[0] < in_memory == store.memory_used <= budgets[0]
+    assert 0.5 * budgets[1] < sum(file.stat().st_size for file in files) == store.disk_used <= budgets[1]
+    assert store.left_out == len(prefixes) - len(store._kept) > 0
+
+
+def test_a_full_disk_is_said_and_training_goes_on(tmp_path, monkeypatch, capfd):
+    def no_space(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("atv.store.write_bytes", no_space)
+    result = train(tiny(), [toy_task()], tmp_path / "out", quick(), store=PrefixStore(0))
+    said = " ".join(capfd.readouterr().err.split())
+    assert "No space left on device" in said
+    assert "are read anew each time" in said
+    assert result.record["finished"]
+    assert not (tmp_path / "out" / "prefixes").exists()
+
+
+def test_files_of_an_interrupted_training_are_used_again(tmp_path, monkeypatch):
+    atv, calls = make_atv(), count_reads(monkeypatch)
+    monkeypatch.setattr("atv.store.READ_TOKENS", 20)
+    first = filled(atv, (0, BIG), tmp_path)
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == len(calls) > 1
+    calls.clear()
+    again = filled(atv, (0, BIG), tmp_path)
+    assert calls == []
+    assert again._kept.keys() == first._kept.keys()
+    assert all(torch.equal(again._kept[key], first._kept[key]) for key in first._kept)
+    files[0].write_bytes(files[0].read_bytes()[:-40])  # as a broken disk leaves it
+    mended = filled(atv, (0, BIG), tmp_path)
+    assert len(calls) == 1
+    assert mended._kept.keys() == first._kept.keys()
+    calls.clear()
+    other = make_atv("qwen2")
+    filled(other, (0, BIG), tmp_path)
+    assert len(calls) == len(files)
