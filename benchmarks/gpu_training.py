@@ -15,7 +15,7 @@ from benchmarks.common import Figure, Record, in_turn, parse_options, rate, rati
 from benchmarks.reference import train_rows
 from benchmarks.step import RATE, own_optimizer, train_step
 from benchmarks.subjects import fill, large_llm, make_atv, mean_query, rows_of
-from benchmarks.training import OURS, ONE_BY_ONE, agreement
+from benchmarks.training import ONE_BY_ONE, OURS, agreement
 
 BATCH, BY_ROW = 8, 4
 

@@ -3,7 +3,7 @@
 On --device cuda the LLM has Llama 3 8B's shape with random weights, and the generator GPT-2's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         texts = [tokenizer.decode(prompt) for prompt in prompts]
         writes = {PLAIN: partial(_write, atv, texts), STEERED: partial(_write, atv, texts, queries)}
         for what, sides in (("first token", reads), (f"{NEW_TOKENS} tokens", writes)):
-            both = {**sides, OWN: partial(atv.task_vectors, queries)}
+            both: dict[str, Callable[[], object]] = {**sides, OWN: partial(atv.task_vectors, queries)}
             seconds = in_turn(f"inference, {what}, batch {batch}", both, options)
             title = f"{what}, batch {batch}"
             record.keep(f"{title}: ", seconds)
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 @torch.no_grad()
 def first_token(atv: ATVModel, prompts: Sequence[Sequence[int]], queries: Sequence[str] | None = None) -> Tensor:
-    """Token ids to the likeliest next token of each prompt, in one call, as `evaluate` asks; steered if queries are given."""
+    """Each prompt's likeliest next token, in one call as `evaluate` makes it; steered if queries are given."""
     inputs = left_padded(prompts, pad_id(atv.tokenizer))
     on_device = {name: tensor.to(atv.generator.device) for name, tensor in inputs.items()}
     read = partial(call_llm, atv.llm, keep=1, use_cache=False, **on_device)

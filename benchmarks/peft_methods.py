@@ -94,7 +94,7 @@ def _memories(record: Record, options: Options) -> dict[Any, Figure]:
             progress.describe(f"memory: {kind}")
             found[kind] = _memory(options, kind) if options.tiny else _in_process(options, kind)
             progress.advance()
-    if not all(found.values()):
+    if not all(memory.get("peak", 0) > 0 for memory in found.values()):  # the kernel does not say, or tiny models
         return {}
     peak = {kind: memory["peak"] for kind, memory in found.items()}
     for kind in KINDS:
@@ -103,7 +103,7 @@ def _memories(record: Record, options: Options) -> dict[Any, Figure]:
     record.measure(f"{UNSTORED}, its own weights left out", "MB", peak[UNSTORED] - own)
     for kind in (LORA, PREFIX):
         for which in (STORED, UNSTORED):
-            record.measure(f"memory: {which} / {kind}", "x", peak[which] / max(peak[kind], 1e-9), ("at most", 0.5))
+            record.measure(f"memory: {which} / {kind}", "x", peak[which] / peak[kind], ("at most", 0.5))
     return {kind: Figure(value, value, value) for kind, value in peak.items()}
 
 

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def missing(name: str) -> str:
     """What stands where nothing has been measured."""
-    cuda = name.endswith("-cuda") or name.startswith("gpu")
+    cuda = name.endswith("-cuda")
     command = f"python -m benchmarks.{name.removesuffix('-cuda')}{' --device cuda' if cuda else ''}"
     return f"*Not measured yet: `{command}`, then `python -m benchmarks.report`.*"
 
@@ -57,22 +57,22 @@ def block(record: Mapping[str, Any], plot_file: str) -> str:
     lines = ["*Tiny random models: these figures say nothing.*", ""] if record["tiny"] else []
     lines += ["| " + " | ".join(HEADS) + " |", "| --- | ---: | ---: | --- |"]
     lines += ["| " + " | ".join(cells(measure)) + " |" for measure in record["measures"]]
-    sizes = ", ".join(
-        f"{name}: {value:.2g}" if isinstance(value, float) and value < 1 else f"{name}: {value}"
-        for name, value in record["sizes"].items()
-    )
-    hardware = record["hardware"]
+    sizes = ", ".join(f"{name}: {_short(value)}" for name, value in record["sizes"].items())
+    hardware, versions = record["hardware"], record["versions"]
     machine = f"{hardware['gpu'] or hardware['cpu']}, {hardware['threads']} threads of {hardware['cores']} cores"
-    versions = ", ".join(
-        f"{name} {record['versions'][name]}" for name in ("torch", "transformers", "peft") if name in record["versions"]
-    )
+    used = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft") if name in versions)
     lines += [
         "",
-        f"`{record['command']}` on {record['date']}: medians of {record['rounds']} rounds, seed {record['seed']}; {sizes}.",
-        f"{machine}, {hardware['memory GiB']:g} GiB; Python {record['python']}, {versions}; "
+        f"`{record['command']}` on {record['date']}: medians of {record['rounds']} rounds, seed {record['seed']}; "
+        f"{sizes}.",
+        f"{machine}, {hardware['memory GiB']:g} GiB; Python {record['python']}, {used}; "
         f"commit {(record['commit'] or 'unknown')[:8]}.",
     ]
     return "\n".join([*lines, "", f"![{record['title']}]({plot_file})"] if record["panels"] else lines)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.2g}" if isinstance(value, float) and value < 1 else str(value)
 
 
 def plot(record: Mapping[str, Any], file: Path) -> None:
@@ -115,7 +115,7 @@ def _lines(axis: Axes, series: Mapping[str, Any]) -> None:
 def _groups(axis: Axes, series: Mapping[str, Any]) -> list[Any]:
     """The groups of bars on the x axis; a series may lack some of them."""
     groups = list(dict.fromkeys(point["x"] for points in series.values() for point in points))
-    slanted = {"rotation": 20, "ha": "right"} if len(groups) > 3 else {}
+    slanted: dict[str, Any] = {"rotation": 20, "ha": "right"} if len(groups) > 3 else {}
     axis.set_xticks(range(len(groups)), [str(group) for group in groups], **slanted)
     return groups
 

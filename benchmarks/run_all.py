@@ -18,12 +18,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parse.set_defaults(device="cpu")
     options = options_of(parse.parse_args(argv), "benchmarks.run_all", argv)
     given = ["--threads", str(options.threads), "--rounds", str(options.rounds), "--out", str(options.out)]
-    began, files = time.perf_counter(), []
+    began = time.perf_counter()
+    files: list[Path | None] = []
     for benchmark in ON_CPU:
         name = benchmark.__name__.rpartition(".")[2]
         note(f"{name} ({len(files) + 1} of {len(ON_CPU)}, {(time.perf_counter() - began) / 60:.1f} minutes so far)")
         files.append(benchmark.main([*given, *(["--tiny"] if options.tiny else [])]))
-    measures = [line for file in files if file for line in json.loads(Path(file).read_text())["measures"]]
+    measures = [line for file in files if file for line in json.loads(file.read_text())["measures"]]
     show("All targets", [line for line in measures if "target" in line])
     output.print(f"{(time.perf_counter() - began) / 60:.1f} minutes; records in {options.out}", highlight=False)
     if not options.tiny:

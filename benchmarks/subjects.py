@@ -28,7 +28,13 @@ from atv.training import training_rows
 from benchmarks.common import SEED, Options
 
 GENERATORS = {"minilm": "MiniLM (22.6M)", "gpt2": "GPT-2-sized (124M)"}
-TINY = {"vocab_size": 1000, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "pad_token_id": 0}
+TINY: dict[str, Any] = {
+    "vocab_size": 1000,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "pad_token_id": 0,
+}
 LLAMA_3_8B: dict[str, Any] = {
     "vocab_size": 128256,
     "hidden_size": 4096,

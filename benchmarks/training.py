@@ -3,7 +3,7 @@
 Epochs after the first: the prefix store is filled before. Three prompts per row, positions `last`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ def _measure(
     record.sizes[f"loss differs by, {GENERATORS[generator]}"] = agreement(atv, rows)
     fill(atv, rows)
     ours, plain = own_optimizer(atv), torch.optim.Adam(atv.parameters(), lr=RATE, weight_decay=1e-5)
-    sides = {
+    sides: dict[str, Callable[[], object]] = {
         ONE_BY_ONE: partial(train_rows, atv, rows[:BY_ROW], plain),
         BATCHED: lambda: update(batch_loss(atv, rows), plain),
         OURS: partial(train_step, atv, rows, ours),
