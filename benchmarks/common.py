@@ -262,6 +262,6 @@ def show(title: str, measures: Sequence[Mapping[str, Any]]) -> None:
     for index, head in enumerate(HEADS):
         table.add_column(head, justify="right" if index in (1, 2) else "left")
     for measure in measures:
-        colour = {True: "green", False: "red"}.get(measure.get("reached"))
+        colour = ("green" if measure["reached"] else "red") if "target" in measure else None
         table.add_row(*cells(measure), style=colour)
     output.print(table)
