@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
                     ("at least", 8 if on_gpu else 6),
                 )
     for what, series in plots.items():
-        record.plot(what, "", "milliseconds per query", series, kind="bars", log=True)
+        record.plot(what, "", "milliseconds per query", series, kind="bars")
     return record.finish()
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from atv.files import write_text
-from benchmarks.common import HEADS, RESULTS, cells
+from benchmarks.common import HEADS, RESULTS, cells, number
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 BLOCK = re.compile(r"<!-- table:([\w-]+) -->.*?<!-- end -->", re.DOTALL)
@@ -89,6 +89,7 @@ def plot(record: Mapping[str, Any], file: Path) -> None:
         if panel["log"]:
             axis.set_yscale("log")
             axis.yaxis.set_major_formatter(ScalarFormatter())
+            axis.yaxis.set_minor_formatter(NullFormatter())
         else:
             axis.set_ylim(bottom=0)
         axis.grid(axis="y", alpha=0.3)
@@ -125,7 +126,9 @@ def _bars(axis: Axes, series: Mapping[str, Any]) -> None:
     for index, (label, points) in enumerate(series.items()):
         x = [groups.index(p["x"]) + (index - (len(series) - 1) / 2) * width for p in points]
         heights = [p["value"] for p in points]
-        axis.bar(x, heights, width, yerr=_spread(points), capsize=3, color=COLOURS[index % len(COLOURS)], label=label)
+        colour = COLOURS[index % len(COLOURS)]
+        bars = axis.bar(x, heights, width, yerr=_spread(points), capsize=3, color=colour, label=label)
+        axis.bar_label(bars, [number(height) for height in heights], padding=2, fontsize=7)
 
 
 def _stacked(axis: Axes, series: Mapping[str, Any]) -> None:

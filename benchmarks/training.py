@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     for generator in GENERATORS:
         for side, figure in _measure(record, options, llm, tokenizer, generator, tokens).items():
             rates[side][GENERATORS[generator]] = figure
-    record.plot("", "generator", "training rows per second", rates, kind="bars", log=True)
+    record.plot("", "generator", "training rows per second", rates, kind="bars")
     return record.finish()
 
 

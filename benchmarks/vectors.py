@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             atv.save_pretrained(Path(folder) / "adapter")
             size = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
         record.measure(f"{name}: saved adapter", "MB", size / 1e6)
-    record.plot("", "queries per batch", "task vectors per second", rates, kind="bars", log=True)
+    record.plot("", "queries per batch", "task vectors per second", rates, kind="bars")
     return record.finish()
 
 
