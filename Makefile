@@ -1,9 +1,9 @@
-# make setup | demo | check | test        (all of them work twice in a row and from a path with spaces)
+# make setup | demo | check | test | bench        (all of them work twice in a row and from a path with spaces)
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: setup demo check test clean
+.PHONY: setup demo check test bench clean
 
 setup: $(STAMP)
 
@@ -27,6 +27,9 @@ check: setup
 
 test: setup
 	@$(BIN)/python -m pytest
+
+bench: setup
+	@$(BIN)/python -m benchmarks.run_all
 
 clean:
 	rm -rf .venv runs

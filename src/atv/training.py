@@ -95,6 +95,22 @@ class Batches(Sampler[int]):
         return chain.from_iterable(batches)
 
 
+def make_optimizer(atv: ATVModel, config: TrainConfig) -> torch.optim.Optimizer:
+    """Adam with L2 in the gradient (the paper's; AdamW decouples it), one group per part of the ATV."""
+    rates = {atv.expansion: config.learning_rate, atv.generator: config.generator_learning_rate}
+    return torch.optim.Adam(
+        [
+            {
+                "params": [p for p in part.parameters() if p.requires_grad],
+                "lr": config.learning_rate if rate is None else rate,
+            }
+            for part, rate in rates.items()
+        ],
+        weight_decay=config.weight_decay,
+        fused=True,  # one pass over memory instead of one per term: several times faster on a CPU
+    )
+
+
 class NonFiniteLoss(Exception):
     """The loss became NaN or infinite; nothing was updated from it."""
 
@@ -110,22 +126,10 @@ class ATVTrainer(Trainer):
         super().__init__(*args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Adam with L2 in the gradient (the paper's; AdamW decouples it), one group per part of the ATV."""
+        """The one that `make_optimizer` makes."""
         del model
         if self.optimizer is None:
-            atv, config = cast(ATVModel, self.model), self.train_config
-            rates = {atv.expansion: config.learning_rate, atv.generator: config.generator_learning_rate}
-            self.optimizer = torch.optim.Adam(
-                [
-                    {
-                        "params": [p for p in part.parameters() if p.requires_grad],
-                        "lr": config.learning_rate if rate is None else rate,
-                    }
-                    for part, rate in rates.items()
-                ],
-                weight_decay=config.weight_decay,
-                fused=True,  # one pass over memory instead of one per term: several times faster on a CPU
-            )
+            self.optimizer = make_optimizer(cast(ATVModel, self.model), self.train_config)
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:

@@ -1,0 +1,116 @@
+"""Steered inference beside the plain LLM and beside 16 demonstrations in the prompt, everything a query costs counted.
+
+On --device cuda the LLM has Llama 3 8B's shape with random weights, and the generator GPT-2's.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atv.batching import left_padded, pad_id
+from atv.model import ATVModel
+from atv.prefix import call_llm
+from benchmarks.common import Figure, Record, in_turn, parse_options, ratio, times
+from benchmarks.subjects import large_llm, make_atv, rows_of, small_llm, tasks
+
+STEERED, PLAIN, MANY, OWN = "steered", "zero-shot", "16 demonstrations", "generator and expansion alone"
+DEMONSTRATIONS, NEW_TOKENS = 16, 16
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Measure batches of 1 and 16, the first answer token and 16 new tokens."""
+    options = parse_options("benchmarks.inference", __doc__, argv)
+    on_gpu = options.device == "cuda"
+    tokens = 24 if options.tiny else 110
+    llm, tokenizer = large_llm(options) if on_gpu else small_llm(options)
+    atv = make_atv(options, llm, tokenizer, "gpt2" if on_gpu else "minilm").eval()
+    named = (
+        ("Llama 3 8B's shape, random weights, bfloat16", "GPT-2-sized")
+        if on_gpu
+        else ("SmolLM2-135M, bfloat16", "MiniLM")
+    )
+    record = Record(
+        "inference",
+        "Steered inference",
+        options,
+        llm="tiny" if options.tiny else named[0],
+        generator=named[1],
+        **{"prompt tokens": tokens, "tokens with 16 demonstrations": tokens + DEMONSTRATIONS * (tokens + 2)},
+    )
+    plots: dict[str, dict[str, dict[Any, Figure]]] = {}
+    for batch in (1, 16):
+        queries = [example.input for task in tasks() for example in task.test][:batch]
+        rows = rows_of(atv, (DEMONSTRATIONS + 1) * batch, tokens, templates=1)
+        prompts = [row.pairs[0][0] for row in rows[:batch]]
+        reads = {PLAIN: partial(first_token, atv, prompts), STEERED: partial(first_token, atv, prompts, queries)}
+        if batch == 1 or on_gpu or options.tiny:  # 30,000 tokens at once are too slow on a CPU
+            shown = [_with_demonstrations(rows, index, batch) for index in range(batch)]
+            reads[MANY] = partial(first_token, atv, shown)
+        texts = [tokenizer.decode(prompt) for prompt in prompts]
+        writes = {PLAIN: partial(_write, atv, texts), STEERED: partial(_write, atv, texts, queries)}
+        for what, sides in (("first token", reads), (f"{NEW_TOKENS} tokens", writes)):
+            both: dict[str, Callable[[], object]] = {**sides, OWN: partial(atv.task_vectors, queries)}
+            seconds = in_turn(f"inference, {what}, batch {batch}", both, options)
+            title = f"{what}, batch {batch}"
+            record.keep(f"{title}: ", seconds)
+            for side in both:
+                figure = Figure.of(times(1000 / batch, seconds[side]))
+                record.measure(f"{title}: {side}", "ms/query", figure)
+                if side != OWN:
+                    plots.setdefault(what, {}).setdefault(side, {})[f"batch {batch}"] = figure
+            limit = ("at most", 1.08) if on_gpu else None
+            record.measure(f"{title}: {STEERED} / {PLAIN}", "x", ratio(seconds[STEERED], seconds[PLAIN]), limit)
+            share = ratio(times(100, seconds[OWN]), seconds[STEERED])
+            record.measure(f"{title}: generator's share", "%", share)
+            if MANY in sides:
+                record.measure(
+                    f"{title}: {MANY} / {STEERED}",
+                    "x",
+                    ratio(seconds[MANY], seconds[STEERED]),
+                    ("at least", 8 if on_gpu else 6),
+                )
+    for what, series in plots.items():
+        record.plot(what, "", "milliseconds per query", series, kind="bars")
+    return record.finish()
+
+
+@torch.no_grad()
+def first_token(atv: ATVModel, prompts: Sequence[Sequence[int]], queries: Sequence[str] | None = None) -> Tensor:
+    """Each prompt's likeliest next token, in one call as `evaluate` makes it; steered if queries are given."""
+    inputs = left_padded(prompts, pad_id(atv.tokenizer))
+    on_device = {name: tensor.to(atv.generator.device) for name, tensor in inputs.items()}
+    read = partial(call_llm, atv.llm, keep=1, use_cache=False, **on_device)
+    if queries is None:
+        logits = read().logits
+    else:
+        with atv.steer(queries):
+            logits = read().logits
+    return logits[:, -1].float().cpu().argmax(-1)  # type: ignore[no-any-return]
+
+
+def _write(atv: ATVModel, prompts: Sequence[str], queries: Sequence[str] | None = None) -> list[str]:
+    """Texts to new texts of exactly NEW_TOKENS tokens; steered if queries are given."""
+    how = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+    if queries is not None:
+        return atv.generate(prompts, queries, **how)
+    inputs = atv.encode_prompts(prompts)
+    width = inputs.pop("position_ids").shape[1]
+    llm: Any = atv.llm
+    with torch.no_grad():
+        ids = llm.generate(**inputs, pad_token_id=pad_id(atv.tokenizer), **how)
+    return atv.tokenizer.batch_decode(ids[:, width:], skip_special_tokens=True)  # type: ignore[no-any-return]
+
+
+def _with_demonstrations(rows: Sequence[Any], index: int, batch: int) -> list[int]:
+    """A prompt behind 16 others with their answers and a token between them."""
+    first = batch + index * DEMONSTRATIONS
+    shown = [[*row.pairs[0][0], row.pairs[0][1][0], row.pairs[0][0][0]] for row in rows[first : first + DEMONSTRATIONS]]
+    return [token for demonstration in shown for token in demonstration] + list(rows[index].pairs[0][0])
+
+
+if __name__ == "__main__":
+    main()
