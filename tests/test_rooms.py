@@ -9,7 +9,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "atv"
 LEVELS = [
     ("floor", {"errors", "files", "progress"}),
     ("ground", {"config", "hooks", "batching", "tasks", "records", "models"}),
-    ("engine", {"steering", "prefix", "generator", "adapter", "model", "doctor", "training"}),
+    ("engine", {"steering", "prefix", "generator", "adapter", "model", "doctor", "sampling", "training"}),
     ("methods", {"methods"}),
     ("evaluation", {"evaluation"}),
     ("report", {"report"}),
@@ -22,7 +22,7 @@ WITHIN = {
     "adapter": {"generator"},
     "model": {"adapter", "generator", "prefix", "steering"},
     "doctor": {"model", "prefix"},
-    "training": {"doctor", "model", "prefix"},
+    "training": {"doctor", "model", "prefix", "sampling"},
     "files": {"errors"},
     "__main__": {"cli"},
 }

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from atv.batching import EncodedRow
 from atv.config import TrainConfig
 from atv.errors import ATVError
-from atv.training import Batches, Rows, train, training_rows
+from atv.sampling import Batches, Rows, training_rows
+from atv.training import train
 
 
 def quick(**options):
