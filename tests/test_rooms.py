@@ -7,7 +7,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "atv"
 LEVELS = [
-    ("floor", {"errors", "files", "progress"}),
+    ("floor", {"errors", "files", "processes", "progress"}),
     ("ground", {"config", "hooks", "batching", "tasks", "records", "models"}),
     ("engine", {"steering", "prefix", "generator", "adapter", "model", "doctor", "sampling", "training"}),
     ("methods", {"methods"}),
@@ -24,6 +24,7 @@ WITHIN = {
     "doctor": {"model", "prefix"},
     "training": {"doctor", "model", "prefix", "sampling"},
     "files": {"errors"},
+    "progress": {"processes"},
     "__main__": {"cli"},
 }
 

@@ -206,17 +206,17 @@ def test_batches_hold_every_row_once_and_are_of_like_length():
     assert sorted(order) == list(range(203))
     padding = sum(8 * max(batches.lengths[i] for i in order[s : s + 8]) for s in range(0, 200, 8))
     assert padding < 1.25 * sum(batches.lengths)
-    batches.set_epoch(1)
+    rows.epoch = 1
     assert list(batches) != order
-    batches.set_epoch(0)
+    rows.epoch = 0
     assert list(batches) == order
 
 
 def test_epochs_are_shuffled_differently_by_the_trainer(tmp_path, monkeypatch):
-    """The data loader must tell the sampler its epoch, or every epoch would have the same order."""
+    """The rows must know their epoch when the sampler is asked, or every epoch would have the same order."""
     epochs = []
     original = Batches.__iter__
-    monkeypatch.setattr(Batches, "__iter__", lambda self: epochs.append(self.epoch) or original(self))
+    monkeypatch.setattr(Batches, "__iter__", lambda self: epochs.append(self.rows.epoch) or original(self))
     train(tiny(), [toy_task()], tmp_path / "out", quick())
     assert sorted(set(epochs)) == [0, 1, 2]
 

@@ -6,8 +6,11 @@ from itertools import chain
 
 from torch.utils.data import Dataset, Sampler
 
-from atv.batching import EncodedRow, Row
+from atv.batching import IGNORED, EncodedRow, Row
 from atv.tasks import TRAIN_PREFIX, Task, Variant
+
+PADDING = -1
+"""Stands in an order of row numbers for a row that counts for nothing."""
 
 
 class Rows(Dataset[EncodedRow]):
@@ -23,7 +26,10 @@ class Rows(Dataset[EncodedRow]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> EncodedRow:
-        """The row with the prompts that are its turn in this epoch."""
+        """The row with the prompts that are its turn in this epoch; for `PADDING` a row without an answer."""
+        if index == PADDING:
+            row = self[0]
+            return EncodedRow(row.query, [(prompt, [IGNORED]) for prompt, _ in row.pairs])
         row = self.rows[index]
         count = len(row.pairs)
         if self.templates_per_row is None or self.templates_per_row >= count:
@@ -45,25 +51,28 @@ class Batches(Sampler[int]):
     """A new shuffle each epoch, in which rows of about the same length stand together so that little is padded.
 
     Sixteen batches of shuffled rows at a time are put in order of length and their batches shuffled again: padding
-    falls by about a third while a batch still mixes the tasks.
+    falls by about a third while a batch still mixes the tasks. The order depends on the seed and `rows.epoch` alone.
+
+    Args:
+        rows: what is put in order.
+        batch_size: rows per optimiser step.
+        seed: of the shuffles.
+        fill: make the last batch full with `PADDING`, so that it splits among processes as every other does.
     """
 
-    def __init__(self, rows: Rows, batch_size: int, seed: int) -> None:
+    def __init__(self, rows: Rows, batch_size: int, seed: int, fill: bool = False) -> None:
+        self.rows, self.batch_size, self.seed = rows, batch_size, seed
         self.lengths = [max(len(prompt) for prompt, _ in row.pairs) for row in rows.rows]
-        self.batch_size, self.seed, self.epoch = batch_size, seed, 0
+        self.padding = [PADDING] * (-len(rows) % batch_size if fill else 0)
 
     def __len__(self) -> int:
-        """Number of rows."""
-        return len(self.lengths)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the data loader, after a resume too: the order depends on seed and epoch alone."""
-        self.epoch = epoch
+        """Number of rows, with those that fill the last batch."""
+        return len(self.lengths) + len(self.padding)
 
     def __iter__(self) -> Iterator[int]:
         """Row numbers in this epoch's order; the batch that is not full comes last."""
-        rng = random.Random(f"{self.seed} {self.epoch}")
-        order = rng.sample(range(len(self)), len(self))
+        rng = random.Random(f"{self.seed} {self.rows.epoch}")
+        order = rng.sample(range(len(self.lengths)), len(self.lengths))
         size, block = self.batch_size, 16 * self.batch_size
         batches = []
         for start in range(0, len(order), block):
@@ -71,4 +80,4 @@ class Batches(Sampler[int]):
             batches += [alike[first : first + size] for first in range(0, len(alike), size)]
         rng.shuffle(batches)
         batches.sort(key=lambda batch: len(batch) < size)
-        return chain.from_iterable(batches)
+        return chain.from_iterable([*batches, self.padding])
