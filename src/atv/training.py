@@ -304,7 +304,6 @@ def _trainer(
         per_device_eval_batch_size=rows_per_call,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         ddp_find_unused_parameters=world_size() > 1 and _some_unused(atv, rows[0]),
-        ddp_broadcast_buffers=False,  # nothing here has buffers that change
         learning_rate=config.learning_rate,
         lr_scheduler_type="constant",
         max_grad_norm=config.max_grad_norm or 0.0,
