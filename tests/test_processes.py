@@ -47,14 +47,16 @@ def together(folder, work, *arguments, count=2):
     multiprocessing.start_processes(_in_process, given, nprocs=count, start_method="forkserver")
 
 
-def trained(out, accumulation=1, nan_on=None):
+def trained(out, accumulation=1, nan_on=None, partly=False):
     """Nine training rows in batches of four: of the last batch all parts but the first hold nothing real."""
-    atv = make_atv(scale=0.5)
+    atv = make_atv(scale=0.5, train_generator=not partly)
+    if partly:
+        atv.expansion.idle = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
     for module in atv.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # its draws differ with the split
     config = TrainConfig(
-        epochs=3, batch_size=4, gradient_accumulation_steps=accumulation, learning_rate=5e-3, templates_per_row=1
+        epochs=3, batch_size=4, gradient_accumulation_steps=accumulation, learning_rate=5e-3, templates_per_row=2
     )
     if nan_on is not None and os.environ["RANK"] == str(nan_on):
         break_loss_after(atv, 4)  # in the second epoch
@@ -94,6 +96,12 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(single, tmp_path):
 def test_two_processes_train_what_one_trains(single, tmp_path, accumulation):
     together(tmp_path, trained, tmp_path / "out", accumulation)
     check_same_training(tmp_path / "out", single)
+
+
+def test_a_frozen_generator_and_a_weight_that_nothing_uses_do_not_hold_processes_up(tmp_path):
+    trained(tmp_path / "one", partly=True)
+    together(tmp_path, trained, tmp_path / "two", 1, None, True)
+    check_same_training(tmp_path / "two", tmp_path / "one")
 
 
 def test_a_nan_in_one_process_stops_both_and_one_process_can_go_on(single, tmp_path):

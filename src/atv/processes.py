@@ -42,9 +42,10 @@ def barrier() -> None:
 
 
 def wait_turn_to_fail() -> None:
-    """Before a process says what is wrong and ends: let those before it do so.
+    """Before a process says what is wrong and ends: let the main one do so.
 
-    What is wrong for one is mostly wrong for all. The launcher ends the others as soon as one has ended, so that one
-    message is printed; a process that is still there after its wait has a fault that no process before it has.
+    What is wrong for one is mostly wrong for all, and once the main process has ended, which may take seconds, the
+    launcher ends the others unheard. One that is still there after its wait has a fault that the main one has not.
     """
-    time.sleep(min(rank(), 10))
+    if not is_main():
+        time.sleep(10)
