@@ -8,7 +8,7 @@ import typer
 
 from atv.cli import options as opt
 from atv.errors import ATVError
-from atv.processes import wait_turn_to_fail
+from atv.processes import is_main, wait_turn_to_fail
 
 app = typer.Typer(
     name="atv",
@@ -28,7 +28,8 @@ def main() -> None:
         print(f"atv: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\natv: interrupted; the same command goes on where it stopped.", file=sys.stderr)  # noqa: T201
+        if is_main():
+            print("\natv: interrupted; the same command goes on where it stopped.", file=sys.stderr)  # noqa: T201
         sys.exit(130)
 
 
