@@ -197,6 +197,7 @@ def train(
         if is_main():
             shutil.rmtree(out / "checkpoints", ignore_errors=True)
             write_json(out / RECORD_FILE, record)
+    barrier()  # and nothing by another process before what was there has been removed
     set_seed(config.seed)
     atv.read_prefix = _filled_store(atv, [*rows.rows, *(valid[index] for index in range(len(valid)))]).read
     checkpoints = out / "checkpoints"
