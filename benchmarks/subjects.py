@@ -22,9 +22,9 @@ from atv.config import ATVConfig
 from atv.generator import Generator
 from atv.model import ATVModel
 from atv.models import EMBEDDED_GENERATOR, EMBEDDED_LLM, load_llm, load_tokenizer
-from atv.prefix import PrefixStore
+from atv.sampling import training_rows
+from atv.store import PrefixStore
 from atv.tasks import Task, load_tasks
-from atv.training import training_rows
 from benchmarks.common import SEED, Options
 
 GENERATORS = {"minilm": "MiniLM (22.6M)", "gpt2": "GPT-2-sized (124M)"}

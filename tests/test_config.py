@@ -32,6 +32,7 @@ def test_the_defaults_of_the_training_are_those_of_the_paper():
     assert TrainConfig().to_dict() == {
         "epochs": 15,
         "batch_size": 8,
+        "gradient_accumulation_steps": 1,
         "learning_rate": 0.0005,
         "generator_learning_rate": None,
         "weight_decay": 0.00001,

@@ -121,6 +121,21 @@ def test_a_run_goes_on_where_it_stopped(folder):
     assert before["device"] == "cpu"
 
 
+def test_rows_that_other_processes_wrote_are_taken_once_and_kept_in_one_file(folder):
+    fresh(folder, rows=2)
+    lines = [json.dumps(asdict(prediction(index))) + "\n" for index in range(5)]
+    (folder / "predictions-1.jsonl").write_text("".join(lines[1:4]) + lines[4][:30])
+    (folder / "predictions-2.jsonl").write_text(lines[3] + lines[4])
+    assert [row["example"] for row in read_rows(folder)] == [0, 1, 2, 3, 4]
+    run = RunWriter(folder, SETTINGS)
+    assert [row["example"] for row in run.rows] == [0, 1, 2, 3, 4]
+    assert sorted(file.name for file in folder.iterdir()) == ["predictions.jsonl", "run.json"]
+    run.gather([("sentiment", 1, "A:", index) for index in (4, 2, 0)])
+    assert [row["example"] for row in read_rows(folder)] == [4, 2, 0, 1, 3]
+    (folder / "predictions-1.jsonl").write_text(lines[0])
+    assert RunWriter(folder, SETTINGS, force=True).rows == read_rows(folder) == []
+
+
 def test_a_finished_run_is_known_as_finished_when_it_is_opened_again(folder):
     fresh(folder, rows=1).finish(seconds=12.5)
     run = RunWriter(folder, SETTINGS)

@@ -7,9 +7,12 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "atv"
 LEVELS = [
-    ("floor", {"errors", "files", "progress"}),
+    ("floor", {"errors", "files", "processes", "progress"}),
     ("ground", {"config", "hooks", "batching", "tasks", "records", "models"}),
-    ("engine", {"steering", "prefix", "generator", "adapter", "model", "doctor", "store", "training"}),
+    (
+        "engine",
+        {"steering", "prefix", "generator", "adapter", "model", "doctor", "sampling", "store", "training"},
+    ),
     ("methods", {"methods"}),
     ("evaluation", {"evaluation"}),
     ("report", {"report"}),
@@ -23,8 +26,9 @@ WITHIN = {
     "model": {"adapter", "generator", "prefix", "steering"},
     "doctor": {"model", "prefix"},
     "store": {"adapter", "prefix"},
-    "training": {"doctor", "model", "prefix", "store"},
+    "training": {"doctor", "model", "prefix", "sampling", "store"},
     "files": {"errors"},
+    "progress": {"processes"},
     "__main__": {"cli"},
 }
 

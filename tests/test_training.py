@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from atv.batching import EncodedRow
 from atv.config import TrainConfig
 from atv.errors import ATVError
-from atv.training import Batches, Rows, train, training_rows
+from atv.sampling import Batches, Rows, training_rows
+from atv.training import train
 
 
 def quick(**options):
@@ -164,11 +165,11 @@ def test_a_nan_loss_in_the_first_epoch_leaves_no_adapter(tmp_path):
 
 def test_the_best_epoch_is_kept_not_the_last(tmp_path):
     """At a rate that wrecks the model sooner or later, what is saved has the lowest validation loss of all epochs."""
-    atv, task = tiny(), toy_task()
-    result = train(atv, [task], tmp_path / "out", quick(epochs=6, learning_rate=0.05))
+    atv, task = tiny(), toy_task(rows=27)  # nine validation rows in batches of four
+    result = train(atv, [task], tmp_path / "out", quick(epochs=6, learning_rate=0.05, templates_per_row=2))
     losses = [entry["eval_loss"] for entry in result.record["history"] if "eval_loss" in entry]
     assert result.record["best_eval_loss"] == min(losses)
-    valid = Rows([atv.encode_row(row) for row in training_rows(task, "valid")], 1)
+    valid = Rows([atv.encode_row(row) for row in training_rows(task, "valid")], 2)
     with torch.no_grad():
         found = [atv(**atv.collator()([valid[i]])).loss.item() for i in range(len(valid))]
     assert sum(found) / len(found) == pytest.approx(min(losses), rel=1e-4)
@@ -205,17 +206,17 @@ def test_batches_hold_every_row_once_and_are_of_like_length():
     assert sorted(order) == list(range(203))
     padding = sum(8 * max(batches.lengths[i] for i in order[s : s + 8]) for s in range(0, 200, 8))
     assert padding < 1.25 * sum(batches.lengths)
-    batches.set_epoch(1)
+    rows.epoch = 1
     assert list(batches) != order
-    batches.set_epoch(0)
+    rows.epoch = 0
     assert list(batches) == order
 
 
 def test_epochs_are_shuffled_differently_by_the_trainer(tmp_path, monkeypatch):
-    """The data loader must tell the sampler its epoch, or every epoch would have the same order."""
+    """The rows must know their epoch when the sampler is asked, or every epoch would have the same order."""
     epochs = []
     original = Batches.__iter__
-    monkeypatch.setattr(Batches, "__iter__", lambda self: epochs.append(self.epoch) or original(self))
+    monkeypatch.setattr(Batches, "__iter__", lambda self: epochs.append(self.rows.epoch) or original(self))
     train(tiny(), [toy_task()], tmp_path / "out", quick())
     assert sorted(set(epochs)) == [0, 1, 2]
 

@@ -129,7 +129,9 @@ class TrainConfig(_Checked):
     epochs: int = 15
     """Passes over the training rows."""
     batch_size: int = 8
-    """Rows per step; each row is read with `templates_per_row` prompts."""
+    """Rows per optimiser step, over all processes; each row is read with `templates_per_row` prompts."""
+    gradient_accumulation_steps: int = 1
+    """Parts that a process reads its share of a batch in: less memory, the same step up to rounding."""
     learning_rate: float = 5e-4
     """Constant learning rate of the expansion (and of the generator unless it has its own)."""
     generator_learning_rate: float | None = None
@@ -145,8 +147,8 @@ class TrainConfig(_Checked):
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
-        for name, least in (("epochs", 1), ("batch_size", 1), ("templates_per_row", 1), ("seed", 0)):
-            value = getattr(self, name)
+        for name in ("epochs", "batch_size", "gradient_accumulation_steps", "templates_per_row", "seed"):
+            value, least = getattr(self, name), 0 if name == "seed" else 1
             if not _is_whole(value, least):
                 raise ATVError(f"{name} is {value!r}; expected a whole number from {least}.")
         for name in ("learning_rate", "generator_learning_rate", "weight_decay", "max_grad_norm"):
@@ -155,3 +157,14 @@ class TrainConfig(_Checked):
                 continue
             if not _is_finite(value) or value < 0:
                 raise ATVError(f"{name} is {value!r}; expected a finite number that is not negative.")
+
+    def rows_per_call(self, processes: int) -> int:
+        """Rows that a process reads at once, where `processes` share a batch; ATVError if it cannot be split so."""
+        parts = processes * self.gradient_accumulation_steps
+        if self.batch_size % parts:
+            raise ATVError(
+                f"batch_size is {self.batch_size}, the rows of one optimiser step over all processes; {processes} "
+                f"processes x {self.gradient_accumulation_steps} accumulation steps cannot share it equally. Give a "
+                f"multiple of {parts}."
+            )
+        return self.batch_size // parts

@@ -1,8 +1,9 @@
 """The one loop: method x task x variant to predictions."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from itertools import cycle
 
 import torch
 
@@ -11,8 +12,9 @@ from atv.errors import ATVError
 from atv.methods.base import Method
 from atv.models import context_length
 from atv.prefix import call_llm
+from atv.processes import rank, world_size
 from atv.progress import Bar, bar
-from atv.records import Prediction, RunWriter
+from atv.records import Prediction, RunWriter, row_key
 from atv.tasks import Task, Variant
 
 
@@ -29,6 +31,9 @@ def evaluate(
     A prediction is right when the most likely next token over the whole vocabulary is the first token of " " + answer
     (section 3 of the paper); beside it stands the likeliest among the first tokens of the task's options.
 
+    Where a launcher has started several processes, all of them call this, and each asks every n-th batch of those
+    that one process would ask.
+
     Args:
         method: what answers.
         tasks: their test splits are asked.
@@ -39,15 +44,17 @@ def evaluate(
     Raises:
         ATVError: a prompt is longer than the LLM's context; nothing of that task and variant is asked then.
     """
-    done = {(row["task"], row["template"], row["answer_prefix"], row["example"]) for row in run.rows}
+    done = {row_key(row) for row in run.rows}
     work = [(task, variant) for task in tasks for variant in (variants or list(task.variants()))]
-    total = sum(len(task.test) for task, _ in work)
-    with bar(f"{method.name}", total) as progress:
+    order = [(task.name, *variant, index) for task, variant in work for index in range(len(task.test))]
+    mine = cycle([process == rank() for process in range(world_size())])
+    with bar(f"{method.name}", len(order)) as progress:
         progress.advance(len(done))
         for task, variant in work:
             progress.describe(f"{method.name}: {task.name}")
             left = [i for i in range(len(task.test)) if (task.name, *variant, i) not in done]
-            _ask(method, task, variant, left, run, batch_size, progress)
+            _ask(method, task, variant, left, run, batch_size, progress, mine)
+    run.gather(order)
     seconds = sum(row["seconds"] for row in run.rows)
     run.finish(seconds=round(seconds, 3))
 
@@ -66,7 +73,9 @@ def _ask(
     run: RunWriter,
     batch_size: int,
     progress: Bar,
+    mine: Iterator[bool],
 ) -> None:
+    """Ask `examples` in batches, those of them for which `mine` says that it is this process's turn."""
     prompts = {index: method.prompt(task, task.test[index], variant) for index in examples}
     encoded = {index: encode_prompt(method.tokenizer, prompt) for index, prompt in prompts.items()}
     limit = context_length(method.llm)
@@ -80,6 +89,9 @@ def _ask(
     by_length = sorted(examples, key=lambda index: len(encoded[index]))  # equal lengths together: little padding
     for start in range(0, len(by_length), batch_size):
         batch = by_length[start : start + batch_size]
+        progress.advance(len(batch))
+        if not next(mine):
+            continue
         began = time.perf_counter()
         inputs = left_padded([encoded[index] for index in batch], pad_id(method.tokenizer))
         with ExitStack() as stack:
@@ -114,4 +126,3 @@ def _ask(
                 )
             )
         run.append(rows)
-        progress.advance(len(batch))

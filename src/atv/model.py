@@ -31,6 +31,8 @@ class ATVOutput(ModelOutput):
 
     loss: Tensor | None = None
     """Scalar float32: mean over a row's answer tokens, then over rows (Eq. 7)."""
+    losses: Tensor | None = None
+    """(batch,) float32: each row's own loss, 0 for a row without labels."""
     correct: Tensor | None = None
     """(batch,) bool: the most likely first token, over the whole vocabulary, is the answer's."""
 
@@ -183,7 +185,7 @@ class ATVModel(nn.Module):
             labels: (batch, answer), answer tokens, -100 where there is none.
 
         Returns:
-            `loss` and `correct`; in training only `loss` is used.
+            `loss`, `losses` and `correct`; in training only `loss` is used.
         """
         vectors = self.vectors(query_input_ids, query_attention_mask)  # (queries, layers, hidden)
         logits = steered_logits(
@@ -201,8 +203,8 @@ class ATVModel(nn.Module):
         token_loss = nn.functional.cross_entropy(
             wide.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
         ).view_as(labels)  # (batch, answer), 0 where ignored
-        loss = (token_loss.sum(1) / (labels != IGNORED).sum(1)).mean()
-        return ATVOutput(loss=loss, correct=logits[:, 0].argmax(-1) == labels[:, 0])
+        losses = token_loss.sum(1) / (labels != IGNORED).sum(1).clamp(min=1)  # (batch,)
+        return ATVOutput(loss=losses.mean(), losses=losses, correct=logits[:, 0].argmax(-1) == labels[:, 0])
 
     # ---- texts to tensors ----
 

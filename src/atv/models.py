@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from atv.errors import ATVError, unknown
 from atv.files import recover_folder, replace_folder
+from atv.processes import local_rank
 from atv.progress import note
 
 EMBEDDED_LLM = "embedded:smollm2-135m"
@@ -97,14 +98,14 @@ def load_llm(
     Args:
         name: Hugging Face id, folder, or an embedded name.
         dtype: torch dtype or its name; bfloat16 by default, about twice as fast as float32 on recent CPUs.
-        device: "cpu", "cuda", ...; by default a GPU if there is one.
+        device: "cpu", "cuda", ...; by default this process's GPU if there is one.
         revision: commit, tag or branch on the hub.
         trust_remote_code: run code that comes with the model; only for a model that you trust.
     """
     dtype = parse_dtype(dtype) if isinstance(dtype, str) else dtype
     llm = _load(AutoModelForCausalLM, "LLM", name, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
     llm.config._name_or_path = llm.name_or_path = name  # the name that was asked for, not a cache folder
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or (f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu")
     return cast(nn.Module, llm.to(device).eval())
 
 

@@ -6,11 +6,13 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-console = Console(stderr=True)
+from atv.processes import is_main
+
+console = Console(stderr=True, quiet=not is_main())
 
 
 def note(message: str) -> None:
-    """One line for the person who watches, on standard error."""
+    """One line for the person who watches, on standard error; of several processes the main one speaks."""
     console.print(message, highlight=False, markup=False, soft_wrap=True)
 
 

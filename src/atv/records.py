@@ -16,10 +16,16 @@ from typing import Any
 
 from atv.errors import ATVError
 from atv.files import occupied, read_json, same_settings, write_json, write_text
+from atv.processes import barrier, is_main, rank, world_size
 
 SCHEMA = 1
 RUN_FILE = "run.json"
 ROWS_FILE = "predictions.jsonl"
+OTHERS_FILES = "predictions-*.jsonl"
+"""Rows of the processes beside the main one, each in a file of its own, until the run is finished or continued."""
+
+Key = tuple[str, int, str, int]
+"""Task, template, answer prefix and example."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +70,14 @@ def provenance() -> dict[str, Any]:
         "commit": commit,
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
+        "processes": world_size(),
     }
 
 
 class RunWriter:
     """A run that is being made: opens or continues its folder.
+
+    Of several processes each appends to a file of its own; the main one writes everything else.
 
     Args:
         folder: of the run.
@@ -80,19 +89,36 @@ class RunWriter:
         self.folder = folder
         self.run: dict[str, Any] = {"schema": SCHEMA, "finished": False, "settings": settings, "seconds": 0.0}
         self.rows: list[dict[str, Any]] = []
+        self._file = folder / (ROWS_FILE if is_main() else OTHERS_FILES.replace("*", str(rank())))
+        if is_main():
+            self._open(settings, force)
+        barrier()
+        if not is_main():
+            self.run, self.rows = _read_run(folder), read_rows(folder)
+        barrier()  # before anybody appends
+
+    def _open(self, settings: dict[str, Any], force: bool) -> None:
+        folder = self.folder
         if (folder / RUN_FILE).exists() and not force:
             former = _read_run(folder)
             same_settings(former.get("settings", {}), settings, folder)
             self.run = former
             self.rows = read_rows(folder)
-            _rewrite(folder / ROWS_FILE, self.rows)  # without a line that a kill cut short
+            self._keep_in_one_file()  # without a line that a kill cut short
         elif occupied(folder) and not (folder / RUN_FILE).exists():
             raise ATVError(f"{folder} exists and is not a run; choose a new folder, so that nothing there is lost.")
         else:
             self.run |= provenance()
-            (folder / ROWS_FILE).unlink(missing_ok=True)  # first: a kill must not leave former rows in the new run
+            for file in (folder / ROWS_FILE, *_others_files(folder)):
+                file.unlink(missing_ok=True)  # first: a kill must not leave former rows in the new run
             write_json(folder / RUN_FILE, self.run)
-            _rewrite(folder / ROWS_FILE, [])
+            self._keep_in_one_file()
+
+    def _keep_in_one_file(self) -> None:
+        """A kill in between leaves rows in two files; `read_rows` takes them once."""
+        write_text(self.folder / ROWS_FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows))
+        for file in _others_files(self.folder):
+            file.unlink()
 
     @property
     def finished(self) -> bool:
@@ -102,18 +128,29 @@ class RunWriter:
     def append(self, predictions: Iterable[Prediction]) -> None:
         """Add rows; they are on disk when this returns."""
         rows = [asdict(prediction) for prediction in predictions]
-        with (self.folder / ROWS_FILE).open("a", encoding="utf-8") as file:
+        with self._file.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         self.rows.extend(rows)
 
     def describe(self, **facts: Any) -> None:
         """Note `facts` about the run: the method's configuration, the device."""
         self.run |= facts
-        write_json(self.folder / RUN_FILE, self.run)
+        if is_main():
+            write_json(self.folder / RUN_FILE, self.run)
+
+    def gather(self, order: Sequence[Key]) -> None:
+        """Wait for all processes and put the rows of all of them into one file, in this order."""
+        barrier()
+        place = {key: index for index, key in enumerate(order)}
+        self.rows = sorted(read_rows(self.folder), key=lambda row: place.get(row_key(row), len(place)))
+        barrier()  # before the files that others read are gone
+        if is_main():
+            self._keep_in_one_file()
 
     def finish(self, **facts: Any) -> None:
         """Mark the run as complete and note `facts` about it."""
         self.describe(**facts, finished=True)
+        barrier()
 
 
 def _read_run(folder: Path) -> dict[str, Any]:
@@ -123,13 +160,25 @@ def _read_run(folder: Path) -> dict[str, Any]:
     return run
 
 
-def _rewrite(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def _others_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob(OTHERS_FILES))
+
+
+def row_key(row: dict[str, Any]) -> Key:
+    """What a row answers: one example in one variant."""
+    return row["task"], row["template"], row["answer_prefix"], row["example"]
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run; a last line that a kill cut short is left out, any other damage raises ATVError."""
-    path = folder / ROWS_FILE
+    rows = _read_file(folder / ROWS_FILE)
+    for file in _others_files(folder):
+        there = {row_key(row) for row in rows}
+        rows += [row for row in _read_file(file) if row_key(row) not in there]
+    return rows
+
+
+def _read_file(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")

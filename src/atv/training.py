@@ -1,98 +1,34 @@
 """Training: transformers' Trainer with the paper's optimiser, a wiring test before it and a whole adapter after it."""
 
 import math
-import random
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from atv.batching import EncodedRow, Row
+from atv.batching import IGNORED, EncodedRow
 from atv.config import TrainConfig
 from atv.doctor import require_wiring
 from atv.errors import ATVError
 from atv.files import occupied, read_json, same_settings, write_json
 from atv.model import ATVModel
 from atv.prefix import read_prefix
+from atv.processes import barrier, is_main, rank, world_size
 from atv.progress import Bar, bar, note
 from atv.records import provenance
+from atv.sampling import Batches, Rows, training_rows
 from atv.store import PrefixStore
-from atv.tasks import TRAIN_PREFIX, Task, Variant
+from atv.tasks import Task
 
 RECORD_FILE = "train.json"
 COMPLETE = "complete"
 """Empty file in a checkpoint folder whose writing has ended."""
-
-
-class Rows(Dataset[EncodedRow]):
-    """Encoded training rows; with fewer templates per row than there are, each epoch takes the next ones in turn."""
-
-    def __init__(self, rows: Sequence[EncodedRow], templates_per_row: int | None = None) -> None:
-        self.rows = rows
-        self.templates_per_row = templates_per_row
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        """Number of rows."""
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> EncodedRow:
-        """The row with the prompts that are its turn in this epoch."""
-        row = self.rows[index]
-        count = len(row.pairs)
-        if self.templates_per_row is None or self.templates_per_row >= count:
-            return row
-        first = index + self.epoch * self.templates_per_row
-        return EncodedRow(row.query, [row.pairs[(first + step) % count] for step in range(self.templates_per_row)])
-
-
-def training_rows(task: Task, split: str = "train") -> list[Row]:
-    """A task's rows with every template and the one answer prefix of training."""
-    variants = [Variant(template, TRAIN_PREFIX) for template in range(len(task.templates))]
-    return [
-        Row(example.input, tuple(task.prompt(example.input, variant) for variant in variants), example.output)
-        for example in getattr(task, split)
-    ]
-
-
-class Batches(Sampler[int]):
-    """A new shuffle each epoch, in which rows of about the same length stand together so that little is padded.
-
-    Sixteen batches of shuffled rows at a time are put in order of length and their batches shuffled again: padding
-    falls by about a third while a batch still mixes the tasks.
-    """
-
-    def __init__(self, rows: Rows, batch_size: int, seed: int) -> None:
-        self.lengths = [max(len(prompt) for prompt, _ in row.pairs) for row in rows.rows]
-        self.batch_size, self.seed, self.epoch = batch_size, seed, 0
-
-    def __len__(self) -> int:
-        """Number of rows."""
-        return len(self.lengths)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the data loader, after a resume too: the order depends on seed and epoch alone."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        """Row numbers in this epoch's order; the batch that is not full comes last."""
-        rng = random.Random(f"{self.seed} {self.epoch}")
-        order = rng.sample(range(len(self)), len(self))
-        size, block = self.batch_size, 16 * self.batch_size
-        batches = []
-        for start in range(0, len(order), block):
-            alike = sorted(order[start : start + block], key=lambda row: self.lengths[row])
-            batches += [alike[first : first + size] for first in range(0, len(alike), size)]
-        rng.shuffle(batches)
-        batches.sort(key=lambda batch: len(batch) < size)
-        return chain.from_iterable(batches)
 
 
 def make_optimizer(atv: ATVModel, config: TrainConfig) -> torch.optim.Optimizer:
@@ -118,7 +54,8 @@ class NonFiniteLoss(Exception):
 class ATVTrainer(Trainer):
     """Trainer with coupled-decay Adam in two learning rates, that stops before a non-finite loss does damage.
 
-    Its checkpoints hold generator and expansion alone, since the LLM is not a submodule of `ATVModel`.
+    Its checkpoints hold generator and expansion alone, since the LLM is not a submodule of `ATVModel`. A batch split
+    among processes and accumulation steps gives the loss and the gradient of the whole batch, up to rounding.
     """
 
     def __init__(self, *args: Any, train_config: TrainConfig, **kwargs: Any) -> None:
@@ -133,23 +70,54 @@ class ATVTrainer(Trainer):
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return Batches(
-            train_dataset or cast(Rows, self.train_dataset), self.train_config.batch_size, self.train_config.seed
-        )
+        rows, config = train_dataset or cast(Rows, self.train_dataset), self.train_config
+        return Batches(rows, config.batch_size, config.seed, fill=self._split)
+
+    @property
+    def _split(self) -> bool:
+        """A batch is read in several parts, by several processes or one after the other."""
+        return bool(self.args.world_size * self.args.gradient_accumulation_steps > 1)
+
+    def get_batch_samples(self, *args: Any) -> tuple[list[Any], Any]:
+        """The parts of a batch that this process reads; beside them, as "items", the weight of each part's loss.
+
+        The Trainer averages the parts' mean losses, over a process's parts and then over processes. All parts hold
+        as many rows, so that is the batch's mean, but for the rows that fill it up: they add 0 and are counted, and
+        the weight takes that back.
+        """
+        parts, _ = super().get_batch_samples(*args)
+        if not self._split:
+            return parts, None
+        labelled = torch.cat([(part["labels"] != IGNORED).any(1) for part in parts])
+        counts = torch.stack([labelled.new_ones(len(labelled), dtype=torch.long).sum(), labelled.sum()])
+        read, real = self.accelerator.reduce(counts.to(self.args.device), "sum").tolist()
+        return parts, read / real
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The model's loss; NonFiniteLoss before it can reach a weight."""
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if model.training and not math.isfinite(loss.item()):
+        """The model's loss, weighted; NonFiniteLoss in every process before it can reach a weight in any."""
+        loss, outputs = super().compute_loss(model, inputs, True)
+        if num_items_in_batch is not None:
+            loss = loss * num_items_in_batch
+        if not math.isfinite(self.accelerator.reduce(loss.detach(), "sum").item()):
             raise NonFiniteLoss
         return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *_: Any, **__: Any) -> tuple[None, Tensor, Tensor]:
+        """Loss and score of every row, both (rows, prompts), so that their means do not depend on the batches."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            output = model(**inputs)
+        shape = (len(inputs["query_input_ids"]), -1)
+        return None, output.losses.view(shape), output.correct.view(shape)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Weights as safetensors and nothing else: the Trainer's own version also pickles its arguments."""
         from safetensors.torch import save_file
 
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or cast(str, self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: t.contiguous() for name, t in (state_dict or cast(ATVModel, self.model).state_dict()).items()}
@@ -180,7 +148,9 @@ class _Progress(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         del control
-        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+        barrier()  # every process writes its random state
+        if is_main():
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
 
 
 @dataclass(frozen=True)
@@ -206,7 +176,8 @@ def train(
     Writes `out/adapter` (the adapter), `out/train.json` (settings and history) and, until it is done,
     `out/checkpoints` and, if main memory is too small, `out/prefixes`. Called again with the same arguments after an
     interruption it goes on from the last complete epoch and ends with the same weights, bit for bit on a CPU as long as
-    the store keeps every prompt; called again after the end it trains nothing.
+    the store keeps every prompt; called again after the end it trains nothing. Where a launcher has started several
+    processes, all of them call it, and share each batch.
 
     Args:
         atv: made under `set_seed(config.seed)` if the result is to be repeatable.
@@ -217,10 +188,12 @@ def train(
         store: an empty one with budgets of its own for the prompts' keys and values.
 
     Raises:
-        ATVError: `out` holds another training; a prompt is too long; the wiring self-test failed; or the loss became
-            NaN or infinite: then `out/adapter` holds the best epoch before it, if there was one.
+        ATVError: `out` holds another training; a prompt is too long; a batch cannot be split among the processes; the
+            wiring self-test failed; or the loss became NaN or infinite: then `out/adapter` holds the best epoch
+            before it, if there was one.
     """
     config, out = config or TrainConfig(), Path(out)
+    config.rows_per_call(world_size())
     settings = _settings(atv, tasks, config)
     record = _former(out, settings, force)
     if record is not None and record["finished"]:
@@ -230,13 +203,16 @@ def train(
     valid = Rows(_encoded(atv, tasks, "valid"), config.templates_per_row)
     note("Wiring self-test")
     require_wiring(atv)
-    if record is None:  # nothing is written before everything that can be checked has been
-        _clear(out)
+    barrier()  # nothing is written before everything that can be checked has been, by every process
+    if record is None:
         record = {"finished": False, "settings": settings} | provenance()
-        write_json(out / RECORD_FILE, record)
+        if is_main():
+            _clear(out)
+            write_json(out / RECORD_FILE, record)
+    barrier()  # and nothing by another process before what was there has been removed
     set_seed(config.seed)
     store = store or PrefixStore()
-    _fill(store, atv, [*rows.rows, *(valid[index] for index in range(len(valid)))], out / "prefixes")
+    _fill(store, atv, [*rows.rows, *(valid[index] for index in range(len(valid)))], out / "prefixes" / str(rank()))
     atv.read_prefix = store.read
     checkpoints = out / "checkpoints"
     steps = config.epochs * math.ceil(len(rows) / config.batch_size)
@@ -245,10 +221,14 @@ def train(
         last = _last_complete(checkpoints)
         if last is not None:
             note(f"Going on from {last}")
+        if rank() > 0:
+            torch.manual_seed(config.seed + rank())  # dropout of its own for each process's rows
         try:
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         except NonFiniteLoss:
-            raise ATVError(_after_non_finite(trainer, atv, record, out)) from None
+            message = _after_non_finite(trainer, atv, record, out)
+            barrier()  # the process that fails first must not take the one that writes with it
+            raise ATVError(message) from None
         finally:
             atv.read_prefix = read_prefix
     _finish(trainer, atv, record, out)
@@ -256,7 +236,12 @@ def train(
 
 
 def _settings(atv: ATVModel, tasks: Sequence[Task], config: TrainConfig) -> dict[str, Any]:
-    """What decides the weights: everything that a resumed training must share with the interrupted one."""
+    """What decides the weights: everything that a resumed training must share with the interrupted one.
+
+    Not how a batch is split: that decides rounding and the draws of dropout, and a training may go on with fewer GPUs.
+    """
+    train = config.to_dict()
+    del train["gradient_accumulation_steps"]
     described = {
         task.name: {
             "train": len(task.train),
@@ -270,7 +255,7 @@ def _settings(atv: ATVModel, tasks: Sequence[Task], config: TrainConfig) -> dict
         "llm": cast(Any, atv.llm).name_or_path,
         "dtype": str(next(atv.llm.parameters()).dtype),
         "config": atv.config.to_dict(),
-        "train": config.to_dict(),
+        "train": train,
         "tasks": described,
     }
 
@@ -318,18 +303,30 @@ def _clear(out: Path) -> None:
         shutil.rmtree(out / name, ignore_errors=True)
 
 
-def _accuracy(prediction: Any) -> dict[str, float]:
-    return {"accuracy": float(prediction.predictions.mean())}
+def _means(rows: Any) -> dict[str, float]:
+    """Mean loss and share of right answers, from what `ATVTrainer.prediction_step` gave."""
+    return {"loss": rows.predictions.mean(dtype=float), "accuracy": rows.label_ids.mean(dtype=float)}
+
+
+def _some_unused(atv: ATVModel, row: EncodedRow) -> bool:
+    """A trained weight takes no part in the loss; DDP would wait for its gradient unless told to look for such."""
+    device = next(atv.parameters()).device
+    batch = {name: value.to(device) for name, value in atv.collator()([row]).items()}
+    trained = [p for p in atv.parameters() if p.requires_grad]
+    return any(g is None for g in torch.autograd.grad(atv(**batch).loss, trained, allow_unused=True))
 
 
 def _trainer(
     atv: ATVModel, rows: Rows, valid: Rows, config: TrainConfig, checkpoints: Path, progress: _Progress
 ) -> ATVTrainer:
+    rows_per_call = config.rows_per_call(world_size())
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         num_train_epochs=config.epochs,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
+        per_device_train_batch_size=rows_per_call,
+        per_device_eval_batch_size=rows_per_call,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        ddp_find_unused_parameters=world_size() > 1 and _some_unused(atv, rows[0]),
         learning_rate=config.learning_rate,
         lr_scheduler_type="constant",
         max_grad_norm=config.max_grad_norm or 0.0,
@@ -348,13 +345,14 @@ def _trainer(
         report_to="none",
         use_cpu=next(atv.parameters()).device.type == "cpu",
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # more of them through processes, never through DataParallel
     trainer = ATVTrainer(
         model=atv,
         args=arguments,
         data_collator=atv.collator(),
         train_dataset=rows,
         eval_dataset=valid,
-        compute_metrics=_accuracy,
+        compute_metrics=_means,
         callbacks=[progress],
         train_config=config,
     )
@@ -366,12 +364,12 @@ def _trainer(
 
 def _last_complete(checkpoints: Path) -> Path | None:
     """The newest checkpoint that was written to its end; a half-written one is removed."""
-    complete = []
-    for folder in checkpoints.glob("checkpoint-*"):
-        if (folder / COMPLETE).exists():
-            complete.append(folder)
-        else:
-            shutil.rmtree(folder)
+    if is_main():
+        for folder in checkpoints.glob("checkpoint-*"):
+            if not (folder / COMPLETE).exists():
+                shutil.rmtree(folder)
+    barrier()
+    complete = checkpoints.glob("checkpoint-*")
     return max(complete, key=lambda folder: int(folder.name.split("-")[1]), default=None)
 
 
@@ -388,15 +386,19 @@ def _save(trainer: ATVTrainer, atv: ATVModel, record: dict[str, Any], out: Path)
         "best_eval_loss": record["best_eval_loss"],
     }
     atv.eval()
-    atv.save_pretrained(out / "adapter")
+    if is_main():
+        atv.save_pretrained(out / "adapter")
 
 
 def _finish(trainer: ATVTrainer, atv: ATVModel, record: dict[str, Any], out: Path) -> None:
     _save(trainer, atv, record, out)
     runtime = [entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry]
     record |= {"finished": True, "seconds": runtime[-1] if runtime else None}
-    write_json(out / RECORD_FILE, record)
-    _clear(out)
+    barrier()  # every process has read the best checkpoint
+    if is_main():
+        write_json(out / RECORD_FILE, record)
+        _clear(out)
+    barrier()
 
 
 def _after_non_finite(trainer: ATVTrainer, atv: ATVModel, record: dict[str, Any], out: Path) -> str:

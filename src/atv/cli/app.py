@@ -8,6 +8,7 @@ import typer
 
 from atv.cli import options as opt
 from atv.errors import ATVError
+from atv.processes import is_main, wait_turn_to_fail
 
 app = typer.Typer(
     name="atv",
@@ -23,10 +24,12 @@ def main() -> None:
     try:
         app()
     except ATVError as error:
+        wait_turn_to_fail()
         print(f"atv: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\natv: interrupted; the same command goes on where it stopped.", file=sys.stderr)  # noqa: T201
+        if is_main():
+            print("\natv: interrupted; the same command goes on where it stopped.", file=sys.stderr)  # noqa: T201
         sys.exit(130)
 
 
@@ -66,7 +69,10 @@ def train(
     expansion_rank: Annotated[int | None, typer.Option(help="Rank of the expansion; by default full.")] = None,
     query_template: Annotated[str, typer.Option(help="What the generator reads, with {query}.")] = "Q: {query}\nA:",
     epochs: Annotated[int, typer.Option(help="Passes over the training rows.")] = 15,
-    batch_size: Annotated[int, typer.Option(help="Rows per step.")] = 8,
+    batch_size: Annotated[int, typer.Option(help="Rows per optimiser step, over all processes.")] = 8,
+    gradient_accumulation_steps: Annotated[
+        int, typer.Option(help="Parts that each process reads its share of a batch in, for less memory.")
+    ] = 1,
     lr: Annotated[float, typer.Option(help="Learning rate, constant.")] = 5e-4,
     generator_lr: Annotated[float | None, typer.Option(help="Learning rate of the generator, if another.")] = None,
     weight_decay: Annotated[float, typer.Option(help="Adam's coupled L2 penalty.")] = 1e-5,

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from atv.processes import is_main
 from atv.report.tables import Table
 
-output = Console()
+output = Console(quiet=not is_main())
 
 
 def print_table(table: Table) -> None:

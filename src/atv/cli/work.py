@@ -20,6 +20,7 @@ from atv.generator import Generator
 from atv.methods import METHODS
 from atv.model import ATVModel
 from atv.models import load_llm, load_tokenizer, quiet_transformers
+from atv.processes import world_size
 from atv.progress import note
 from atv.records import RunWriter
 from atv.tasks import TRAIN_PREFIX, UNSEEN, Task, Variant, load_tasks
@@ -63,6 +64,7 @@ def train_adapter(options: Mapping[str, Any]) -> Path:
     settings = TrainConfig(
         epochs=options["epochs"],
         batch_size=options["batch_size"],
+        gradient_accumulation_steps=options["gradient_accumulation_steps"],
         learning_rate=options["lr"],
         generator_learning_rate=options["generator_lr"],
         weight_decay=options["weight_decay"],
@@ -70,6 +72,7 @@ def train_adapter(options: Mapping[str, Any]) -> Path:
         templates_per_row=options["templates_per_row"],
         seed=options["seed"],
     )
+    settings.rows_per_call(world_size())
     tasks = _tasks(options)
     if options["data"] is None and not options["task"]:
         tasks = [task for task in tasks if task.name not in UNSEEN]

@@ -1,0 +1,83 @@
+"""What a training step reads: encoded rows, which templates they are asked with, and in which order."""
+
+import random
+from collections.abc import Iterator, Sequence
+from itertools import chain
+
+from torch.utils.data import Dataset, Sampler
+
+from atv.batching import IGNORED, EncodedRow, Row
+from atv.tasks import TRAIN_PREFIX, Task, Variant
+
+PADDING = -1
+"""Stands in an order of row numbers for a row that counts for nothing."""
+
+
+class Rows(Dataset[EncodedRow]):
+    """Encoded training rows; with fewer templates per row than there are, each epoch takes the next ones in turn."""
+
+    def __init__(self, rows: Sequence[EncodedRow], templates_per_row: int | None = None) -> None:
+        self.rows = rows
+        self.templates_per_row = templates_per_row
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> EncodedRow:
+        """The row with the prompts that are its turn in this epoch; for `PADDING` a row without an answer."""
+        if index == PADDING:
+            row = self[0]
+            return EncodedRow(row.query, [(prompt, [IGNORED]) for prompt, _ in row.pairs])
+        row = self.rows[index]
+        count = len(row.pairs)
+        if self.templates_per_row is None or self.templates_per_row >= count:
+            return row
+        first = index + self.epoch * self.templates_per_row
+        return EncodedRow(row.query, [row.pairs[(first + step) % count] for step in range(self.templates_per_row)])
+
+
+def training_rows(task: Task, split: str = "train") -> list[Row]:
+    """A task's rows with every template and the one answer prefix of training."""
+    variants = [Variant(template, TRAIN_PREFIX) for template in range(len(task.templates))]
+    return [
+        Row(example.input, tuple(task.prompt(example.input, variant) for variant in variants), example.output)
+        for example in getattr(task, split)
+    ]
+
+
+class Batches(Sampler[int]):
+    """A new shuffle each epoch, in which rows of about the same length stand together so that little is padded.
+
+    Sixteen batches of shuffled rows at a time are put in order of length and their batches shuffled again: padding
+    falls by about a third while a batch still mixes the tasks. The order depends on the seed and `rows.epoch` alone.
+
+    Args:
+        rows: what is put in order.
+        batch_size: rows per optimiser step.
+        seed: of the shuffles.
+        fill: make the last batch full with `PADDING`, so that it splits among processes as every other does.
+    """
+
+    def __init__(self, rows: Rows, batch_size: int, seed: int, fill: bool = False) -> None:
+        self.rows, self.batch_size, self.seed = rows, batch_size, seed
+        self.lengths = [max(len(prompt) for prompt, _ in row.pairs) for row in rows.rows]
+        self.padding = [PADDING] * (-len(rows) % batch_size if fill else 0)
+
+    def __len__(self) -> int:
+        """Number of rows, with those that fill the last batch."""
+        return len(self.lengths) + len(self.padding)
+
+    def __iter__(self) -> Iterator[int]:
+        """Row numbers in this epoch's order; the batch that is not full comes last."""
+        rng = random.Random(f"{self.seed} {self.rows.epoch}")
+        order = rng.sample(range(len(self.lengths)), len(self.lengths))
+        size, block = self.batch_size, 16 * self.batch_size
+        batches = []
+        for start in range(0, len(order), block):
+            alike = sorted(order[start : start + block], key=lambda row: self.lengths[row])
+            batches += [alike[first : first + size] for first in range(0, len(alike), size)]
+        rng.shuffle(batches)
+        batches.sort(key=lambda batch: len(batch) < size)
+        return chain.from_iterable([*batches, self.padding])
