@@ -4,8 +4,8 @@ query --Generator--> state (batch, generator hidden) --Expansion--> task vectors
 prompt --frozen LLM, with  h~_l = h_l + scale * v_l  at the chosen tokens of every chosen layer (Eq. 6)--> answer
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, cast
@@ -19,7 +19,7 @@ from atv.batching import IGNORED, Collator, EncodedRow, Row, encode_pair, encode
 from atv.config import ATVConfig, Positions
 from atv.errors import ATVError
 from atv.generator import Generator
-from atv.hooks import base_llm, decoder_layers, edit_outputs, observe_calls, text_config
+from atv.hooks import around_calls, base_llm, decoder_layers, edit_outputs, text_config
 from atv.models import context_length, load_llm, load_tokenizer
 from atv.prefix import ReadPrefix, first_edited, read_prefix, steered_logits
 from atv.steering import PromptTracker
@@ -102,7 +102,7 @@ def inject(
                 f"are {len(vectors)} task vectors. Expected a mask of that shape and a whole number of rows per vector."
             )
         row_vectors = vectors[:, index].repeat_interleave(rows_per_query, dim=0)  # (rows, hidden)
-        start = first_edited(where)
+        start = first_edited(where) if where.shape[1] > 1 else 0  # one column: no need to ask the device
         if start == 0:
             return add_vectors(hidden, row_vectors, where, scale)
         edited = hidden.clone()
@@ -257,6 +257,9 @@ class ATVModel(nn.Module):
     ) -> Iterator[Self]:
         """Steer any call of the LLM inside the context: ``with atv.steer(queries): llm.generate(**inputs)``.
 
+        A call that edits nothing, as every decoding step of positions `last` and `last:K`, runs as without steering
+        (a static cache, which keeps its length on the device, is asked for it).
+
         Args:
             queries: one per prompt, in the order of the prompts. The LLM may be called with several rows per prompt
                 (beams, returned sequences), with or without a cache, as often as one likes; prompts may be padded on
@@ -271,10 +274,12 @@ class ATVModel(nn.Module):
         vectors = self.task_vectors(queries) if vectors is None else vectors  # (queries, layers, hidden)
         scale = self.config.scale if scale is None else scale
         tracker = PromptTracker(len(queries), self.positions)
-        with (
-            observe_calls(base_llm(self.llm), tracker.observe),
-            inject(self.layers, vectors, scale, lambda: tracker.mask),
-        ):
+
+        def steered(call: Mapping[str, Any]) -> AbstractContextManager[None] | None:
+            tracker.observe(call)
+            return None if tracker.mask is None else inject(self.layers, vectors, scale, lambda: tracker.mask)
+
+        with around_calls(base_llm(self.llm), steered):
             yield self
 
     def generate(
