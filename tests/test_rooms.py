@@ -9,7 +9,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "atv"
 LEVELS = [
     ("floor", {"errors", "files", "progress"}),
     ("ground", {"config", "hooks", "batching", "tasks", "records", "models"}),
-    ("engine", {"steering", "prefix", "generator", "adapter", "model", "doctor", "training"}),
+    ("engine", {"steering", "prefix", "cache", "generator", "adapter", "model", "doctor", "training"}),
     ("methods", {"methods"}),
     ("evaluation", {"evaluation"}),
     ("report", {"report"}),
@@ -20,7 +20,7 @@ LEVEL = {room: level for level, (_, rooms) in enumerate(LEVELS) for room in room
 WITHIN = {
     "batching": {"config"},
     "adapter": {"generator"},
-    "model": {"adapter", "generator", "prefix", "steering"},
+    "model": {"adapter", "cache", "generator", "prefix", "steering"},
     "doctor": {"model", "prefix"},
     "training": {"doctor", "model", "prefix"},
     "files": {"errors"},

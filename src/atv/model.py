@@ -16,9 +16,10 @@ from transformers.utils.generic import ModelOutput
 
 from atv import adapter
 from atv.batching import IGNORED, Collator, EncodedRow, Row, encode_pair, encode_prompt, left_padded, pad, pad_id
+from atv.cache import AdapterHash, VectorCache
 from atv.config import ATVConfig, Positions
 from atv.errors import ATVError
-from atv.generator import Generator
+from atv.generator import Generator, check_queries
 from atv.hooks import around_calls, base_llm, decoder_layers, edit_outputs, text_config
 from atv.models import context_length, load_llm, load_tokenizer
 from atv.prefix import ReadPrefix, first_edited, read_prefix, steered_logits
@@ -150,6 +151,9 @@ class ATVModel(nn.Module):
         """How it was trained; saved with the adapter."""
         self.read_prefix: ReadPrefix = read_prefix
         """Where `forward` takes the prompt's unsteered keys and values from; training puts a store here."""
+        self.vector_cache = VectorCache()
+        """Vectors of queries that came before, used outside training mode; `vector_cache.limit = 0` turns it off."""
+        self._hash = AdapterHash()
         self.to(next(llm.parameters()).device)
 
     llm: nn.Module
@@ -239,9 +243,20 @@ class ATVModel(nn.Module):
 
     @torch.no_grad()
     def task_vectors(self, queries: Sequence[str]) -> Tensor:
-        """Task vectors of queries: (queries, layers, hidden), float32; dropout off. An empty query raises ATVError."""
+        """Task vectors of queries: (queries, layers, hidden), float32; dropout off. An empty query raises ATVError.
+
+        In eval mode the vectors of queries that came before are taken from `vector_cache`; they are of the weights as
+        they are now.
+        """
         if isinstance(queries, str):
             raise ATVError("queries is one text; expected a list of texts: put it into brackets.")
+        check_queries(queries)
+        if self.training or not self.vector_cache.limit:
+            return self._make_vectors(queries)
+        about = f"{self.config} {self.generator.pooling} {self.generator.query_template}"
+        return self.vector_cache.get(self._hash.of(self, about), queries, self._make_vectors)
+
+    def _make_vectors(self, queries: Sequence[str]) -> Tensor:
         ids, mask = pad(self.generator.encode(queries), pad_id(self.generator.tokenizer), "right")
         device = self.generator.device
         was_training = self.training
