@@ -70,6 +70,7 @@ def test_what_was_not_asked_for_longest_makes_room(atv, read):
     assert len(atv.vector_cache) == 2
     atv.vector_cache.limit = BYTES - 1  # too little for one
     torch.testing.assert_close(atv.task_vectors(QUERIES * 2), made(atv, QUERIES * 2))
+    assert atv.vector_cache.used == 0
 
 
 def test_off_with_limit_0_and_in_training_mode(atv, read):

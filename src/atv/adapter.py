@@ -9,9 +9,10 @@ import re
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from accelerate.utils import align_module_device
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -57,9 +58,11 @@ def describe_llm(llm: nn.Module, layer_path: str | None = None) -> dict[str, Any
 
 def _fingerprint(llm: nn.Module) -> str:
     """Digest of a few input embeddings, rounded to bfloat16 so that it is the same in every dtype one may load."""
-    weight: torch.Tensor = base_llm(llm).get_input_embeddings().weight  # type: ignore[operator]
-    rows = torch.linspace(0, len(weight) - 1, 16).long().to(weight.device)
-    sample = weight.detach()[rows, :64].float().cpu().to(torch.bfloat16)
+    embeddings: nn.Module = base_llm(llm).get_input_embeddings()  # type: ignore[operator]
+    with align_module_device(embeddings):  # brings them back if they are offloaded
+        weight = cast(torch.Tensor, embeddings.weight)
+        rows = torch.linspace(0, len(weight) - 1, 16).long().to(weight.device)
+        sample = weight.detach()[rows, :64].float().cpu().to(torch.bfloat16)
     return hashlib.sha256(sample.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
 
 

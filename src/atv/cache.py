@@ -96,9 +96,8 @@ class VectorCache:
         self.used = 0
 
     def _keep(self, key: tuple[str, str], vectors: Tensor) -> None:
-        if vectors.nbytes > self.limit:
-            return
-        self._kept[key] = vectors.clone()  # alone: a row of a batch would keep the whole batch in memory
-        self.used += vectors.nbytes
+        if vectors.nbytes <= self.limit:
+            self._kept[key] = vectors.clone()  # alone: a row of a batch would keep the whole batch in memory
+            self.used += vectors.nbytes
         while self.used > self.limit:
             self.used -= self._kept.popitem(last=False)[1].nbytes

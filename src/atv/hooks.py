@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from atv.errors import ATVError
@@ -21,6 +22,13 @@ def base_llm(llm: nn.Module) -> nn.Module:
     """The Hugging Face model inside a PEFT wrapper (its `generate` calls that one), or the model itself."""
     unwrap = getattr(llm, "get_base_model", None)
     return unwrap() if callable(unwrap) else llm
+
+
+def input_device(llm: nn.Module) -> torch.device:
+    """Where an LLM's input ids must be: at its embeddings, or where accelerate brings those if they are offloaded."""
+    embeddings = base_llm(llm).get_input_embeddings()  # type: ignore[operator]
+    weight: Tensor = embeddings.weight
+    return torch.device(embeddings._hf_hook.execution_device) if weight.is_meta else weight.device
 
 
 def text_config(llm: nn.Module) -> Any:

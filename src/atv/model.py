@@ -20,7 +20,7 @@ from atv.cache import AdapterHash, VectorCache
 from atv.config import ATVConfig, Positions
 from atv.errors import ATVError
 from atv.generator import Generator, check_queries
-from atv.hooks import around_calls, base_llm, decoder_layers, edit_outputs, text_config
+from atv.hooks import around_calls, base_llm, decoder_layers, edit_outputs, input_device, text_config
 from atv.models import context_length, load_llm, load_tokenizer
 from atv.prefix import ReadPrefix, first_edited, read_prefix, steered_logits
 from atv.steering import PromptTracker
@@ -154,7 +154,9 @@ class ATVModel(nn.Module):
         self.vector_cache = VectorCache()
         """Vectors of queries that came before, used outside training mode; `vector_cache.limit = 0` turns it off."""
         self._hash = AdapterHash()
-        self.to(next(llm.parameters()).device)
+        if hasattr(base_llm(llm), "hf_device_map"):  # spread over devices: then Trainer must copy it to no other
+            self.hf_device_map = base_llm(llm).hf_device_map
+        self.to(input_device(llm))
 
     llm: nn.Module
     layers: list[nn.Module]
@@ -222,7 +224,7 @@ class ATVModel(nn.Module):
         encoded = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
         for ids, prompt in zip(encoded, prompts, strict=True):
             self._check_length(len(ids), prompt)
-        device = next(self.llm.parameters()).device
+        device = input_device(self.llm)
         return {name: tensor.to(device) for name, tensor in left_padded(encoded, pad_id(self.tokenizer)).items()}
 
     def _check_length(self, tokens: int, prompt: str) -> None:

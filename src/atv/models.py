@@ -97,15 +97,36 @@ def load_llm(
     Args:
         name: Hugging Face id, folder, or an embedded name.
         dtype: torch dtype or its name; bfloat16 by default, about twice as fast as float32 on recent CPUs.
-        device: "cpu", "cuda", ...; by default a GPU if there is one.
+        device: "cpu", "cuda", ..., or "auto": spread over all GPUs, then main memory; by default a GPU if there is one.
         revision: commit, tag or branch on the hub.
         trust_remote_code: run code that comes with the model; only for a model that you trust.
     """
     dtype = parse_dtype(dtype) if isinstance(dtype, str) else dtype
-    llm = _load(AutoModelForCausalLM, "LLM", name, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
-    llm.config._name_or_path = llm.name_or_path = name  # the name that was asked for, not a cache folder
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return cast(nn.Module, llm.to(device).eval())
+    _check_device(device)
+    llm = _load(
+        AutoModelForCausalLM,
+        "LLM",
+        name,
+        dtype=dtype,
+        device_map=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    llm.config._name_or_path = llm.name_or_path = name  # the name that was asked for, not a cache folder
+    return cast(nn.Module, llm.eval())
+
+
+def _check_device(device: str) -> None:
+    if device == "auto":
+        return
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise ATVError(
+            f"The device {device!r} cannot be used: {reason}. Expected cpu, cuda, cuda:1, ... or auto."
+        ) from error
 
 
 def parse_dtype(name: str) -> torch.dtype:

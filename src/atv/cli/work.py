@@ -17,6 +17,7 @@ from atv.doctor import check_wiring, model_summary
 from atv.errors import ATVError, unknown
 from atv.evaluation import evaluate
 from atv.generator import Generator
+from atv.hooks import input_device
 from atv.methods import METHODS
 from atv.model import ATVModel
 from atv.models import load_llm, load_tokenizer, quiet_transformers
@@ -128,7 +129,7 @@ def evaluate_method(options: Mapping[str, Any]) -> Path:
     llm, tokenizer = _load_llm(options, llm_name)
     set_seed(options["seed"])
     method = METHODS[name].load(llm, tokenizer, folder)
-    run.describe(method=method.describe(), device=str(next(llm.parameters()).device))
+    run.describe(method=method.describe(), device=str(input_device(llm)))
     evaluate(method, tasks, run, variants=variants, batch_size=options["batch_size"])
     print_lines([f"Run: {out}", f"Next: atv report {out}"])
     return Path(out)
