@@ -21,7 +21,7 @@ from atv.config import ATVConfig
 from atv.errors import ATVError
 from atv.files import occupied, read_json, recover_folder, replace_folder, sha256, write_json
 from atv.generator import Generator
-from atv.hooks import base_llm, decoder_layers, text_config
+from atv.hooks import base_llm, decoder_layers, quantization, text_config
 
 if TYPE_CHECKING:
     from atv.model import ATVModel
@@ -43,7 +43,10 @@ class Saved:
 
 
 def describe_llm(llm: nn.Module, layer_path: str | None = None) -> dict[str, Any]:
-    """What identifies an LLM: name, revision, shape, and a fingerprint of some of its embeddings."""
+    """What identifies an LLM: name, revision, shape, and a fingerprint of some of its embeddings; and its quantisation.
+
+    The embeddings are never quantised: an adapter fits every quantisation of its LLM.
+    """
     config: Any = base_llm(llm).config
     return {
         "name": base_llm(llm).name_or_path,
@@ -52,6 +55,7 @@ def describe_llm(llm: nn.Module, layer_path: str | None = None) -> dict[str, Any
         "num_layers": len(decoder_layers(llm, layer_path)),
         "hidden_size": text_config(llm).hidden_size,
         "vocab_size": text_config(llm).vocab_size,
+        "quantization": quantization(llm),
         "fingerprint": _fingerprint(llm),
     }
 

@@ -31,6 +31,29 @@ def input_device(llm: nn.Module) -> torch.device:
     return torch.device(embeddings._hf_hook.execution_device) if weight.is_meta else weight.device
 
 
+def quantization(llm: nn.Module) -> str | None:
+    """`8bit` or `4bit` for weights quantised by bitsandbytes, the method's name for others, None for plain weights."""
+    config = getattr(base_llm(llm).config, "quantization_config", None)
+    if config is None:
+        return None
+    about = config if isinstance(config, dict) else config.to_dict()
+    for bits in ("8bit", "4bit"):
+        if about.get(f"load_in_{bits}"):
+            return bits
+    return str(getattr(about["quant_method"], "value", about["quant_method"]))
+
+
+def keep_differentiable(llm: nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit weights for inference on a CPU.
+
+    On CPUs with AVX512-BF16 it does so at the first call without gradient, and then no gradient passes a layer any
+    more; only the residual stream still carries one, so that nothing seems wrong.
+    """
+    for module in llm.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - unknown to nn.Module's types
+
+
 def text_config(llm: nn.Module) -> Any:
     """The configuration of the language part of a Hugging Face model."""
     return base_llm(llm).config.get_text_config()  # type: ignore[operator, union-attr]

@@ -20,7 +20,15 @@ from atv.cache import AdapterHash, VectorCache
 from atv.config import ATVConfig, Positions
 from atv.errors import ATVError
 from atv.generator import Generator, check_queries
-from atv.hooks import around_calls, base_llm, decoder_layers, edit_outputs, input_device, text_config
+from atv.hooks import (
+    around_calls,
+    base_llm,
+    decoder_layers,
+    edit_outputs,
+    input_device,
+    keep_differentiable,
+    text_config,
+)
 from atv.models import context_length, load_llm, load_tokenizer
 from atv.prefix import ReadPrefix, first_edited, read_prefix, steered_logits
 from atv.steering import PromptTracker
@@ -138,6 +146,7 @@ class ATVModel(nn.Module):
         super().__init__()
         self.config = config or ATVConfig()
         object.__setattr__(self, "llm", llm.eval().requires_grad_(False))
+        keep_differentiable(llm)
         self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(str(base_llm(llm).name_or_path))
         self.positions = Positions.parse(self.config.positions)
         all_layers = decoder_layers(llm, self.config.layer_path)

@@ -1,5 +1,6 @@
 """Subcommands: demo, train, eval, generate, doctor, tasks, report."""
 
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -20,6 +21,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line; a user's mistake is one line on standard error and exit code 2."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of a cast at every call of every layer
     try:
         app()
     except ATVError as error:
@@ -79,6 +81,7 @@ def train(
     seed: opt.Seed = 42,
     dtype: opt.Dtype = "bfloat16",
     device: opt.Device = None,
+    quantization: opt.Quantization = None,
     revision: opt.Revision = None,
     trust_remote_code: opt.Trust = False,
     force: opt.Force = False,
@@ -108,6 +111,7 @@ def evaluate(
     seed: opt.Seed = 42,
     dtype: opt.Dtype = "bfloat16",
     device: opt.Device = None,
+    quantization: opt.Quantization = None,
     revision: opt.Revision = None,
     trust_remote_code: opt.Trust = False,
     force: opt.Force = False,
@@ -132,6 +136,7 @@ def generate(
     llm: Annotated[str, typer.Option(help="Frozen LLM; by default the adapter's.")] = "",
     dtype: opt.Dtype = "bfloat16",
     device: opt.Device = None,
+    quantization: opt.Quantization = None,
     revision: opt.Revision = None,
     trust_remote_code: opt.Trust = False,
     seed: opt.Seed = 42,
@@ -153,6 +158,7 @@ def doctor(
     pooling: Annotated[str, typer.Option(help="last, mean or cls.")] = "mean",
     dtype: opt.Dtype = "bfloat16",
     device: opt.Device = None,
+    quantization: opt.Quantization = None,
     revision: opt.Revision = None,
     trust_remote_code: opt.Trust = False,
 ) -> None:

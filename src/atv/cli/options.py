@@ -76,6 +76,9 @@ Device = Annotated[
         help="cpu, cuda, ..., or auto: spread over all GPUs, then main memory. Default: a GPU if there is one."
     ),
 ]
+Quantization = Annotated[
+    str | None, typer.Option(help="Load the LLM's weights in 8bit or 4bit (bitsandbytes); by default as --dtype says.")
+]
 Revision = Annotated[str | None, typer.Option(help="Commit, tag or branch of the LLM on the hub.")]
 Data = Annotated[
     Path | None, typer.Option(help="Folder of TASK.json files and templates.json; by default the built-in tasks.")
