@@ -151,6 +151,8 @@ def task_file(world, folder, change):
         (["--scale", "nan"], ["scale is nan", "finite number"]),
         (["--lr", "-1"], ["learning_rate is -1.0"]),
         (["--epochs", "0"], ["epochs is 0"]),
+        (["--quantization", "int4"], ["Unknown quantization 'int4'", "8bit"]),
+        (["--device", "gpu"], ["The device 'gpu' cannot be used", "auto"]),
         (["--dtype", "int4"], ["Unknown dtype 'int4'", "bfloat16"]),
         (["--query-template", "no place"], ["has no {query}"]),
         (["--template", "no place"], ["has no {input}"]),
@@ -205,6 +207,13 @@ def test_wrong_use_of_eval_generate_and_report_is_one_line(atv, world, tmp_path)
     check_refused(
         *atv("generate", "--adapter", tmp_path, "--llm", tmp_path / "qwen2", "q"), ["model_type llama against qwen2"]
     )
+
+
+def test_a_run_is_not_gone_on_with_in_another_quantization(atv, world, tmp_path):
+    arguments = ["eval", *models(world), "--data", world / "data", "--variants", "first", "--out", tmp_path / "run"]
+    code, _, err = atv(*arguments, "--device", "auto")
+    assert code == 0, err
+    check_refused(*atv(*arguments, "--quantization", "8bit"), ["quantization: None there, '8bit' now"])
 
 
 def test_tasks_lists_the_built_in_ones(atv):

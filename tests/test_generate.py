@@ -1,8 +1,11 @@
 """Steered generation: cached, uncached, beams, samples, padding, and a user's own generate call."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from conftest import ARCHITECTURES, make_atv
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StaticCache, TextStreamer
 
 from atv.batching import edit_mask
@@ -185,3 +188,100 @@ def test_scale_zero_is_the_base_model_bit_for_bit():
 def test_wrong_input_is_named(prompts, queries, named):
     with pytest.raises(ATVError, match=named):
         make_atv(dtype=torch.float32).generate(prompts, queries, max_new_tokens=1)
+
+
+class Operations(TorchDispatchMode):
+    """The tensor operations of a generation, one list per call of the LLM; each runs to the next call's beginning."""
+
+    def __init__(self, llm, layers):
+        super().__init__()
+        self.calls, self.hooks = [], []
+        self.llm, self.layers = base_llm(llm), layers
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if self.calls:
+            self.calls[-1].append(str(function))
+        return function(*args, **(kwargs or {}))
+
+    def __enter__(self):
+        self.handles = [
+            self.llm.register_forward_pre_hook(lambda *_: self.calls.append([])),
+            # When the first layer runs, whatever hooks this call has are there.
+            self.layers[0].register_forward_pre_hook(
+                lambda *_: self.hooks.append(sum(len(layer._forward_hooks) for layer in self.layers))
+            ),
+        ]
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        for handle in self.handles:
+            handle.remove()
+        return super().__exit__(*error)
+
+
+def operations(atv, steered, **options):
+    inputs = atv.encode_prompts(PROMPTS)
+    inputs.pop("position_ids")
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0} | options
+    vectors = atv.task_vectors(QUERIES)
+    with Operations(atv.llm, atv.layers) as seen, atv.steer(QUERIES, vectors=vectors) if steered else nullcontext():
+        atv.llm.generate(**inputs, **options)
+    return seen
+
+
+@pytest.mark.parametrize("positions", ["last", "last:3"])
+@pytest.mark.parametrize(
+    ("name", "options"), [("llama", {}), ("peft", {}), ("gemma3", {}), ("llama", {"num_beams": 2})]
+)
+def test_a_decoding_step_runs_the_very_operations_of_the_plain_llm(name, positions, options):
+    atv = make_atv(name, positions=positions)
+    plain, steered = operations(atv, False, **options), operations(atv, True, **options)
+    assert len(steered.calls) == 4
+    assert steered.calls[0] != plain.calls[0]
+    assert len(steered.calls[1]) > 50
+    assert steered.calls[1:] == plain.calls[1:]
+    assert steered.hooks == [3, 0, 0, 0]
+
+
+def test_a_static_cache_adds_one_look_at_its_length_to_a_decoding_step():
+    """It keeps its length on the device, where no shape tells it."""
+    atv = make_atv()
+    plain, steered = (operations(atv, on, cache_implementation="static") for on in (False, True))
+    assert steered.calls[1:] == [["aten._local_scalar_dense.default", *step] for step in plain.calls[1:]]
+    assert steered.hooks == [3, 0, 0, 0]
+
+
+@pytest.mark.parametrize("positions", ["answer", "all"])
+def test_a_decoding_step_that_edits_reads_nothing_back_from_the_device(positions):
+    atv = make_atv(positions=positions)
+    plain, steered = operations(atv, False), operations(atv, True)
+    for ours, theirs in zip(steered.calls[1:], plain.calls[1:], strict=True):
+        for waits in ("aten._local_scalar_dense.default", "aten.nonzero.default", "aten.any.default"):
+            assert ours.count(waits) == theirs.count(waits)
+        assert len(ours) > len(theirs)
+
+
+def test_hooks_are_gone_after_an_exception_in_the_middle_of_a_call():
+    atv = make_atv()
+    modules = list(atv.llm.modules())
+
+    def broken(*_):
+        raise error("inside")
+
+    for error in (RuntimeError, KeyboardInterrupt):
+        handle = atv.layers[1].register_forward_pre_hook(broken)
+        with pytest.raises(error, match="inside"), atv.steer(QUERIES):
+            atv.llm(**atv.encode_prompts(PROMPTS))
+        handle.remove()
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+    with atv.steer(QUERIES):
+        for error in (RuntimeError, KeyboardInterrupt):
+            handle = atv.layers[1].register_forward_pre_hook(broken)
+            with pytest.raises(error, match="inside"):
+                atv.llm(**atv.encode_prompts(PROMPTS))
+            handle.remove()
+            hooks = sum(len(layer._forward_hooks) for layer in atv.layers)
+            assert hooks == (0 if error is RuntimeError else 3)  # torch tells no hook of an interruption
+            after = atv.llm(**atv.encode_prompts(PROMPTS)).logits  # and the next call is steered once all the same
+    with atv.steer(QUERIES):
+        assert torch.equal(atv.llm(**atv.encode_prompts(PROMPTS)).logits, after)

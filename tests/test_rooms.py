@@ -11,7 +11,7 @@ LEVELS = [
     ("ground", {"config", "hooks", "batching", "tasks", "records", "models"}),
     (
         "engine",
-        {"steering", "prefix", "generator", "adapter", "model", "doctor", "sampling", "store", "training"},
+        {"steering", "prefix", "cache", "generator", "adapter", "model", "doctor", "sampling", "store", "training"},
     ),
     ("methods", {"methods"}),
     ("evaluation", {"evaluation"}),
@@ -23,7 +23,7 @@ LEVEL = {room: level for level, (_, rooms) in enumerate(LEVELS) for room in room
 WITHIN = {
     "batching": {"config"},
     "adapter": {"generator"},
-    "model": {"adapter", "generator", "prefix", "steering"},
+    "model": {"adapter", "cache", "generator", "prefix", "steering"},
     "doctor": {"model", "prefix"},
     "store": {"adapter", "prefix"},
     "training": {"doctor", "model", "prefix", "sampling", "store"},

@@ -9,9 +9,10 @@ import re
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from accelerate.utils import align_module_device
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -20,7 +21,7 @@ from atv.config import ATVConfig
 from atv.errors import ATVError
 from atv.files import occupied, read_json, recover_folder, replace_folder, sha256, write_json
 from atv.generator import Generator
-from atv.hooks import base_llm, decoder_layers, text_config
+from atv.hooks import base_llm, decoder_layers, quantization, text_config
 
 if TYPE_CHECKING:
     from atv.model import ATVModel
@@ -42,7 +43,10 @@ class Saved:
 
 
 def describe_llm(llm: nn.Module, layer_path: str | None = None) -> dict[str, Any]:
-    """What identifies an LLM: name, revision, shape, and a fingerprint of some of its embeddings."""
+    """What identifies an LLM: name, revision, shape, and a fingerprint of some of its embeddings; and its quantisation.
+
+    The embeddings are never quantised: an adapter fits every quantisation of its LLM.
+    """
     config: Any = base_llm(llm).config
     return {
         "name": base_llm(llm).name_or_path,
@@ -51,15 +55,18 @@ def describe_llm(llm: nn.Module, layer_path: str | None = None) -> dict[str, Any
         "num_layers": len(decoder_layers(llm, layer_path)),
         "hidden_size": text_config(llm).hidden_size,
         "vocab_size": text_config(llm).vocab_size,
+        "quantization": quantization(llm),
         "fingerprint": fingerprint(llm),
     }
 
 
 def fingerprint(llm: nn.Module) -> str:
     """Digest of a few input embeddings, rounded to bfloat16 so that it is the same in every dtype one may load."""
-    weight: torch.Tensor = base_llm(llm).get_input_embeddings().weight  # type: ignore[operator]
-    rows = torch.linspace(0, len(weight) - 1, 16).long().to(weight.device)
-    sample = weight.detach()[rows, :64].float().cpu().to(torch.bfloat16)
+    embeddings: nn.Module = base_llm(llm).get_input_embeddings()  # type: ignore[operator]
+    with align_module_device(embeddings):  # brings them back if they are offloaded
+        weight = cast(torch.Tensor, embeddings.weight)
+        rows = torch.linspace(0, len(weight) - 1, 16).long().to(weight.device)
+        sample = weight.detach()[rows, :64].float().cpu().to(torch.bfloat16)
     return hashlib.sha256(sample.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
 
 

@@ -9,6 +9,7 @@ import torch
 
 from atv.batching import encode_pair, encode_prompt, left_padded, pad_id
 from atv.errors import ATVError
+from atv.hooks import input_device
 from atv.methods.base import Method
 from atv.models import context_length
 from atv.prefix import call_llm
@@ -85,7 +86,7 @@ def _ask(
                 f"Task {task.name}: test row {index} makes a prompt of {len(ids)} tokens and the LLM's context is "
                 f"{limit}; shorten or drop the row."
             )
-    device = next(method.llm.parameters()).device
+    device = input_device(method.llm)
     by_length = sorted(examples, key=lambda index: len(encoded[index]))  # equal lengths together: little padding
     for start in range(0, len(by_length), batch_size):
         batch = by_length[start : start + batch_size]

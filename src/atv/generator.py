@@ -13,6 +13,15 @@ from atv.models import context_length, load_encoder, load_tokenizer
 from atv.progress import note
 
 
+def check_queries(queries: Sequence[str]) -> None:
+    """Raise ATVError if there is no query, or one without text."""
+    if not queries:
+        raise ATVError("There is no query; expected at least one.")
+    for query in queries:
+        if not isinstance(query, str) or not query.strip():
+            raise ATVError(f"A query is {query!r}; expected some text for the generator to read.")
+
+
 class Generator(nn.Module):
     """Any Hugging Face encoder or decoder with a pooling on top.
 
@@ -68,9 +77,7 @@ class Generator(nn.Module):
         Raises:
             ATVError: a query without text.
         """
-        for query in queries:
-            if not isinstance(query, str) or not query.strip():
-                raise ATVError(f"A query is {query!r}; expected some text for the generator to read.")
+        check_queries(queries)
         texts = [self.query_template.replace("{query}", query) for query in queries]
         encoded = [list(ids) for ids in self.tokenizer(texts, verbose=False)["input_ids"]]
         limit = context_length(self.encoder)

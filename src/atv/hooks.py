@@ -6,10 +6,11 @@ are, and the hooks are gone when the context ends, after an exception too.
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from atv.errors import ATVError
@@ -21,6 +22,36 @@ def base_llm(llm: nn.Module) -> nn.Module:
     """The Hugging Face model inside a PEFT wrapper (its `generate` calls that one), or the model itself."""
     unwrap = getattr(llm, "get_base_model", None)
     return unwrap() if callable(unwrap) else llm
+
+
+def input_device(llm: nn.Module) -> torch.device:
+    """Where an LLM's input ids must be: at its embeddings, or where accelerate brings those if they are offloaded."""
+    embeddings = base_llm(llm).get_input_embeddings()  # type: ignore[operator]
+    weight: Tensor = embeddings.weight
+    return torch.device(embeddings._hf_hook.execution_device) if weight.is_meta else weight.device
+
+
+def quantization(llm: nn.Module) -> str | None:
+    """`8bit` or `4bit` for weights quantised by bitsandbytes, the method's name for others, None for plain weights."""
+    config = getattr(base_llm(llm).config, "quantization_config", None)
+    if config is None:
+        return None
+    about = config if isinstance(config, dict) else config.to_dict()
+    for bits in ("8bit", "4bit"):
+        if about.get(f"load_in_{bits}"):
+            return bits
+    return str(getattr(about["quant_method"], "value", about["quant_method"]))
+
+
+def keep_differentiable(llm: nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit weights for inference on a CPU.
+
+    On CPUs with AVX512-BF16 it does so at the first call without gradient, and then no gradient passes a layer any
+    more; only the residual stream still carries one, so that nothing seems wrong.
+    """
+    for module in llm.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - unknown to nn.Module's types
 
 
 def text_config(llm: nn.Module) -> Any:
@@ -70,6 +101,9 @@ def _hidden(module: nn.Module, output: Any) -> Tensor:
 def edit_outputs(modules: Sequence[nn.Module], edit: Edit) -> Iterator[None]:
     """Replace each module's hidden states by `edit(index, hidden)` while the context lasts.
 
+    Edits run before every other hook of a module, so that whoever looks at it sees the edited states, whenever it
+    began to look.
+
     Args:
         modules: modules that return hidden states (batch, seq, hidden), as a tensor or first in a tuple.
         edit: called with the module's place in `modules` and its hidden states; returns a new tensor of the same
@@ -83,45 +117,54 @@ def edit_outputs(modules: Sequence[nn.Module], edit: Edit) -> Iterator[None]:
             return None  # nothing replaced
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
-    handles = []
-    try:
+    with ExitStack() as hooks:
         for index, module in enumerate(modules):
-            handles.append(module.register_forward_hook(partial(hook, index)))
+            hooks.callback(module.register_forward_hook(partial(hook, index), prepend=True).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
 def capture_outputs(modules: Sequence[nn.Module]) -> Iterator[dict[int, Tensor]]:
-    """Collect each module's latest hidden states, detached, by its place in `modules`.
-
-    Opened inside `edit_outputs`, it sees the edited states: hooks run in the order in which they were registered.
-    """
+    """Collect each module's latest hidden states, edited ones as edited, detached, by its place in `modules`."""
     captured: dict[int, Tensor] = {}
 
-    def keep(index: int, hidden: Tensor) -> Tensor:
-        captured[index] = hidden.detach()
-        return hidden
+    def keep(index: int, module: nn.Module, _: Any, output: Any) -> None:
+        captured[index] = _hidden(module, output).detach()
 
-    with edit_outputs(modules, keep):
+    with ExitStack() as hooks:
+        for index, module in enumerate(modules):
+            hooks.callback(module.register_forward_hook(partial(keep, index)).remove)
         yield captured
 
 
 @contextmanager
-def observe_calls(module: nn.Module, observe: Callable[[Mapping[str, Any]], None]) -> Iterator[None]:
-    """Call `observe` with the named arguments of every forward call of `module`, before it runs."""
+def around_calls(
+    module: nn.Module, enter: Callable[[Mapping[str, Any]], AbstractContextManager[Any] | None]
+) -> Iterator[None]:
+    """Run each forward call of `module` inside the context that `enter` makes from the call's named arguments.
+
+    Where `enter` gives None the call runs as if nothing were here, but for that look at its arguments: what a
+    context put into the module, its hooks above all, is gone when its call has ended.
+    """
     signature = inspect.signature(module.forward)
+    with ExitStack() as context, ExitStack() as ending:  # of the current call; the hook that closes it
 
-    def before(_: nn.Module, args: Any, kwargs: Any) -> None:
-        observe(signature.bind_partial(*args, **kwargs).arguments)
+        def before(_: nn.Module, args: Any, kwargs: Any) -> None:
+            context.close()  # open still if the last call ended by no Exception (Ctrl-C)
+            ending.close()  # only now: torch goes through these hooks without a copy when a call has failed
+            entered = enter(signature.bind_partial(*args, **kwargs).arguments)
+            if entered is not None:
+                context.enter_context(entered)
+                ending.callback(module.register_forward_hook(after, always_call=True).remove)
 
-    handle = module.register_forward_pre_hook(before, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+        def after(*_: Any) -> None:
+            context.close()
+
+        handle = module.register_forward_pre_hook(before, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 @contextmanager

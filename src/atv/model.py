@@ -4,8 +4,8 @@ query --Generator--> state (batch, generator hidden) --Expansion--> task vectors
 prompt --frozen LLM, with  h~_l = h_l + scale * v_l  at the chosen tokens of every chosen layer (Eq. 6)--> answer
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, cast
@@ -16,10 +16,19 @@ from transformers.utils.generic import ModelOutput
 
 from atv import adapter
 from atv.batching import IGNORED, Collator, EncodedRow, Row, encode_pair, encode_prompt, left_padded, pad, pad_id
+from atv.cache import AdapterHash, VectorCache
 from atv.config import ATVConfig, Positions
 from atv.errors import ATVError
-from atv.generator import Generator
-from atv.hooks import base_llm, decoder_layers, edit_outputs, observe_calls, text_config
+from atv.generator import Generator, check_queries
+from atv.hooks import (
+    around_calls,
+    base_llm,
+    decoder_layers,
+    edit_outputs,
+    input_device,
+    keep_differentiable,
+    text_config,
+)
 from atv.models import context_length, load_llm, load_tokenizer
 from atv.prefix import ReadPrefix, first_edited, read_prefix, steered_logits
 from atv.steering import PromptTracker
@@ -104,7 +113,7 @@ def inject(
                 f"are {len(vectors)} task vectors. Expected a mask of that shape and a whole number of rows per vector."
             )
         row_vectors = vectors[:, index].repeat_interleave(rows_per_query, dim=0)  # (rows, hidden)
-        start = first_edited(where)
+        start = first_edited(where) if where.shape[1] > 1 else 0  # one column: no need to ask the device
         if start == 0:
             return add_vectors(hidden, row_vectors, where, scale)
         edited = hidden.clone()
@@ -139,6 +148,7 @@ class ATVModel(nn.Module):
         super().__init__()
         self.config = config or ATVConfig()
         object.__setattr__(self, "llm", llm.eval().requires_grad_(False))
+        keep_differentiable(llm)
         self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(str(base_llm(llm).name_or_path))
         self.positions = Positions.parse(self.config.positions)
         all_layers = decoder_layers(llm, self.config.layer_path)
@@ -152,7 +162,12 @@ class ATVModel(nn.Module):
         """How it was trained; saved with the adapter."""
         self.read_prefix: ReadPrefix = read_prefix
         """Where `forward` takes the prompt's unsteered keys and values from; training puts a store here."""
-        self.to(next(llm.parameters()).device)
+        self.vector_cache = VectorCache()
+        """Vectors of queries that came before, used outside training mode; `vector_cache.limit = 0` turns it off."""
+        self._hash = AdapterHash()
+        if hasattr(base_llm(llm), "hf_device_map"):  # spread over devices: then Trainer must copy it to no other
+            self.hf_device_map = base_llm(llm).hf_device_map
+        self.to(input_device(llm))
 
     llm: nn.Module
     layers: list[nn.Module]
@@ -220,7 +235,7 @@ class ATVModel(nn.Module):
         encoded = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
         for ids, prompt in zip(encoded, prompts, strict=True):
             self._check_length(len(ids), prompt)
-        device = next(self.llm.parameters()).device
+        device = input_device(self.llm)
         return {name: tensor.to(device) for name, tensor in left_padded(encoded, pad_id(self.tokenizer)).items()}
 
     def _check_length(self, tokens: int, prompt: str) -> None:
@@ -241,9 +256,20 @@ class ATVModel(nn.Module):
 
     @torch.no_grad()
     def task_vectors(self, queries: Sequence[str]) -> Tensor:
-        """Task vectors of queries: (queries, layers, hidden), float32; dropout off. An empty query raises ATVError."""
+        """Task vectors of queries: (queries, layers, hidden), float32; dropout off. An empty query raises ATVError.
+
+        In eval mode the vectors of queries that came before are taken from `vector_cache`; they are of the weights as
+        they are now.
+        """
         if isinstance(queries, str):
             raise ATVError("queries is one text; expected a list of texts: put it into brackets.")
+        check_queries(queries)
+        if self.training or not self.vector_cache.limit:
+            return self._make_vectors(queries)
+        about = f"{self.config} {self.generator.pooling} {self.generator.query_template}"
+        return self.vector_cache.get(self._hash.of(self, about), queries, self._make_vectors)
+
+    def _make_vectors(self, queries: Sequence[str]) -> Tensor:
         ids, mask = pad(self.generator.encode(queries), pad_id(self.generator.tokenizer), "right")
         device = self.generator.device
         was_training = self.training
@@ -259,6 +285,9 @@ class ATVModel(nn.Module):
     ) -> Iterator[Self]:
         """Steer any call of the LLM inside the context: ``with atv.steer(queries): llm.generate(**inputs)``.
 
+        A call that edits nothing, as every decoding step of positions `last` and `last:K`, runs as without steering
+        (a static cache, which keeps its length on the device, is asked for it).
+
         Args:
             queries: one per prompt, in the order of the prompts. The LLM may be called with several rows per prompt
                 (beams, returned sequences), with or without a cache, as often as one likes; prompts may be padded on
@@ -273,10 +302,12 @@ class ATVModel(nn.Module):
         vectors = self.task_vectors(queries) if vectors is None else vectors  # (queries, layers, hidden)
         scale = self.config.scale if scale is None else scale
         tracker = PromptTracker(len(queries), self.positions)
-        with (
-            observe_calls(base_llm(self.llm), tracker.observe),
-            inject(self.layers, vectors, scale, lambda: tracker.mask),
-        ):
+
+        def steered(call: Mapping[str, Any]) -> AbstractContextManager[None] | None:
+            tracker.observe(call)
+            return None if tracker.mask is None else inject(self.layers, vectors, scale, lambda: tracker.mask)
+
+        with around_calls(base_llm(self.llm), steered):
             yield self
 
     def generate(

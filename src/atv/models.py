@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 from atv.errors import ATVError, unknown
@@ -90,6 +90,7 @@ def load_llm(
     *,
     dtype: str | torch.dtype = "bfloat16",
     device: str | None = None,
+    quantization: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
@@ -98,15 +99,63 @@ def load_llm(
     Args:
         name: Hugging Face id, folder, or an embedded name.
         dtype: torch dtype or its name; bfloat16 by default, about twice as fast as float32 on recent CPUs.
-        device: "cpu", "cuda", ...; by default this process's GPU if there is one.
+        device: "cpu", "cuda", ..., or "auto": spread over all GPUs, then main memory; by default this process's GPU if
+            there is one.
+        quantization: "8bit", or "4bit" (nf4, its constants quantised too, computing in `dtype`): bitsandbytes halves or
+            quarters the memory of bfloat16 weights; None loads them as they are.
         revision: commit, tag or branch on the hub.
         trust_remote_code: run code that comes with the model; only for a model that you trust.
     """
     dtype = parse_dtype(dtype) if isinstance(dtype, str) else dtype
-    llm = _load(AutoModelForCausalLM, "LLM", name, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
-    llm.config._name_or_path = llm.name_or_path = name  # the name that was asked for, not a cache folder
     device = device or (f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu")
-    return cast(nn.Module, llm.to(device).eval())
+    _check_device(device)
+    options = {"dtype": dtype, "device_map": device, "quantization_config": _quantized(quantization, dtype)}
+    try:
+        llm = _load(
+            AutoModelForCausalLM, "LLM", name, **options, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (ImportError, RuntimeError) as error:
+        if quantization is None:
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise ATVError(
+            f"Cannot load {name!r} in {quantization} on {device}: {reason} Install a bitsandbytes that fits this "
+            "machine (pip install --upgrade 'adaptive-task-vectors[quantized]'), or leave the quantization out."
+        ) from error
+    llm.config._name_or_path = llm.name_or_path = name  # the name that was asked for, not a cache folder
+    return cast(nn.Module, llm.eval())
+
+
+def _quantized(quantization: str | None, dtype: torch.dtype) -> Any:
+    """How transformers is told of a quantisation."""
+    if quantization is None:
+        return None
+    if quantization not in ("8bit", "4bit"):
+        raise unknown("quantization", quantization, ("8bit", "4bit"))
+    if find_spec("bitsandbytes") is None:
+        raise ATVError(
+            f"The quantization {quantization} needs the package bitsandbytes, which is not installed. Install it with: "
+            "pip install 'adaptive-task-vectors[quantized]'"
+        )
+    return BitsAndBytesConfig(
+        load_in_8bit=quantization == "8bit",
+        load_in_4bit=quantization == "4bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _check_device(device: str) -> None:
+    if device == "auto":
+        return
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise ATVError(
+            f"The device {device!r} cannot be used: {reason}. Expected cpu, cuda, cuda:1, ... or auto."
+        ) from error
 
 
 def parse_dtype(name: str) -> torch.dtype:

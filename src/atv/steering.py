@@ -55,11 +55,13 @@ class PromptTracker:
         if not self._goes_on(ids, start, rows):
             self._begin(tokens, call.get("attention_mask"), ids, start)
         assert self._prompt_mask is not None
+        prompt = self._prompt_mask.shape[1]
+        if start >= prompt:  # answer tokens alone: known from shapes, so that a decoding step waits for no device
+            answer = self.positions.answer
+            self.mask = torch.ones(rows, width, dtype=torch.bool, device=tokens.device) if answer else None
+            return
         known = self._prompt_mask[:, start : start + width]  # columns of the prompt in this call
-        answer = torch.full(
-            (rows, width - known.shape[1]), self.positions.answer, dtype=torch.bool, device=known.device
-        )
-        mask = torch.cat([known, answer], dim=1)
+        mask = torch.nn.functional.pad(known, (0, width - known.shape[1]), value=self.positions.answer)
         self.mask = mask if bool(mask.any()) else None
 
     def _goes_on(self, ids: Tensor | None, start: int, rows: int) -> bool:

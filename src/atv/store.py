@@ -23,6 +23,7 @@ from transformers.cache_utils import DynamicLayer
 from atv.adapter import fingerprint
 from atv.batching import left_padded
 from atv.files import write_bytes
+from atv.hooks import input_device
 from atv.prefix import read_prefix
 from atv.progress import note
 
@@ -86,7 +87,7 @@ class PrefixStore:
         missing = [row for row, key in enumerate(keys) if key not in self._kept]
         if not missing:
             return True
-        device = next(llm.parameters()).device
+        device = input_device(llm)
         cache = read_prefix(llm, **{name: value.to(device) for name, value in left_padded(batch, 0).items()})
         stacked = _stack(cache, len(batch[-1]))
         if stacked is None:

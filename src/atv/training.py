@@ -17,6 +17,7 @@ from atv.config import TrainConfig
 from atv.doctor import require_wiring
 from atv.errors import ATVError
 from atv.files import occupied, read_json, same_settings, write_json
+from atv.hooks import quantization
 from atv.model import ATVModel
 from atv.prefix import read_prefix
 from atv.processes import barrier, is_main, rank, world_size
@@ -254,6 +255,7 @@ def _settings(atv: ATVModel, tasks: Sequence[Task], config: TrainConfig) -> dict
     return {
         "llm": cast(Any, atv.llm).name_or_path,
         "dtype": str(next(atv.llm.parameters()).dtype),
+        "quantization": quantization(atv.llm),
         "config": atv.config.to_dict(),
         "train": train,
         "tasks": described,

@@ -1,5 +1,6 @@
 """Subcommands: demo, train, eval, generate, doctor, tasks, report."""
 
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -21,6 +22,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line; a user's mistake is one line on standard error and exit code 2."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of a cast at every call of every layer
     try:
         app()
     except ATVError as error:
@@ -85,6 +87,7 @@ def train(
     seed: opt.Seed = 42,
     dtype: opt.Dtype = "bfloat16",
     device: opt.Device = None,
+    quantization: opt.Quantization = None,
     revision: opt.Revision = None,
     trust_remote_code: opt.Trust = False,
     force: opt.Force = False,
@@ -114,6 +117,7 @@ def evaluate(
     seed: opt.Seed = 42,
     dtype: opt.Dtype = "bfloat16",
     device: opt.Device = None,
+    quantization: opt.Quantization = None,
     revision: opt.Revision = None,
     trust_remote_code: opt.Trust = False,
     force: opt.Force = False,
@@ -138,6 +142,7 @@ def generate(
     llm: Annotated[str, typer.Option(help="Frozen LLM; by default the adapter's.")] = "",
     dtype: opt.Dtype = "bfloat16",
     device: opt.Device = None,
+    quantization: opt.Quantization = None,
     revision: opt.Revision = None,
     trust_remote_code: opt.Trust = False,
     seed: opt.Seed = 42,
@@ -159,6 +164,7 @@ def doctor(
     pooling: Annotated[str, typer.Option(help="last, mean or cls.")] = "mean",
     dtype: opt.Dtype = "bfloat16",
     device: opt.Device = None,
+    quantization: opt.Quantization = None,
     revision: opt.Revision = None,
     trust_remote_code: opt.Trust = False,
 ) -> None:

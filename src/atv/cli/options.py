@@ -70,7 +70,15 @@ Config = Annotated[
 ]
 LLM = Annotated[str, typer.Option(help="Frozen LLM: Hugging Face id, local folder, or an embedded name.")]
 Dtype = Annotated[str, typer.Option(help="dtype of the frozen LLM: bfloat16, float16 or float32.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default a GPU if there is one.")]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="cpu, cuda, ..., or auto: spread over all GPUs, then main memory. Default: a GPU if there is one."
+    ),
+]
+Quantization = Annotated[
+    str | None, typer.Option(help="Load the LLM's weights in 8bit or 4bit (bitsandbytes); by default as --dtype says.")
+]
 Revision = Annotated[str | None, typer.Option(help="Commit, tag or branch of the LLM on the hub.")]
 Data = Annotated[
     Path | None, typer.Option(help="Folder of TASK.json files and templates.json; by default the built-in tasks.")

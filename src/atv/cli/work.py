@@ -5,8 +5,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import set_seed  # that of transformers imports peft, which takes seconds
 from torch import nn
-from transformers import set_seed
 
 from atv import adapter as artifact
 from atv.batching import pad_id
@@ -17,6 +17,7 @@ from atv.doctor import check_wiring, model_summary
 from atv.errors import ATVError, unknown
 from atv.evaluation import evaluate
 from atv.generator import Generator
+from atv.hooks import input_device
 from atv.methods import METHODS
 from atv.model import ATVModel
 from atv.models import load_llm, load_tokenizer, quiet_transformers
@@ -24,25 +25,25 @@ from atv.processes import world_size
 from atv.progress import note
 from atv.records import RunWriter
 from atv.tasks import TRAIN_PREFIX, UNSEEN, Task, Variant, load_tasks
-from atv.training import train
 
 quiet_transformers()
 
 
 def _load_llm(options: Mapping[str, Any], name: str) -> tuple[nn.Module, Any]:
     """The LLM and its tokenizer; asked for again in one process, the same ones."""
-    return _loaded(name, options["dtype"], options["device"], options["revision"], options["trust_remote_code"])
+    how = ("dtype", "device", "quantization", "revision", "trust_remote_code")
+    return _loaded(name, **{key: options[key] for key in how})
 
 
 @cache
-def _loaded(name: str, dtype: str, device: str | None, revision: str | None, trust: bool) -> tuple[nn.Module, Any]:
-    llm = load_llm(name, dtype=dtype, device=device, revision=revision, trust_remote_code=trust)
-    return llm, load_tokenizer(name, revision)
+def _loaded(name: str, **how: Any) -> tuple[nn.Module, Any]:
+    return load_llm(name, **how), load_tokenizer(name, how["revision"])
 
 
 def load_embedded() -> tuple[nn.Module, Any]:
     """The embedded LLM and its tokenizer, as every command loads them by default."""
-    return _loaded(EMBEDDED_LLM, "bfloat16", None, None, False)
+    defaults = {"dtype": "bfloat16", "device": None, "quantization": None, "revision": None, "trust_remote_code": False}
+    return _load_llm(defaults, EMBEDDED_LLM)
 
 
 def _tasks(options: Mapping[str, Any]) -> list[Task]:
@@ -51,6 +52,8 @@ def _tasks(options: Mapping[str, Any]) -> list[Task]:
 
 def train_adapter(options: Mapping[str, Any]) -> Path:
     """`atv train`: everything that can be checked without a model is checked before one is loaded."""
+    from atv.training import train  # the Trainer brings peft and bitsandbytes along: seconds that other commands save
+
     config = ATVConfig(
         generator=options["generator"],
         pooling=options["pooling"],
@@ -117,6 +120,7 @@ def evaluate_method(options: Mapping[str, Any]) -> Path:
         "llm": llm_name,
         "revision": options["revision"],
         "dtype": options["dtype"],
+        "quantization": options["quantization"],
         "seed": options["seed"],
         "adapter": artifact.identity(folder) if folder else None,
         "tasks": {task.name: f"{len(task.test)} rows, {task.digest('test')}" for task in tasks},
@@ -131,7 +135,7 @@ def evaluate_method(options: Mapping[str, Any]) -> Path:
     llm, tokenizer = _load_llm(options, llm_name)
     set_seed(options["seed"])
     method = METHODS[name].load(llm, tokenizer, folder)
-    run.describe(method=method.describe(), device=str(next(llm.parameters()).device))
+    run.describe(method=method.describe(), device=str(input_device(llm)))
     evaluate(method, tasks, run, variants=variants, batch_size=options["batch_size"])
     print_lines([f"Run: {out}", f"Next: atv report {out}"])
     return Path(out)
