@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from atv.attention import grouped
 from atv.hooks import base_llm, flat_head
 
 ReadPrefix = Callable[[nn.Module, Tensor, Tensor, Tensor], Any]
@@ -96,9 +96,8 @@ def steered_logits(
     past = None
     if split > 0:
         past = read(llm, input_ids[:, :split], attention_mask[:, :split], position_ids[:, :split])
-    # With keys from a cache torch's fused CPU attention is slow to differentiate: 7 ms a layer, 8 rows of 4 tokens.
     on_cpu = input_ids.device.type == "cpu" and torch.is_grad_enabled()
-    with steer(edit_mask[:, split:]), sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext():
+    with steer(edit_mask[:, split:]), grouped(llm) if on_cpu else nullcontext():
         output = call_llm(
             llm,
             keep=keep,
