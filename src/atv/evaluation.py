@@ -1,18 +1,17 @@
 """The one loop: method x task x variant to predictions."""
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence, Set
 from itertools import cycle
 
 import torch
 
-from atv.batching import encode_pair, encode_prompt, left_padded, pad_id
+from atv.batching import encode_pair, encode_prompt, pad_id
 from atv.errors import ATVError
 from atv.hooks import input_device
 from atv.methods.base import Method
 from atv.models import context_length
-from atv.prefix import call_llm
+from atv.prefix import SharedPrefix, call_llm
 from atv.processes import rank, world_size
 from atv.progress import Bar, bar
 from atv.records import Prediction, RunWriter, row_key
@@ -53,8 +52,8 @@ def evaluate(
         progress.advance(len(done))
         for task, variant in work:
             progress.describe(f"{method.name}: {task.name}")
-            left = [i for i in range(len(task.test)) if (task.name, *variant, i) not in done]
-            _ask(method, task, variant, left, run, batch_size, progress, mine)
+            asked = {i for i in range(len(task.test)) if (task.name, *variant, i) in done}
+            _ask(method, task, variant, asked, run, batch_size, progress, mine)
     run.gather(order)
     seconds = sum(row["seconds"] for row in run.rows)
     run.finish(seconds=round(seconds, 3))
@@ -70,41 +69,56 @@ def _ask(
     method: Method,
     task: Task,
     variant: Variant,
-    examples: Sequence[int],
+    asked: Set[int],
     run: RunWriter,
     batch_size: int,
     progress: Bar,
     mine: Iterator[bool],
 ) -> None:
-    """Ask `examples` in batches, those of them for which `mine` says that it is this process's turn."""
-    prompts = {index: method.prompt(task, task.test[index], variant) for index in examples}
-    encoded = {index: encode_prompt(method.tokenizer, prompt) for index, prompt in prompts.items()}
+    """Ask in batches the examples that are not in `asked`, if `mine` says that it is this process's turn.
+
+    What is read together does not depend on what has been asked: a run that was interrupted ends with the same rows.
+    """
+    if len(asked) == len(task.test):
+        return
+    prompts = [method.prompt(task, example, variant) for example in task.test]
+    encoded = [encode_prompt(method.tokenizer, prompt) for prompt in prompts]
     limit = context_length(method.llm)
-    for index, ids in encoded.items():
+    for index, ids in enumerate(encoded):
         if limit is not None and len(ids) > limit:
             raise ATVError(
                 f"Task {task.name}: test row {index} makes a prompt of {len(ids)} tokens and the LLM's context is "
                 f"{limit}; shorten or drop the row."
             )
     device = input_device(method.llm)
-    by_length = sorted(examples, key=lambda index: len(encoded[index]))  # equal lengths together: little padding
+    by_length = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))  # equal lengths: little padding
+    began = time.perf_counter()
+    shared = SharedPrefix(method.llm, encoded, method.edited)
+    shared_seconds = (time.perf_counter() - began) / len(encoded)
     for start in range(0, len(by_length), batch_size):
         batch = by_length[start : start + batch_size]
-        progress.advance(len(batch))
-        if not next(mine):
+        progress.advance(sum(index not in asked for index in batch))
+        if not next(mine) or asked >= set(batch):
             continue
         began = time.perf_counter()
-        inputs = left_padded([encoded[index] for index in batch], pad_id(method.tokenizer))
-        with ExitStack() as stack:
-            stack.enter_context(method.steer(task, [task.test[index] for index in batch]))
+        inputs, past = shared.inputs([encoded[index] for index in batch], pad_id(method.tokenizer))
+        with method.steer(task, [task.test[index] for index in batch]):
             output = call_llm(
-                method.llm, keep=1, use_cache=False, **{name: value.to(device) for name, value in inputs.items()}
+                method.llm,
+                keep=1,
+                input_ids=inputs["input_ids"][:, shared.length :].to(device),
+                attention_mask=inputs["attention_mask"].to(device),
+                position_ids=inputs["position_ids"][:, shared.length :].to(device),
+                past_key_values=past,
+                use_cache=past is not None,
             )
         logits = output.logits[:, -1].float().cpu()  # (batch, vocabulary)
-        seconds = (time.perf_counter() - began) / len(batch)
+        seconds = (time.perf_counter() - began) / len(batch) + shared_seconds
         likeliest = logits.argmax(-1).tolist()
         rows = []
         for place, index in enumerate(batch):
+            if index in asked:
+                continue
             example = task.test[index]
             options = {option: first_answer_token(method, prompts[index], option) for option in task.options}
             target = options[example.output]

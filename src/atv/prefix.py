@@ -7,15 +7,19 @@ columns are exactly those of the full pass. `read_prefix` is the one place where
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from itertools import takewhile
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from atv.attention import grouped
-from atv.hooks import base_llm, flat_head
+from atv.batching import left_padded, position_ids
+from atv.hooks import base_llm, flat_head, input_device
 
 ReadPrefix = Callable[[nn.Module, Tensor, Tensor, Tensor], Any]
 
@@ -64,6 +68,85 @@ def read_prefix(llm: nn.Module, input_ids: Tensor, attention_mask: Tensor, posit
         use_cache=True,
     )
     return output.past_key_values
+
+
+class KeptLayer(DynamicLayer):
+    """A filled cache layer, which moves to the device that the LLM's layer turns out to be on."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.keys: Tensor = keys
+        self.values: Tensor = values
+        self.dtype, self.device = keys.dtype, keys.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append, as any cache layer."""
+        self.keys, self.values = self.keys.to(key_states.device), self.values.to(key_states.device)
+        return super().update(key_states, value_states, *args, **kwargs)
+
+
+def as_cache(sides: Iterable[tuple[Tensor, Tensor]]) -> DynamicCache:
+    """A cache of each layer's keys and values (batch, heads, seq, head width), without a copy."""
+    cache = DynamicCache()
+    cache.layers = [KeptLayer(keys, values) for keys, values in sides]
+    return cache
+
+
+def full_sides(cache: Any, width: int) -> list[tuple[Tensor, Tensor]] | None:
+    """Each layer's keys and values; None unless every layer has all of `width` columns (no window, no state)."""
+    sides = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
+    if any(side is None or side.shape[2] != width for pair in sides for side in pair):
+        return None
+    return cast(list[tuple[Tensor, Tensor]], sides)
+
+
+class SharedPrefix:
+    """The tokens that all prompts of a set begin with (a task's instruction, demonstrations), read once for all.
+
+    The columns of a batch are then: the shared tokens, padding, each prompt's own tokens. A sliding window would count
+    that padding, so that an LLM which has one shares nothing.
+
+    Args:
+        llm: the frozen LLM, or a PEFT model around it.
+        prompts: token ids of every prompt.
+        edited: how many of a prompt's last tokens may be edited, and are thus no part of it; None: any, share nothing.
+        least: fewer tokens than that are not worth a call.
+    """
+
+    def __init__(self, llm: nn.Module, prompts: Sequence[Sequence[int]], edited: int | None, least: int = 8) -> None:
+        self.length = 0
+        self._sides: list[tuple[Tensor, Tensor]] = []
+        if edited is None or len(prompts) < 2:
+            return
+        pairs = zip(min(prompts), max(prompts), strict=False)  # all share what the first and the last in order share
+        length = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        length = min(length, min(map(len, prompts)) - max(1, edited))
+        if length < least:
+            return
+        inputs = left_padded([prompts[0][:length]], 0)
+        device = input_device(llm)
+        cache = read_prefix(llm, **{name: value.to(device) for name, value in inputs.items()})
+        sides = None if any(layer.is_sliding for layer in cache.layers) else full_sides(cache, length)
+        if sides is not None:
+            self.length, self._sides = length, sides
+
+    def inputs(self, prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[dict[str, Tensor], DynamicCache | None]:
+        """Some of the prompts as model inputs, all columns of them, and a cache that holds the first `length` ones.
+
+        Returns:
+            `input_ids`, `attention_mask`, `position_ids`, each (batch, seq), on the CPU; and the cache, None if nothing
+            is shared.
+        """
+        own = left_padded([prompt[self.length :] for prompt in prompts], pad_id)
+        if not self.length:
+            return own, None
+        shared = torch.tensor([prompt[: self.length] for prompt in prompts])  # (batch, length)
+        mask = torch.cat([torch.ones_like(shared), own["attention_mask"]], dim=1)
+        ids = torch.cat([shared, own["input_ids"]], dim=1)
+        size = (len(prompts), -1, -1, -1)
+        cache = as_cache((keys.expand(size), values.expand(size)) for keys, values in self._sides)
+        return {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids(mask)}, cache
 
 
 def steered_logits(

@@ -18,13 +18,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from atv.adapter import fingerprint
 from atv.batching import left_padded
 from atv.files import write_bytes
 from atv.hooks import input_device
-from atv.prefix import read_prefix
+from atv.prefix import as_cache, full_sides, read_prefix
 from atv.progress import note
 
 READ_TOKENS = 2048
@@ -188,30 +187,9 @@ def _key(ids: Tensor) -> str:
 
 
 def _stack(cache: Any, width: int) -> Tensor | None:
-    """A cache as (layers * 2, batch, heads, width, head width), or None if its layers are not alike or not full."""
-    sides: list[Tensor] = []
-    for layer in cache.layers:
-        for side in (getattr(layer, "keys", None), getattr(layer, "values", None)):
-            if side is None or side.shape[2] != width or (sides and side.shape != sides[0].shape):
-                return None
-            sides.append(side.cpu())  # the layers of an LLM that is spread over devices lie on several
-    return torch.stack(sides) if sides else None
-
-
-class _KeptLayer(DynamicLayer):
-    """A filled cache layer, on the device that the LLM's layer turns out to be on."""
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.keys: Tensor = keys
-        self.values: Tensor = values
-        self.dtype, self.device = keys.dtype, keys.device
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append, as any cache layer."""
-        self.keys, self.values = self.keys.to(key_states.device), self.values.to(key_states.device)
-        return super().update(key_states, value_states, *args, **kwargs)
+    """A cache as (layers * 2, batch, heads, width, head width) on the CPU; None if layers are not alike or not full."""
+    sides = [side.cpu() for pair in full_sides(cache, width) or () for side in pair]
+    return torch.stack(sides) if sides and all(side.shape == sides[0].shape for side in sides) else None
 
 
 def _gather(kept: Sequence[Tensor | None], width: int, device: torch.device) -> DynamicCache:
@@ -227,6 +205,4 @@ def _gather(kept: Sequence[Tensor | None], width: int, device: torch.device) -> 
         batch[:, row, :, :start] = 0
         if tokens is not None:
             batch[:, row, :, start:].copy_(tokens, non_blocking=True)
-    cache = DynamicCache()
-    cache.layers = [_KeptLayer(batch[side], batch[side + 1]) for side in range(0, sides, 2)]
-    return cache
+    return as_cache((batch[side], batch[side + 1]) for side in range(0, sides, 2))

@@ -84,6 +84,14 @@ def train(
     ] = 3,
     train_rows: Annotated[int | None, typer.Option(help="At most so many training rows per task (paper: 90).")] = None,
     valid_rows: Annotated[int | None, typer.Option(help="At most so many validation rows per task.")] = None,
+    prefix_memory: Annotated[
+        float | None,
+        typer.Option(min=0, help="GiB of memory for the prompts' keys and values; by default half of what is free."),
+    ] = None,
+    prefix_disk: Annotated[
+        float | None,
+        typer.Option(min=0, help="GiB of files in --out for those beyond it; by default half of what is free."),
+    ] = None,
     seed: opt.Seed = 42,
     dtype: opt.Dtype = "bfloat16",
     device: opt.Device = None,

@@ -24,6 +24,7 @@ from atv.models import load_llm, load_tokenizer, quiet_transformers
 from atv.processes import world_size
 from atv.progress import note
 from atv.records import RunWriter
+from atv.store import PrefixStore
 from atv.tasks import TRAIN_PREFIX, UNSEEN, Task, Variant, load_tasks
 
 quiet_transformers()
@@ -85,7 +86,9 @@ def train_adapter(options: Mapping[str, Any]) -> Path:
     atv = ATVModel(llm, config, tokenizer=tokenizer)
     rows = sum(len(task.train) for task in tasks)
     note(f"{model_summary(atv)}; {rows} training rows of {', '.join(task.name for task in tasks)}")
-    result = train(atv, tasks, options["out"], settings, options["force"])
+    budgets = (options["prefix_memory"], options["prefix_disk"])
+    store = PrefixStore(*(None if gib is None else int(gib * 2**30) for gib in budgets))
+    result = train(atv, tasks, options["out"], settings, options["force"], store)
     seconds = result.record.get("seconds")
     print_lines(
         [

@@ -21,6 +21,8 @@ class ATV(Method):
     def __init__(self, atv: ATVModel) -> None:
         super().__init__(atv.llm, atv.tokenizer)
         self.atv = atv.eval()
+        self.edited = atv.positions.prompt_tokens
+        atv.vector_cache.limit = 0  # seconds per query are those of a query that was never asked
 
     @classmethod
     def load(cls, llm: nn.Module, tokenizer: Any, adapter: Path | None) -> Self:

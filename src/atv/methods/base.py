@@ -19,9 +19,12 @@ class Method(ABC):
         name: as in the registry and in the records.
         llm: what is called: the frozen LLM, or a PEFT model around it.
         tokenizer: the LLM's.
+        edited: how many of a prompt's last tokens `steer` may change; None: any. What prompts share before them is
+            read once, unsteered.
     """
 
     name: ClassVar[str]
+    edited: int | None = 0
 
     def __init__(self, llm: nn.Module, tokenizer: Any) -> None:
         self.llm = llm

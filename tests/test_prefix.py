@@ -1,0 +1,89 @@
+"""What prompts share is read once, and nothing that comes out of the LLM changes."""
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, make_atv, make_llm, toy_task
+
+from atv.batching import left_padded, pad_id
+from atv.evaluation import evaluate
+from atv.methods.atv import ATV
+from atv.methods.zero_shot import ZeroShot
+from atv.prefix import SharedPrefix, call_llm
+from atv.records import RunWriter
+from atv.tasks import Task
+
+INSTRUCTION = "Is this opinion positive or negative? Answer positive or negative. "
+PROMPTS = [
+    INSTRUCTION + text for text in ("the kettle leaks", "the harbour was quiet and the lid sticks\nA:", "six A:")
+]
+WINDOWED = {"mistral", "gemma3"}
+
+
+def encoded(atv):
+    return [atv.tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+
+
+def logits(llm, shared, ids):
+    inputs, past = shared.inputs(ids, 0)
+    own = {name: tensor[:, shared.length :] for name, tensor in inputs.items() if name != "attention_mask"}
+    mask = inputs["attention_mask"]
+    return call_llm(llm, keep=1, **own, attention_mask=mask, past_key_values=past, use_cache=past is not None).logits
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("positions", ["last", "last:3", "answer", "all"])
+def test_steered_and_plain_logits_are_those_of_the_plain_read(name, positions):
+    atv = make_atv(name, positions=positions)
+    ids = encoded(atv)
+    shared = SharedPrefix(atv.llm, ids, atv.positions.prompt_tokens)
+    assert (shared.length > 8) == (positions != "all" and name not in WINDOWED)
+    for scale in (0.0, 0.3):
+        with atv.steer(PROMPTS, scale=scale), torch.no_grad():
+            for _ in range(2):  # a second batch finds what is shared as the first did
+                ours = logits(atv.llm, shared, ids)
+            theirs = call_llm(atv.llm, keep=1, **left_padded(ids, 0)).logits
+        torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=0)
+
+
+def test_the_own_tokens_of_a_prompt_are_never_shared():
+    llm = make_llm()
+    same = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14]] * 3
+    assert SharedPrefix(llm, same, 0).length == 9  # the last token is read for its logits
+    assert SharedPrefix(llm, same, 2).length == 8
+    assert SharedPrefix(llm, same, 3).length == 0  # too little to be worth a call
+    assert SharedPrefix(llm, same, None).length == 0
+    assert SharedPrefix(llm, same[:1], 0).length == 0
+
+
+@pytest.mark.parametrize("method", ["zero-shot", "atv"])
+def test_an_evaluation_reads_an_instruction_once_and_its_rows_are_the_same(method, tmp_path, monkeypatch):
+    plain = toy_task(rows=30)
+    templates = tuple(INSTRUCTION + template for template in plain.templates)
+    task = Task(plain.name, templates, plain.train, plain.valid, plain.test)
+    atv = make_atv(positions="last:2")
+    read, rows = [], []
+    hook = atv.llm.register_forward_pre_hook(
+        lambda _, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    for folder, least in (("plain", 10_000), ("shared", 8)):
+        monkeypatch.setattr(SharedPrefix.__init__, "__defaults__", (least,))
+        run = RunWriter(tmp_path / folder, {})
+        made = ATV(atv) if method == "atv" else ZeroShot(atv.llm, atv.tokenizer)
+        evaluate(made, [task], run, batch_size=4)
+        rows.append([{key: value for key, value in row.items() if key != "seconds"} for row in run.rows])
+        read.append(0)
+    hook.remove()
+    assert rows[0] == rows[1]
+    end = read.index(0)
+    assert sum(read[end:]) < 0.5 * sum(read[:end])
+
+
+def test_generate_goes_on_from_a_shared_prefix():
+    atv = make_atv(positions="last:2")
+    shared = SharedPrefix(atv.llm, encoded(atv), 2)
+    inputs, past = shared.inputs(encoded(atv), pad_id(atv.tokenizer))
+    width = inputs.pop("position_ids").shape[1]
+    with atv.steer(PROMPTS):
+        ours = atv.llm.generate(**inputs, past_key_values=past, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    texts = atv.tokenizer.batch_decode(ours[:, width:], skip_special_tokens=True)
+    assert texts == atv.generate(PROMPTS, max_new_tokens=6, do_sample=False)
