@@ -4,6 +4,7 @@ On --device cuda the LLM has Llama 3 8B's shape with random weights, and the gen
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atv.batching import left_padded, pad_id
-from atv.model import ATVModel
-from atv.prefix import call_llm
+from atv.batching import edit_mask, left_padded, pad_id
+from atv.model import ATVModel, inject
+from atv.prefix import call_llm, steered_logits
 from benchmarks.common import Figure, Record, in_turn, parse_options, ratio, times
 from benchmarks.subjects import large_llm, make_atv, rows_of, small_llm, tasks
 
 STEERED, PLAIN, MANY, OWN = "steered", "zero-shot", "16 demonstrations", "generator and expansion alone"
+APART = "steered, prefix beside generator"
 DEMONSTRATIONS, NEW_TOKENS = 16, 16
 
 
@@ -47,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         rows = rows_of(atv, (DEMONSTRATIONS + 1) * batch, tokens, templates=1)
         prompts = [row.pairs[0][0] for row in rows[:batch]]
         reads = {PLAIN: partial(first_token, atv, prompts), STEERED: partial(first_token, atv, prompts, queries)}
+        reads[APART] = partial(first_token_apart, atv, prompts, queries)
         if batch == 1 or on_gpu or options.tiny:  # 30,000 tokens at once are too slow on a CPU
             shown = [_with_demonstrations(rows, index, batch) for index in range(batch)]
             reads[MANY] = partial(first_token, atv, shown)
@@ -90,6 +93,29 @@ def first_token(atv: ATVModel, prompts: Sequence[Sequence[int]], queries: Sequen
         with atv.steer(queries):
             logits = read().logits
     return logits[:, -1].float().cpu().argmax(-1)  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def first_token_apart(atv: ATVModel, prompts: Sequence[Sequence[int]], queries: Sequence[str]) -> Tensor:
+    """As `first_token`, the prompt in two calls: its prefix while the generator works, then its last token steered.
+
+    On a GPU the generator has a stream of its own; on a CPU one follows the other.
+    """
+    device = atv.generator.device
+    inputs = {name: tensor.to(device) for name, tensor in left_padded(prompts, pad_id(atv.tokenizer)).items()}
+    side = torch.cuda.Stream() if device.type == "cuda" else None
+    with torch.cuda.stream(side) if side is not None else nullcontext():
+        vectors = atv.task_vectors(queries)
+
+    def steer(mask: Tensor) -> AbstractContextManager[None]:
+        if side is not None:
+            torch.cuda.current_stream().wait_stream(side)
+            vectors.record_stream(torch.cuda.current_stream())
+        return inject(atv.layers, vectors, atv.config.scale, lambda: mask)
+
+    edited = edit_mask(inputs["attention_mask"], atv.positions)
+    ids, mask, places = (inputs[name] for name in ("input_ids", "attention_mask", "position_ids"))
+    return steered_logits(atv.llm, steer, ids, mask, places, edited, keep=1)[:, -1].float().cpu().argmax(-1)
 
 
 def _write(atv: ATVModel, prompts: Sequence[str], queries: Sequence[str] | None = None) -> list[str]:

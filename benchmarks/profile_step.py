@@ -1,4 +1,4 @@
-"""Where a training step's time goes: its parts by the clock, for both generators.
+"""Where a training step's time goes: its parts by the clock, for both generators, and at four steered tokens.
 
 To compare with another version of the library, put its `src` first on PYTHONPATH and give another --out; then run
 this with --before that folder.
@@ -37,8 +37,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
     former = json.loads((given.before / record.file.name).read_text())["measures"] if given.before else []
     before = {line["what"]: line["value"] for line in former}
     parts: dict[str, dict[Any, Figure]] = {part: {} for part in PARTS}
-    for generator, name in GENERATORS.items():
-        atv = make_atv(options, llm, tokenizer, generator)
+    kinds = {name: (generator, "last") for generator, name in GENERATORS.items()}
+    kinds[f"{GENERATORS['minilm']}, last:4"] = ("minilm", "last:4")
+    for name, (generator, positions) in kinds.items():
+        atv = make_atv(options, llm, tokenizer, generator, positions)
         rows = rows_of(atv, 8, tokens)
         record.sizes[f"query tokens, {name}"] = mean_query(rows)
         fill(atv, rows)

@@ -108,7 +108,9 @@ def make_atv(
     else:
         shape = GPT2Config(vocab_size=1000, n_embd=32, n_layer=2, n_head=4) if options.tiny else GPT2Config()
         made = Generator(GPT2Model(shape), words, config.pooling, config.query_template)
-    return ATVModel(llm, config, tokenizer=tokenizer, generator=made).train()
+    atv = ATVModel(llm, config, tokenizer=tokenizer, generator=made).train()
+    atv.vector_cache.limit = 0  # the same queries come again in every round
+    return atv
 
 
 Pairs = list[tuple[list[int], list[int]]]

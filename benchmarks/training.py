@@ -24,6 +24,9 @@ BY_ROW = 4
 """Rows that the loop without batches trains on in one round: its rate does not depend on how many."""
 OURS, ONE_BY_ONE, BATCHED, FLOOR = "this library", "loop, row by row", "loop, 8 rows at once", "generator alone"
 TARGETS = {"minilm": (12, 8), "gpt2": (6.5, 4.5)}
+"""Times the rows per second of the loop row by row, and of the loop with 8 rows at once."""
+FLOOR_TARGET = {"minilm": None, "gpt2": ("at most", 1.25)}
+"""Of a step over the generator's own; with a generator as small as MiniLM the LLM's part cannot be hidden."""
 TOLERANCE = 0.05
 """Largest relative difference of two losses that are the same but for rounding to bfloat16."""
 
@@ -89,7 +92,10 @@ def _measure(
             f"{name}: {OURS} / {side}", "x rows/s", ratio(seconds[side], seconds[OURS]), ("at least", target)
         )
     record.measure(
-        f"{name}: a whole step / the generator's own", "x", ratio(seconds[OURS], seconds[FLOOR]), ("at most", 1.25)
+        f"{name}: a whole step / the generator's own",
+        "x",
+        ratio(seconds[OURS], seconds[FLOOR]),
+        FLOOR_TARGET[generator],
     )
     return rates
 

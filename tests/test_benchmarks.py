@@ -151,7 +151,7 @@ def test_a_former_profile_is_shown_beside_the_new_one(tmp_path):
     profile.main(quick(tmp_path / "before"))
     written = json.loads(profile.main([*quick(tmp_path), "--before", str(tmp_path / "before")]).read_text())
     compared = [line["what"] for line in written["measures"] if line["what"].endswith("before / now")]
-    assert len(compared) == 2 * (len(PARTS) + 1)
+    assert len(compared) == 3 * (len(PARTS) + 1)
 
 
 def test_a_missing_gpu_is_said(tmp_path):

@@ -37,6 +37,7 @@ def test_the_defaults_of_the_training_are_those_of_the_paper():
         "generator_learning_rate": None,
         "weight_decay": 0.00001,
         "max_grad_norm": None,
+        "bf16": False,
         "templates_per_row": 3,
         "seed": 42,
     }
@@ -110,7 +111,7 @@ def test_zero_and_whole_numbers_are_rates(value):
     [
         (ATVConfig, "poolings", ("option 'poolings'", "Did you mean 'pooling'?", "query_template")),
         (ATVConfig, "lambda", ("option 'lambda'", "known: expansion_rank, generator", "scale")),
-        (TrainConfig, "lr", ("option 'lr'", "known: batch_size, epochs", "weight_decay")),
+        (TrainConfig, "lr", ("option 'lr'", "known: batch_size, bf16, epochs", "weight_decay")),
         (TrainConfig, "epoch", ("option 'epoch'", "Did you mean 'epochs'?")),
     ],
 )

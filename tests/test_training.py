@@ -65,6 +65,21 @@ def test_the_first_step_is_adam_with_coupled_decay_written_by_hand(tmp_path):
         torch.testing.assert_close(after, expected, atol=2e-5, rtol=0)
 
 
+def test_bf16_rounds_the_generator_alone_and_only_while_it_is_trained(tmp_path):
+    atv, task = tiny(), toy_task()
+    batch = atv.collator()([atv.encode_row(row) for row in training_rows(task)])
+    query = batch["query_input_ids"], batch["query_attention_mask"]
+    exact = atv.eval().generator(*query)
+    seen = []
+    atv.generator.register_forward_hook(lambda _, inputs, output: seen.append((atv.generator.bf16, output.dtype)))
+    train(atv, [task], tmp_path / "out", quick(epochs=1, bf16=True, learning_rate=0.0))
+    assert (True, torch.float32) in seen
+    assert torch.equal(atv.eval().generator(*query), exact)
+    atv.generator.bf16 = True
+    difference = (atv.generator(*query) - exact).norm() / exact.norm()
+    assert 1e-5 < difference < 0.02
+
+
 def test_a_second_call_trains_nothing_and_force_trains_anew(tmp_path):
     task = toy_task()
     train(tiny(), [task], tmp_path / "out", quick())

@@ -46,6 +46,8 @@ class Generator(nn.Module):
         self.hidden_size: int = config.get_text_config().hidden_size
         self.name_or_path: str = encoder.name_or_path  # type: ignore[assignment]
         self.revision: str | None = getattr(config, "_commit_hash", None)
+        self.bf16 = False
+        """Matrix products in bfloat16 (torch's autocast); weights, sums and what comes out stay as they are."""
         self._told_of_cut = False
         self.requires_grad_(trainable)
         # A BERT pooler and its like feed nothing here; without a gradient they would only be dead weight to save.
@@ -88,8 +90,10 @@ class Generator(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Encoded queries (queries, seq), padded on the right, to their pooled states (queries, state), float32."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable):
+        mixed = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable), mixed:
             states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        states = states.to(next(self.encoder.parameters()).dtype)  # (queries, seq, state)
         if self.pooling == "cls":
             return cast(Tensor, states[:, 0])
         if self.pooling == "mean":

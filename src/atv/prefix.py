@@ -119,7 +119,9 @@ class SharedPrefix:
         self._sides: list[tuple[Tensor, Tensor]] = []
         if edited is None or len(prompts) < 2:
             return
-        pairs = zip(min(prompts), max(prompts), strict=False)  # all share what the first and the last in order share
+        pairs = zip(
+            *(choose(map(list, prompts)) for choose in (min, max)), strict=False
+        )  # all share what the first and the last in order share
         length = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         length = min(length, min(map(len, prompts)) - max(1, edited))
         if length < least:

@@ -214,7 +214,7 @@ def train(
     set_seed(config.seed)
     store = store or PrefixStore()
     _fill(store, atv, [*rows.rows, *(valid[index] for index in range(len(valid)))], out / "prefixes" / str(rank()))
-    atv.read_prefix = store.read
+    atv.read_prefix, atv.generator.bf16 = store.read, config.bf16
     checkpoints = out / "checkpoints"
     steps = config.epochs * math.ceil(len(rows) / config.batch_size)
     with bar("train", steps) as progress:
@@ -231,7 +231,7 @@ def train(
             barrier()  # the process that fails first must not take the one that writes with it
             raise ATVError(message) from None
         finally:
-            atv.read_prefix = read_prefix
+            atv.read_prefix, atv.generator.bf16 = read_prefix, False
     _finish(trainer, atv, record, out)
     return TrainResult(out / "adapter", record)
 

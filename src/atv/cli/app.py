@@ -79,6 +79,7 @@ def train(
     generator_lr: Annotated[float | None, typer.Option(help="Learning rate of the generator, if another.")] = None,
     weight_decay: Annotated[float, typer.Option(help="Adam's coupled L2 penalty.")] = 1e-5,
     max_grad_norm: Annotated[float | None, typer.Option(help="Clip the gradient to this norm.")] = None,
+    bf16: Annotated[bool, typer.Option("--bf16", help="The generator's matrix products in bfloat16.")] = False,
     templates_per_row: Annotated[
         int, typer.Option(help="Prompts that share a row's vector in a step; 1 takes the templates in turn.")
     ] = 3,

@@ -73,6 +73,7 @@ def train_adapter(options: Mapping[str, Any]) -> Path:
         generator_learning_rate=options["generator_lr"],
         weight_decay=options["weight_decay"],
         max_grad_norm=options["max_grad_norm"],
+        bf16=options["bf16"],
         templates_per_row=options["templates_per_row"],
         seed=options["seed"],
     )
