@@ -16,8 +16,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run them with the same options; with --tiny the page is left as it is."""
     parse = parser("benchmarks.run_all", __doc__)
     parse.set_defaults(device="cpu")
-    options = options_of(parse.parse_args(argv), "benchmarks.run_all", argv)
-    given = ["--threads", str(options.threads), "--rounds", str(options.rounds), "--out", str(options.out)]
+    asked = parse.parse_args(argv)
+    options = options_of(asked, "benchmarks.run_all", argv)
+    given = ["--threads", str(options.threads), "--rounds", str(options.rounds)]
+    given += ["--out", str(asked.out)] if asked.out else []
     began = time.perf_counter()
     files: list[Path | None] = []
     for benchmark in ON_CPU:
