@@ -107,17 +107,15 @@ class PrefixStore:
 
     def read(self, llm: nn.Module, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Any:
         """As `prefix.read_prefix`, from what is kept; only rows that are not kept are read by the LLM."""
-        attended = attention_mask.bool()
+        attended = attention_mask.bool().cpu()
         lengths = attended.sum(1).tolist()
-        kept = [self._kept.get(_key(ids[mask])) for ids, mask in zip(input_ids, attended, strict=True)]
+        kept = [self._kept.get(_key(ids[mask])) for ids, mask in zip(input_ids.cpu(), attended, strict=True)]
         new = [row for row, length in enumerate(lengths) if length and kept[row] is None]
+        if all(tokens is None for tokens in kept):
+            return read_prefix(llm, input_ids, attention_mask, position_ids)
         if new:
-            every = len(new) == sum(map(bool, lengths))
-            rows = list(range(len(lengths))) if every else new
-            cache = read_prefix(llm, input_ids[rows], attention_mask[rows], position_ids[rows])
-            stacked = None if every else _stack(cache, input_ids.shape[1])
-            if every:
-                return cache
+            fresh = read_prefix(llm, input_ids[new], attention_mask[new], position_ids[new])
+            stacked = _stack(fresh, input_ids.shape[1])
             if stacked is None:
                 return read_prefix(llm, input_ids, attention_mask, position_ids)
             for place, row in enumerate(new):
@@ -182,8 +180,8 @@ def _batches(rows: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
 
 
 def _key(ids: Tensor) -> str:
-    """What a prefix is known by: the digest of its token ids, (tokens,) int64."""
-    return hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()
+    """What a prefix is known by: the digest of its token ids, (tokens,) int64, on the CPU."""
+    return hashlib.sha256(ids.numpy().tobytes()).hexdigest()
 
 
 def _stack(cache: Any, width: int) -> Tensor | None:
