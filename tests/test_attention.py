@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, make_atv, make_llm
+from conftest import ARCHITECTURES, make_atv
 from test_model import batch_of
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from atv.attention import NAME, grouped, grouped_attention
+from atv.attention import grouped, grouped_attention
 
 
 def inputs(heads, key_heads, new, seq, dtype=torch.float64):
@@ -39,32 +39,34 @@ def test_it_equals_the_librarys_own_with_its_gradients(heads, key_heads, new, ki
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_training_uses_it_on_a_cpu_and_puts_the_llm_back(name, monkeypatch):
-    llm = make_llm(name)
-    with grouped(llm):
-        assert llm.config._attn_implementation == NAME
-    assert llm.config._attn_implementation == "sdpa"
+def test_training_uses_it_on_a_cpu_for_the_tail_alone(name, monkeypatch):
     atv, calls = make_atv(name, positions="last:2"), []
 
     def counting(*args, **options):
         calls.append(1)
         return grouped_attention(*args, **options)
 
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, NAME, counting)
+    monkeypatch.setattr("atv.attention.grouped_attention", counting)
+    former = ALL_ATTENTION_FUNCTIONS["sdpa"]
     atv(**batch_of(atv)).loss.backward()
-    assert len(calls) == 3  # one per layer, for the tail alone
-    assert atv.llm.config._attn_implementation == "sdpa"
+    assert len(calls) == 3  # one per layer
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is former
 
 
-def test_an_llm_with_another_attention_is_left_alone():
-    llm = make_llm()
-    llm.set_attn_implementation("eager")
-    with grouped(llm):
-        assert llm.config._attn_implementation == "eager"
+def test_the_librarys_own_is_put_back_after_an_error():
+    former = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    with grouped():
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is grouped_attention
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is former
+    with pytest.raises(ZeroDivisionError), grouped():
+        _ = 1 / 0
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is former
 
 
-def test_the_llm_is_put_back_after_an_error():
-    llm = make_llm()
-    with pytest.raises(ValueError, match="x"), grouped(llm):
-        raise ValueError("x")
-    assert llm.config._attn_implementation == "sdpa"
+def test_values_may_be_narrower_than_keys():
+    module, query, key, _ = inputs(4, 2, 3, seq=9)
+    value = torch.randn(3, 2, 9, 5, dtype=torch.float64)
+    seen = torch.ones(3, 1, 3, 9, dtype=torch.bool).tril(6)
+    ours, _ = grouped_attention(module, query, key, value, seen)
+    theirs, _ = sdpa_attention_forward(module, query, key, value, seen)
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)

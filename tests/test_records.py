@@ -157,9 +157,9 @@ def test_settings_are_compared_as_json_gives_them_back(folder):
             ["llm: 'tiny' there, 'huge' now", "method: 'atv'"],
             ["seed"],
         ),
-        (SETTINGS | {"tasks": {"sentiment": 8}}, ["tasks: {'sentiment': 120} there, {'sentiment': 8} now"], ["seed"]),
+        (SETTINGS | {"tasks": {"sentiment": 8}}, ["tasks.sentiment: 120 there, 8 now"], ["seed"]),
         (SETTINGS | {"dtype": "float16"}, ["dtype: None there, 'float16' now"], ["seed"]),
-        ({"method": "atv", "llm": "tiny", "seed": 42}, ["tasks: {'sentiment': 120} there, None now"], ["seed"]),
+        ({"method": "atv", "llm": "tiny", "seed": 42}, ["tasks.sentiment: 120 there, None now"], ["seed"]),
     ],
 )
 def test_a_run_with_other_settings_is_refused_and_left_alone(folder, settings, parts, same):

@@ -92,7 +92,9 @@ def test_a_second_call_trains_nothing_and_force_trains_anew(tmp_path):
 
 def test_other_settings_in_the_same_folder_are_refused(tmp_path):
     train(tiny(), [toy_task()], tmp_path / "out", quick())
-    with pytest.raises(ATVError, match=r"was made with other settings \(train: .*Use another --out, or --force"):
+    with pytest.raises(
+        ATVError, match=r"was made with other settings \(train.epochs: 3 there, 4 now\)\. Use another --out, or --force"
+    ):
         train(tiny(), [toy_task()], tmp_path / "out", quick(epochs=4))
 
 

@@ -12,13 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from atv.hooks import text_config
-
-NAME = "atv_grouped"
 _UNKNOWN = ("softcap", "s_aux", "position_bias", "cache")  # arguments of single models, that the library's own knows
 
 
@@ -38,14 +34,14 @@ def grouped_attention(
         module: the attention layer.
         query: (batch, heads, new, width).
         key: (batch, key heads, seq, width), the new tokens last.
-        value: as `key`.
+        value: (batch, key heads, seq, value width).
         attention_mask: (batch, 1, new, seq) bool, true where a token is seen; or what is added to the scores.
         dropout: the frozen LLM has none.
         scaling: of the scores; by default 1 / sqrt(width).
         options: what else a model hands on.
 
     Returns:
-        (batch, new, heads, width), and no weights.
+        (batch, new, heads, value width), and no weights.
     """
     batch, heads, new, width = query.shape
     causal = attention_mask is None and new > 1
@@ -59,23 +55,18 @@ def grouped_attention(
     elif attention_mask is not None:
         scores = scores + attention_mask
     weights = scores.softmax(-1).view(*groups[:3], -1)
-    return (weights @ value).view(query.shape).transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(NAME, grouped_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+    return (weights @ value).view(batch, heads, new, -1).transpose(1, 2).contiguous(), None
 
 
 @contextmanager
-def grouped(llm: nn.Module) -> Iterator[None]:
-    """Let an LLM that attends with torch's `scaled_dot_product_attention` use `grouped_attention` meanwhile."""
-    config = text_config(llm)
-    former = config._attn_implementation
-    if former != "sdpa":
-        yield
-        return
-    config._attn_implementation = NAME
+def grouped() -> Iterator[None]:
+    """Let models that attend through transformers' `sdpa` function use `grouped_attention` meanwhile.
+
+    The function is exchanged and not the models' setting: some build their mask and choose their code by that name.
+    """
+    former = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = grouped_attention
     try:
         yield
     finally:
-        config._attn_implementation = former
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = former

@@ -1,4 +1,4 @@
-"""Task vectors of queries that come again: kept while they fit, and never served after a weight has changed."""
+"""Task vectors of queries that come again: kept while they fit, and made again after a weight has changed."""
 
 import hashlib
 from collections import OrderedDict

@@ -44,6 +44,8 @@ def evaluate(
     Raises:
         ATVError: a prompt is longer than the LLM's context; nothing of that task and variant is asked then.
     """
+    if batch_size < 1:
+        raise ATVError(f"batch_size is {batch_size}; expected a whole number from 1.")
     done = {row_key(row) for row in run.rows}
     work = [(task, variant) for task in tasks for variant in (variants or list(task.variants()))]
     order = [(task.name, *variant, index) for task, variant in work for index in range(len(task.test))]

@@ -55,10 +55,19 @@ def occupied(folder: Path) -> bool:
 def same_settings(former: dict[str, Any], settings: dict[str, Any], folder: Path) -> None:
     """Raise ATVError naming what differs, if `folder` was made with other settings than those asked for now."""
     settings = json.loads(json.dumps(settings))  # as they are read back
-    differing = [key for key in sorted(former.keys() | settings.keys()) if former.get(key) != settings.get(key)]
+    there, now = _leaves(former), _leaves(settings)
+    differing = [key for key in sorted(there.keys() | now.keys()) if there.get(key) != now.get(key)]
     if differing:
-        shown = "; ".join(f"{key}: {former.get(key)!r} there, {settings.get(key)!r} now" for key in differing)
+        shown = "; ".join(f"{key}: {there.get(key)!r} there, {now.get(key)!r} now" for key in differing)
         raise ATVError(f"{folder} was made with other settings ({shown[:400]}). Use another --out, or --force.")
+
+
+def _leaves(settings: dict[str, Any], before: str = "") -> dict[str, Any]:
+    """Nested settings as one level, `train.seed` and so on, so that a message names what really differs."""
+    leaves: dict[str, Any] = {}
+    for key, value in settings.items():
+        leaves |= _leaves(value, f"{before}{key}.") if isinstance(value, dict) else {f"{before}{key}": value}
+    return leaves
 
 
 def sha256(path: Path) -> str:

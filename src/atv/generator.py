@@ -1,6 +1,7 @@
 """The generator: a small language model that reads the query and gives back one hidden state."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -90,7 +91,7 @@ class Generator(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Encoded queries (queries, seq), padded on the right, to their pooled states (queries, state), float32."""
-        mixed = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+        mixed = torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable), mixed:
             states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         states = states.to(next(self.encoder.parameters()).dtype)  # (queries, seq, state)

@@ -1,7 +1,7 @@
 """Reach into a frozen LLM without changing it: find its decoder layers, edit or read what they return.
 
-Everything here is a context manager around forward hooks. The module tree, its names and its weights stay as they
-are, and the hooks are gone when the context ends, after an exception too.
+What changes a model's doing is a context manager around forward hooks. The module tree, its names and its weights stay
+as they are, and the hooks are gone when the context ends, after an exception too.
 """
 
 import inspect

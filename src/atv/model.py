@@ -266,7 +266,7 @@ class ATVModel(nn.Module):
         check_queries(queries)
         if self.training or not self.vector_cache.limit:
             return self._make_vectors(queries)
-        about = f"{self.config} {self.generator.pooling} {self.generator.query_template}"
+        about = f"{self.config} {self.generator.pooling} {self.generator.query_template} {self.generator.bf16}"
         return self.vector_cache.get(self._hash.of(self, about), queries, self._make_vectors)
 
     def _make_vectors(self, queries: Sequence[str]) -> Tensor:

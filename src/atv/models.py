@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from filelock import FileLock
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 from atv.errors import ATVError, unknown
 from atv.files import recover_folder, replace_folder
-from atv.processes import local_rank
+from atv.processes import local_rank, world_size
 from atv.progress import note
 
 EMBEDDED_LLM = "embedded:smollm2-135m"
@@ -60,15 +61,19 @@ def _converted_smollm2() -> Path:
         raise ATVError(f"{EMBEDDED_LLM} is read with the package gguf, which is not installed. {_INSTALL}.")
     from transformers import GgufConfig
 
-    note(f"Converting the embedded LLM once (about half a minute) into {folder}")
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=_GGUF, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-    )
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
-    with replace_folder(folder) as part:
-        # Four-bit weights lose nothing that matters in bfloat16, the dtype in which the LLM is run.
-        model.bfloat16().save_pretrained(part)
-        tokenizer.save_pretrained(part)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):  # of several processes one converts, the others wait
+        if (folder / "config.json").exists():
+            return folder
+        note(f"Converting the embedded LLM once (about half a minute) into {folder}")
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=_GGUF, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
+        with replace_folder(folder) as part:
+            # Four-bit weights lose nothing that matters in bfloat16, the dtype in which the LLM is run.
+            model.bfloat16().save_pretrained(part)
+            tokenizer.save_pretrained(part)
     return folder
 
 
@@ -107,6 +112,11 @@ def load_llm(
         trust_remote_code: run code that comes with the model; only for a model that you trust.
     """
     dtype = parse_dtype(dtype) if isinstance(dtype, str) else dtype
+    if device == "auto" and world_size() > 1:
+        raise ATVError(
+            "device auto spreads one LLM over all GPUs, and a launcher started several processes; leave --device out "
+            "(each process loads the LLM onto its own GPU), or start one process."
+        )
     device = device or (f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu")
     _check_device(device)
     options = {"dtype": dtype, "device_map": device, "quantization_config": _quantized(quantization, dtype)}
@@ -120,7 +130,7 @@ def load_llm(
         reason = " ".join(str(error).split())[:300]
         raise ATVError(
             f"Cannot load {name!r} in {quantization} on {device}: {reason} Install a bitsandbytes that fits this "
-            "machine (pip install --upgrade 'adaptive-task-vectors[quantized]'), or leave the quantization out."
+            "machine (pip install --upgrade bitsandbytes), or leave the quantization out."
         ) from error
     llm.config._name_or_path = llm.name_or_path = name  # the name that was asked for, not a cache folder
     return cast(nn.Module, llm.eval())
@@ -135,7 +145,7 @@ def _quantized(quantization: str | None, dtype: torch.dtype) -> Any:
     if find_spec("bitsandbytes") is None:
         raise ATVError(
             f"The quantization {quantization} needs the package bitsandbytes, which is not installed. Install it with: "
-            "pip install 'adaptive-task-vectors[quantized]'"
+            "pip install bitsandbytes"
         )
     return BitsAndBytesConfig(
         load_in_8bit=quantization == "8bit",

@@ -15,11 +15,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from atv.attention import grouped
 from atv.batching import left_padded, position_ids
-from atv.hooks import base_llm, flat_head, input_device
+from atv.hooks import base_llm, flat_head, input_device, text_config
 
 ReadPrefix = Callable[[nn.Module, Tensor, Tensor, Tensor], Any]
 
@@ -57,7 +57,7 @@ def read_prefix(llm: nn.Module, input_ids: Tensor, attention_mask: Tensor, posit
         position_ids: explicit positions.
 
     Returns:
-        A transformers `Cache` of `prefix` columns.
+        A transformers `Cache` of `prefix` columns; None from an LLM that has none (a recurrent one).
     """
     output = call_llm(
         llm,
@@ -67,7 +67,7 @@ def read_prefix(llm: nn.Module, input_ids: Tensor, attention_mask: Tensor, posit
         position_ids=position_ids,
         use_cache=True,
     )
-    return output.past_key_values
+    return getattr(output, "past_key_values", None)
 
 
 class KeptLayer(DynamicLayer):
@@ -93,19 +93,36 @@ def as_cache(sides: Iterable[tuple[Tensor, Tensor]]) -> DynamicCache:
     return cache
 
 
+def attention_alone(cache: Any) -> bool:
+    """A cache holds keys and values alone: no recurrent state, which some LLMs ignore where many tokens follow."""
+    plain = {DynamicLayer, DynamicSlidingWindowLayer, KeptLayer}
+    return type(cache) is DynamicCache and {type(layer) for layer in cache.layers} <= plain
+
+
 def full_sides(cache: Any, width: int) -> list[tuple[Tensor, Tensor]] | None:
-    """Each layer's keys and values; None unless every layer has all of `width` columns (no window, no state)."""
+    """Each layer's keys and values; None unless every layer has all of `width` columns, and nothing else."""
+    if not attention_alone(cache):
+        return None
     sides = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
     if any(side is None or side.shape[2] != width for pair in sides for side in pair):
         return None
     return cast(list[tuple[Tensor, Tensor]], sides)
 
 
+def _counts_positions(llm: nn.Module) -> bool:
+    """Distances between tokens are those of `position_ids`, whatever padding stands between them."""
+    config = text_config(llm)
+    windows = ("sliding_window", "window_size", "attention_chunk_size")
+    return "position_ids" in inspect.signature(base_llm(llm).forward).parameters and not any(
+        getattr(config, name, None) for name in windows
+    )
+
+
 class SharedPrefix:
     """The tokens that all prompts of a set begin with (a task's instruction, demonstrations), read once for all.
 
-    The columns of a batch are then: the shared tokens, padding, each prompt's own tokens. A sliding window would count
-    that padding, so that an LLM which has one shares nothing.
+    The columns of a batch are then: the shared tokens, padding, each prompt's own tokens. A sliding window, or
+    positions that the LLM counts by itself, would count that padding: an LLM which has them shares nothing.
 
     Args:
         llm: the frozen LLM, or a PEFT model around it.
@@ -117,7 +134,7 @@ class SharedPrefix:
     def __init__(self, llm: nn.Module, prompts: Sequence[Sequence[int]], edited: int | None, least: int = 8) -> None:
         self.length = 0
         self._sides: list[tuple[Tensor, Tensor]] = []
-        if edited is None or len(prompts) < 2:
+        if edited is None or len(prompts) < 2 or not _counts_positions(llm):
             return
         pairs = zip(
             *(choose(map(list, prompts)) for choose in (min, max)), strict=False
@@ -129,8 +146,8 @@ class SharedPrefix:
         inputs = left_padded([prompts[0][:length]], 0)
         device = input_device(llm)
         cache = read_prefix(llm, **{name: value.to(device) for name, value in inputs.items()})
-        sides = None if any(layer.is_sliding for layer in cache.layers) else full_sides(cache, length)
-        if sides is not None:
+        sides = full_sides(cache, length)
+        if sides is not None and not any(layer.is_sliding for layer in cache.layers):
             self.length, self._sides = length, sides
 
     def inputs(self, prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[dict[str, Tensor], DynamicCache | None]:
@@ -181,8 +198,10 @@ def steered_logits(
     past = None
     if split > 0:
         past = read(llm, input_ids[:, :split], attention_mask[:, :split], position_ids[:, :split])
+        if not attention_alone(past):  # then all columns are read steered: dearer, and right
+            split, past = 0, None
     on_cpu = input_ids.device.type == "cpu" and torch.is_grad_enabled()
-    with steer(edit_mask[:, split:]), grouped(llm) if on_cpu else nullcontext():
+    with steer(edit_mask[:, split:]), grouped() if on_cpu else nullcontext():
         output = call_llm(
             llm,
             keep=keep,

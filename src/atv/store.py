@@ -94,8 +94,7 @@ class PrefixStore:
         overflow: dict[str, Tensor] = {}
         for row in missing:
             tokens = stacked[:, row, :, -len(batch[row]) :]  # (layers * 2, heads, tokens, head width)
-            # A copy of its own, or the whole batch would stay; from page-locked memory a GPU is fed faster.
-            own = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=device.type == "cuda").copy_(tokens)
+            own = tokens.clone(memory_format=torch.contiguous_format)  # or the whole batch would stay
             fits = self.memory_used + own.nbytes <= self.memory
             self.memory_used += own.nbytes if fits else 0
             (self._kept if fits else overflow)[keys[row]] = own
@@ -129,7 +128,8 @@ class _Files:
     def __init__(self, folder: Path, llm: str, budget: int | None, share: int) -> None:
         self.folder, self.llm, self.used = folder, llm, 0
         folder.mkdir(parents=True, exist_ok=True)
-        self.budget = shutil.disk_usage(folder).free // share if budget is None else budget
+        there = sum(path.stat().st_size for path in folder.glob("*.safetensors"))  # counted as used below
+        self.budget = (shutil.disk_usage(folder).free + there) // share if budget is None else budget
 
     def found(self) -> dict[str, Tensor]:
         """What an interrupted training has left; a file that is damaged or of another LLM is removed."""
@@ -202,5 +202,5 @@ def _gather(kept: Sequence[Tensor | None], width: int, device: torch.device) -> 
         start = width - (0 if tokens is None else tokens.shape[2])
         batch[:, row, :, :start] = 0
         if tokens is not None:
-            batch[:, row, :, start:].copy_(tokens, non_blocking=True)
+            batch[:, row, :, start:] = tokens
     return as_cache((batch[side], batch[side + 1]) for side in range(0, sides, 2))

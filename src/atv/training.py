@@ -17,10 +17,10 @@ from atv.config import TrainConfig
 from atv.doctor import require_wiring
 from atv.errors import ATVError
 from atv.files import occupied, read_json, same_settings, write_json
-from atv.hooks import quantization
+from atv.hooks import base_llm, input_device, quantization
 from atv.model import ATVModel
 from atv.prefix import read_prefix
-from atv.processes import barrier, is_main, rank, world_size
+from atv.processes import barrier, is_main, local_rank, rank, world_size
 from atv.progress import Bar, bar, note
 from atv.records import provenance
 from atv.sampling import Batches, Rows, training_rows
@@ -195,6 +195,12 @@ def train(
     """
     config, out = config or TrainConfig(), Path(out)
     config.rows_per_call(world_size())
+    device = input_device(atv.llm)
+    if device.type == "cuda" and (device.index or 0) != local_rank():
+        raise ATVError(
+            f"The LLM is on {device}; training expects this process's GPU, cuda:{local_rank()}. Choose the GPU with "
+            "CUDA_VISIBLE_DEVICES instead."
+        )
     settings = _settings(atv, tasks, config)
     record = _former(out, settings, force)
     if record is not None and record["finished"]:
@@ -214,20 +220,21 @@ def train(
     set_seed(config.seed)
     store = store or PrefixStore()
     _fill(store, atv, [*rows.rows, *(valid[index] for index in range(len(valid)))], out / "prefixes" / str(rank()))
-    atv.read_prefix, atv.generator.bf16 = store.read, config.bf16
     checkpoints = out / "checkpoints"
     steps = config.epochs * math.ceil(len(rows) / config.batch_size)
     with bar("train", steps) as progress:
-        trainer = _trainer(atv, rows, valid, config, checkpoints, _Progress(rows, progress, config.epochs))
-        last = _last_complete(checkpoints)
-        if last is not None:
-            note(f"Going on from {last}")
-        if rank() > 0:
-            torch.manual_seed(config.seed + rank())  # dropout of its own for each process's rows
+        atv.read_prefix, atv.generator.bf16 = store.read, config.bf16
         try:
+            trainer = _trainer(atv, rows, valid, config, checkpoints, _Progress(rows, progress, config.epochs))
+            last = _last_complete(checkpoints)
+            if last is not None:
+                note(f"Going on from {last}")
+            if rank() > 0:
+                torch.manual_seed(config.seed + rank())  # dropout of its own for each process's rows
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         except NonFiniteLoss:
             message = _after_non_finite(trainer, atv, record, out)
+            shutil.rmtree(out / "prefixes" / str(rank()), ignore_errors=True)
             barrier()  # the process that fails first must not take the one that writes with it
             raise ATVError(message) from None
         finally:
@@ -254,6 +261,7 @@ def _settings(atv: ATVModel, tasks: Sequence[Task], config: TrainConfig) -> dict
     }
     return {
         "llm": cast(Any, atv.llm).name_or_path,
+        "revision": getattr(base_llm(atv.llm).config, "_commit_hash", None),
         "dtype": str(next(atv.llm.parameters()).dtype),
         "quantization": quantization(atv.llm),
         "config": atv.config.to_dict(),

@@ -87,11 +87,15 @@ def train(
     valid_rows: Annotated[int | None, typer.Option(help="At most so many validation rows per task.")] = None,
     prefix_memory: Annotated[
         float | None,
-        typer.Option(min=0, help="GiB of memory for the prompts' keys and values; by default half of what is free."),
+        typer.Option(
+            min=0, help="GiB of memory per process for the prompts' keys and values; default: half of what is free."
+        ),
     ] = None,
     prefix_disk: Annotated[
         float | None,
-        typer.Option(min=0, help="GiB of files in --out for those beyond it; by default half of what is free."),
+        typer.Option(
+            min=0, help="GiB of files per process, in --out, for those beyond it; default: half of what is free."
+        ),
     ] = None,
     seed: opt.Seed = 42,
     dtype: opt.Dtype = "bfloat16",
@@ -121,7 +125,7 @@ def evaluate(
     variants: Annotated[
         str, typer.Option(help="all: every template with every answer prefix; first: the first template with A: alone.")
     ] = "all",
-    batch_size: Annotated[int, typer.Option(help="Prompts per call of the LLM.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per call of the LLM.")] = 16,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/METHOD.")] = None,
     seed: opt.Seed = 42,
     dtype: opt.Dtype = "bfloat16",

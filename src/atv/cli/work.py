@@ -87,8 +87,7 @@ def train_adapter(options: Mapping[str, Any]) -> Path:
     atv = ATVModel(llm, config, tokenizer=tokenizer)
     rows = sum(len(task.train) for task in tasks)
     note(f"{model_summary(atv)}; {rows} training rows of {', '.join(task.name for task in tasks)}")
-    budgets = (options["prefix_memory"], options["prefix_disk"])
-    store = PrefixStore(*(None if gib is None else int(gib * 2**30) for gib in budgets))
+    store = PrefixStore(_bytes(options, "prefix_memory"), _bytes(options, "prefix_disk"))
     result = train(atv, tasks, options["out"], settings, options["force"], store)
     seconds = result.record.get("seconds")
     print_lines(
@@ -99,6 +98,14 @@ def train_adapter(options: Mapping[str, Any]) -> Path:
         ]
     )
     return result.adapter
+
+
+def _bytes(options: Mapping[str, Any], name: str) -> int | None:
+    """An option in GiB as bytes."""
+    gib = options[name]
+    if gib is not None and not 0 <= gib < float("inf"):
+        raise ATVError(f"--{name.replace('_', '-')} is {gib}; expected a number of GiB from 0.")
+    return None if gib is None else int(gib * 2**30)
 
 
 def _variants(name: str) -> list[Variant] | None:

@@ -22,14 +22,15 @@ class ATV(Method):
         super().__init__(atv.llm, atv.tokenizer)
         self.atv = atv.eval()
         self.edited = atv.positions.prompt_tokens
-        atv.vector_cache.limit = 0  # seconds per query are those of a query that was never asked
 
     @classmethod
     def load(cls, llm: nn.Module, tokenizer: Any, adapter: Path | None) -> Self:
         """Load the adapter onto the LLM."""
         if adapter is None:
             raise ATVError("The method atv needs an adapter; give --adapter DIR, the folder that atv train wrote.")
-        return cls(ATVModel.from_pretrained(llm, adapter, tokenizer=tokenizer))
+        atv = ATVModel.from_pretrained(llm, adapter, tokenizer=tokenizer)
+        atv.vector_cache.limit = 0  # seconds per query are those of a query that was never asked
+        return cls(atv)
 
     def describe(self) -> dict[str, Any]:
         """Its configuration and how it was trained."""

@@ -20,11 +20,11 @@ class Method(ABC):
         llm: what is called: the frozen LLM, or a PEFT model around it.
         tokenizer: the LLM's.
         edited: how many of a prompt's last tokens `steer` may change; None: any. What prompts share before them is
-            read once, unsteered.
+            read once, unsteered; a method whose `steer` does nothing says 0.
     """
 
     name: ClassVar[str]
-    edited: int | None = 0
+    edited: int | None = None
 
     def __init__(self, llm: nn.Module, tokenizer: Any) -> None:
         self.llm = llm

@@ -7,3 +7,4 @@ class ZeroShot(Method):
     """The frozen LLM as it is."""
 
     name = "zero-shot"
+    edited = 0
