@@ -111,7 +111,7 @@ def test_doctor_passes_on_a_named_llm_and_fails_on_a_broken_hook(atv, world, mon
     arguments = ["doctor", *models(world), "--generator", world / "generator"]
     code, said, err = atv(*arguments)
     assert code == 0, err
-    assert "All 6 checks passed." in said
+    assert "All 7 checks passed." in said
     monkeypatch.setattr("atv.model.add_vectors", lambda hidden, *rest: hidden)
     code, said, _ = atv(*arguments)
     assert code == 1

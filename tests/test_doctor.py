@@ -3,10 +3,11 @@
 import pytest
 import torch
 from conftest import ARCHITECTURES, make_atv
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import atv.model
 import atv.steering
-from atv import hooks
+from atv import attention, hooks
 from atv.doctor import check_wiring, require_wiring
 from atv.errors import ATVError
 
@@ -19,7 +20,7 @@ def failed(found):
 @pytest.mark.parametrize("positions", ["last", "last:3", "answer", "all"])
 def test_every_architecture_and_position_passes(name, positions):
     checks = check_wiring(make_atv(name, dtype=torch.float32, positions=positions))
-    assert len(checks) == 6
+    assert len(checks) == 7
     assert failed(checks) == []
 
 
@@ -106,3 +107,15 @@ def test_a_model_that_fails_altogether_is_reported_not_raised(monkeypatch):
     assert "ZeroDivisionError" in checks[0].found
     with pytest.raises(ATVError, match="wiring self-test failed.*atv doctor"):
         require_wiring(model)
+
+
+def test_a_training_pass_that_is_not_the_full_one_is_found(monkeypatch):
+    """As with an LLM that ignores a state it has been given: what follows does not know the prompt's beginning."""
+
+    def forgetful(module, query, key, value, mask, **options):
+        new = query.shape[2]
+        mask = None if mask is None else mask[..., -new:]
+        return sdpa_attention_forward(module, query, key[:, :, -new:], value[:, :, -new:], mask, **options)
+
+    monkeypatch.setattr(attention, "grouped_attention", forgetful)
+    assert "training step = full pass" in failed(check_wiring(make_atv(dtype=torch.float32)))

@@ -11,11 +11,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from atv.batching import Row
+from atv.batching import Row, edit_mask
 from atv.errors import ATVError
 from atv.hooks import base_llm, capture_outputs, quantization
 from atv.model import ATVModel, inject
-from atv.prefix import call_llm
+from atv.prefix import call_llm, steered_logits
 
 PROMPTS = (
     "The harbour was quiet before the first boats came in.\nA:",
@@ -207,6 +207,22 @@ def _cached(atv: ATVModel) -> tuple[bool, str]:
     return _close(atv, logits["cached"], logits["recomputed"], unsteered)
 
 
+def _split(atv: ATVModel) -> tuple[bool, str]:
+    """The pass of a training step, prefix first and the rest with gradient, against one pass over all columns."""
+    vectors = _test_vectors(atv, len(PROMPTS))
+    inputs = atv.encode_prompts(PROMPTS)
+    ids, mask, places = (inputs[name] for name in ("input_ids", "attention_mask", "position_ids"))
+    learnt = vectors.clone().requires_grad_()
+    with torch.enable_grad():
+        logits = steered_logits(
+            atv.llm,
+            lambda where: inject(atv.layers, learnt, 1.0, lambda: where),
+            *(ids, mask, places, edit_mask(mask, atv.positions)),
+            keep=1,
+        )
+    return _close(atv, logits[:, -1].detach().float(), _steered(atv, PROMPTS, vectors), _plain(atv, inputs))
+
+
 CHECKS: tuple[tuple[str, Callable[[ATVModel], tuple[bool, str]]], ...] = (
     ("gradient reaches generator and expansion, and no LLM weight", _gradient),
     ("the tokens that changed are those asked for", _positions),
@@ -214,6 +230,7 @@ CHECKS: tuple[tuple[str, Callable[[ATVModel], tuple[bool, str]]], ...] = (
     ("batch = single", _batch_single),
     ("padded = unpadded", _padded),
     ("cached = recomputed", _cached),
+    ("training step = full pass", _split),
 )
 
 
