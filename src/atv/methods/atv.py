@@ -25,8 +25,12 @@ class ATV(Method):
         atv.vector_cache.limit = 0  # seconds per query are those of a query that was never asked
 
     @classmethod
-    def load(cls, llm: nn.Module, tokenizer: Any, adapter: Path | None) -> Self:
+    def load(
+        cls, llm: nn.Module, tokenizer: Any, adapter: Path | None, *, shots: int | None = None, seed: int = 42
+    ) -> Self:
         """Load the adapter onto the LLM."""
+        del seed
+        cls.wanted_shots(shots)
         if adapter is None:
             raise ATVError("The method atv needs an adapter; give --adapter DIR, the folder that atv train wrote.")
         return cls(ATVModel.from_pretrained(llm, adapter, tokenizer=tokenizer))
