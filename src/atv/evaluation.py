@@ -67,7 +67,7 @@ def _tell_of_dropped(method: Method, run: RunWriter) -> None:
     if fewer:
         note(
             f"{method.name}: {len(fewer)} of {len(counts)} prompts had fewer than {method.shots} demonstrations "
-            f"({min(fewer)} at least): the LLM's context has no room for more, or the task no more training rows."
+            f"(down to {min(fewer)}): the LLM's context has no room for more, or the task no more training rows."
         )
 
 
