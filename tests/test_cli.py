@@ -209,6 +209,24 @@ def test_wrong_use_of_eval_generate_and_report_is_one_line(atv, world, tmp_path)
     )
 
 
+def test_eval_with_demonstrations_records_how_many_and_refuses_what_does_not_fit(atv, world, tmp_path):
+    arguments = ["eval", *models(world), "--data", world / "data", "--variants", "first"]
+    for method in ("icl", "bm25"):
+        code, _, err = atv(*arguments, "--method", method, "--shots", "3", "--out", tmp_path / method)
+        assert code == 0, err
+        rows = [json.loads(line) for line in (tmp_path / method / "predictions.jsonl").read_text().splitlines()]
+        assert [row["demonstrations"] for row in rows] == [3] * 8
+        run = json.loads((tmp_path / method / "run.json").read_text())
+        assert (run["settings"]["shots"], run["method"]["shots"]) == (3, 3)
+    again = [*arguments, "--method", "icl", "--out", tmp_path / "icl"]
+    check_refused(*atv(*again), ["shots: 3 there, 16 now"])
+    check_refused(*atv(*again, "--shots", "0"), ["shots is 0", "from 1"])
+    check_refused(*atv(*arguments, "--shots", "4"), ["zero-shot has no demonstrations", "--shots 4"])
+    train = json.loads((world / "data" / "toy.json").read_text())["train"]
+    other = task_file(world, tmp_path / "other", lambda rows: rows | {"train": train[1:]})
+    check_refused(*atv(*again, "--shots", "3", "--data", other), ["demonstrations from"])
+
+
 def test_a_run_is_not_gone_on_with_in_another_quantization(atv, world, tmp_path):
     arguments = ["eval", *models(world), "--data", world / "data", "--variants", "first", "--out", tmp_path / "run"]
     code, _, err = atv(*arguments, "--device", "auto")

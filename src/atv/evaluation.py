@@ -6,14 +6,14 @@ from itertools import cycle
 
 import torch
 
-from atv.batching import encode_pair, encode_prompt, pad_id
+from atv.batching import encode_pair, pad_id
 from atv.errors import ATVError
 from atv.hooks import input_device
 from atv.methods.base import Method
 from atv.models import context_length
 from atv.prefix import SharedPrefix, call_llm
 from atv.processes import rank, world_size
-from atv.progress import Bar, bar
+from atv.progress import Bar, bar, note
 from atv.records import Prediction, RunWriter, row_key
 from atv.tasks import Task, Variant
 
@@ -59,6 +59,18 @@ def evaluate(
     run.gather(order)
     seconds = sum(row["seconds"] for row in run.rows)
     run.finish(seconds=round(seconds, 3))
+    _tell_of_dropped(method, run)
+
+
+def _tell_of_dropped(method: Method, run: RunWriter) -> None:
+    """Note, once for a run, that prompts had fewer demonstrations than asked for."""
+    counts = [row.get("demonstrations", 0) for row in run.rows]
+    fewer = [count for count in counts if count < method.shots]
+    if fewer:
+        note(
+            f"{method.name}: {len(fewer)} of {len(counts)} prompts had fewer than {method.shots} demonstrations "
+            f"(down to {min(fewer)}): the LLM's context has no room for more, or the task no more training rows."
+        )
 
 
 def first_answer_token(method: Method, prompt: str, answer: str) -> int:
@@ -83,8 +95,10 @@ def _ask(
     """
     if len(asked) == len(task.test):
         return
-    prompts = [method.prompt(task, example, variant) for example in task.test]
-    encoded = [encode_prompt(method.tokenizer, prompt) for prompt in prompts]
+    began = time.perf_counter()
+    prompts = method.prompts(task, task.test, variant)
+    encoded = [prompt.ids for prompt in prompts]
+    seconds_before = time.perf_counter() - began
     limit = context_length(method.llm)
     for index, ids in enumerate(encoded):
         if limit is not None and len(ids) > limit:
@@ -96,7 +110,7 @@ def _ask(
     by_length = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))  # equal lengths: little padding
     began = time.perf_counter()
     shared = SharedPrefix(method.llm, encoded, method.edited)
-    shared_seconds = (time.perf_counter() - began) / len(encoded)
+    shared_seconds = (seconds_before + time.perf_counter() - began) / len(encoded)
     for start in range(0, len(by_length), batch_size):
         batch = by_length[start : start + batch_size]
         progress.advance(sum(index not in asked for index in batch))
@@ -122,7 +136,8 @@ def _ask(
             if index in asked:
                 continue
             example = task.test[index]
-            options = {option: first_answer_token(method, prompts[index], option) for option in task.options}
+            plain = task.prompt(example.input, variant)  # demonstrations before it change no token of the answer
+            options = {option: first_answer_token(method, plain, option) for option in task.options}
             target = options[example.output]
             best = max(options, key=lambda option: logits[place, options[option]].item())
             rows.append(
@@ -140,6 +155,7 @@ def _ask(
                     correct_among_options=options[best] == target,
                     prompt_tokens=len(encoded[index]),
                     seconds=seconds,
+                    demonstrations=prompts[index].demonstrations,
                 )
             )
         run.append(rows)

@@ -49,12 +49,15 @@ class Prediction:
     prompt_tokens: int
     seconds: float
     """Prompt to prediction, everything that the method does included; a batch's time shared by its rows."""
+    demonstrations: int = 0
+    """How many stood in the prompt: those that the LLM's context had no room for are not counted. Rows of runs made
+    before there were any have no such field."""
 
 
 def provenance() -> dict[str, Any]:
     """Versions, commit and machine: what a figure needs beside it."""
     versions = {}
-    for package in ("adaptive-task-vectors", "torch", "transformers", "accelerate", "peft", "safetensors"):
+    for package in ("adaptive-task-vectors", "torch", "transformers", "accelerate", "bm25s", "peft", "safetensors"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

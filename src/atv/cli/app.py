@@ -115,8 +115,9 @@ def train(
 @app.command(name="eval")
 def evaluate(
     context: typer.Context,
-    method: Annotated[str, typer.Option(help="zero-shot or atv; with --adapter atv is the default.")] = "",
+    method: Annotated[str, typer.Option(help="zero-shot, icl, bm25 or atv; with --adapter atv is the default.")] = "",
     adapter: Annotated[Path | None, typer.Option(help="Folder that atv train wrote.")] = None,
+    shots: Annotated[int | None, typer.Option(help="Demonstrations, for icl and bm25; by default 16.")] = None,
     llm: Annotated[str, typer.Option(help="Frozen LLM; by default the adapter's, else the embedded one.")] = "",
     task: opt.TaskNames = None,
     data: opt.Data = None,

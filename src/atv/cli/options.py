@@ -89,7 +89,7 @@ TaskNames = Annotated[
 Templates = Annotated[
     list[str] | None, typer.Option("--template", help="Template with {input}, instead of templates.json; give three.")
 ]
-Seed = Annotated[int, typer.Option(help="Seed of initialisation, order and dropout.")]
+Seed = Annotated[int, typer.Option(help="Seed of initialisation, order, dropout and of what is drawn.")]
 Force = Annotated[bool, typer.Option("--force", help="Begin anew, even if the folder holds this already.")]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the LLM. Only for one that you trust.")

@@ -121,6 +121,7 @@ def evaluate_method(options: Mapping[str, Any]) -> Path:
         raise unknown("method", name, METHODS)
     if name == "atv" and options["adapter"] is None:
         raise ATVError("The method atv needs an adapter; give --adapter DIR, the folder that atv train wrote.")
+    shots = METHODS[name].wanted_shots(options["shots"])
     tasks = [task.limited(test=options["test_rows"]) for task in _tasks(options)]
     variants = _variants(options["variants"])
     folder = artifact.locate(options["adapter"]) if options["adapter"] else None
@@ -138,6 +139,8 @@ def evaluate_method(options: Mapping[str, Any]) -> Path:
         "templates": {task.name: list(task.templates) for task in tasks},
         "variants": options["variants"],
     }
+    if shots:
+        settings |= {"shots": shots, "demonstrations from": {task.name: task.digest("train") for task in tasks}}
     out = options["out"] or Path("runs") / name
     run = RunWriter(out, settings, options["force"])
     if run.finished:
@@ -145,7 +148,7 @@ def evaluate_method(options: Mapping[str, Any]) -> Path:
         return Path(out)
     llm, tokenizer = _load_llm(options, llm_name)
     set_seed(options["seed"])
-    method = METHODS[name].load(llm, tokenizer, folder)
+    method = METHODS[name].load(llm, tokenizer, folder, shots=options["shots"], seed=options["seed"])
     run.describe(method=method.describe(), device=str(input_device(llm)))
     evaluate(method, tasks, run, variants=variants, batch_size=options["batch_size"])
     print_lines([f"Run: {out}", f"Next: atv report {out}"])

@@ -1,9 +1,11 @@
 """Methods: one file each, behind one contract. New method = one file and one line here."""
 
 from atv.methods.atv import ATV
-from atv.methods.base import Method
+from atv.methods.base import Method, Prompt
+from atv.methods.bm25 import BM25
+from atv.methods.icl import ICL
 from atv.methods.zero_shot import ZeroShot
 
-METHODS: dict[str, type[Method]] = {"zero-shot": ZeroShot, "atv": ATV}
+METHODS: dict[str, type[Method]] = {"zero-shot": ZeroShot, "icl": ICL, "bm25": BM25, "atv": ATV}
 
-__all__ = ["METHODS", "Method"]
+__all__ = ["METHODS", "Method", "Prompt"]

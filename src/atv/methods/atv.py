@@ -24,8 +24,12 @@ class ATV(Method):
         self.edited = atv.positions.prompt_tokens
 
     @classmethod
-    def load(cls, llm: nn.Module, tokenizer: Any, adapter: Path | None) -> Self:
+    def load(
+        cls, llm: nn.Module, tokenizer: Any, adapter: Path | None, *, shots: int | None = None, seed: int = 42
+    ) -> Self:
         """Load the adapter onto the LLM."""
+        del seed
+        cls.wanted_shots(shots)
         if adapter is None:
             raise ATVError("The method atv needs an adapter; give --adapter DIR, the folder that atv train wrote.")
         atv = ATVModel.from_pretrained(llm, adapter, tokenizer=tokenizer)

@@ -4,12 +4,21 @@ from abc import ABC
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 from torch import nn
 
+from atv.batching import encode_prompt
 from atv.errors import ATVError
 from atv.tasks import Example, Task, Variant
+
+
+class Prompt(NamedTuple):
+    """What the LLM reads for an example."""
+
+    ids: list[int]
+    demonstrations: int = 0
+    """How many stand before the query."""
 
 
 class Method(ABC):
@@ -21,29 +30,60 @@ class Method(ABC):
         tokenizer: the LLM's.
         edited: how many of a prompt's last tokens `steer` may change; None: any. What prompts share before them is
             read once, unsteered; a method whose `steer` does nothing says 0.
+        shots: demonstrations asked for before each query; 0 on the class: a method that has none.
+        seed: of what the method draws.
     """
 
     name: ClassVar[str]
     edited: int | None = None
+    shots: int = 0
+    seed: int = 42
 
     def __init__(self, llm: nn.Module, tokenizer: Any) -> None:
         self.llm = llm
         self.tokenizer = tokenizer
 
     @classmethod
-    def load(cls, llm: nn.Module, tokenizer: Any, adapter: Path | None) -> Self:
-        """The method on this LLM; `adapter` is the folder that its training wrote, for a method that has one."""
+    def wanted_shots(cls, shots: int | None) -> int:
+        """Demonstrations for each query: `shots`, or the method's own number if that is None."""
+        if shots is not None and not cls.shots:
+            raise ATVError(f"The method {cls.name} has no demonstrations; found --shots {shots}: leave it out.")
+        if shots is not None and shots < 1:
+            raise ATVError(f"shots is {shots}; expected a whole number from 1 (without demonstrations: zero-shot).")
+        return cls.shots if shots is None else shots
+
+    @classmethod
+    def load(
+        cls, llm: nn.Module, tokenizer: Any, adapter: Path | None, *, shots: int | None = None, seed: int = 42
+    ) -> Self:
+        """The method on this LLM.
+
+        Args:
+            llm: what is called.
+            tokenizer: the LLM's.
+            adapter: the folder that its training wrote, for a method that has one.
+            shots: demonstrations, for a method that has them; None: its own number. What a method cannot use is
+                refused here, so that whoever loads one by name hands on what the user gave.
+            seed: of what the method draws.
+        """
         if adapter is not None:
             raise ATVError(f"The method {cls.name} has no adapter; found --adapter {adapter}: leave it out.")
-        return cls(llm, tokenizer)
+        method = cls(llm, tokenizer)
+        method.shots, method.seed = cls.wanted_shots(shots), seed
+        return method
 
     def describe(self) -> dict[str, Any]:
         """What identifies this method in a record, ready for JSON."""
         return {}
 
-    def prompt(self, task: Task, example: Example, variant: Variant) -> str:
-        """What the LLM reads for an example."""
-        return task.prompt(example.input, variant)
+    def prompts(self, task: Task, examples: Sequence[Example], variant: Variant) -> list[Prompt]:
+        """What the LLM reads for each of `examples`, which are all that a task is asked in a variant.
+
+        Of all at once, because what all of them begin with is read once: a method that must shorten one prompt can
+        shorten them all alike. As token ids, because only those tell whether a prompt fits the LLM's context. The
+        time that this takes is part of a query's seconds.
+        """
+        return [Prompt(encode_prompt(self.tokenizer, task.prompt(example.input, variant))) for example in examples]
 
     def steer(self, task: Task, examples: Sequence[Example]) -> AbstractContextManager[Any]:
         """What happens inside the LLM while it reads the prompts of `examples`, in their order."""

@@ -1,0 +1,36 @@
+"""ICL, in-context learning: random demonstrations of the task, the same before every query."""
+
+import random
+from collections.abc import Sequence
+
+from atv.methods.base import Prompt
+from atv.methods.demonstrations import Demonstrated
+from atv.tasks import Example, Task, Variant
+
+
+class ICL(Demonstrated):
+    """Demonstrations drawn by the run's seed and the task's name.
+
+    All prompts of a task and variant begin with the same demonstrations, whose keys and values are thus made once.
+    """
+
+    name = "icl"
+
+    def demonstrations(self, task: Task, examples: Sequence[Example]) -> list[list[Example]]:
+        """The same ones for each of `examples`; all there are, where the task has fewer training rows than shots."""
+        draw = random.Random(f"{self.seed} {task.name}")
+        drawn = draw.sample(task.train, min(self.shots, len(task.train)))
+        return [drawn] * len(examples)
+
+    def prompts(self, task: Task, examples: Sequence[Example], variant: Variant) -> list[Prompt]:
+        """Every query behind as many demonstrations as fit before the longest: else prompts would begin differently."""
+        drawn = self.demonstrations(task, examples)[0]
+        longest = max(examples, key=lambda example: len(example.input))  # in characters: a guess, corrected below
+        kept = self._fitted(task, drawn, longest, variant).demonstrations
+        while True:
+            shown = drawn[len(drawn) - kept :]
+            prompts = [self._fitted(task, shown, example, variant) for example in examples]
+            least = min(prompt.demonstrations for prompt in prompts)
+            if least == kept:
+                return prompts
+            kept = least
