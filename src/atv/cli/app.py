@@ -185,11 +185,22 @@ def doctor(
 
 
 @app.command()
-def tasks(data: opt.Data = None, task: opt.TaskNames = None) -> None:
-    """List tasks with their sizes, options and majority rate."""
+def tasks(
+    context: typer.Context,
+    data: opt.Data = None,
+    task: opt.TaskNames = None,
+    template: opt.Templates = None,
+    audit: Annotated[
+        bool, typer.Option("--audit", help="Look for what makes a number dishonest or in need of a word beside it.")
+    ] = False,
+    llm: Annotated[
+        str | None, typer.Option(help="With --audit: look at first answer tokens and lengths for this LLM too.")
+    ] = None,
+) -> None:
+    """List tasks with their sizes, options and majority rate; --audit says what to know about them."""
     from atv.cli.work import list_tasks
 
-    list_tasks(task, data)
+    list_tasks(context.params)
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """Tasks: data, templates and judging. A task knows no model."""
 
+from atv.tasks.audit import findings, long_prompts, refuse_shared_inputs
 from atv.tasks.base import ANSWER_PREFIXES, TRAIN_PREFIX, Example, Task, Variant
 from atv.tasks.builtin import BUILTIN, UNSEEN, builtin_task
 from atv.tasks.folder import available_tasks, load_task, load_tasks
@@ -17,7 +18,10 @@ __all__ = [
     "Variant",
     "available_tasks",
     "builtin_task",
+    "findings",
     "load_task",
     "load_tasks",
+    "long_prompts",
     "paper_templates",
+    "refuse_shared_inputs",
 ]
