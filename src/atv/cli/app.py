@@ -1,4 +1,4 @@
-"""Subcommands: demo, train, eval, generate, doctor, tasks, report."""
+"""Subcommands: demo, train, eval, generate, doctor, tasks, prepare, report."""
 
 import logging
 import sys
@@ -201,6 +201,23 @@ def tasks(
     from atv.cli.work import list_tasks
 
     list_tasks(context.params)
+
+
+@app.command()
+def prepare(
+    out: Annotated[Path, typer.Option(help="Folder for the TASK.json files; give it to the others as --data.")],
+    task: Annotated[list[str] | None, typer.Argument(help="Tasks of the paper by name; by default all 25.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the splits.")] = 42,
+    revision: Annotated[
+        str | None, typer.Option(help="Commit, tag or branch of the data set on the hub; by default what it has now.")
+    ] = None,
+    force: opt.Force = False,
+) -> None:
+    """Write the paper's tasks from their public data sets; needs a network and the extra 'data'."""
+    from atv.tasks.prepare import prepare as write_tasks
+
+    for line in write_tasks(task or [], out, revision=revision, seed=seed, force=force):
+        _say(line)
 
 
 @app.command()

@@ -13,7 +13,7 @@ class PaperTask(NamedTuple):
     """What the paper says of one task."""
 
     category: str
-    """Knowledge, Reasoning, Mathematics, Safety or NLU; Unseen is never trained on."""
+    """Knowledge, Reasoning, Mathematics, Safety or NLU, or Unseen: the paper trains on none of these."""
     options: tuple[str, ...] | None
     """The answers; None where each row has options of its own, answered by their letter."""
 
