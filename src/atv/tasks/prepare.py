@@ -154,7 +154,7 @@ def prepared(name: str, load: Load, revision: str | None = None, seed: int = 42)
     rng = random.Random(seed)
     rng.shuffle(kept_test)
     rng.shuffle(kept_train)
-    if source.train is None:
+    if source.train is None:  # 70% train, 10% valid, 20% test
         kept_train, kept_test = _cut(kept_test, 0.8)
         kept_train, valid = _cut(kept_train, 0.875)
     else:
