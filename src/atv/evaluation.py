@@ -2,7 +2,9 @@
 
 import time
 from collections.abc import Iterator, Sequence, Set
+from functools import partial
 from itertools import cycle
+from typing import Any
 
 import torch
 
@@ -15,7 +17,7 @@ from atv.prefix import SharedPrefix, call_llm
 from atv.processes import rank, world_size
 from atv.progress import Bar, bar, note
 from atv.records import Prediction, RunWriter, row_key
-from atv.tasks import Task, Variant
+from atv.tasks import Task, Variant, findings, refuse_shared_inputs
 
 
 def evaluate(
@@ -34,6 +36,8 @@ def evaluate(
     Where a launcher has started several processes, all of them call this, and each asks every n-th batch of those
     that one process would ask.
 
+    What the audit of the tasks finds is said first, a line each.
+
     Args:
         method: what answers.
         tasks: their test splits are asked.
@@ -42,10 +46,15 @@ def evaluate(
         batch_size: prompts per call of the LLM.
 
     Raises:
-        ATVError: a prompt is longer than the LLM's context; nothing of that task and variant is asked then.
+        ATVError: a task's training inputs are test inputs of another, and nothing is asked; or a prompt is longer than
+            the LLM's context, and nothing of that task and variant is asked.
     """
     if batch_size < 1:
         raise ATVError(f"batch_size is {batch_size}; expected a whole number from 1.")
+    refuse_shared_inputs(tasks)
+    for task in tasks:
+        for finding in findings(task, partial(first_answer_token, method.tokenizer), variants):
+            note(finding)
     done = {row_key(row) for row in run.rows}
     work = [(task, variant) for task in tasks for variant in (variants or list(task.variants()))]
     order = [(task.name, *variant, index) for task, variant in work for index in range(len(task.test))]
@@ -73,9 +82,9 @@ def _tell_of_dropped(method: Method, run: RunWriter) -> None:
         )
 
 
-def first_answer_token(method: Method, prompt: str, answer: str) -> int:
+def first_answer_token(tokenizer: Any, prompt: str, answer: str) -> int:
     """The token that the LLM should put after the prompt."""
-    return encode_pair(method.tokenizer, prompt, answer)[1][0]
+    return encode_pair(tokenizer, prompt, answer)[1][0]
 
 
 @torch.no_grad()
@@ -137,7 +146,7 @@ def _ask(
                 continue
             example = task.test[index]
             plain = task.prompt(example.input, variant)  # demonstrations before it change no token of the answer
-            options = {option: first_answer_token(method, plain, option) for option in task.options}
+            options = {option: first_answer_token(method.tokenizer, plain, option) for option in task.options}
             target = options[example.output]
             best = max(options, key=lambda option: logits[place, options[option]].item())
             rows.append(

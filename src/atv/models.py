@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from filelock import FileLock
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 from atv.errors import ATVError, unknown
@@ -188,7 +188,15 @@ def load_encoder(name: str, revision: str | None = None) -> nn.Module:
 
 def context_length(model: nn.Module) -> int | None:
     """Most tokens that a model reads at once, as its configuration says; None if it does not."""
-    config = getattr(model, "config", None)
+    return _context_length(getattr(model, "config", None))
+
+
+def load_context_length(name: str) -> int | None:
+    """The same of an LLM by name, without its weights."""
+    return _context_length(_load(AutoConfig, "configuration of", name))
+
+
+def _context_length(config: Any) -> int | None:
     text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
     limit = getattr(text, "max_position_embeddings", None)
     return int(limit) if isinstance(limit, int) else None

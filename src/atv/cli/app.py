@@ -1,4 +1,4 @@
-"""Subcommands: demo, train, eval, generate, doctor, tasks, report."""
+"""Subcommands: demo, train, eval, generate, doctor, tasks, prepare, report."""
 
 import logging
 import sys
@@ -190,11 +190,39 @@ def doctor(
 
 
 @app.command()
-def tasks(data: opt.Data = None, task: opt.TaskNames = None) -> None:
-    """List tasks with their sizes, options and majority rate."""
+def tasks(
+    context: typer.Context,
+    data: opt.Data = None,
+    task: opt.TaskNames = None,
+    template: opt.Templates = None,
+    audit: Annotated[
+        bool, typer.Option("--audit", help="Look for what makes a number dishonest or in need of a word beside it.")
+    ] = False,
+    llm: Annotated[
+        str | None, typer.Option(help="With --audit: look at first answer tokens and lengths for this LLM too.")
+    ] = None,
+) -> None:
+    """List tasks with their sizes, options and majority rate; --audit says what to know about them."""
     from atv.cli.work import list_tasks
 
-    list_tasks(task, data)
+    list_tasks(context.params)
+
+
+@app.command()
+def prepare(
+    out: Annotated[Path, typer.Option(help="Folder for the TASK.json files; give it to the others as --data.")],
+    task: Annotated[list[str] | None, typer.Argument(help="Tasks of the paper by name; by default all 25.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the splits.")] = 42,
+    revision: Annotated[
+        str | None, typer.Option(help="Commit, tag or branch of the data set on the hub; by default what it has now.")
+    ] = None,
+    force: opt.Force = False,
+) -> None:
+    """Write the paper's tasks from their public data sets; needs a network and the extra 'data'."""
+    from atv.tasks.prepare import prepare as write_tasks
+
+    for line in write_tasks(task or [], out, revision=revision, seed=seed, force=force):
+        _say(line)
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """The work behind the subcommands; imported when one of them runs, since it loads torch."""
 
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -9,23 +9,32 @@ from accelerate.utils import set_seed  # that of transformers imports peft, whic
 from torch import nn
 
 from atv import adapter as artifact
-from atv.batching import pad_id
+from atv.batching import encode_prompt, pad_id
 from atv.cli.options import EMBEDDED_LLM, parse_layers
 from atv.cli.show import output, print_lines
 from atv.config import ATVConfig, TrainConfig
 from atv.doctor import check_wiring, model_summary
 from atv.errors import ATVError, unknown
-from atv.evaluation import evaluate
+from atv.evaluation import evaluate, first_answer_token
 from atv.generator import Generator
 from atv.hooks import input_device
 from atv.methods import METHODS
 from atv.model import ATVModel
-from atv.models import load_llm, load_tokenizer, quiet_transformers
+from atv.models import load_context_length, load_llm, load_tokenizer, quiet_transformers
 from atv.processes import world_size
 from atv.progress import note
 from atv.records import RunWriter
 from atv.store import PrefixStore
-from atv.tasks import TRAIN_PREFIX, UNSEEN, Task, Variant, load_tasks
+from atv.tasks import (
+    TRAIN_PREFIX,
+    UNSEEN,
+    Task,
+    Variant,
+    findings,
+    load_tasks,
+    long_prompts,
+    refuse_shared_inputs,
+)
 
 quiet_transformers()
 
@@ -228,15 +237,32 @@ def examine(options: Mapping[str, Any]) -> bool:
     return not failed
 
 
-def list_tasks(names: list[str] | None, data: Path | None) -> None:
+def list_tasks(options: Mapping[str, Any]) -> None:
     """`atv tasks`."""
     from rich.table import Table
 
+    if options["llm"] is not None and not options["audit"]:
+        raise ATVError("--llm is what --audit looks at; expected both. Add --audit, or leave --llm out.")
+    tasks = _tasks(options)
     grid = Table()
     for column in ("task", "category", "train", "valid", "test", "majority", "options"):
         grid.add_column(column, justify="left" if column in ("task", "category", "options") else "right")
-    for task in load_tasks(names, data):
+    for task in tasks:
         shown = ", ".join(task.options[:6]) + (" ..." if len(task.options) > 6 else "")
         sizes = (str(len(task.train)), str(len(task.valid)), str(len(task.test)))
         grid.add_row(task.name, task.category, *sizes, f"{100 * task.majority():.1f}%", shown)
     output.print(grid)
+    if options["audit"]:
+        _audit(tasks, options["llm"])
+
+
+def _audit(tasks: list[Task], llm: str | None) -> None:
+    """`atv tasks --audit`: refuse what evaluation refuses, print what it finds; an LLM's weights are not loaded."""
+    refuse_shared_inputs(tasks)
+    tokenizer = None if llm is None else load_tokenizer(llm)
+    limit = None if llm is None else load_context_length(llm)
+    first_token = None if tokenizer is None else partial(first_answer_token, tokenizer)
+    for task in tasks:
+        print_lines(findings(task, first_token))
+        if limit is not None:
+            print_lines(long_prompts(task, lambda prompt: len(encode_prompt(tokenizer, prompt)), limit))

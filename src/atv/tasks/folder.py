@@ -1,7 +1,9 @@
 """Tasks from a folder of JSON files, one a task, and `templates.json` beside them.
 
 `DIR/TASK.json` or `DIR/tasks/TASK.json` is `{"train": [...], "valid": [...], "test": [...]}` with rows
-`{"input": text, "output": text}`; `DIR/templates.json` maps a task's name to its templates.
+`{"input": text, "output": text}`, and `"category": text` if one is wanted; `DIR/templates.json` maps a task's name to
+its templates. A task that has the name of one of the paper's has its category and its templates too, unless the folder
+says otherwise.
 """
 
 import re
@@ -13,6 +15,7 @@ from atv.errors import ATVError, unknown
 from atv.files import read_json
 from atv.tasks.base import SPLITS, Example, Task
 from atv.tasks.builtin import BUILTIN, builtin_task
+from atv.tasks.paper import PAPER, paper_templates
 
 TEMPLATES_FILE = "templates.json"
 
@@ -60,7 +63,10 @@ def load_task(name: str, data: Path | None = None, templates: Sequence[str] | No
     if not isinstance(found, dict):
         raise ATVError(f"{file} holds a JSON {type(found).__name__}; expected an object with {', '.join(SPLITS)}.")
     splits: dict[str, Any] = {split: _rows(found.get(split), split, file) for split in SPLITS}
-    return Task(name, tuple(templates or _templates(name, data)), **splits)
+    category = found.get("category", PAPER[name].category if name in PAPER else "other")
+    if not isinstance(category, str) or not category.strip():
+        raise ATVError(f"{file} has category {category!r}; expected some text, or no category.")
+    return Task(name, tuple(templates or _templates(name, data)), **splits, category=category)
 
 
 def _rows(rows: Any, split: str, file: Path) -> tuple[Example, ...]:
@@ -82,7 +88,11 @@ def _rows(rows: Any, split: str, file: Path) -> tuple[Example, ...]:
 
 def _templates(name: str, data: Path) -> list[str]:
     file = data / TEMPLATES_FILE
+    if name in PAPER and not file.exists():
+        return paper_templates()[name]
     found = read_json(file, "an object of task names, each with its templates (or give --template three times)")
+    if name in PAPER and isinstance(found, dict) and name not in found:
+        return paper_templates()[name]
     templates = found.get(name) if isinstance(found, dict) else None
     if not isinstance(templates, list) or not all(isinstance(template, str) for template in templates):
         raise ATVError(f"{file} has no list of templates for {name}; add one, or give --template three times.")

@@ -1,0 +1,76 @@
+"""What would make a measured number dishonest, and what one should know beside it.
+
+A `Task` refuses by itself what one can see in it alone: an input in two splits, a constant test answer. What takes
+several tasks is refused here. What takes a tokenizer comes in as a function, since a task knows none.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+from atv.errors import ATVError
+from atv.tasks.base import Task, Variant
+from atv.tasks.paper import PAPER
+
+
+def refuse_shared_inputs(tasks: Sequence[Task]) -> None:
+    """Raise ATVError if an input that one of the tasks trains on is a test input of another."""
+    trained = {row.input: task.name for task in reversed(tasks) for row in task.train}
+    for task in tasks:
+        shared = [row.input for row in task.test if row.input in trained]
+        if shared:
+            raise ATVError(
+                f"Task {task.name}: {len(shared)} of {len(task.test)} test inputs are training inputs of another task "
+                f"({shared[0][:60]!r} of {trained[shared[0]]}); remove them from one of the two, or the test measures "
+                "memory."
+            )
+
+
+def findings(
+    task: Task,
+    first_token: Callable[[str, str], int] | None = None,
+    variants: Iterable[Variant] | None = None,
+) -> list[str]:
+    """What is no mistake but should be known beside the task's numbers, a line each.
+
+    Args:
+        task: what is looked at.
+        first_token: of a prompt and an answer, the token that the answer begins with; None: not looked at.
+        variants: templates and answer prefixes that will be asked; None: all of the task's.
+    """
+    found = [f"{task.name}: the most frequent answer alone scores {100 * task.majority():.1f}%."]
+    known = PAPER[task.name].options if task.name in PAPER else None
+    others = [option for option in task.options if known is not None and option not in known]
+    if known is not None and others:
+        found.append(f"{task.name}: answers {_listed(others)}, where the paper's task has {_listed(known)}.")
+    if first_token is None:
+        return found
+    shared: dict[tuple[str, ...], str] = {}
+    for variant in task.variants() if variants is None else variants:
+        prompt = task.prompt(task.test[0].input, variant)
+        groups: dict[int, list[str]] = {}
+        for option in task.options:
+            groups.setdefault(first_token(prompt, option), []).append(option)
+        for group in groups.values():
+            if len(group) > 1:
+                shared.setdefault(tuple(group), variant.answer_prefix)
+    for options, prefix in shared.items():
+        found.append(
+            f"{task.name}: the answers {_listed(options)} begin with the same token after {prefix!r}; the first token "
+            "cannot tell them apart."
+        )
+    return found
+
+
+def long_prompts(task: Task, count_tokens: Callable[[str], int], limit: int) -> list[str]:
+    """A line if test prompts, in any variant, have more than `limit` tokens."""
+    lengths = [max(count_tokens(task.prompt(row.input, variant)) for variant in task.variants()) for row in task.test]
+    above = sum(length > limit for length in lengths)
+    if not above:
+        return []
+    return [
+        f"{task.name}: {above} of {len(lengths)} test rows make a prompt of more than {limit} tokens (up to "
+        f"{max(lengths)}); eval refuses them."
+    ]
+
+
+def _listed(options: Iterable[str]) -> str:
+    return ", ".join(map(repr, options))
