@@ -195,6 +195,22 @@ def test_wrong_data_is_one_line_and_exit_code_2(atv, world, tmp_path, change, na
     assert not (tmp_path / "out").exists()
 
 
+def test_unseen_tasks_are_not_trained_on_unless_they_are_named(atv, world, tmp_path):
+    """CoLA is one of the unseen tasks of the paper, whatever folder it stands in."""
+    data = task_file(world, tmp_path / "data", lambda rows: rows)
+    rows = (data / "toy.json").read_text()
+    (data / "toy.json").unlink()
+    (data / "glue_cola.json").write_text(rows)
+    options = ["train", *train_options(world), "--data", data, "--out", tmp_path / "out"]
+    check_refused(*atv(*options), ["All tasks are of the category Unseen", "name them with --task"])
+    (data / "mine.json").write_text(rows.replace("harbour", "quay"))
+    (data / "templates.json").write_text(json.dumps({"mine": ["{input}\nso?"] * 3}))
+    said = " ".join(atv(*options)[2].split())
+    assert "Not trained on, since their category is Unseen: glue_cola" in said
+    assert "training rows of mine" in said
+    assert "training rows of glue_cola" in " ".join(atv(*options, "--task", "glue_cola", "--force")[2].split())
+
+
 def test_wrong_use_of_eval_generate_and_report_is_one_line(atv, world, tmp_path):
     check_refused(*atv("eval", "--method", "atv"), ["needs an adapter"])
     check_refused(*atv("eval", "--method", "lora"), ["Unknown method 'lora'"])

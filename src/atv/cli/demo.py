@@ -27,8 +27,9 @@ def run_demo(out: Path, force: bool) -> None:
     from atv.cli.app import app
     from atv.cli.options import EMBEDDED_CONFIG, read_config
 
-    trained = [task.name for task in load_tasks() if task.name not in UNSEEN]
-    note(f"Training on {', '.join(trained)}; {', '.join(UNSEEN)} is only measured, never trained on.")
+    trained = [task.name for task in load_tasks() if task.category != UNSEEN]
+    unseen = [task.name for task in load_tasks() if task.category == UNSEEN]
+    note(f"Training on {', '.join(trained)}; {', '.join(unseen)} is only measured, never trained on.")
     commands = get_command(app).commands  # type: ignore[attr-defined]
 
     def options(command: str, **given: Any) -> dict[str, Any]:

@@ -84,7 +84,10 @@ Data = Annotated[
     Path | None, typer.Option(help="Folder of TASK.json files and templates.json; by default the built-in tasks.")
 ]
 TaskNames = Annotated[
-    list[str] | None, typer.Option("--task", help="Task by name; give it once for each. Default: all there are.")
+    list[str] | None,
+    typer.Option(
+        "--task", help="Task by name; give it once for each. Default: all; train leaves out the category Unseen."
+    ),
 ]
 Templates = Annotated[
     list[str] | None, typer.Option("--template", help="Template with {input}, instead of templates.json; give three.")

@@ -88,8 +88,13 @@ def train_adapter(options: Mapping[str, Any]) -> Path:
     )
     settings.rows_per_call(world_size())
     tasks = _tasks(options)
-    if options["data"] is None and not options["task"]:
-        tasks = [task for task in tasks if task.name not in UNSEEN]
+    if not options["task"]:
+        left_out = [task.name for task in tasks if task.category == UNSEEN]
+        tasks = [task for task in tasks if task.category != UNSEEN]
+        if left_out:
+            note(f"Not trained on, since their category is {UNSEEN}: {', '.join(left_out)} (--task names tasks)")
+        if not tasks:
+            raise ATVError(f"All tasks are of the category {UNSEEN}, which is not trained on; name them with --task.")
     tasks = [task.limited(train=options["train_rows"], valid=options["valid_rows"]) for task in tasks]
     llm, tokenizer = _load_llm(options, options["llm"])
     set_seed(options["seed"])

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-UNSEEN = "Unseen"
-"""Category of the tasks that are never trained on: they have no part in the mean."""
+from atv.tasks import UNSEEN
+
 _COLUMNS = (("accuracy", "correct", 100, 1), ("among options", "correct_among_options", 100, 1),
             ("tokens", "prompt_tokens", 1, 0), ("s/query", "seconds", 1, 4))  # fmt: skip
 

@@ -1,8 +1,8 @@
 """Tasks: data, templates and judging. A task knows no model."""
 
 from atv.tasks.audit import findings, long_prompts, refuse_shared_inputs
-from atv.tasks.base import ANSWER_PREFIXES, TRAIN_PREFIX, Example, Task, Variant
-from atv.tasks.builtin import BUILTIN, UNSEEN, builtin_task
+from atv.tasks.base import ANSWER_PREFIXES, TRAIN_PREFIX, UNSEEN, Example, Task, Variant
+from atv.tasks.builtin import BUILTIN, builtin_task
 from atv.tasks.folder import available_tasks, load_task, load_tasks
 from atv.tasks.paper import PAPER, PaperTask, paper_templates
 

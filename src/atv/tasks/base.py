@@ -12,6 +12,8 @@ ANSWER_PREFIXES = ("A:", "Answer:", "The answer is")
 """What may stand before the answer (section 3 of the paper); evaluation uses all of them."""
 TRAIN_PREFIX = ANSWER_PREFIXES[0]
 """The only one used in training."""
+UNSEEN = "Unseen"
+"""Category of the tasks that are not trained on unless they are named; they have no part in a table's mean."""
 SPLITS = ("train", "valid", "test")
 ENOUGH_TO_JUDGE = 10
 """Fewer test rows than this may share an answer by chance; at this many it is a hidden-label split."""

@@ -13,7 +13,7 @@ from importlib.resources import files
 from itertools import pairwise
 from typing import Any
 
-from atv.tasks.base import Example, Task
+from atv.tasks.base import UNSEEN, Example, Task
 
 _NAMES = (
     "Ada",
@@ -155,10 +155,8 @@ BUILTIN: dict[str, Callable[[], Task]] = {
         **_generated(_temporal_example, seed=2, train=60, test=60),
         category="Reasoning",
     ),
-    "outlook": lambda: Task("outlook", _OUTLOOK, **_written("outlook"), category="Unseen"),
+    "outlook": lambda: Task("outlook", _OUTLOOK, **_written("outlook"), category=UNSEEN),
 }
-UNSEEN = ("outlook",)
-"""Built-in tasks that are not trained on unless they are named."""
 
 
 @cache
