@@ -251,7 +251,7 @@ def test_without_a_network_one_line_says_so_and_points_at_data(monkeypatch, name
 
 def test_without_the_package_datasets_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with refused("needs the package datasets", "pip install 'adaptive-task-vectors[data]'"):
+    with refused("needs the package datasets", "pip install datasets"):
         prepared("glue_cola", public_rows)
 
 

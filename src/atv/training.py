@@ -130,7 +130,6 @@ class _Progress(TrainerCallback):
 
     def __init__(self, rows: Rows, progress: Bar, epochs: int) -> None:
         self.rows, self.progress, self.epochs = rows, progress, epochs
-        self.accuracy: float | None = None
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         del args, control

@@ -201,8 +201,7 @@ def public_rows(source: Source, split: str, revision: str | None) -> tuple[str, 
         return commit, load_dataset(source.data, source.config, split=split, revision=commit)
     except ModuleNotFoundError as error:
         raise ATVError(
-            f"atv prepare needs the package {error.name}, which is not installed. Install it with: "
-            "pip install 'adaptive-task-vectors[data]'"
+            f"atv prepare needs the package {error.name}, which is not installed. Install it with: pip install datasets"
         ) from error
     except Exception as error:  # of many libraries: no network, no such revision, a format that is no longer read
         reason = " ".join(str(error).split())[:200]
