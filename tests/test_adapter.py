@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import make_atv, make_llm
 
-from atv import adapter
+from atv import artifact
 from atv.errors import ATVError
 from atv.model import ATVModel
 
@@ -52,7 +52,7 @@ def test_a_frozen_generator_is_named_not_copied(tmp_path):
 
 def test_the_folder_of_a_training_is_taken_for_its_adapter(tmp_path):
     _, path = saved(tmp_path)
-    assert adapter.locate(tmp_path) == path
+    assert artifact.locate(tmp_path) == path
 
 
 def other(**changes):
@@ -86,8 +86,8 @@ def test_the_same_llm_in_another_dtype_is_accepted(tmp_path, dtype):
 
     set_seed(1)
     llm = AutoModelForCausalLM.from_config(CONFIGS["llama"]).bfloat16()  # as checkpoints are published
-    expected = adapter.describe_llm(llm)
-    assert adapter.describe_llm(llm.to(dtype)) == expected
+    expected = artifact.describe_llm(llm)
+    assert artifact.describe_llm(llm.to(dtype)) == expected
 
 
 def truncate(path):
@@ -119,7 +119,8 @@ def edit(**changes):
         (lambda path: (path / "atv_config.json").unlink(), "No adapter at"),
         (edit(format=99), "has format 99; this version reads format 1"),
         (edit(config={"scale": "strong"}), "is damaged"),
-        (edit(sha256={"../../etc/passwd": "0"}), "lists the weight files"),
+        (edit(sha256={"../../etc/passwd": "0"}), "is not inside the folder"),
+        (edit(sha256={}), "lists the weight files"),
     ],
 )
 def test_damage_is_refused_and_named(tmp_path, damage, named):

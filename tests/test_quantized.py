@@ -9,7 +9,7 @@ from conftest import GROUPED, byte_level_tokenizer, make_generator, toy_task
 from transformers import AutoModelForCausalLM, LlamaConfig, set_seed
 
 import atv.models as models
-from atv.adapter import describe_llm
+from atv.artifact import describe_llm
 from atv.batching import Row
 from atv.config import ATVConfig, TrainConfig
 from atv.doctor import check_wiring

@@ -12,7 +12,7 @@ from accelerate import dispatch_model
 from conftest import byte_level_tokenizer, make_atv, make_generator, make_llm, toy_task
 from transformers import Trainer, TrainingArguments
 
-from atv.adapter import describe_llm
+from atv.artifact import describe_llm
 from atv.batching import Row
 from atv.config import ATVConfig
 from atv.doctor import check_wiring

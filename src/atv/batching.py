@@ -97,6 +97,8 @@ class Row:
     query: str
     prompts: tuple[str, ...]
     answer: str
+    task: str = ""
+    """Name of the task that it is from, for what is learned for each."""
 
 
 @dataclass(frozen=True)

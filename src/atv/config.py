@@ -43,8 +43,8 @@ def _is_finite(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-class _Checked:
-    """Dataclass helpers shared by both configurations."""
+class Checked:
+    """What every configuration has: to and from a dictionary."""
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dictionary, ready for JSON."""
@@ -61,7 +61,7 @@ class _Checked:
 
 
 @dataclass
-class ATVConfig(_Checked):
+class ATVConfig(Checked):
     """The shape of an ATV. The defaults are the paper's (section 3 of its text)."""
 
     generator: str = "openai-community/gpt2"
@@ -123,7 +123,7 @@ class ATVConfig(_Checked):
 
 
 @dataclass
-class TrainConfig(_Checked):
+class TrainConfig(Checked):
     """How an ATV is trained. Optimiser, rate, decay and epochs are the paper's (section 3 of its text)."""
 
     epochs: int = 15

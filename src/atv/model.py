@@ -6,44 +6,23 @@ prompt --frozen LLM, with  h~_l = h_l + scale * v_l  at the chosen tokens of eve
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.utils.generic import ModelOutput
 
-from atv import adapter
-from atv.batching import IGNORED, Collator, EncodedRow, Row, encode_pair, encode_prompt, left_padded, pad, pad_id
+from atv import adapter, artifact
+from atv.batching import Collator, Row, pad, pad_id
 from atv.cache import AdapterHash, VectorCache
-from atv.config import ATVConfig, Positions
+from atv.config import ATVConfig, Positions, TrainConfig
 from atv.errors import ATVError
 from atv.generator import Generator, check_queries
-from atv.hooks import (
-    around_calls,
-    base_llm,
-    decoder_layers,
-    edit_outputs,
-    input_device,
-    keep_differentiable,
-    text_config,
-)
-from atv.models import context_length, load_llm, load_tokenizer
-from atv.prefix import ReadPrefix, first_edited, read_prefix, steered_logits
+from atv.hooks import around_calls, base_llm, decoder_layers, edit_outputs, input_device, text_config
+from atv.models import load_llm
+from atv.prefix import ReadPrefix, first_edited, steered_logits
 from atv.steering import PromptTracker
-
-
-@dataclass
-class ATVOutput(ModelOutput):
-    """What `ATVModel.forward` returns."""
-
-    loss: Tensor | None = None
-    """Scalar float32: mean over a row's answer tokens, then over rows (Eq. 7)."""
-    losses: Tensor | None = None
-    """(batch,) float32: each row's own loss, 0 for a row without labels."""
-    correct: Tensor | None = None
-    """(batch,) bool: the most likely first token, over the whole vocabulary, is the answer's."""
+from atv.trainable import AnswerLoss, Trainable, answer_loss
 
 
 class Expansion(nn.Module):
@@ -124,11 +103,10 @@ def inject(
         yield
 
 
-class ATVModel(nn.Module):
+class ATVModel(Trainable):
     """An Adaptive Task Vector for one frozen LLM.
 
-    Its parameters, its `state_dict` and its `train` are those of generator and expansion alone: the LLM is not a
-    submodule. It is put into eval mode, its weights take no gradient and are never written to.
+    Its parameters, its `state_dict` and its `train` are those of generator and expansion alone (see `Trainable`).
 
     Args:
         llm: a Hugging Face causal LM, PEFT-wrapped or not, in any dtype.
@@ -145,12 +123,10 @@ class ATVModel(nn.Module):
         tokenizer: Any = None,
         generator: Generator | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(llm, tokenizer)
         self.config = config or ATVConfig()
-        object.__setattr__(self, "llm", llm.eval().requires_grad_(False))
-        keep_differentiable(llm)
-        self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(str(base_llm(llm).name_or_path))
         self.positions = Positions.parse(self.config.positions)
+        self.edited = self.positions.prompt_tokens
         all_layers = decoder_layers(llm, self.config.layer_path)
         chosen = self.config.layer_indices(len(all_layers))
         object.__setattr__(self, "layers", [all_layers[index] for index in chosen])
@@ -158,19 +134,38 @@ class ATVModel(nn.Module):
         self.expansion = Expansion(
             self.generator.hidden_size, len(chosen), text_config(llm).hidden_size, self.config.expansion_rank
         )
-        self.training_summary: dict[str, Any] = {}
-        """How it was trained; saved with the adapter."""
-        self.read_prefix: ReadPrefix = read_prefix
-        """Where `forward` takes the prompt's unsteered keys and values from; training puts a store here."""
         self.vector_cache = VectorCache()
         """Vectors of queries that came before, used outside training mode; `vector_cache.limit = 0` turns it off."""
         self._hash = AdapterHash()
-        if hasattr(base_llm(llm), "hf_device_map"):  # spread over devices: then Trainer must copy it to no other
-            self.hf_device_map = base_llm(llm).hf_device_map
         self.to(input_device(llm))
 
-    llm: nn.Module
+    method = "atv"
     layers: list[nn.Module]
+
+    def describe(self) -> dict[str, Any]:
+        """Its configuration."""
+        return self.config.to_dict()
+
+    def parameter_groups(self, config: TrainConfig) -> list[dict[str, Any]]:
+        """One group per part: the generator may have a learning rate of its own."""
+        rates = {self.expansion: config.learning_rate, self.generator: config.generator_learning_rate}
+        return [
+            {
+                "params": [p for p in part.parameters() if p.requires_grad],
+                "lr": config.learning_rate if rate is None else rate,
+            }
+            for part, rate in rates.items()
+        ]
+
+    @contextmanager
+    def in_training(self, config: TrainConfig, read: ReadPrefix) -> Iterator[None]:
+        """As every `Trainable`, the generator in bfloat16 if `config` says so."""
+        self.generator.bf16 = config.bf16
+        try:
+            with super().in_training(config, read):
+                yield
+        finally:
+            self.generator.bf16 = False
 
     # ---- the path of a query ----
 
@@ -187,21 +182,8 @@ class ATVModel(nn.Module):
         position_ids: Tensor,
         edit_mask: Tensor,
         labels: Tensor,
-    ) -> ATVOutput:
-        """The loss of the steered LLM's answers (Eq. 7), from the tensors that `collator()` makes.
-
-        Args:
-            query_input_ids: (queries, query seq), what the generator reads.
-            query_attention_mask: (queries, query seq).
-            input_ids: (batch, seq), prompt and answer without its last token; batch = queries * prompts per row.
-            attention_mask: (batch, seq).
-            position_ids: (batch, seq).
-            edit_mask: (batch, seq) bool, the tokens that receive a vector.
-            labels: (batch, answer), answer tokens, -100 where there is none.
-
-        Returns:
-            `loss`, `losses` and `correct`; in training only `loss` is used.
-        """
+    ) -> AnswerLoss:
+        """The loss of the steered LLM's answers; see `Trainable.forward`."""
         vectors = self.vectors(query_input_ids, query_attention_mask)  # (queries, layers, hidden)
         logits = steered_logits(
             self.llm,
@@ -213,40 +195,13 @@ class ATVModel(nn.Module):
             keep=labels.shape[1],
             read=self.read_prefix,
         )  # (batch, answer, vocabulary)
-        labels = labels.to(logits.device)
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        token_loss = nn.functional.cross_entropy(
-            wide.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
-        ).view_as(labels)  # (batch, answer), 0 where ignored
-        losses = token_loss.sum(1) / (labels != IGNORED).sum(1).clamp(min=1)  # (batch,)
-        return ATVOutput(loss=losses.mean(), losses=losses, correct=logits[:, 0].argmax(-1) == labels[:, 0])
+        return answer_loss(logits, labels)
 
     # ---- texts to tensors ----
 
-    def encode_row(self, row: Row) -> EncodedRow:
-        """A training row as token ids; raises ATVError if a prompt and its answer exceed the LLM's context."""
-        pairs = [encode_pair(self.tokenizer, prompt, row.answer) for prompt in row.prompts]
-        for prompt, answer in pairs:
-            self._check_length(len(prompt) + len(answer), row.prompts[0])
-        return EncodedRow(self.generator.encode([row.query])[0], pairs)
-
-    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Prompts as left-padded model inputs on the LLM's device: `input_ids`, `attention_mask`, `position_ids`."""
-        encoded = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
-        for ids, prompt in zip(encoded, prompts, strict=True):
-            self._check_length(len(ids), prompt)
-        device = input_device(self.llm)
-        return {name: tensor.to(device) for name, tensor in left_padded(encoded, pad_id(self.tokenizer)).items()}
-
-    def _check_length(self, tokens: int, prompt: str) -> None:
-        limit = context_length(self.llm)
-        if limit is not None and tokens > limit:
-            raise ATVError(
-                f"A prompt has {tokens} tokens and the LLM's context is {limit}; shorten or drop it. It begins: "
-                f"{prompt[:60]!r}."
-            )
-        if tokens == 0:
-            raise ATVError("A prompt is empty; expected some text.")
+    def encode_query(self, row: Row) -> list[int]:
+        """What the generator reads of a row, as its token ids."""
+        return self.generator.encode([row.query])[0]
 
     def collator(self) -> Collator:
         """Makes the batches that `forward` takes from `encode_row`'s rows."""
@@ -335,14 +290,6 @@ class ATVModel(nn.Module):
         sequences = getattr(output, "sequences", output)
         return cast(list[str], self.tokenizer.batch_decode(sequences[:, width:], skip_special_tokens=True))
 
-    def print_trainable_parameters(self) -> None:
-        """Print how many parameters are trained, beside those of the frozen LLM."""
-        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        frozen = sum(p.numel() for p in self.llm.parameters())
-        print(  # noqa: T201 - printing is what this is for, as in PEFT
-            f"trainable params: {trained:,} || frozen LLM params: {frozen:,} || ratio: {100 * trained / frozen:.2f}%"
-        )
-
     # ---- the artifact ----
 
     def save_pretrained(self, path: str | Path) -> None:
@@ -373,11 +320,12 @@ class ATVModel(nn.Module):
         Raises:
             ATVError: not an adapter, made for another LLM, or damaged; the message names what differs.
         """
-        folder = adapter.locate(path_or_hub_id, revision)
-        saved = adapter.read(folder)
+        folder = artifact.locate(path_or_hub_id, revision)
+        saved = artifact.read(folder, cls.method)
+        config = adapter.read_config(saved, folder)
         loaded = load_llm(llm) if isinstance(llm, str) else llm
-        adapter.check_llm(saved, loaded, folder)
-        model = cls(loaded, saved.config, tokenizer=tokenizer, generator=adapter.load_generator(saved, folder))
+        artifact.check_llm(saved, loaded, folder)
+        model = cls(loaded, config, tokenizer=tokenizer, generator=adapter.load_generator(config, folder))
         adapter.load_expansion(model, folder)
         model.training_summary = saved.training
         return model.eval()

@@ -42,8 +42,8 @@ def training_rows(task: Task, split: str = "train") -> list[Row]:
     """A task's rows with every template and the one answer prefix of training."""
     variants = [Variant(template, TRAIN_PREFIX) for template in range(len(task.templates))]
     return [
-        Row(example.input, tuple(task.prompt(example.input, variant) for variant in variants), example.output)
-        for example in getattr(task, split)
+        Row(row.input, tuple(task.prompt(row.input, variant) for variant in variants), row.output, task.name)
+        for row in getattr(task, split)
     ]
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from atv.adapter import fingerprint
+from atv.artifact import fingerprint
 from atv.batching import left_padded
 from atv.files import write_bytes
 from atv.hooks import input_device

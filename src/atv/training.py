@@ -19,30 +19,23 @@ from atv.errors import ATVError
 from atv.files import occupied, read_json, same_settings, write_json
 from atv.hooks import base_llm, input_device, quantization
 from atv.model import ATVModel
-from atv.prefix import read_prefix
 from atv.processes import barrier, is_main, local_rank, rank, world_size
 from atv.progress import Bar, bar, note
 from atv.records import provenance
 from atv.sampling import Batches, Rows, training_rows
 from atv.store import PrefixStore
 from atv.tasks import Task
+from atv.trainable import Trainable
 
 RECORD_FILE = "train.json"
 COMPLETE = "complete"
 """Empty file in a checkpoint folder whose writing has ended."""
 
 
-def make_optimizer(atv: ATVModel, config: TrainConfig) -> torch.optim.Optimizer:
-    """Adam with L2 in the gradient (the paper's; AdamW decouples it), one group per part of the ATV."""
-    rates = {atv.expansion: config.learning_rate, atv.generator: config.generator_learning_rate}
+def make_optimizer(model: Trainable, config: TrainConfig) -> torch.optim.Optimizer:
+    """Adam with L2 in the gradient (the paper's; AdamW decouples it), with the groups and rates that `model` names."""
     return torch.optim.Adam(
-        [
-            {
-                "params": [p for p in part.parameters() if p.requires_grad],
-                "lr": config.learning_rate if rate is None else rate,
-            }
-            for part, rate in rates.items()
-        ],
+        model.parameter_groups(config),
         weight_decay=config.weight_decay,
         fused=True,  # one pass over memory instead of one per term: several times faster on a CPU
     )
@@ -67,7 +60,7 @@ class ATVTrainer(Trainer):
         """The one that `make_optimizer` makes."""
         del model
         if self.optimizer is None:
-            self.optimizer = make_optimizer(cast(ATVModel, self.model), self.train_config)
+            self.optimizer = make_optimizer(cast(Trainable, self.model), self.train_config)
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
@@ -121,7 +114,7 @@ class ATVTrainer(Trainer):
             return
         folder = Path(output_dir or cast(str, self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: t.contiguous() for name, t in (state_dict or cast(ATVModel, self.model).state_dict()).items()}
+        tensors = {name: t.contiguous() for name, t in (state_dict or cast(Trainable, self.model).state_dict()).items()}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -164,14 +157,14 @@ class TrainResult:
 
 
 def train(
-    atv: ATVModel,
+    model: Trainable,
     tasks: Sequence[Task],
     out: str | Path,
     config: TrainConfig | None = None,
     force: bool = False,
     store: PrefixStore | None = None,
 ) -> TrainResult:
-    """Train an ATV on the training splits of tasks, validate each epoch, keep the best epoch.
+    """Train an ATV, or what another method learns, on the training splits of tasks; keep the epoch that validates best.
 
     Writes `out/adapter` (the adapter), `out/train.json` (settings and history) and, until it is done,
     `out/checkpoints` and, if main memory is too small, `out/prefixes`. Called again with the same arguments after an
@@ -180,7 +173,7 @@ def train(
     processes, all of them call it, and share each batch.
 
     Args:
-        atv: made under `set_seed(config.seed)` if the result is to be repeatable.
+        model: made under `set_seed(config.seed)` if the result is to be repeatable.
         tasks: trained on together, shuffled.
         out: folder of this training.
         config: the default is the paper's.
@@ -194,21 +187,20 @@ def train(
     """
     config, out = config or TrainConfig(), Path(out)
     config.rows_per_call(world_size())
-    device = input_device(atv.llm)
+    device = input_device(model.llm)
     if device.type == "cuda" and (device.index or 0) != local_rank():
         raise ATVError(
             f"The LLM is on {device}; training expects this process's GPU, cuda:{local_rank()}. Choose the GPU with "
             "CUDA_VISIBLE_DEVICES instead."
         )
-    settings = _settings(atv, tasks, config)
+    settings = _settings(model, tasks, config)
     record = _former(out, settings, force)
     if record is not None and record["finished"]:
         note(f"{out} holds this training already, finished; nothing to do (train it anew with --force).")
         return TrainResult(out / "adapter", record)
-    rows = Rows(_encoded(atv, tasks, "train"), config.templates_per_row)
-    valid = Rows(_encoded(atv, tasks, "valid"), config.templates_per_row)
-    note("Wiring self-test")
-    require_wiring(atv)
+    rows = Rows(_encoded(model, tasks, "train"), config.templates_per_row)
+    valid = Rows(_encoded(model, tasks, "valid"), config.templates_per_row)
+    _require_gradient(model, rows[0])
     barrier()  # nothing is written before everything that can be checked has been, by every process
     if record is None:
         record = {"finished": False, "settings": settings} | provenance()
@@ -218,13 +210,12 @@ def train(
     barrier()  # and nothing by another process before what was there has been removed
     set_seed(config.seed)
     store = store or PrefixStore()
-    _fill(store, atv, [*rows.rows, *(valid[index] for index in range(len(valid)))], out / "prefixes" / str(rank()))
+    _fill(store, model, [*rows.rows, *(valid[index] for index in range(len(valid)))], out / "prefixes" / str(rank()))
     checkpoints = out / "checkpoints"
     steps = config.epochs * math.ceil(len(rows) / config.batch_size)
-    with bar("train", steps) as progress:
-        atv.read_prefix, atv.generator.bf16 = store.read, config.bf16
+    with bar("train", steps) as progress, model.in_training(config, store.read):
         try:
-            trainer = _trainer(atv, rows, valid, config, checkpoints, _Progress(rows, progress, config.epochs))
+            trainer = _trainer(model, rows, valid, config, checkpoints, _Progress(rows, progress, config.epochs))
             last = _last_complete(checkpoints)
             if last is not None:
                 note(f"Going on from {last}")
@@ -232,17 +223,28 @@ def train(
                 torch.manual_seed(config.seed + rank())  # dropout of its own for each process's rows
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         except NonFiniteLoss:
-            message = _after_non_finite(trainer, atv, record, out)
+            message = _after_non_finite(trainer, model, record, out)
             shutil.rmtree(out / "prefixes" / str(rank()), ignore_errors=True)
             barrier()  # the process that fails first must not take the one that writes with it
             raise ATVError(message) from None
-        finally:
-            atv.read_prefix, atv.generator.bf16 = read_prefix, False
-    _finish(trainer, atv, record, out)
+    _finish(trainer, model, record, out)
     return TrainResult(out / "adapter", record)
 
 
-def _settings(atv: ATVModel, tasks: Sequence[Task], config: TrainConfig) -> dict[str, Any]:
+def _require_gradient(model: Trainable, row: EncodedRow) -> None:
+    """Raise ATVError if training would change nothing, which libraries that change can bring about silently."""
+    if isinstance(model, ATVModel):
+        note("Wiring self-test")
+        return require_wiring(model)
+    batch = {name: value.to(input_device(model.llm)) for name, value in model.collator()([row]).items()}
+    learned = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(model(**batch).loss, learned, allow_unused=True)
+    if not any(gradient is not None and gradient.any() for gradient in gradients):
+        raise ATVError("No gradient arrives at what is to be learned: it is not wired to this LLM. Training refused.")
+    return None
+
+
+def _settings(model: Trainable, tasks: Sequence[Task], config: TrainConfig) -> dict[str, Any]:
     """What decides the weights: everything that a resumed training must share with the interrupted one.
 
     Not how a batch is split: that decides rounding and the draws of dropout, and a training may go on with fewer GPUs.
@@ -259,11 +261,11 @@ def _settings(atv: ATVModel, tasks: Sequence[Task], config: TrainConfig) -> dict
         for task in tasks
     }
     return {
-        "llm": cast(Any, atv.llm).name_or_path,
-        "revision": getattr(base_llm(atv.llm).config, "_commit_hash", None),
-        "dtype": str(next(atv.llm.parameters()).dtype),
-        "quantization": quantization(atv.llm),
-        "config": atv.config.to_dict(),
+        "llm": cast(Any, model.llm).name_or_path,
+        "revision": getattr(base_llm(model.llm).config, "_commit_hash", None),
+        "dtype": str(next(model.llm.parameters()).dtype),
+        "quantization": quantization(model.llm),
+        "config": model.describe(),
         "train": train,
         "tasks": described,
     }
@@ -281,26 +283,25 @@ def _former(out: Path, settings: dict[str, Any], force: bool) -> dict[str, Any] 
     return None
 
 
-def _encoded(atv: ATVModel, tasks: Sequence[Task], split: str) -> list[EncodedRow]:
+def _encoded(model: Trainable, tasks: Sequence[Task], split: str) -> list[EncodedRow]:
     rows = [row for task in tasks for row in training_rows(task, split)]
     if len(rows) < 2000:
-        return [atv.encode_row(row) for row in rows]
+        return [model.encode_row(row) for row in rows]
     encoded = []
     with bar(f"tokenise {split}", len(rows)) as progress:
         for row in rows:
-            encoded.append(atv.encode_row(row))
+            encoded.append(model.encode_row(row))
             progress.advance()
     return encoded
 
 
-def _fill(store: PrefixStore, atv: ATVModel, rows: Sequence[EncodedRow], folder: Path) -> None:
+def _fill(store: PrefixStore, model: Trainable, rows: Sequence[EncodedRow], folder: Path) -> None:
     """Read every prompt up to its first edited token."""
-    edited = atv.positions.prompt_tokens
-    if edited is None:
+    if model.edited is None:
         return
-    prefixes = {tuple(prompt[:-edited]) for row in rows for prompt, _ in row.pairs} - {()}
+    prefixes = {tuple(prompt[: -model.edited]) for row in rows for prompt, _ in row.pairs} - {()}
     with bar("read prompts", len(prefixes)) as progress:
-        store.fill(atv.llm, prefixes, progress.advance, folder)
+        store.fill(model.llm, prefixes, progress.advance, folder)
     kept = f"Kept {store.memory_used / 2**20:.0f} MiB of prompt prefixes in memory"
     kept += f" and {store.disk_used / 2**20:.0f} MiB in {folder}" if store.disk_used else ""
     note(kept + (f"; {store.left_out} of {len(prefixes)} are read anew each time" if store.left_out else ""))
@@ -317,16 +318,16 @@ def _means(rows: Any) -> dict[str, float]:
     return {"loss": rows.predictions.mean(dtype=float), "accuracy": rows.label_ids.mean(dtype=float)}
 
 
-def _some_unused(atv: ATVModel, row: EncodedRow) -> bool:
+def _some_unused(model: Trainable, row: EncodedRow) -> bool:
     """A trained weight takes no part in the loss; DDP would wait for its gradient unless told to look for such."""
-    device = next(atv.parameters()).device
-    batch = {name: value.to(device) for name, value in atv.collator()([row]).items()}
-    trained = [p for p in atv.parameters() if p.requires_grad]
-    return any(g is None for g in torch.autograd.grad(atv(**batch).loss, trained, allow_unused=True))
+    device = next(model.parameters()).device
+    batch = {name: value.to(device) for name, value in model.collator()([row]).items()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return any(g is None for g in torch.autograd.grad(model(**batch).loss, trained, allow_unused=True))
 
 
 def _trainer(
-    atv: ATVModel, rows: Rows, valid: Rows, config: TrainConfig, checkpoints: Path, progress: _Progress
+    model: Trainable, rows: Rows, valid: Rows, config: TrainConfig, checkpoints: Path, progress: _Progress
 ) -> ATVTrainer:
     rows_per_call = config.rows_per_call(world_size())
     arguments = TrainingArguments(
@@ -335,7 +336,7 @@ def _trainer(
         per_device_train_batch_size=rows_per_call,
         per_device_eval_batch_size=rows_per_call,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
-        ddp_find_unused_parameters=world_size() > 1 and _some_unused(atv, rows[0]),
+        ddp_find_unused_parameters=world_size() > 1 and _some_unused(model, rows[0]),
         learning_rate=config.learning_rate,
         lr_scheduler_type="constant",
         max_grad_norm=config.max_grad_norm or 0.0,
@@ -352,13 +353,13 @@ def _trainer(
         dataloader_pin_memory=False,
         disable_tqdm=True,
         report_to="none",
-        use_cpu=next(atv.parameters()).device.type == "cpu",
+        use_cpu=next(model.parameters()).device.type == "cpu",
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # more of them through processes, never through DataParallel
     trainer = ATVTrainer(
-        model=atv,
+        model=model,
         args=arguments,
-        data_collator=atv.collator(),
+        data_collator=model.collator(),
         train_dataset=rows,
         eval_dataset=valid,
         compute_metrics=_means,
@@ -382,25 +383,25 @@ def _last_complete(checkpoints: Path) -> Path | None:
     return max(complete, key=lambda folder: int(folder.name.split("-")[1]), default=None)
 
 
-def _save(trainer: ATVTrainer, atv: ATVModel, record: dict[str, Any], out: Path) -> None:
+def _save(trainer: ATVTrainer, model: Trainable, record: dict[str, Any], out: Path) -> None:
     state = trainer.state
     history = [entry for entry in state.log_history if "eval_loss" in entry or "loss" in entry]
     best = Path(state.best_model_checkpoint).name.split("-")[1] if state.best_model_checkpoint else None
     record |= {"history": history, "best_step": int(best) if best else None, "best_eval_loss": state.best_metric}
     settings = record["settings"]
-    atv.training_summary = {
+    model.training_summary = {
         "tasks": {name: task["templates"] for name, task in settings["tasks"].items()},
         "train": settings["train"],
         "best_step": record["best_step"],
         "best_eval_loss": record["best_eval_loss"],
     }
-    atv.eval()
+    model.eval()
     if is_main():
-        atv.save_pretrained(out / "adapter")
+        model.save_pretrained(out / "adapter")
 
 
-def _finish(trainer: ATVTrainer, atv: ATVModel, record: dict[str, Any], out: Path) -> None:
-    _save(trainer, atv, record, out)
+def _finish(trainer: ATVTrainer, model: Trainable, record: dict[str, Any], out: Path) -> None:
+    _save(trainer, model, record, out)
     runtime = [entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry]
     record |= {"finished": True, "seconds": runtime[-1] if runtime else None}
     barrier()  # every process has read the best checkpoint
@@ -410,7 +411,7 @@ def _finish(trainer: ATVTrainer, atv: ATVModel, record: dict[str, Any], out: Pat
     barrier()
 
 
-def _after_non_finite(trainer: ATVTrainer, atv: ATVModel, record: dict[str, Any], out: Path) -> str:
+def _after_non_finite(trainer: ATVTrainer, model: Trainable, record: dict[str, Any], out: Path) -> str:
     """Keep the best epoch before the loss became NaN, and say what there is."""
     state = trainer.state
     said = f"The loss became NaN or infinite after step {state.global_step} (epoch {state.epoch:.2f})."
@@ -418,5 +419,5 @@ def _after_non_finite(trainer: ATVTrainer, atv: ATVModel, record: dict[str, Any]
     if state.best_model_checkpoint is None:
         return f"{said} No epoch had been completed, so there is no adapter to keep. {advice}"
     trainer._load_best_model()
-    _save(trainer, atv, record, out)
+    _save(trainer, model, record, out)
     return f"{said} {out / 'adapter'} holds the best epoch before that. {advice}"

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from atv.adapter import read
+from atv.artifact import read
 from atv.cli.show import print_lines, print_table
 from atv.cli.work import answers, evaluate_method, load_embedded, train_adapter
 from atv.files import write_text

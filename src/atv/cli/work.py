@@ -8,7 +8,7 @@ from typing import Any
 from accelerate.utils import set_seed  # that of transformers imports peft, which takes seconds
 from torch import nn
 
-from atv import adapter as artifact
+from atv import artifact
 from atv.batching import encode_prompt, pad_id
 from atv.cli.options import EMBEDDED_LLM, parse_layers
 from atv.cli.show import output, print_lines

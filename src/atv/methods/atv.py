@@ -5,11 +5,16 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Self
 
+from accelerate.utils import set_seed  # that of transformers imports peft, which takes seconds
 from torch import nn
 
+from atv.config import ATVConfig, TrainConfig
+from atv.doctor import model_summary
 from atv.errors import ATVError
 from atv.methods.base import Method
 from atv.model import ATVModel
+from atv.progress import note
+from atv.store import PrefixStore
 from atv.tasks import Example, Task
 
 
@@ -17,11 +22,33 @@ class ATV(Method):
     """A trained adapter. The generator reads the example's input, never the template."""
 
     name = "atv"
+    config_class = ATVConfig
 
     def __init__(self, atv: ATVModel) -> None:
         super().__init__(atv.llm, atv.tokenizer)
         self.atv = atv.eval()
         self.edited = atv.positions.prompt_tokens
+
+    @classmethod
+    def fit(
+        cls,
+        llm: nn.Module,
+        tokenizer: Any,
+        tasks: Sequence[Task],
+        out: Path,
+        config: ATVConfig,
+        train: TrainConfig,
+        *,
+        force: bool = False,
+        store: PrefixStore | None = None,
+    ) -> Path:
+        """Train generator and expansion together."""
+        from atv import training  # the Trainer brings peft and bitsandbytes along: seconds that measuring saves
+
+        set_seed(train.seed)
+        atv = ATVModel(llm, config, tokenizer=tokenizer)
+        note(model_summary(atv))
+        return training.train(atv, tasks, out, train, force, store).adapter
 
     @classmethod
     def load(

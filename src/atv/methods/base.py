@@ -9,7 +9,9 @@ from typing import Any, ClassVar, NamedTuple, Self
 from torch import nn
 
 from atv.batching import encode_prompt
+from atv.config import Checked, TrainConfig
 from atv.errors import ATVError
+from atv.store import PrefixStore
 from atv.tasks import Example, Task, Variant
 
 
@@ -26,6 +28,9 @@ class Method(ABC):
 
     Attributes:
         name: as in the registry and in the records.
+        config_class: the options of a method that is trained; None: there is nothing to train.
+        train_defaults: fields of TrainConfig that the method's own paper sets otherwise.
+        search: what a sweep may choose from: fields of `config_class` or TrainConfig, each with its values.
         llm: what is called: the frozen LLM, or a PEFT model around it.
         tokenizer: the LLM's.
         edited: how many of a prompt's last tokens `steer` may change; None: any. What prompts share before them is
@@ -35,6 +40,9 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
+    config_class: ClassVar[type[Checked] | None] = None
+    train_defaults: ClassVar[dict[str, Any]] = {}
+    search: ClassVar[dict[str, tuple[Any, ...]]] = {}
     edited: int | None = None
     shots: int = 0
     seed: int = 42
@@ -42,6 +50,40 @@ class Method(ABC):
     def __init__(self, llm: nn.Module, tokenizer: Any) -> None:
         self.llm = llm
         self.tokenizer = tokenizer
+
+    @classmethod
+    def fit(
+        cls,
+        llm: nn.Module,
+        tokenizer: Any,
+        tasks: Sequence[Task],
+        out: Path,
+        config: Any,
+        train: TrainConfig,
+        *,
+        force: bool = False,
+        store: PrefixStore | None = None,
+    ) -> Path:
+        """Learn once from the training splits of all `tasks`, choosing on their validation splits.
+
+        A training that `out` holds is returned if it is finished and gone on with if it was interrupted; one with
+        other settings is refused, unless `force` begins it anew.
+
+        Args:
+            llm: the frozen LLM; as it was when this returns.
+            tokenizer: the LLM's.
+            tasks: what is learned serves all of them, and tasks that are not among them.
+            out: gets `train.json` and the folder `adapter`.
+            config: a `config_class`.
+            train: how it is trained; a method without a training loop takes its seed alone.
+            force: begin anew.
+            store: prompt prefixes that were read already, for methods that use such.
+
+        Returns:
+            The adapter's folder, for `load`.
+        """
+        del llm, tokenizer, tasks, out, config, train, force, store
+        raise ATVError(f"The method {cls.name} learns nothing: measure it with atv eval --method {cls.name}.")
 
     @classmethod
     def wanted_shots(cls, shots: int | None) -> int:
