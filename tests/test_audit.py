@@ -40,7 +40,7 @@ def test_eval_refuses_before_it_asks_anything_and_says_its_findings_first(tmp_pa
         evaluate(method, [small("one", "m", "a"), small("two", "b", "m")], RunWriter(tmp_path / "refused", {}))
     assert (tmp_path / "refused" / "predictions.jsonl").read_text() == ""
     capsys.readouterr()
-    evaluate(method, [toy_task(rows=6)], RunWriter(tmp_path / "run", {}), variants=[Variant(0, "A:")])
+    evaluate(method, [toy_task(rows=6)], RunWriter(tmp_path / "run", {}), variants="first")
     assert "toy: the most frequent answer alone scores 50.0%." in capsys.readouterr().err
 
 

@@ -282,13 +282,17 @@ def test_every_option_of_every_command_is_explained():
             assert parameter.help, f"{name} {parameter.name}"
 
 
-def test_the_embedded_recipe_names_options_of_train(tmp_path):
+def test_every_setting_that_train_has_an_option_for_is_one_of_the_method():
     from typer.main import get_command
 
-    from atv.cli.options import EMBEDDED_CONFIG, read_config
+    from atv.cli.options import SETTINGS
+    from atv.protocol import method_settings
 
-    known = [str(p.name) for p in get_command(command_line.app).commands["train"].params]
-    assert read_config(EMBEDDED_CONFIG, "train", known)["generator"] == "embedded:minilm-l6"
+    options = {p.name: p.default for p in get_command(command_line.app).commands["train"].params}
+    config, train = method_settings("atv", [], seed=42)
+    values = config.to_dict() | train.to_dict()
+    expected = {field: options[name] for name, field in SETTINGS.items()} | {"train_generator": True}
+    assert {field: values[field] for field in expected} == expected
 
 
 def test_readme_names_only_commands_and_options_that_exist():

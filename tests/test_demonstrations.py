@@ -53,7 +53,7 @@ def asked(method, tasks, folder, batch_size=4):
         lambda _, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
     run = RunWriter(folder, {})
-    evaluate(method, tasks, run, variants=[FIRST], batch_size=batch_size)
+    evaluate(method, tasks, run, variants="first", batch_size=batch_size)
     hook.remove()
     return run.rows, sum(read)
 

@@ -29,6 +29,7 @@ LEVELS = [
     ),
     ("methods", {"methods"}),
     ("evaluation", {"evaluation"}),
+    ("protocol", {"protocol"}),
     ("report", {"report"}),
     ("cli", {"cli", "__main__"}),
 ]

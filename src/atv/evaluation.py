@@ -25,7 +25,7 @@ def evaluate(
     tasks: Sequence[Task],
     run: RunWriter,
     *,
-    variants: Sequence[Variant] | None = None,
+    variants: str = "all",
     batch_size: int = 16,
 ) -> None:
     """Ask every test example of every task in every variant, and write one row for each.
@@ -42,7 +42,7 @@ def evaluate(
         method: what answers.
         tasks: their test splits are asked.
         run: where rows go; the rows that it has already are not asked again.
-        variants: templates and answer prefixes; None: all of a task's.
+        variants: templates and answer prefixes, as `Task.variants` takes it.
         batch_size: prompts per call of the LLM.
 
     Raises:
@@ -53,10 +53,10 @@ def evaluate(
         raise ATVError(f"batch_size is {batch_size}; expected a whole number from 1.")
     refuse_shared_inputs(tasks)
     for task in tasks:
-        for finding in findings(task, partial(first_answer_token, method.tokenizer), variants):
+        for finding in findings(task, partial(first_answer_token, method.tokenizer), task.variants(variants)):
             note(finding)
     done = {row_key(row) for row in run.rows}
-    work = [(task, variant) for task in tasks for variant in (variants or list(task.variants()))]
+    work = [(task, variant) for task in tasks for variant in task.variants(variants)]
     order = [(task.name, *variant, index) for task, variant in work for index in range(len(task.test))]
     mine = cycle([process == rank() for process in range(world_size())])
     with bar(f"{method.name}", len(order)) as progress:

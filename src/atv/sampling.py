@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator, Sequence
+from copy import copy
 from itertools import chain
 
 from torch.utils.data import Dataset, Sampler
@@ -36,6 +37,12 @@ class Rows(Dataset[EncodedRow]):
             return row
         first = index + self.epoch * self.templates_per_row
         return EncodedRow(row.query, [row.pairs[(first + step) % count] for step in range(self.templates_per_row)])
+
+    def of_epochs(self, epochs: int) -> Iterator[EncodedRow]:
+        """The rows with the prompts that are asked in the first `epochs` epochs, as often as they are."""
+        asked = copy(self)
+        for asked.epoch in range(epochs):
+            yield from (asked[index] for index in range(len(self)))
 
 
 def training_rows(task: Task, split: str = "train") -> list[Row]:

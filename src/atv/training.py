@@ -210,7 +210,7 @@ def train(
     barrier()  # and nothing by another process before what was there has been removed
     set_seed(config.seed)
     store = store or PrefixStore()
-    _fill(store, model, [*rows.rows, *(valid[index] for index in range(len(valid)))], out / "prefixes" / str(rank()))
+    _fill(store, model, [*rows.of_epochs(config.epochs), *valid.of_epochs(1)], out / "prefixes" / str(rank()))
     checkpoints = out / "checkpoints"
     steps = config.epochs * math.ceil(len(rows) / config.batch_size)
     with bar("train", steps) as progress, model.in_training(config, store.read):

@@ -1,4 +1,4 @@
-"""Subcommands: demo, train, eval, generate, doctor, tasks, prepare, report."""
+"""Subcommands: demo, train, eval, reproduce, sweep, generate, doctor, tasks, prepare, report."""
 
 import logging
 import sys
@@ -56,6 +56,13 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder for the adapter, the record and the checkpoints.")] = Path(
         "runs/train"
     ),
+    method: Annotated[
+        str, typer.Option(help="atv, fixed, elicit, i2cl, lora or prefix; the options below are those of atv.")
+    ] = "atv",
+    set: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="A setting of the method that has no option of its own, as rank=16."),
+    ] = None,
     llm: opt.LLM = opt.EMBEDDED_LLM,
     generator: Annotated[
         str, typer.Option(help="Model that reads the query: Hugging Face id, folder or embedded name.")
@@ -106,26 +113,33 @@ def train(
     force: opt.Force = False,
     config: opt.Config = None,
 ) -> None:
-    """Train an ATV for a frozen LLM. Interrupted, the same command goes on where it stopped."""
+    """Train an ATV, or another method, for a frozen LLM. Interrupted, the same command goes on where it stopped."""
     from atv.cli.work import train_adapter
 
-    train_adapter(opt.with_recipe(context))
+    train_adapter(context.params, opt.given_settings(context))
 
 
 @app.command(name="eval")
 def evaluate(
     context: typer.Context,
-    method: Annotated[str, typer.Option(help="zero-shot, icl, bm25 or atv; with --adapter atv is the default.")] = "",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="zero-shot, icl, bm25, elicit, i2cl, lora, prefix, fixed, atv or icl+atv; by default the adapter's "
+            "method, without one zero-shot."
+        ),
+    ] = "",
     adapter: Annotated[Path | None, typer.Option(help="Folder that atv train wrote.")] = None,
-    shots: Annotated[int | None, typer.Option(help="Demonstrations, for icl and bm25; by default 16.")] = None,
+    shots: Annotated[int | None, typer.Option(help="Demonstrations, for methods with some; by default 16.")] = None,
     llm: Annotated[str, typer.Option(help="Frozen LLM; by default the adapter's, else the embedded one.")] = "",
     task: opt.TaskNames = None,
     data: opt.Data = None,
     template: opt.Templates = None,
     test_rows: Annotated[int | None, typer.Option(help="At most so many test rows per task (paper: 100).")] = None,
-    variants: Annotated[
-        str, typer.Option(help="all: every template with every answer prefix; first: the first template with A: alone.")
-    ] = "all",
+    train_rows: Annotated[
+        int | None, typer.Option(help="Demonstrations come from so many training rows per task (paper: 90).")
+    ] = None,
+    variants: opt.Variants = "all",
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per call of the LLM.")] = 16,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/METHOD.")] = None,
     seed: opt.Seed = 42,
@@ -141,6 +155,62 @@ def evaluate(
     from atv.cli.work import evaluate_method
 
     evaluate_method(context.params)
+
+
+@app.command()
+def reproduce(
+    context: typer.Context,
+    out: Annotated[Path, typer.Option(help="Folder for adapters, runs and tables.")] = Path("runs/reproduce"),
+    profile: opt.ProfileName = "small",
+    method: opt.MethodNames = None,
+    llm: opt.LLM = opt.EMBEDDED_LLM,
+    task: opt.TaskNames = None,
+    data: opt.Data = None,
+    template: opt.Templates = None,
+    settings: opt.SettingsFile = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per call of the LLM when measuring.")] = 16,
+    dtype: opt.Dtype = "bfloat16",
+    device: opt.Device = None,
+    quantization: opt.Quantization = None,
+    revision: opt.Revision = None,
+    trust_remote_code: opt.Trust = False,
+    force: opt.Force = False,
+    config: opt.Config = None,
+) -> None:
+    """Train and measure every method of the paper on the same rows, and write its tables."""
+    from atv.cli.paper import reproduce_tables
+
+    reproduce_tables(context.params)
+
+
+@app.command()
+def sweep(
+    context: typer.Context,
+    out: Annotated[Path, typer.Option(help="Folder for the trials and settings.toml.")] = Path("runs/sweep"),
+    profile: opt.ProfileName = "small",
+    method: opt.MethodNames = None,
+    trials: Annotated[int, typer.Option(min=1, help="Settings to try, as many for every method.")] = 4,
+    train_rows: Annotated[int | None, typer.Option(min=1, help="Per task, instead of the profile's.")] = None,
+    valid_rows: Annotated[
+        int | None, typer.Option(min=1, help="Per task to measure on, and as many to choose the epoch; as above.")
+    ] = None,
+    llm: opt.LLM = opt.EMBEDDED_LLM,
+    task: opt.TaskNames = None,
+    data: opt.Data = None,
+    template: opt.Templates = None,
+    settings: opt.SettingsFile = None,
+    dtype: opt.Dtype = "bfloat16",
+    device: opt.Device = None,
+    quantization: opt.Quantization = None,
+    revision: opt.Revision = None,
+    trust_remote_code: opt.Trust = False,
+    force: opt.Force = False,
+    config: opt.Config = None,
+) -> None:
+    """Choose the settings of trained methods on validation rows, with as many trials for each."""
+    from atv.cli.paper import choose_settings
+
+    choose_settings(context.params)
 
 
 @app.command()

@@ -4,11 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from atv.artifact import read
+from atv.cli.options import EMBEDDED_LLM
 from atv.cli.show import print_lines, print_table
-from atv.cli.work import answers, evaluate_method, load_embedded, train_adapter
+from atv.cli.work import answers, evaluate_method, train_adapter
 from atv.files import write_text
 from atv.model import ATVModel
 from atv.progress import note
+from atv.protocol import Frozen
 from atv.records import load_runs
 from atv.report import accuracy_table, markdown
 from atv.tasks import UNSEEN, builtin_task, load_tasks
@@ -25,7 +27,6 @@ def run_demo(out: Path, force: bool) -> None:
     from typer.main import get_command
 
     from atv.cli.app import app
-    from atv.cli.options import EMBEDDED_CONFIG, read_config
 
     trained = [task.name for task in load_tasks() if task.category != UNSEEN]
     unseen = [task.name for task in load_tasks() if task.category == UNSEEN]
@@ -37,9 +38,8 @@ def run_demo(out: Path, force: bool) -> None:
         defaults = {p.name: p.default for p in commands[command].params}
         return defaults | {"force": force} | given
 
-    recipe = read_config(EMBEDDED_CONFIG, "train", list(options("train")))
     few = {"train_rows": 160, "valid_rows": 20}  # what two cores learn in three minutes
-    adapter = train_adapter(options("train", **recipe, **few, out=out / "train", task=trained))
+    adapter = train_adapter(options("train", **few, out=out / "train", task=trained), {})
     runs = []
     for method in ("zero-shot", "atv"):
         chosen = adapter if method == "atv" else None
@@ -63,7 +63,7 @@ def run_demo(out: Path, force: bool) -> None:
 
 def _show_queries(adapter: Path) -> None:
     templates = read(adapter).training["tasks"]
-    llm, tokenizer = load_embedded()
+    llm, tokenizer = Frozen(EMBEDDED_LLM).load()
     atv = ATVModel.from_pretrained(llm, adapter, tokenizer=tokenizer)
     for task, query in QUERIES:
         plain, steered = answers(atv, [query], templates[task][0], max_new_tokens=6, do_sample=False)

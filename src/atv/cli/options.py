@@ -10,7 +10,6 @@ from atv.errors import ATVError, unknown
 
 EMBEDDED_LLM = "embedded:smollm2-135m"
 EMBEDDED_GENERATOR = "embedded:minilm-l6"
-EMBEDDED_CONFIG = Path(__file__).parent / "embedded.toml"
 
 
 def read_config(path: Path, command: str, known: list[str]) -> dict[str, Any]:
@@ -31,23 +30,47 @@ def read_config(path: Path, command: str, known: list[str]) -> dict[str, Any]:
     return options
 
 
+SETTINGS = {
+    **{name: name for name in ("generator", "positions", "layers", "scale", "pooling", "expansion_rank")},
+    **{name: name for name in ("query_template", "epochs", "batch_size", "gradient_accumulation_steps")},
+    **{name: name for name in ("weight_decay", "max_grad_norm", "bf16", "templates_per_row")},
+    "freeze_generator": "train_generator",
+    "lr": "learning_rate",
+    "generator_lr": "generator_learning_rate",
+}
+"""Options of `atv train` that are settings of a method or of its training, and the fields that they set."""
+
+
 def _given(context: typer.Context, name: str) -> bool:
     source = context.get_parameter_source(name)
     return source is not None and source.name != "DEFAULT"
 
 
-def with_recipe(context: typer.Context) -> dict[str, Any]:
-    """The options of `train`; with the embedded models, those not given come from `embedded.toml`."""
-    options = dict(context.params)
-    other_generator = _given(context, "generator") and options["generator"] != EMBEDDED_GENERATOR
-    if options["llm"] != EMBEDDED_LLM or other_generator:
-        return options
-    recipe = read_config(EMBEDDED_CONFIG, "train", list(options))
-    taken = {key: value for key, value in recipe.items() if not _given(context, key)}
-    from atv.progress import note
+def given_settings(context: typer.Context) -> dict[str, Any]:
+    """What the user said of the method and its training, by flags or a config file: fields of its configurations."""
+    given = {
+        field: context.params[name]
+        for name, field in SETTINGS.items()
+        if _given(context, name) and context.params[name] is not None
+    }
+    if "train_generator" in given:
+        given["train_generator"] = not given["train_generator"]
+    if "layers" in given:
+        given["layers"] = parse_layers(given["layers"])
+    for text in context.params["set"] or ():
+        name, is_there, value = text.partition("=")
+        if not is_there:
+            raise ATVError(f"--set {text}: expected NAME=VALUE, as in --set rank=16.")
+        given[name.strip().replace("-", "_")] = _value(value.strip())
+    return given
 
-    note(f"Embedded models: {', '.join(f'{key} {value}' for key, value in taken.items())} (embedded.toml; flags win)")
-    return options | taken
+
+def _value(text: str) -> Any:
+    """A number, a truth value or a list as TOML writes them; else the text itself."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
 
 
 def _from_file(context: typer.Context, path: Path | None) -> Path | None:
@@ -91,6 +114,19 @@ TaskNames = Annotated[
 ]
 Templates = Annotated[
     list[str] | None, typer.Option("--template", help="Template with {input}, instead of templates.json; give three.")
+]
+Variants = Annotated[
+    str,
+    typer.Option(
+        help="all: every template with every answer prefix; diagonal: each template once, each with another prefix; "
+        "first: the first template with A: alone."
+    ),
+]
+ProfileName = Annotated[str, typer.Option(help="paper, small (two CPU cores, 90 minutes) or smoke (3 minutes).")]
+MethodNames = Annotated[list[str] | None, typer.Option("--method", help="Method; once for each. Default: all.")]
+SettingsFile = Annotated[
+    Path | None,
+    typer.Option(help="TOML file with settings of methods, as atv sweep writes; stronger than the profile's."),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of initialisation, order, dropout and of what is drawn.")]
 Force = Annotated[bool, typer.Option("--force", help="Begin anew, even if the folder holds this already.")]

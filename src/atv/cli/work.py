@@ -1,93 +1,66 @@
 """The work behind the subcommands; imported when one of them runs, since it loads torch."""
 
 from collections.abc import Mapping
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import set_seed  # that of transformers imports peft, which takes seconds
-from torch import nn
 
 from atv import artifact
 from atv.batching import encode_prompt, pad_id
-from atv.cli.options import EMBEDDED_LLM, parse_layers
+from atv.cli.options import EMBEDDED_GENERATOR, EMBEDDED_LLM, parse_layers
 from atv.cli.show import output, print_lines
-from atv.config import ATVConfig, TrainConfig
+from atv.config import ATVConfig
 from atv.doctor import check_wiring, model_summary
 from atv.errors import ATVError, unknown
-from atv.evaluation import evaluate, first_answer_token
+from atv.evaluation import first_answer_token
 from atv.generator import Generator
-from atv.hooks import input_device
 from atv.methods import METHODS
 from atv.model import ATVModel
-from atv.models import load_context_length, load_llm, load_tokenizer, quiet_transformers
+from atv.models import load_context_length, load_tokenizer, quiet_transformers
 from atv.processes import world_size
 from atv.progress import note
-from atv.records import RunWriter
+from atv.protocol import Frozen, measure, method_settings, recipe
 from atv.store import PrefixStore
-from atv.tasks import (
-    TRAIN_PREFIX,
-    UNSEEN,
-    Task,
-    Variant,
-    findings,
-    load_tasks,
-    long_prompts,
-    refuse_shared_inputs,
-)
+from atv.tasks import TRAIN_PREFIX, UNSEEN, Task, findings, load_tasks, long_prompts, refuse_shared_inputs
 
 quiet_transformers()
 
 
-def _load_llm(options: Mapping[str, Any], name: str) -> tuple[nn.Module, Any]:
-    """The LLM and its tokenizer; asked for again in one process, the same ones."""
+def frozen(options: Mapping[str, Any], llm: str | None = None) -> Frozen:
+    """The LLM that the options of a command name."""
     how = ("dtype", "device", "quantization", "revision", "trust_remote_code")
-    return _loaded(name, **{key: options[key] for key in how})
+    return Frozen(llm or options["llm"], **{key: options[key] for key in how})
 
 
-@cache
-def _loaded(name: str, **how: Any) -> tuple[nn.Module, Any]:
-    return load_llm(name, **how), load_tokenizer(name, how["revision"])
+def recipe_for(llm: str, generator: str | None = None) -> dict[str, dict[str, Any]]:
+    """Settings that suit the embedded models; none for another LLM or generator."""
+    return recipe() if llm == EMBEDDED_LLM and generator in (None, EMBEDDED_GENERATOR) else {}
 
 
-def load_embedded() -> tuple[nn.Module, Any]:
-    """The embedded LLM and its tokenizer, as every command loads them by default."""
-    defaults = {"dtype": "bfloat16", "device": None, "quantization": None, "revision": None, "trust_remote_code": False}
-    return _load_llm(defaults, EMBEDDED_LLM)
-
-
-def _tasks(options: Mapping[str, Any]) -> list[Task]:
+def named_tasks(options: Mapping[str, Any]) -> list[Task]:
+    """The tasks that the options of a command name."""
     return load_tasks(options["task"], options["data"], options["template"])
 
 
-def train_adapter(options: Mapping[str, Any]) -> Path:
-    """`atv train`: everything that can be checked without a model is checked before one is loaded."""
-    from atv.training import train  # the Trainer brings peft and bitsandbytes along: seconds that other commands save
+def train_adapter(options: Mapping[str, Any], given: Mapping[str, Any]) -> Path:
+    """`atv train`: everything that can be checked without a model is checked before one is loaded.
 
-    config = ATVConfig(
-        generator=options["generator"],
-        pooling=options["pooling"],
-        train_generator=not options["freeze_generator"],
-        query_template=options["query_template"],
-        expansion_rank=options["expansion_rank"],
-        layers=parse_layers(options["layers"]),
-        positions=options["positions"],
-        scale=options["scale"],
-    )
-    settings = TrainConfig(
-        epochs=options["epochs"],
-        batch_size=options["batch_size"],
-        gradient_accumulation_steps=options["gradient_accumulation_steps"],
-        learning_rate=options["lr"],
-        generator_learning_rate=options["generator_lr"],
-        weight_decay=options["weight_decay"],
-        max_grad_norm=options["max_grad_norm"],
-        bf16=options["bf16"],
-        templates_per_row=options["templates_per_row"],
-        seed=options["seed"],
-    )
-    settings.rows_per_call(world_size())
-    tasks = _tasks(options)
+    Args:
+        options: of the command.
+        given: what was said of the method and its training.
+    """
+    name: str = options["method"]
+    if name not in METHODS:
+        raise unknown("method", name, METHODS)
+    known = recipe_for(options["llm"], given.get("generator"))
+    settings = method_settings(name, [known, {name: given}], options["seed"])
+    if known:
+        taken = {key: value for key, value in {**known["all"], **known.get(name, {})}.items() if key not in given}
+        note(f"Embedded models: {', '.join(f'{key} {value}' for key, value in taken.items())} (flags win)")
+    settings.train.rows_per_call(world_size())
+    tasks = named_tasks(options)
     if not options["task"]:
         left_out = [task.name for task in tasks if task.category == UNSEEN]
         tasks = [task for task in tasks if task.category != UNSEEN]
@@ -96,22 +69,14 @@ def train_adapter(options: Mapping[str, Any]) -> Path:
         if not tasks:
             raise ATVError(f"All tasks are of the category {UNSEEN}, which is not trained on; name them with --task.")
     tasks = [task.limited(train=options["train_rows"], valid=options["valid_rows"]) for task in tasks]
-    llm, tokenizer = _load_llm(options, options["llm"])
-    set_seed(options["seed"])
-    atv = ATVModel(llm, config, tokenizer=tokenizer)
+    llm, tokenizer = frozen(options).load()
     rows = sum(len(task.train) for task in tasks)
-    note(f"{model_summary(atv)}; {rows} training rows of {', '.join(task.name for task in tasks)}")
+    note(f"{name}: {rows} training rows of {', '.join(task.name for task in tasks)}")
     store = PrefixStore(_bytes(options, "prefix_memory"), _bytes(options, "prefix_disk"))
-    result = train(atv, tasks, options["out"], settings, options["force"], store)
-    seconds = result.record.get("seconds")
-    print_lines(
-        [
-            f"Adapter: {result.adapter}" + (f" (trained in {seconds:.0f} s)" if seconds else ""),
-            f"Next: atv eval --adapter {result.adapter} --task {tasks[0].name}"
-            + (f" --data {options['data']}" if options["data"] else ""),
-        ]
-    )
-    return result.adapter
+    adapter = METHODS[name].fit(llm, tokenizer, tasks, options["out"], *settings, force=options["force"], store=store)
+    data = f" --data {options['data']}" if options["data"] else ""
+    print_lines([f"Adapter: {adapter}", f"Next: atv eval --adapter {adapter} --task {tasks[0].name}{data}"])
+    return adapter
 
 
 def _bytes(options: Mapping[str, Any], name: str) -> int | None:
@@ -122,51 +87,20 @@ def _bytes(options: Mapping[str, Any], name: str) -> int | None:
     return None if gib is None else int(gib * 2**30)
 
 
-def _variants(name: str) -> list[Variant] | None:
-    if name not in ("all", "first"):
-        raise unknown("variants", name, ("all", "first"))
-    return None if name == "all" else [Variant(0, TRAIN_PREFIX)]
-
-
 def evaluate_method(options: Mapping[str, Any]) -> Path:
     """`atv eval`: one run; a finished one is shown, an interrupted one goes on."""
-    name = options["method"] or ("atv" if options["adapter"] else "zero-shot")
-    if name not in METHODS:
-        raise unknown("method", name, METHODS)
-    if name == "atv" and options["adapter"] is None:
-        raise ATVError("The method atv needs an adapter; give --adapter DIR, the folder that atv train wrote.")
-    shots = METHODS[name].wanted_shots(options["shots"])
-    tasks = [task.limited(test=options["test_rows"]) for task in _tasks(options)]
-    variants = _variants(options["variants"])
-    folder = artifact.locate(options["adapter"]) if options["adapter"] else None
-    saved = artifact.read(folder) if folder else None
-    llm_name = options["llm"] or (saved.base_llm["name"] if saved else EMBEDDED_LLM)
-    settings = {
-        "method": name,
-        "llm": llm_name,
-        "revision": options["revision"],
-        "dtype": options["dtype"],
-        "quantization": options["quantization"],
-        "seed": options["seed"],
-        "adapter": artifact.identity(folder) if folder else None,
-        "tasks": {task.name: f"{len(task.test)} rows, {task.digest('test')}" for task in tasks},
-        "templates": {task.name: list(task.templates) for task in tasks},
-        "variants": options["variants"],
-    }
-    if shots:
-        settings |= {"shots": shots, "demonstrations from": {task.name: task.digest("train") for task in tasks}}
-    out = options["out"] or Path("runs") / name
-    run = RunWriter(out, settings, options["force"])
-    if run.finished:
+    adapter = options["adapter"]
+    saved = artifact.read(artifact.locate(adapter)) if adapter else None
+    name = options["method"] or (saved.method if saved else "zero-shot")
+    out = Path(options["out"] or Path("runs") / name)
+    tasks = [task.limited(train=options["train_rows"], test=options["test_rows"]) for task in named_tasks(options)]
+    llm = frozen(options, options["llm"] or (saved.base_llm["name"] if saved else EMBEDDED_LLM))
+    how = {key: options[key] for key in ("adapter", "shots", "seed", "variants", "batch_size", "force")}
+    if measure(name, llm, tasks, out, **how):
+        print_lines([f"Run: {out}", f"Next: atv report {out}"])
+    else:
         print_lines([f"{out} holds this run already, finished. Show it with: atv report {out}"])
-        return Path(out)
-    llm, tokenizer = _load_llm(options, llm_name)
-    set_seed(options["seed"])
-    method = METHODS[name].load(llm, tokenizer, folder, shots=options["shots"], seed=options["seed"])
-    run.describe(method=method.describe(), device=str(input_device(llm)))
-    evaluate(method, tasks, run, variants=variants, batch_size=options["batch_size"])
-    print_lines([f"Run: {out}", f"Next: atv report {out}"])
-    return Path(out)
+    return out
 
 
 def prompt_template(saved: artifact.Saved, task: str | None, template: str | None) -> str:
@@ -207,7 +141,7 @@ def answer(options: Mapping[str, Any]) -> None:
     folder = artifact.locate(options["adapter"])
     saved = artifact.read(folder)
     template = prompt_template(saved, options["task"], options["template"])
-    llm, tokenizer = _load_llm(options, options["llm"] or saved.base_llm["name"])
+    llm, tokenizer = frozen(options, options["llm"] or saved.base_llm["name"]).load()
     atv = ATVModel.from_pretrained(llm, folder, tokenizer=tokenizer)
     how: dict[str, Any] = {"max_new_tokens": options["max_new_tokens"], "do_sample": options["temperature"] > 0}
     if options["temperature"] > 0:
@@ -229,7 +163,7 @@ def examine(options: Mapping[str, Any]) -> bool:
         layer_path=options["layer_path"],
         positions=options["positions"],
     )
-    llm, tokenizer = _load_llm(options, options["llm"])
+    llm, tokenizer = frozen(options).load()
     set_seed(0)
     atv = ATVModel(llm, config, tokenizer=tokenizer, generator=Generator.load(config))
     print_lines([model_summary(atv)])
@@ -248,7 +182,7 @@ def list_tasks(options: Mapping[str, Any]) -> None:
 
     if options["llm"] is not None and not options["audit"]:
         raise ATVError("--llm is what --audit looks at; expected both. Add --audit, or leave --llm out.")
-    tasks = _tasks(options)
+    tasks = named_tasks(options)
     grid = Table()
     for column in ("task", "category", "train", "valid", "test", "majority", "options"):
         grid.add_column(column, justify="left" if column in ("task", "category", "options") else "right")

@@ -1,12 +1,13 @@
 """What a task is: examples in three splits, three templates, and the options among which an answer is judged."""
 
 import hashlib
+import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from atv.errors import ATVError
+from atv.errors import ATVError, unknown
 
 ANSWER_PREFIXES = ("A:", "Answer:", "The answer is")
 """What may stand before the answer (section 3 of the paper); evaluation uses all of them."""
@@ -14,6 +15,7 @@ TRAIN_PREFIX = ANSWER_PREFIXES[0]
 """The only one used in training."""
 UNSEEN = "Unseen"
 """Category of the tasks that are not trained on unless they are named; they have no part in a table's mean."""
+VARIANTS = ("all", "diagonal", "first")
 SPLITS = ("train", "valid", "test")
 ENOUGH_TO_JUDGE = 10
 """Fewer test rows than this may share an answer by chance; at this many it is a hidden-label split."""
@@ -86,11 +88,21 @@ class Task:
         """What the LLM reads: template with the query in it, a line break, the answer prefix."""
         return f"{self.templates[variant.template].replace('{input}', query)}\n{variant.answer_prefix}"
 
-    def variants(self) -> Iterator[Variant]:
-        """Every template with every answer prefix."""
-        for template in range(len(self.templates)):
-            for prefix in ANSWER_PREFIXES:
-                yield Variant(template, prefix)
+    def variants(self, which: str = "all") -> list[Variant]:
+        """Ways to ask the task.
+
+        Args:
+            which: "all": every template with every answer prefix; "diagonal": every template once, each with the next
+                prefix; "first": the first template with the prefix of training.
+        """
+        if which not in VARIANTS:
+            raise unknown("variants", which, VARIANTS)
+        if which == "first":
+            return [Variant(0, TRAIN_PREFIX)]
+        templates, prefixes = range(len(self.templates)), ANSWER_PREFIXES
+        if which == "diagonal":
+            return [Variant(template, prefixes[template % len(prefixes)]) for template in templates]
+        return [Variant(template, prefix) for template in templates for prefix in prefixes]
 
     def majority(self) -> float:
         """Share of the most frequent test answer: what a constant answer scores."""
@@ -100,6 +112,15 @@ class Task:
         """A short digest of the rows of these splits: what tells the same data from changed data."""
         rows = [row for split in splits for row in getattr(self, split)]
         return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
+
+    def drawn(self, train: int, valid: int, seed: int) -> "Task":
+        """The same task with at most that many training and validation rows, drawn by `seed` and the task's name."""
+        draw = random.Random(f"{seed} {self.name}")
+        return replace(
+            self,
+            train=tuple(draw.sample(self.train, min(train, len(self.train)))),
+            valid=tuple(draw.sample(self.valid, min(valid, len(self.valid)))),
+        )
 
     def limited(self, train: int | None = None, valid: int | None = None, test: int | None = None) -> "Task":
         """The same task with at most that many rows in each split, from the start of the split."""

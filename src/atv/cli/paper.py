@@ -1,0 +1,52 @@
+"""The work behind `atv reproduce` and `atv sweep`."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from atv.cli.show import print_lines, print_table
+from atv.cli.work import frozen, named_tasks, recipe_for
+from atv.errors import unknown
+from atv.progress import note
+from atv.protocol import PROFILES, Profile, read_settings, reproduce, sweep
+from atv.records import load_runs
+
+
+def _profile(options: Mapping[str, Any]) -> Profile:
+    name = options["profile"]
+    if name not in PROFILES:
+        raise unknown("profile", name, PROFILES)
+    note(f"Profile {name}: {PROFILES[name].says}")
+    return PROFILES[name]
+
+
+def _settings(options: Mapping[str, Any]) -> dict[str, Any]:
+    given = read_settings(options["settings"]) if options["settings"] else {}
+    return {"methods": options["method"] or (), "given": given, "recipe": recipe_for(options["llm"])}
+
+
+def reproduce_tables(options: Mapping[str, Any]) -> None:
+    """`atv reproduce`: everything that is not done yet, then the tables."""
+    from atv.report import paper_tables, write_tables
+
+    profile, out = _profile(options), Path(options["out"])
+    how = _settings(options) | {"batch_size": options["batch_size"], "force": options["force"]}
+    runs = reproduce(profile, frozen(options), named_tasks(options), out, **how)
+    tables = paper_tables(load_runs(runs))
+    for table in tables:
+        print_table(table)
+    files = [out / f"tables.{suffix}" for suffix in ("md", "tex", "csv")]
+    for file in files:
+        write_tables(tables, file)
+    print_lines([f"Runs: {out / 'runs'}    Tables: {', '.join(map(str, files))}"])
+
+
+def choose_settings(options: Mapping[str, Any]) -> None:
+    """`atv sweep`: the trials that are not done yet, then the best of each method."""
+    profile, out = _profile(options), Path(options["out"])
+    rows = {name: options[name] for name in ("train_rows", "valid_rows") if options[name] is not None}
+    how = _settings(options) | {"trials": options["trials"], "force": options["force"]}
+    best = sweep(replace(profile, **rows), frozen(options), named_tasks(options), out, **how)
+    print_lines([f"{name}: {', '.join(f'{key} {value}' for key, value in of.items())}" for name, of in best.items()])
+    print_lines([f"Next: atv reproduce --settings {out / 'settings.toml'}"])

@@ -1,0 +1,20 @@
+"""What is run beside what, on which rows: a method's settings, measuring it, the paper's tables, the sweep."""
+
+from atv.protocol.measure import Frozen, measure
+from atv.protocol.profiles import PROFILES, Profile
+from atv.protocol.reproduce import reproduce
+from atv.protocol.settings import Settings, method_settings, read_settings, recipe
+from atv.protocol.sweep import sweep
+
+__all__ = [
+    "PROFILES",
+    "Frozen",
+    "Profile",
+    "Settings",
+    "measure",
+    "method_settings",
+    "read_settings",
+    "recipe",
+    "reproduce",
+    "sweep",
+]

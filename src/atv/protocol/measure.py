@@ -1,0 +1,106 @@
+"""One method measured on tasks, as a run that can be gone on with."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import set_seed  # that of transformers imports peft, which takes seconds
+from torch import nn
+
+from atv import artifact
+from atv.errors import ATVError, unknown
+from atv.evaluation import evaluate
+from atv.hooks import input_device
+from atv.methods import METHODS
+from atv.models import load_llm, load_tokenizer
+from atv.records import RunWriter
+from atv.tasks import Task
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Which LLM, and how it is loaded; what a record says of it."""
+
+    llm: str
+    revision: str | None = None
+    dtype: str = "bfloat16"
+    quantization: str | None = None
+    device: str | None = None
+    trust_remote_code: bool = False
+
+    def load(self) -> tuple[nn.Module, Any]:
+        """The LLM and its tokenizer; asked for again, the same ones."""
+        return _load(self)
+
+    def described(self) -> dict[str, Any]:
+        """What decides its answers."""
+        return {name: getattr(self, name) for name in ("llm", "revision", "dtype", "quantization")}
+
+
+@lru_cache(maxsize=1)  # of several LLMs the memory may hold one
+def _load(frozen: Frozen) -> tuple[nn.Module, Any]:
+    how = asdict(frozen)
+    name = how.pop("llm")
+    return load_llm(name, **how), load_tokenizer(name, frozen.revision)
+
+
+def measure(
+    name: str,
+    frozen: Frozen,
+    tasks: Sequence[Task],
+    out: Path,
+    *,
+    adapter: Path | None = None,
+    shots: int | None = None,
+    seed: int = 42,
+    variants: str = "all",
+    batch_size: int = 16,
+    force: bool = False,
+) -> bool:
+    """Ask a method the test rows of tasks; false if `out` holds this run already, finished.
+
+    Args:
+        name: of the method.
+        frozen: the LLM; not loaded if there is nothing to do.
+        tasks: their test splits are asked; demonstrations come from their training splits.
+        out: folder of the run.
+        adapter: for a method that needs one.
+        shots: demonstrations; None: the method's own number, and none for a method that has none.
+        seed: of what is drawn.
+        variants: as `Task.variants` takes it.
+        batch_size: prompts per call of the LLM.
+        force: begin anew.
+    """
+    if name not in METHODS:
+        raise unknown("method", name, METHODS)
+    method_class = METHODS[name]
+    if method_class.adapter_of is not None and adapter is None:
+        made_by = f"atv train --method {method_class.adapter_of}"
+        raise ATVError(f"The method {name} needs an adapter; give --adapter DIR, the folder that {made_by} wrote.")
+    shots = method_class.wanted_shots(shots)
+    folder = artifact.locate(adapter) if adapter is not None else None
+    settings = {
+        "method": name,
+        **frozen.described(),
+        "seed": seed,
+        "adapter": artifact.identity(folder) if folder else None,
+        "tasks": {task.name: f"{len(task.test)} rows, {task.digest('test')}" for task in tasks},
+        "templates": {task.name: list(task.templates) for task in tasks},
+        "variants": variants,
+    }
+    if shots:
+        settings |= {"shots": shots, "demonstrations from": {task.name: task.digest("train") for task in tasks}}
+    run = RunWriter(out, settings, force)
+    if run.finished:
+        return False
+    llm, tokenizer = frozen.load()
+    set_seed(seed)
+    method = method_class.load(llm, tokenizer, folder, shots=shots or None, seed=seed)
+    try:
+        run.describe(method=method.describe(), device=str(input_device(llm)))
+        evaluate(method, tasks, run, variants=variants, batch_size=batch_size)
+    finally:
+        method.close()
+    return True

@@ -1,0 +1,63 @@
+"""How much of the paper's protocol is run."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The paper's protocol (its section 5, and section 3 of the facts about it), or a part of it.
+
+    Rows, variants and seeds are the same for every method.
+    """
+
+    name: str
+    says: str
+    """What it cuts, for the reader of its tables."""
+    train_rows: int = 90
+    """Per task, drawn anew by each seed from the training split; demonstrations come from these rows too."""
+    valid_rows: int = 30
+    """Per task, to choose the epoch and ELICIT's layers; the paper does not say how many it had."""
+    test_rows: int = 100
+    """Per task, the first ones of the split for every seed."""
+    seeds: tuple[int, ...] = (42, 100, 10)
+    variants: str = "all"
+    shots: int = 16
+    tasks_per_category: int | None = None
+    """None: all; else the first ones of each category."""
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Stronger than a method's defaults, weaker than what the user gives."""
+
+
+PROFILES = {
+    profile.name: profile
+    for profile in (
+        Profile("paper", "Nothing is cut.", settings={"all": {"epochs": 15}}),
+        Profile(
+            "small",
+            "Cut for two CPU cores: 45 training rows per task instead of 90, 16 test rows instead of 100, 3 prompt "
+            "variants instead of 9 (each template once, each with another answer prefix), one seed instead of three, "
+            "4 demonstrations instead of 16, 2 epochs instead of 15.",
+            train_rows=45,
+            valid_rows=8,
+            test_rows=16,
+            seeds=(42,),
+            variants="diagonal",
+            shots=4,
+            settings={"all": {"epochs": 2}},
+        ),
+        Profile(
+            "smoke",
+            "Three minutes to see that everything runs; its numbers mean nothing: one task of each category, 12 "
+            "training and 8 test rows per task, one variant, one seed, 2 demonstrations, one epoch.",
+            train_rows=12,
+            valid_rows=3,
+            test_rows=8,
+            seeds=(42,),
+            variants="first",
+            shots=2,
+            tasks_per_category=1,
+            settings={"all": {"epochs": 1}, "elicit": {"exemplars": 2}},
+        ),
+    )
+}

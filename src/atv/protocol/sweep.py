@@ -1,0 +1,142 @@
+"""Settings chosen on validation rows: the same number of trials for every method, each recorded."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from atv.errors import ATVError, unknown
+from atv.files import write_json, write_text
+from atv.methods import METHODS
+from atv.progress import note
+from atv.protocol.measure import Frozen, measure
+from atv.protocol.profiles import Profile
+from atv.protocol.reproduce import chosen_tasks
+from atv.protocol.settings import Tables, method_settings
+from atv.records import load_runs
+from atv.store import PrefixStore
+from atv.tasks import UNSEEN, Task
+
+RECORD_FILE = "sweep.json"
+SETTINGS_FILE = "settings.toml"
+
+
+def trials_of(name: str, count: int, seed: int) -> list[dict[str, Any]]:
+    """`count` different choices from what the method may be searched over; the first is its default."""
+    search = METHODS[name].search
+    everything = [dict(zip(search, values, strict=True)) for values in product(*search.values())]
+    if count > len(everything):
+        raise ATVError(f"The method {name} has {len(everything)} settings to choose from; expected trials up to that.")
+    default, others = everything[0], everything[1:]
+    return [default, *random.Random(f"{seed} {name}").sample(others, count - 1)]
+
+
+def sweep(
+    profile: Profile,
+    frozen: Frozen,
+    tasks: Sequence[Task],
+    out: Path,
+    *,
+    methods: Sequence[str] = (),
+    trials: int = 4,
+    recipe: Tables | None = None,
+    given: Tables | None = None,
+    force: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """Try settings of trained methods on validation rows; returns each method's best and writes `settings.toml`.
+
+    Each trial is trained on a seed's training rows as `profile` says, with half of its validation rows to choose the
+    epoch, and measured on the other half. The test split is never touched. The best is the one with the highest mean
+    accuracy over tasks over the whole vocabulary; of equal ones the one with the higher accuracy among the options,
+    then the earlier.
+
+    Args:
+        profile: rows, variants, and its first seed.
+        frozen: the LLM.
+        tasks: those of the category Unseen have no part.
+        out: gets `sweep.json` (every trial), `settings.toml` and the trials' folders.
+        methods: names of trained methods; by default all that have settings to choose from.
+        trials: for every method.
+        recipe: settings that suit this LLM; the profile's are stronger.
+        given: settings that all trials have, stronger than the profile's.
+        force: begin anew.
+    """
+    names = list(methods) or [name for name in METHODS if METHODS[name].search]
+    for name in names:
+        if name not in METHODS or not METHODS[name].search:
+            raise unknown("method to choose settings for", name, [name for name in METHODS if METHODS[name].search])
+    seed = profile.seeds[0]
+    chosen = {name: trials_of(name, trials, seed) for name in names}
+    seen = [
+        _on_validation_rows(task, profile, seed) for task in chosen_tasks(profile, tasks) if task.category != UNSEEN
+    ]
+    results: dict[str, Any] = {}
+    best: dict[str, dict[str, Any]] = {}
+    tables = (recipe or {}, profile.settings, given or {})
+    store = PrefixStore()
+    done = 0
+    for name in names:
+        rows: list[dict[str, Any]] = []
+        for number, trial in enumerate(chosen[name]):
+            done += 1
+            said = ", ".join(f"{key} {value}" for key, value in trial.items())
+            note(f"[{done} of {trials * len(names)}] {name}: {said}")
+            score = _try(name, trial, profile, frozen, seen, out / f"{name}-{number}", tables, store, force)
+            rows.append({"settings": trial, **score})
+        results[name] = rows
+        best[name] = max(rows, key=lambda row: (row["accuracy"], row["among_options"]))["settings"]
+        write_json(out / RECORD_FILE, {"seed": seed, "profile": profile.name, "trials": results, "best": best})
+    write_text(out / SETTINGS_FILE, _toml(best))
+    return best
+
+
+def _on_validation_rows(task: Task, profile: Profile, seed: int) -> Task:
+    """The task with half of the drawn validation rows in place of its test rows."""
+    drawn = task.drawn(profile.train_rows, 2 * profile.valid_rows, seed)
+    half = len(drawn.valid) // 2
+    if not half:
+        raise ATVError(f"Task {task.name} has {len(drawn.valid)} validation rows; a sweep needs at least 2.")
+    return replace(drawn, valid=drawn.valid[:half], test=drawn.valid[half:])
+
+
+def _try(
+    name: str,
+    trial: Mapping[str, Any],
+    profile: Profile,
+    frozen: Frozen,
+    tasks: Sequence[Task],
+    folder: Path,
+    tables: Sequence[Tables],
+    store: PrefixStore,
+    force: bool,
+) -> dict[str, float]:
+    seed = profile.seeds[0]
+    settings = method_settings(name, [*tables, {name: trial}], seed)
+    llm, tokenizer = frozen.load()
+    METHODS[name].fit(llm, tokenizer, tasks, folder / "trained", *settings, force=force, store=store)
+    measure(name, frozen, tasks, folder / "run", adapter=folder / "trained", seed=seed, variants="first", force=force)
+    rows = load_runs([folder / "run"])
+    by_task: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_task.setdefault(row["task"], []).append(row)
+    means = {
+        said: fmean(fmean(row[key] for row in alike) for alike in by_task.values())
+        for said, key in (("accuracy", "correct"), ("among_options", "correct_among_options"))
+    }
+    note(f"    accuracy {100 * means['accuracy']:.1f}, among options {100 * means['among_options']:.1f}")
+    return means
+
+
+def _toml(tables: Mapping[str, Mapping[str, Any]]) -> str:
+    """Tables of settings as TOML; their values are numbers and words."""
+    lines = []
+    for name, values in tables.items():
+        lines += [f'["{name}"]', *(f"{key} = {_value(value)}" for key, value in values.items()), ""]
+    return "\n".join(lines)
+
+
+def _value(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else repr(value)
