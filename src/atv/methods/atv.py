@@ -23,7 +23,6 @@ class ATV(Method):
 
     name = "atv"
     config_class = ATVConfig
-    adapter_of = "atv"
 
     def __init__(self, atv: ATVModel) -> None:
         super().__init__(atv.llm, atv.tokenizer)

@@ -29,7 +29,6 @@ class Method(ABC):
     Attributes:
         name: as in the registry and in the records.
         config_class: the options of a method that is trained; None: there is nothing to train.
-        adapter_of: name of the method whose adapter it needs, its own or another's; None: it needs none.
         train_defaults: fields of TrainConfig that the method's own paper sets otherwise; None: it is learnt without a
             training loop, and of TrainConfig takes the seed alone.
         search: what a sweep may choose from: fields of `config_class` or TrainConfig, each with its values.
@@ -43,7 +42,6 @@ class Method(ABC):
 
     name: ClassVar[str]
     config_class: ClassVar[type[Checked] | None] = None
-    adapter_of: ClassVar[str | None] = None
     train_defaults: ClassVar[dict[str, Any] | None] = {}
     search: ClassVar[dict[str, tuple[Any, ...]]] = {}
     edited: int | None = None
@@ -53,6 +51,11 @@ class Method(ABC):
     def __init__(self, llm: nn.Module, tokenizer: Any) -> None:
         self.llm = llm
         self.tokenizer = tokenizer
+
+    @classmethod
+    def trained_as(cls) -> str | None:
+        """Name of the method whose adapter this one needs, its own or another's; None: it needs none."""
+        return None if cls.config_class is None else cls.name
 
     @classmethod
     def fit(
@@ -134,6 +137,3 @@ class Method(ABC):
         """What happens inside the LLM while it reads the prompts of `examples`, in their order."""
         del task, examples
         return nullcontext()
-
-    def close(self) -> None:  # noqa: B027 - most methods leave nothing behind
-        """Leave the LLM as it was before `load`; for a method that has put something into it."""

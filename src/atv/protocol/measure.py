@@ -76,8 +76,8 @@ def measure(
     if name not in METHODS:
         raise unknown("method", name, METHODS)
     method_class = METHODS[name]
-    if method_class.adapter_of is not None and adapter is None:
-        made_by = f"atv train --method {method_class.adapter_of}"
+    if (trained := method_class.trained_as()) is not None and adapter is None:
+        made_by = f"atv train --method {trained}"
         raise ATVError(f"The method {name} needs an adapter; give --adapter DIR, the folder that {made_by} wrote.")
     shots = method_class.wanted_shots(shots)
     folder = artifact.locate(adapter) if adapter is not None else None
@@ -98,9 +98,6 @@ def measure(
     llm, tokenizer = frozen.load()
     set_seed(seed)
     method = method_class.load(llm, tokenizer, folder, shots=shots or None, seed=seed)
-    try:
-        run.describe(method=method.describe(), device=str(input_device(llm)))
-        evaluate(method, tasks, run, variants=variants, batch_size=batch_size)
-    finally:
-        method.close()
+    run.describe(method=method.describe(), device=str(input_device(llm)))
+    evaluate(method, tasks, run, variants=variants, batch_size=batch_size)
     return True

@@ -98,7 +98,7 @@ def chosen_tasks(profile: Profile, tasks: Sequence[Task]) -> list[Task]:
 
 def _jobs(methods: Sequence[str], seeds: Sequence[int]) -> list[Job]:
     """In an order in which whatever is needed is there: all training of a seed, then all measuring."""
-    trained = list(dict.fromkeys(made for name in methods if (made := METHODS[name].adapter_of) is not None))
+    trained = list(dict.fromkeys(made for name in methods if (made := METHODS[name].trained_as()) is not None))
     return [
         job
         for seed in seeds
@@ -174,9 +174,8 @@ def _do(
         seen = [task for task in tasks if task.category != UNSEEN]
         method.fit(llm, tokenizer, seen, folder, *settings, force=force, store=store)
         return True
-    adapter = None
-    if method.adapter_of is not None:
-        adapter = out / Job("train", method.adapter_of, job.seed).folder
+    trained = method.trained_as()
+    adapter = None if trained is None else out / Job("train", trained, job.seed).folder
     return measure(
         job.method,
         frozen,
