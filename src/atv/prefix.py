@@ -7,6 +7,7 @@ columns are exactly those of the full pass. `read_prefix` is the one place where
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from itertools import takewhile
@@ -109,12 +110,12 @@ def full_sides(cache: Any, width: int) -> list[tuple[Tensor, Tensor]] | None:
     return cast(list[tuple[Tensor, Tensor]], sides)
 
 
-def _counts_positions(llm: nn.Module) -> bool:
-    """Distances between tokens are those of `position_ids`, whatever padding stands between them."""
+def counts_positions(llm: nn.Module, columns: float = math.inf) -> bool:
+    """Distances between tokens are those of `position_ids`, whatever padding stands among so many columns."""
     config = text_config(llm)
     windows = ("sliding_window", "window_size", "attention_chunk_size")
-    return "position_ids" in inspect.signature(base_llm(llm).forward).parameters and not any(
-        getattr(config, name, None) for name in windows
+    return "position_ids" in inspect.signature(base_llm(llm).forward).parameters and all(
+        columns <= (getattr(config, name, None) or math.inf) for name in windows
     )
 
 
@@ -134,7 +135,7 @@ class SharedPrefix:
     def __init__(self, llm: nn.Module, prompts: Sequence[Sequence[int]], edited: int | None, least: int = 8) -> None:
         self.length = 0
         self._sides: list[tuple[Tensor, Tensor]] = []
-        if edited is None or len(prompts) < 2 or not _counts_positions(llm):
+        if edited is None or len(prompts) < 2 or not counts_positions(llm):
             return
         pairs = zip(
             *(choose(map(list, prompts)) for choose in (min, max)), strict=False

@@ -1,0 +1,124 @@
+"""LoRA: a product of two thin matrices, learned, is added to each query and value projection (through PEFT)."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+from torch import nn
+
+from atv.config import Checked
+from atv.errors import ATVError
+from atv.hooks import text_config
+from atv.methods.peft_model import Adapted, PEFTMethod
+
+
+@dataclass
+class LoRAConfig(Checked):
+    """The shape of a LoRA adapter. The defaults are the paper's (section 3 of its text)."""
+
+    rank: int = 8
+    """Width between the two matrices."""
+    alpha: int = 32
+    """Their product is added alpha / rank times."""
+    dropout: float = 0.05
+    """Share of a projection's inputs that the adapter does not see in training."""
+    targets: list[str] | None = None
+    """Names of the adapted modules; none: the query and value projections, where PEFT knows the LLM's architecture."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        for name in ("rank", "alpha"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ATVError(f"{name} is {getattr(self, name)!r}; expected a whole number from 1.")
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+            raise ATVError(f"dropout is {self.dropout!r}; expected a number from 0 to below 1.")
+        named = isinstance(self.targets, list) and all(isinstance(name, str) for name in self.targets)
+        if self.targets is not None and not (named and self.targets):
+            raise ATVError(f"targets is {self.targets!r}; expected names of modules, such as q_proj and v_proj.")
+
+
+def query_and_value(llm: nn.Module) -> list[str] | str:
+    """The names of an LLM's query and value projections, as PEFT knows them: two, or the one that holds both.
+
+    A fused projection makes the keys too, which are then adapted with the others.
+    """
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
+
+    kind = text_config(llm).model_type
+    names = cast(list[str] | str, KNOWN.get(kind, []))
+    if isinstance(names, str) or len(names) == 1:  # a pattern, or a fused projection
+        return names
+    chosen = [name for name in names if re.fullmatch(r"(q|query|v|value)(_proj)?", name)]
+    if len(chosen) != 2:
+        parts = {name.rpartition(".")[2] for name, part in llm.named_modules() if hasattr(part, "weight")}
+        raise ATVError(
+            f"PEFT does not know the query and value projections of the architecture {kind}; name them with targets. "
+            f"Its modules with weights are: {', '.join(sorted(parts))}."
+        )
+    return chosen
+
+
+class AdaptedByLoRA(Adapted):
+    """The LLM; while it is called, a layer of PEFT stands in the place of each target module, and holds it."""
+
+    def __init__(self, llm: nn.Module, config: Any) -> None:
+        from peft.tuners.lora import LoraLayer
+
+        super().__init__(llm, config)
+        self._places: list[tuple[nn.Module, str, Any]] = [
+            (parent, name, child)
+            for parent in llm.modules()
+            for name, child in parent.named_children()
+            if isinstance(child, LoraLayer)
+        ]
+        self.peft.unload()
+
+    @contextmanager
+    def inserted(self) -> Iterator[None]:
+        """PEFT's layers stand in the LLM while the context lasts."""
+        try:
+            for parent, name, layer in self._places:
+                setattr(parent, name, layer)
+            yield
+        finally:
+            for parent, name, layer in self._places:
+                setattr(parent, name, layer.base_layer)
+
+    def learned(self) -> nn.Module:
+        """The two matrices of each place, and the dropout before them."""
+        return nn.ModuleList(
+            nn.ModuleList([layer.lora_dropout, layer.lora_A, layer.lora_B]) for _, _, layer in self._places
+        )
+
+    def forward(self, **inputs: Any) -> Any:
+        """As the LLM's."""
+        with self.inserted():
+            return self.peft(**inputs)
+
+
+class LoRA(PEFTMethod):
+    """Low-rank adapters on the query and value projections of all layers."""
+
+    name = "lora"
+    config_class = LoRAConfig
+    train_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 4e-4}
+    search: ClassVar[dict[str, tuple[Any, ...]]] = {"learning_rate": (4e-4, 1e-3, 2e-3, 2e-4)}
+
+    @classmethod
+    def adapt(cls, llm: nn.Module, config: LoRAConfig) -> Adapted:
+        """New matrices, whose product is 0 before training."""
+        from peft import LoraConfig
+
+        made = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=config.rank,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            target_modules=config.targets or query_and_value(llm),
+        )
+        try:
+            return AdaptedByLoRA(llm, made)
+        except ValueError as error:  # no such module, or one of a kind that PEFT cannot adapt
+            raise ATVError(f"PEFT refuses these targets: {' '.join(str(error).split())[:300]}") from error

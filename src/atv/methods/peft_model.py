@@ -1,0 +1,203 @@
+"""What LoRA and prefix-tuning share: an adapter of the library PEFT around the frozen LLM, trained, saved, loaded."""
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from accelerate.utils import set_seed  # that of transformers imports peft, which takes seconds
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from atv import artifact
+from atv.config import Checked, TrainConfig
+from atv.errors import ATVError
+from atv.hooks import base_llm
+from atv.methods.base import Method
+from atv.prefix import call_llm
+from atv.store import PrefixStore
+from atv.tasks import Task
+from atv.trainable import AnswerLoss, Trainable, answer_loss
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+"""PEFT's own name, so that PEFT reads the folder too."""
+
+
+class Adapted(nn.Module, ABC):
+    """The frozen LLM read through a PEFT adapter; who calls the LLM itself finds it as it was.
+
+    Several methods share one LLM in a process, and PEFT changes the LLM that it is given: here an adapter is in it for
+    the time of a call.
+
+    Args:
+        llm: the plain LLM.
+        config: PEFT's.
+    """
+
+    def __init__(self, llm: nn.Module, config: Any) -> None:
+        super().__init__()
+        import peft
+
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "fan_in_fan_out")  # PEFT corrects its own default, and says so
+            warnings.filterwarnings("ignore", category=FutureWarning)  # between PEFT and transformers
+            self.peft: Any = peft.get_peft_model(llm, config)
+        self.config = llm.config
+
+    def get_base_model(self) -> nn.Module:
+        """The LLM, as of any PEFT model."""
+        llm: nn.Module = self.peft.get_base_model()
+        return llm
+
+    @contextmanager
+    def inserted(self) -> Iterator[None]:
+        """PEFT finds the adapter where it expects it while the context lasts."""
+        yield
+
+    @abstractmethod
+    def learned(self) -> nn.Module:
+        """What is trained, and nothing else."""
+
+    @abstractmethod
+    def forward(self, **inputs: Any) -> Any:
+        """As the LLM's, named arguments alone."""
+
+
+class PEFTModel(Trainable):
+    """A PEFT adapter in training.
+
+    Args:
+        llm: the plain LLM.
+        tokenizer: the LLM's.
+        method: puts the adapter around the LLM.
+        config: the method's.
+    """
+
+    adapted: Adapted
+
+    def __init__(self, llm: nn.Module, tokenizer: Any, method: type["PEFTMethod"], config: Checked) -> None:
+        if base_llm(llm) is not llm or hasattr(llm, "peft_config"):
+            raise ATVError(
+                f"The LLM has a PEFT adapter already, and the method {method.name} adds one: give the plain LLM."
+            )
+        super().__init__(llm, tokenizer)
+        self.method, self.config = method.name, config
+        self._about_llm = artifact.describe_llm(llm)
+        object.__setattr__(self, "adapted", method.adapt(llm, config))
+        self.learned = self.adapted.learned()
+
+    def describe(self) -> dict[str, Any]:
+        """The method's configuration."""
+        return {"method": self.method, **self.config.to_dict()}
+
+    def forward(
+        self,
+        query_input_ids: Tensor,
+        query_attention_mask: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        edit_mask: Tensor,
+        labels: Tensor,
+    ) -> AnswerLoss:
+        """The loss of the answers; the adapter reads whole prompts, and no query beside them."""
+        del query_input_ids, query_attention_mask, edit_mask
+        output = call_llm(
+            self.adapted,
+            keep=labels.shape[1],
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=False,
+        )
+        return answer_loss(output.logits, labels)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write a folder that `load` reads, and PEFT's `PeftModel.from_pretrained` too."""
+
+        def write(part: Path) -> None:
+            with self.adapted.inserted():  # "auto" would ask the hub for the LLM
+                self.adapted.peft.save_pretrained(part, safe_serialization=True, save_embedding_layers=False)
+
+        artifact.save(Path(path), self.method, self._about_llm, self.config.to_dict(), self.training_summary, write)
+
+    def load_weights(self, folder: Path) -> None:
+        """Load an adapter's weights; names and shapes must fit exactly."""
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+        file, peft = folder / WEIGHTS_FILE, self.adapted.peft
+        with self.adapted.inserted():
+            own = get_peft_model_state_dict(peft, save_embedding_layers=False)
+            try:
+                given = load_file(file)
+            except (SafetensorError, OSError) as error:
+                raise ATVError(f"{file} cannot be read: {' '.join(str(error).split())[:300]}") from error
+            expected, found = ({name: tuple(t.shape) for name, t in which.items()} for which in (own, given))
+            differing = sorted({name for name, _ in expected.items() ^ found.items()})
+            if differing:
+                raise ATVError(f"{file} does not fit: other names or shapes ({', '.join(differing)[:300]}).")
+            set_peft_model_state_dict(peft, given)
+
+
+class PEFTMethod(Method):
+    """The plain prompt, read through a trained PEFT adapter."""
+
+    config_class: ClassVar[type[Checked]]
+    edited = 0  # what prompts share is read through the adapter as well: `llm` is the LLM with it
+
+    def __init__(self, model: PEFTModel) -> None:
+        super().__init__(model.eval().adapted.eval(), model.tokenizer)
+        self.model = model
+
+    @classmethod
+    @abstractmethod
+    def adapt(cls, llm: nn.Module, config: Any) -> Adapted:
+        """A new adapter around the LLM."""
+
+    @classmethod
+    def fit(
+        cls,
+        llm: nn.Module,
+        tokenizer: Any,
+        tasks: Sequence[Task],
+        out: Path,
+        config: Any,
+        train: TrainConfig,
+        *,
+        force: bool = False,
+        store: PrefixStore | None = None,
+    ) -> Path:
+        """Train the adapter, in float32, around the frozen LLM."""
+        from atv import training  # the Trainer brings peft and bitsandbytes along: seconds that measuring saves
+
+        set_seed(train.seed)
+        return training.train(PEFTModel(llm, tokenizer, cls, config), tasks, out, train, force, store).adapter
+
+    @classmethod
+    def load(
+        cls, llm: nn.Module, tokenizer: Any, adapter: Path | None, *, shots: int | None = None, seed: int = 42
+    ) -> Self:
+        """Load the adapter that `fit` wrote."""
+        cls.wanted_shots(shots)
+        if adapter is None:
+            raise ATVError(f"The method {cls.name} needs an adapter; give --adapter DIR, the folder of its training.")
+        folder = artifact.locate(adapter)
+        saved = artifact.read(folder, cls.name)
+        artifact.check_llm(saved, llm, folder)
+        try:
+            config = cls.config_class.from_dict(saved.config)
+        except TypeError as error:
+            raise ATVError(f"{folder} is damaged: {error}. Restore it or train again.") from error
+        model = PEFTModel(llm, tokenizer, cls, config)
+        model.load_weights(folder)
+        model.training_summary = saved.training
+        method = cls(model)
+        method.seed = seed
+        return method
+
+    def describe(self) -> dict[str, Any]:
+        """Its configuration and how it was trained."""
+        return {"config": self.model.config.to_dict(), "training": self.model.training_summary}

@@ -1,0 +1,97 @@
+"""Prefix-tuning: learned keys and values stand before every prompt, in every layer (through PEFT)."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from atv.config import Checked
+from atv.errors import ATVError
+from atv.methods.peft_model import Adapted, PEFTMethod
+from atv.models import context_length
+from atv.prefix import counts_positions
+
+
+@dataclass
+class PrefixConfig(Checked):
+    """The shape of a learned prefix. The default is PEFT's usual one."""
+
+    virtual_tokens: int = 20
+    """How many keys and values each layer gets."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        if not isinstance(self.virtual_tokens, int) or self.virtual_tokens < 1:
+            raise ATVError(f"virtual_tokens is {self.virtual_tokens!r}; expected a whole number from 1.")
+
+
+class AdaptedByPrefix(Adapted):
+    """The LLM behind learned keys and values.
+
+    PEFT's own forward drops `position_ids`, so that a row's answer would depend on its padding. Here the columns are:
+    virtual tokens, padding, prompt; the padding is masked, and positions count on from the virtual tokens.
+    """
+
+    def learned(self) -> nn.Module:
+        """The keys and values, in float32."""
+        encoders: nn.Module = self.peft.prompt_encoder
+        return encoders
+
+    def forward(self, **inputs: Any) -> Any:
+        """As the LLM's. Caches that are given and returned are without the virtual tokens."""
+        llm, mask = self.get_base_model(), inputs["attention_mask"]  # (batch, seq)
+        past = self.peft.get_prompt(len(mask))
+        tokens = past.get_seq_length()
+        columns = tokens + mask.shape[1]
+        self._require_room(columns)
+        if not counts_positions(llm, columns) and not mask[:, 0].all():
+            return self._one_by_one(inputs)
+        if inputs.get("past_key_values") is not None:
+            for layer, given in zip(past.layers, inputs["past_key_values"].layers, strict=True):
+                layer.update(given.keys, given.values)
+        inputs["attention_mask"] = nn.functional.pad(mask, (tokens, 0), value=1)
+        if "position_ids" in inputs:
+            inputs["position_ids"] = inputs["position_ids"] + tokens
+        output = llm(**inputs | {"past_key_values": past, "use_cache": True})
+        if inputs.get("use_cache"):
+            for layer in past.layers:
+                layer.keys, layer.values = layer.keys[:, :, tokens:], layer.values[:, :, tokens:]
+        return output
+
+    def _one_by_one(self, inputs: dict[str, Any]) -> Any:
+        """Each row without the padding on its left, for an LLM that would count it."""
+        outputs = []
+        for row, mask in enumerate(inputs["attention_mask"]):
+            own = slice(int(mask.argmax()), None)
+            cut = {name: x[row : row + 1, own] if isinstance(x, Tensor) else x for name, x in inputs.items()}
+            outputs.append(self(**cut))
+        outputs[0].logits = torch.cat([output.logits for output in outputs])
+        return outputs[0]
+
+    def _require_room(self, tokens: int) -> None:
+        limit = context_length(self)
+        if limit is not None and tokens > limit:
+            raise ATVError(
+                f"A prompt and the virtual tokens before it are {tokens} tokens and the LLM's context is {limit}; "
+                "shorten the prompt or train fewer virtual tokens."
+            )
+
+
+class PrefixTuning(PEFTMethod):
+    """The same learned keys and values before every prompt."""
+
+    name = "prefix"
+    config_class = PrefixConfig
+    train_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 1e-2}
+    search: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "learning_rate": (1e-2, 3e-2, 3e-3, 1e-3),
+        "virtual_tokens": (20, 5, 50),
+    }
+
+    @classmethod
+    def adapt(cls, llm: nn.Module, config: PrefixConfig) -> Adapted:
+        """New keys and values, drawn at random."""
+        from peft import PrefixTuningConfig
+
+        return AdaptedByPrefix(llm, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=config.virtual_tokens))
