@@ -4,8 +4,9 @@ from atv.methods.atv import ATV
 from atv.methods.base import Method, Prompt
 from atv.methods.bm25 import BM25
 from atv.methods.icl import ICL
+from atv.methods.icl_atv import ICLWithATV
 from atv.methods.zero_shot import ZeroShot
 
-METHODS: dict[str, type[Method]] = {"zero-shot": ZeroShot, "icl": ICL, "bm25": BM25, "atv": ATV}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (ZeroShot, ICL, BM25, ATV, ICLWithATV)}
 
 __all__ = ["METHODS", "Method", "Prompt"]

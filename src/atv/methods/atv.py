@@ -55,13 +55,16 @@ class ATV(Method):
         cls, llm: nn.Module, tokenizer: Any, adapter: Path | None, *, shots: int | None = None, seed: int = 42
     ) -> Self:
         """Load the adapter onto the LLM."""
-        del seed
-        cls.wanted_shots(shots)
+        shots = cls.wanted_shots(shots)
         if adapter is None:
-            raise ATVError("The method atv needs an adapter; give --adapter DIR, the folder that atv train wrote.")
+            raise ATVError(
+                f"The method {cls.name} needs an adapter; give --adapter DIR, the folder that atv train wrote."
+            )
         atv = ATVModel.from_pretrained(llm, adapter, tokenizer=tokenizer)
         atv.vector_cache.limit = 0  # seconds per query are those of a query that was never asked
-        return cls(atv)
+        method = cls(atv)
+        method.shots, method.seed = shots, seed
+        return method
 
     def describe(self) -> dict[str, Any]:
         """Its configuration and how it was trained."""
