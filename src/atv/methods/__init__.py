@@ -4,17 +4,13 @@ from atv.methods.atv import ATV
 from atv.methods.base import Method, Prompt
 from atv.methods.bm25 import BM25
 from atv.methods.icl import ICL
+from atv.methods.icl_atv import ICLWithATV
 from atv.methods.lora import LoRA
 from atv.methods.prefix_tuning import PrefixTuning
 from atv.methods.zero_shot import ZeroShot
 
 METHODS: dict[str, type[Method]] = {
-    "zero-shot": ZeroShot,
-    "icl": ICL,
-    "bm25": BM25,
-    "lora": LoRA,
-    "prefix": PrefixTuning,
-    "atv": ATV,
+    method.name: method for method in (ZeroShot, ICL, BM25, LoRA, PrefixTuning, ATV, ICLWithATV)
 }
 
 __all__ = ["METHODS", "Method", "Prompt"]

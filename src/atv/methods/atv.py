@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from accelerate.utils import set_seed  # that of transformers imports peft, which takes seconds
 from torch import nn
 
-from atv.config import ATVConfig, TrainConfig
+from atv.config import ATVConfig, Checked, TrainConfig
 from atv.doctor import model_summary
 from atv.errors import ATVError
 from atv.methods.base import Method
@@ -22,7 +22,11 @@ class ATV(Method):
     """A trained adapter. The generator reads the example's input, never the template."""
 
     name = "atv"
-    config_class = ATVConfig
+    config_class: ClassVar[type[Checked] | None] = ATVConfig
+    search: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "learning_rate": (5e-4, 2e-4, 1e-3),
+        "scale": (0.1, 0.05, 0.2),
+    }
 
     def __init__(self, atv: ATVModel) -> None:
         super().__init__(atv.llm, atv.tokenizer)
@@ -55,13 +59,16 @@ class ATV(Method):
         cls, llm: nn.Module, tokenizer: Any, adapter: Path | None, *, shots: int | None = None, seed: int = 42
     ) -> Self:
         """Load the adapter onto the LLM."""
-        del seed
-        cls.wanted_shots(shots)
+        shots = cls.wanted_shots(shots)
         if adapter is None:
-            raise ATVError("The method atv needs an adapter; give --adapter DIR, the folder that atv train wrote.")
+            raise ATVError(
+                f"The method {cls.name} needs an adapter; give --adapter DIR, the folder that atv train wrote."
+            )
         atv = ATVModel.from_pretrained(llm, adapter, tokenizer=tokenizer)
         atv.vector_cache.limit = 0  # seconds per query are those of a query that was never asked
-        return cls(atv)
+        method = cls(atv)
+        method.shots, method.seed = shots, seed
+        return method
 
     def describe(self) -> dict[str, Any]:
         """Its configuration and how it was trained."""
