@@ -1,6 +1,6 @@
 """ICL and ATV together: demonstrations in the prompt, and vectors made from the query inside the LLM."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from atv.methods.atv import ATV
 from atv.methods.icl import ICL
@@ -15,7 +15,7 @@ class ICLWithATV(ICL, ATV):
 
     name = "icl+atv"
     config_class = None  # nothing is trained for it
-    search = {}
+    search: ClassVar[dict[str, tuple[Any, ...]]] = {}
 
     @classmethod
     def trained_as(cls) -> str:
