@@ -13,6 +13,9 @@ from atv.errors import ATVError
 from atv.models import context_length, load_encoder, load_tokenizer
 from atv.progress import note
 
+CONSTANT = "constant"
+"""Names the generator that reads nothing."""
+
 
 def check_queries(queries: Sequence[str]) -> None:
     """Raise ATVError if there is no query, or one without text."""
@@ -56,8 +59,10 @@ class Generator(nn.Module):
             self.encoder.pooler = None
 
     @classmethod
-    def load(cls, config: ATVConfig, source: str | None = None) -> Self:
+    def load(cls, config: ATVConfig, source: str | None = None) -> "Generator":
         """Load the generator that `config` names; `source` names another place for the same model."""
+        if config.generator == CONSTANT:
+            return Constant()
         revision = config.generator_revision if source is None else None
         encoder = load_encoder(source or config.generator, revision)
         tokenizer = load_tokenizer(source or config.generator, revision)
@@ -107,3 +112,31 @@ class Generator(nn.Module):
         """Write model and tokenizer as an ordinary Hugging Face folder."""
         cast(Any, self.encoder).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+
+
+class Constant(Generator):
+    """Says the same of every query: its state is one 1. It reads nothing, has no weights and needs no tokenizer."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.register_buffer("state", torch.ones(1, 1), persistent=False)
+        self.hidden_size, self.trainable, self.bf16 = 1, False, False
+        self.name_or_path, self.revision, self.tokenizer = CONSTANT, None, None
+        self.pooling, self.query_template = "last", "{query}"
+
+    state: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        """Where its state is."""
+        return self.state.device
+
+    def encode(self, queries: Sequence[str]) -> list[list[int]]:
+        """One token for each query, which stands for it; an empty one is refused as everywhere."""
+        check_queries(queries)
+        return [[0] for _ in queries]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The same state for each query: (queries, 1)."""
+        del attention_mask
+        return self.state.expand(len(input_ids), 1)

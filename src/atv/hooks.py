@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -85,6 +86,35 @@ def decoder_layers(llm: nn.Module, path: str | None = None) -> list[nn.Module]:
             f"expected exactly one. Name it with layer_path; candidates: {described}."
         )
     return list(lists[found[0]])
+
+
+def attention_and_mlp(llm: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """The attention module and the MLP of each decoder layer, found by structure: the two children with matrices.
+
+    An MLP may be written out in the layer as bare linear maps: its output is then that of the map that ends in the
+    width of the residual stream.
+
+    Raises:
+        ATVError: a layer that is built otherwise; the message lists its children.
+    """
+    hidden = text_config(llm).hidden_size
+    found = []
+    for layer in decoder_layers(llm):
+        attention: list[nn.Module] = []
+        others: list[nn.Module] = []
+        for name, child in layer.named_children():
+            matrices = any(tensor.dim() > 1 for tensor in chain(child.parameters(), child.buffers()))
+            if matrices and getattr(child, "out_features", hidden) == hidden:
+                named = f"{name} {type(child).__name__}".lower()
+                (attention if "attention" in named or "attn" in named else others).append(child)
+        if len(attention) != 1 or len(others) != 1:
+            children = ", ".join(f"{name} ({type(child).__name__})" for name, child in layer.named_children())
+            raise ATVError(
+                f"{type(layer).__name__} has {len(attention)} attention modules and {len(others)} others with weights; "
+                f"expected one of each. Its children are: {children}."
+            )
+        found.append((attention[0], others[0]))
+    return found
 
 
 def _hidden(module: nn.Module, output: Any) -> Tensor:

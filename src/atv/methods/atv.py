@@ -23,6 +23,7 @@ class ATV(Method):
 
     name = "atv"
     config_class: ClassVar[type[Checked] | None] = ATVConfig
+    model_class: ClassVar[type[ATVModel]] = ATVModel
     search: ClassVar[dict[str, tuple[Any, ...]]] = {
         "learning_rate": (5e-4, 2e-4, 1e-3),
         "scale": (0.1, 0.05, 0.2),
@@ -50,7 +51,7 @@ class ATV(Method):
         from atv import training  # the Trainer brings peft and bitsandbytes along: seconds that measuring saves
 
         set_seed(train.seed)
-        atv = ATVModel(llm, config, tokenizer=tokenizer)
+        atv = cls.model_class(llm, config, tokenizer=tokenizer)
         note(model_summary(atv))
         return training.train(atv, tasks, out, train, force, store).adapter
 
@@ -64,7 +65,7 @@ class ATV(Method):
             raise ATVError(
                 f"The method {cls.name} needs an adapter; give --adapter DIR, the folder that atv train wrote."
             )
-        atv = ATVModel.from_pretrained(llm, adapter, tokenizer=tokenizer)
+        atv = cls.model_class.from_pretrained(llm, adapter, tokenizer=tokenizer)
         atv.vector_cache.limit = 0  # seconds per query are those of a query that was never asked
         method = cls(atv)
         method.shots, method.seed = shots, seed

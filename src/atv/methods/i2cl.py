@@ -1,0 +1,308 @@
+"""I2CL, implicit in-context learning (arXiv 2405.14660): demonstrations as activations instead of tokens.
+
+As its own paper has it, with layer l and a module, attention or MLP, whose output enters the residual stream:
+
+- Context vectors ("Context Vectorization"): c_l = the mean over a task's demonstrations of the module's output at the
+  demonstration's last token. Each demonstration, a prompt with its answer, is read alone.
+- Injection ("Context Injection"): at every token the module's output a becomes  beta_l * a + lambda_l * c_l. At the
+  start lambda is 0.1 and beta is 1.
+- Learning ("Noisy Self-calibration"): lambda and beta alone, two numbers per layer and module, by the loss of the
+  answers; in training, normal noise of 0.001 times its norm is added to what is injected at a token.
+
+As the ATV paper adapts it: lambda and beta are shared by all tasks, which keep context vectors of their own; a query of
+a task that was not trained on takes those of the task with the training query that is most similar to it (cosine).
+That paper does not say what embeds a query. Here it is the frozen LLM: the last layer's state at the last token of the
+bare query, compared with those of the demonstrations' queries. That call is part of such a query's seconds.
+(With SmolLM2-135M and 15 queries of each of the paper's 20 tasks, 88% of test queries are nearest to one of their own
+task; the mean of a query's input embeddings would be cheaper, and is right for 72% even with 90 queries per task.)
+
+The optimiser is the one that all methods here have, where the I2CL paper has AdamW, warm-up and a cosine.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from accelerate.utils import set_seed  # that of transformers imports peft, which takes seconds
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from atv import artifact
+from atv.batching import Row, left_padded, pad_id
+from atv.config import Checked, TrainConfig
+from atv.errors import ATVError
+from atv.hooks import attention_and_mlp, capture_outputs, decoder_layers, edit_outputs, input_device, text_config
+from atv.methods.base import Method
+from atv.prefix import call_llm
+from atv.progress import bar
+from atv.sampling import training_rows
+from atv.store import PrefixStore
+from atv.tasks import Example, Task
+from atv.trainable import AnswerLoss, Trainable, answer_loss
+
+WEIGHTS_FILE = "i2cl.safetensors"
+READ_TOGETHER = 16
+"""Demonstrations or queries in one call of the LLM."""
+
+
+@dataclass
+class I2CLConfig(Checked):
+    """How context vectors are made and injected. The defaults are those of the I2CL paper's code."""
+
+    demonstrations: int = 16
+    """Training rows of each task that its context vectors are the mean of; as many as ICL shows."""
+    initial_context: float = 0.1
+    """lambda at the start: the share of a context vector."""
+    initial_module: float = 1.0
+    """beta at the start: the share of a module's own output."""
+    noise: float = 0.001
+    """Size of the noise in training, as a share of the norm of what it is added to."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        if not isinstance(self.demonstrations, int) or self.demonstrations < 1:
+            raise ATVError(f"demonstrations is {self.demonstrations!r}; expected a whole number from 1.")
+        for name in ("initial_context", "initial_module", "noise"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not abs(value) < float("inf"):
+                raise ATVError(f"{name} is {value!r}; expected a finite number, such as 0.1.")
+
+
+class I2CLModel(Trainable):
+    """Context vectors of several tasks, and the coefficients that all of them share.
+
+    Args:
+        llm: a Hugging Face causal LM, PEFT-wrapped or not, in any dtype.
+        config: how context vectors are made and injected.
+        tokenizer: the LLM's.
+    """
+
+    contexts: Tensor
+    """(tasks, layers, 2, hidden) float32: of attention and of MLP."""
+    queries: Tensor
+    """(shown, hidden) float32: the states that queries of unknown tasks are compared with, of length 1."""
+    owners: Tensor
+    """(shown,): the task of each."""
+
+    def __init__(self, llm: nn.Module, config: I2CLConfig, tokenizer: Any = None) -> None:
+        super().__init__(llm, tokenizer)
+        self.config = config
+        modules = attention_and_mlp(llm)
+        object.__setattr__(self, "edited_modules", [module for pair in modules for module in pair])
+        start = torch.tensor([config.initial_context, config.initial_module])
+        self.coefficients = nn.Parameter(start.repeat(len(modules), 2, 1))
+        """(layers, 2, 2) float32: of attention and of MLP; lambda and beta."""
+        self.tasks: list[str] = []
+        """Whose context vectors there are."""
+        self.to(input_device(llm))
+
+    edited_modules: list[nn.Module]
+
+    def describe(self) -> dict[str, Any]:
+        """Its configuration."""
+        return {"method": I2CL.name, **self.config.to_dict()}
+
+    # ---- context vectors ----
+
+    def read(self, tasks: Sequence[Task], seed: int) -> Self:
+        """Make the context vectors of tasks from the demonstrations that `seed` draws: those that ICL shows.
+
+        Each of them is asked with the next of the task's templates, in turn, since the coefficients serve all of them.
+        """
+        self.tasks = [task.name for task in tasks]
+        contexts, queries = {}, {}
+        with bar("read demonstrations", len(tasks)) as progress:
+            for task in tasks:
+                rows = training_rows(task)
+                shown = random.Random(f"{seed} {task.name}").sample(rows, min(self.config.demonstrations, len(rows)))
+                pairs = [self.encode_row(row).pairs for row in shown]
+                read = [of_row[index % len(of_row)] for index, of_row in enumerate(pairs)]
+                contexts[task.name] = self._context([prompt + answer for prompt, answer in read])
+                queries[task.name] = self._states([row.query for row in shown])
+                progress.advance()
+        return self.hold(contexts, queries)
+
+    def hold(self, contexts: Mapping[str, Tensor], queries: Mapping[str, Tensor]) -> Self:
+        """Take ready context vectors (layers, 2, hidden) and states of queries (shown, hidden) of each task."""
+        self.tasks = list(contexts)
+        shown = torch.tensor([len(queries[name]) for name in self.tasks])
+        for name, value in (
+            ("contexts", torch.stack([contexts[name] for name in self.tasks])),
+            ("queries", torch.cat([queries[name] for name in self.tasks])),
+            ("owners", torch.arange(len(shown)).repeat_interleave(shown)),
+        ):
+            self.register_buffer(name, value.to(self.coefficients.device), persistent=False)  # not learned
+        return self
+
+    @torch.no_grad()
+    def _context(self, demonstrations: Sequence[list[int]]) -> Tensor:
+        """Mean outputs (layers, 2, hidden) of the modules at the last token of each demonstration."""
+        total = torch.zeros(len(self.edited_modules), text_config(self.llm).hidden_size, dtype=torch.float64)
+        for start in range(0, len(demonstrations), READ_TOGETHER):
+            inputs = left_padded(demonstrations[start : start + READ_TOGETHER], pad_id(self.tokenizer))
+            rows = len(inputs["input_ids"])
+
+            def add(index: int, hidden: Tensor, rows: int = rows) -> Tensor:
+                last = hidden.reshape(rows, -1, hidden.shape[-1])[:, -1]  # (rows, hidden)
+                total[index] += last.double().sum(0).cpu()
+                return hidden
+
+            device = input_device(self.llm)
+            with edit_outputs(self.edited_modules, add):
+                call_llm(self.llm, keep=1, use_cache=False, **{name: ids.to(device) for name, ids in inputs.items()})
+        return (total / len(demonstrations)).float().reshape(-1, 2, total.shape[1])
+
+    @torch.no_grad()
+    def _states(self, queries: Sequence[str]) -> Tensor:
+        """What queries are compared by: (queries, hidden), each of length 1."""
+        states = []
+        for start in range(0, len(queries), READ_TOGETHER):
+            inputs = self.encode_prompts(queries[start : start + READ_TOGETHER])
+            with capture_outputs(decoder_layers(self.llm)[-1:]) as captured:
+                call_llm(self.llm, keep=1, use_cache=False, **inputs)
+            states.append(captured[0][:, -1].float().to(self.coefficients.device))
+        return nn.functional.normalize(torch.cat(states), dim=-1)
+
+    def tasks_of(self, task: str, queries: Sequence[str]) -> Tensor:
+        """Whose context vectors queries of a task take, (queries,): its own, or where it has none the most similar."""
+        if task in self.tasks:
+            return torch.full((len(queries),), self.tasks.index(task), device=self.owners.device)
+        return self.owners[(self._states(queries) @ self.queries.T).argmax(1)]
+
+    # ---- injection ----
+
+    def inject(self, tasks: Tensor) -> AbstractContextManager[None]:
+        """Mix the context vectors of `tasks`, (rows,), into what attention and MLP return at every token."""
+
+        def edit(index: int, hidden: Tensor) -> Tensor:
+            layer, module = divmod(index, 2)
+            dtype = torch.promote_types(hidden.dtype, torch.float32)
+            own = hidden.reshape(len(tasks), -1, hidden.shape[-1]).to(dtype)  # some LLMs flatten rows and tokens
+            context = self.contexts[tasks, layer, module].to(own)[:, None]  # (rows, 1, hidden)
+            of_context, of_own = self.coefficients[layer, module].to(own)
+            mixed: Tensor = of_own * own + of_context * context  # (rows, seq, hidden)
+            if self.training:
+                size = self.config.noise * mixed.detach().norm(dim=-1, keepdim=True)
+                mixed = mixed + size * torch.randn_like(mixed)
+            return mixed.to(hidden.dtype).reshape(hidden.shape)
+
+        return edit_outputs(self.edited_modules, edit)
+
+    def encode_query(self, row: Row) -> list[int]:
+        """The number of its task."""
+        return [self.tasks.index(row.task)]
+
+    def forward(
+        self,
+        query_input_ids: Tensor,
+        query_attention_mask: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        edit_mask: Tensor,
+        labels: Tensor,
+    ) -> AnswerLoss:
+        """The loss of the answers, of which each token is injected into too; see `Trainable.forward`."""
+        del query_attention_mask, edit_mask
+        tasks = query_input_ids[:, 0].repeat_interleave(len(input_ids) // len(query_input_ids))  # (batch,)
+        with self.inject(tasks):
+            output = call_llm(
+                self.llm,
+                keep=labels.shape[1],
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                use_cache=False,
+            )
+        return answer_loss(output.logits, labels)
+
+    # ---- the artifact ----
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write coefficients, context vectors and states of queries to a folder, whole or not at all."""
+        tensors = {"coefficients": self.coefficients.detach()}
+        for index, name in enumerate(self.tasks):
+            tensors[f"context/{name}"] = self.contexts[index]
+            tensors[f"queries/{name}"] = self.queries[self.owners == index]
+
+        def write(part: Path) -> None:
+            kept = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+            save_file(kept, part / WEIGHTS_FILE, metadata={"format": "pt"})
+
+        llm = artifact.describe_llm(self.llm)
+        artifact.save(Path(path), I2CL.name, llm, self.config.to_dict(), self.training_summary, write)
+
+    @classmethod
+    def from_pretrained(cls, llm: nn.Module, path: str | Path, *, tokenizer: Any = None) -> Self:
+        """Load what `save_pretrained` wrote, onto the LLM that it was made for."""
+        folder = artifact.locate(path)
+        saved = artifact.read(folder, I2CL.name)
+        artifact.check_llm(saved, llm, folder)
+        try:
+            model = cls(llm, I2CLConfig.from_dict(saved.config), tokenizer)
+            tensors = load_file(folder / WEIGHTS_FILE)
+            model.load_state_dict({"coefficients": tensors.pop("coefficients")})
+            names = sorted({name.split("/", 1)[1] for name in tensors})
+            model.hold(*({name: tensors[f"{kind}/{name}"] for name in names} for kind in ("context", "queries")))
+        except (SafetensorError, RuntimeError, OSError, KeyError, IndexError, TypeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ATVError(f"{folder} is no adapter of I2CL that fits this LLM: {reason}. Train it again.") from error
+        model.training_summary = saved.training
+        return model.eval()
+
+
+class I2CL(Method):
+    """The plain prompt, and a task's context vectors mixed into attention and MLP outputs inside the LLM."""
+
+    name = "i2cl"
+    config_class = I2CLConfig
+    train_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 1e-2}
+    search: ClassVar[dict[str, tuple[Any, ...]]] = {"learning_rate": (1e-2, 3e-3, 3e-2), "initial_context": (0.1, 0.01)}
+
+    def __init__(self, model: I2CLModel) -> None:
+        super().__init__(model.llm, model.tokenizer)
+        self.model = model.eval()
+
+    @classmethod
+    def fit(
+        cls,
+        llm: nn.Module,
+        tokenizer: Any,
+        tasks: Sequence[Task],
+        out: Path,
+        config: I2CLConfig,
+        train: TrainConfig,
+        *,
+        force: bool = False,
+        store: PrefixStore | None = None,
+    ) -> Path:
+        """Make the context vectors, then train the coefficients. Every token changes: no prefix can be stored."""
+        from atv import training  # the Trainer brings peft and bitsandbytes along: seconds that measuring saves
+
+        set_seed(train.seed)
+        model = I2CLModel(llm, config, tokenizer).read(tasks, train.seed)
+        return training.train(model, tasks, out, train, force, store).adapter
+
+    @classmethod
+    def load(
+        cls, llm: nn.Module, tokenizer: Any, adapter: Path | None, *, shots: int | None = None, seed: int = 42
+    ) -> Self:
+        """Load the adapter onto the LLM."""
+        del seed
+        cls.wanted_shots(shots)
+        if adapter is None:
+            raise ATVError(f"The method {cls.name} needs an adapter; give --adapter DIR, the folder of its training.")
+        return cls(I2CLModel.from_pretrained(llm, adapter, tokenizer=tokenizer))
+
+    def describe(self) -> dict[str, Any]:
+        """Its configuration and how it was trained."""
+        return {"config": self.model.config.to_dict(), "training": self.model.training_summary}
+
+    def steer(self, task: Task, examples: Sequence[Example]) -> AbstractContextManager[Any]:
+        """The task's context vectors; for a task that was not trained on, those chosen by the inputs of `examples`."""
+        return self.model.inject(self.model.tasks_of(task.name, [example.input for example in examples]))
