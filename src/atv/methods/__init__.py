@@ -3,10 +3,11 @@
 from atv.methods.atv import ATV
 from atv.methods.base import Method, Prompt
 from atv.methods.bm25 import BM25
+from atv.methods.elicit import Elicit
 from atv.methods.icl import ICL
 from atv.methods.icl_atv import ICLWithATV
 from atv.methods.zero_shot import ZeroShot
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (ZeroShot, ICL, BM25, ATV, ICLWithATV)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (ZeroShot, ICL, BM25, Elicit, ATV, ICLWithATV)}
 
 __all__ = ["METHODS", "Method", "Prompt"]

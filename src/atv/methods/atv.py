@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from accelerate.utils import set_seed  # that of transformers imports peft, which takes seconds
 from torch import nn
 
-from atv.config import ATVConfig, TrainConfig
+from atv.config import ATVConfig, Checked, TrainConfig
 from atv.doctor import model_summary
 from atv.errors import ATVError
 from atv.methods.base import Method
@@ -22,7 +22,7 @@ class ATV(Method):
     """A trained adapter. The generator reads the example's input, never the template."""
 
     name = "atv"
-    config_class = ATVConfig
+    config_class: ClassVar[type[Checked] | None] = ATVConfig
 
     def __init__(self, atv: ATVModel) -> None:
         super().__init__(atv.llm, atv.tokenizer)

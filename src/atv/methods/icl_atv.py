@@ -14,6 +14,7 @@ class ICLWithATV(ICL, ATV):
     """
 
     name = "icl+atv"
+    config_class = None  # nothing of its own is trained
 
     def describe(self) -> dict[str, Any]:
         """What both of them say."""
