@@ -103,6 +103,29 @@ def inject(
         yield
 
 
+@contextmanager
+def steering(
+    llm: nn.Module, layers: Sequence[nn.Module], vectors: Tensor, scale: float, positions: Positions
+) -> Iterator[None]:
+    """Add each query's vectors at `positions` of its prompts, in any call of the LLM while the context lasts.
+
+    Args:
+        llm: the frozen LLM, or a PEFT model around it.
+        layers: its steered decoder layers.
+        vectors: (queries, layers, hidden), one query per prompt, in the order of the prompts.
+        scale: lambda.
+        positions: the tokens that receive a vector.
+    """
+    tracker = PromptTracker(len(vectors), positions)
+
+    def steered(call: Mapping[str, Any]) -> AbstractContextManager[None] | None:
+        tracker.observe(call)
+        return None if tracker.mask is None else inject(layers, vectors, scale, lambda: tracker.mask)
+
+    with around_calls(base_llm(llm), steered):
+        yield
+
+
 class ATVModel(Trainable):
     """An Adaptive Task Vector for one frozen LLM.
 
@@ -256,13 +279,7 @@ class ATVModel(Trainable):
         """
         vectors = self.task_vectors(queries) if vectors is None else vectors  # (queries, layers, hidden)
         scale = self.config.scale if scale is None else scale
-        tracker = PromptTracker(len(queries), self.positions)
-
-        def steered(call: Mapping[str, Any]) -> AbstractContextManager[None] | None:
-            tracker.observe(call)
-            return None if tracker.mask is None else inject(self.layers, vectors, scale, lambda: tracker.mask)
-
-        with around_calls(base_llm(self.llm), steered):
+        with steering(self.llm, self.layers, vectors, scale, self.positions):
             yield self
 
     def generate(

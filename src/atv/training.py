@@ -193,8 +193,10 @@ def train(
             f"The LLM is on {device}; training expects this process's GPU, cuda:{local_rank()}. Choose the GPU with "
             "CUDA_VISIBLE_DEVICES instead."
         )
-    settings = _settings(model, tasks, config)
-    record = _former(out, settings, force)
+    train_settings = config.to_dict()
+    del train_settings["gradient_accumulation_steps"]
+    settings = training_settings(model.llm, tasks, model.describe(), train_settings)
+    record = former_record(out, settings, force)
     if record is not None and record["finished"]:
         note(f"{out} holds this training already, finished; nothing to do (train it anew with --force).")
         return TrainResult(out / "adapter", record)
@@ -244,13 +246,18 @@ def _require_gradient(model: Trainable, row: EncodedRow) -> None:
     return None
 
 
-def _settings(model: Trainable, tasks: Sequence[Task], config: TrainConfig) -> dict[str, Any]:
-    """What decides the weights: everything that a resumed training must share with the interrupted one.
+def training_settings(
+    llm: nn.Module, tasks: Sequence[Task], config: dict[str, Any], train: dict[str, Any]
+) -> dict[str, Any]:
+    """What decides what is learned: everything that a resumed training must share with the interrupted one.
 
-    Not how a batch is split: that decides rounding and the draws of dropout, and a training may go on with fewer GPUs.
+    Args:
+        llm: the frozen LLM.
+        tasks: trained on.
+        config: the method's configuration.
+        train: how it is trained. Not how a batch is split: that decides rounding and the draws of dropout, and a
+            training may go on with fewer GPUs.
     """
-    train = config.to_dict()
-    del train["gradient_accumulation_steps"]
     described = {
         task.name: {
             "train": len(task.train),
@@ -261,17 +268,17 @@ def _settings(model: Trainable, tasks: Sequence[Task], config: TrainConfig) -> d
         for task in tasks
     }
     return {
-        "llm": cast(Any, model.llm).name_or_path,
-        "revision": getattr(base_llm(model.llm).config, "_commit_hash", None),
-        "dtype": str(next(model.llm.parameters()).dtype),
-        "quantization": quantization(model.llm),
-        "config": model.describe(),
+        "llm": cast(Any, llm).name_or_path,
+        "revision": getattr(base_llm(llm).config, "_commit_hash", None),
+        "dtype": str(next(llm.parameters()).dtype),
+        "quantization": quantization(llm),
+        "config": config,
         "train": train,
         "tasks": described,
     }
 
 
-def _former(out: Path, settings: dict[str, Any], force: bool) -> dict[str, Any] | None:
+def former_record(out: Path, settings: dict[str, Any], force: bool) -> dict[str, Any] | None:
     """The record of the training that `out` holds, if it is to be gone on with; its settings must be the same."""
     file = out / RECORD_FILE
     if file.exists() and not force:

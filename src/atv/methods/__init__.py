@@ -3,6 +3,7 @@
 from atv.methods.atv import ATV
 from atv.methods.base import Method, Prompt
 from atv.methods.bm25 import BM25
+from atv.methods.elicit import Elicit
 from atv.methods.fixed import Fixed
 from atv.methods.i2cl import I2CL
 from atv.methods.icl import ICL
@@ -12,7 +13,7 @@ from atv.methods.prefix_tuning import PrefixTuning
 from atv.methods.zero_shot import ZeroShot
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (ZeroShot, ICL, BM25, I2CL, LoRA, PrefixTuning, Fixed, ATV, ICLWithATV)
+    method.name: method for method in (ZeroShot, ICL, BM25, Elicit, I2CL, LoRA, PrefixTuning, Fixed, ATV, ICLWithATV)
 }
 
 __all__ = ["METHODS", "Method", "Prompt"]

@@ -5,6 +5,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any
 
+from torch import nn
+
 from atv.batching import encode_prompt
 from atv.methods.base import Method, Prompt
 from atv.models import context_length
@@ -15,6 +17,23 @@ def with_demonstrations(task: Task, demonstrations: Sequence[Example], query: st
     """The prompt of a query behind demonstrations in the same variant, a blank line between each and the next."""
     asked = [f"{task.prompt(shown.input, variant)} {shown.output}" for shown in demonstrations]
     return "\n\n".join([*asked, task.prompt(query, variant)])
+
+
+def fitted(
+    llm: nn.Module, tokenizer: Any, task: Task, shown: Sequence[Example], example: Example, variant: Variant
+) -> Prompt:
+    """A query behind the last of the demonstrations in `shown`, as many as the LLM's context holds, if need be none."""
+
+    def prompt(kept: int) -> Prompt:
+        text = with_demonstrations(task, shown[len(shown) - kept :], example.input, variant)
+        return Prompt(encode_prompt(tokenizer, text), kept)
+
+    limit = context_length(llm)
+    whole = prompt(len(shown))
+    if limit is None or len(whole.ids) <= limit:
+        return whole
+    # Each demonstration makes a prompt longer: few of the counts need to be tried.
+    return prompt(bisect_right(range(1, len(shown)), limit, key=lambda kept: len(prompt(kept).ids)))
 
 
 class Demonstrated(Method):
@@ -34,18 +53,7 @@ class Demonstrated(Method):
     def prompts(self, task: Task, examples: Sequence[Example], variant: Variant) -> list[Prompt]:
         """Each query behind as many of its demonstrations as fit."""
         chosen = self.demonstrations(task, examples)
-        return [self._fitted(task, shown, example, variant) for shown, example in zip(chosen, examples, strict=True)]
-
-    def _fitted(self, task: Task, shown: Sequence[Example], example: Example, variant: Variant) -> Prompt:
-        """A query behind the last of the demonstrations in `shown`, as many as the context holds, if need be none."""
-
-        def prompt(kept: int) -> Prompt:
-            text = with_demonstrations(task, shown[len(shown) - kept :], example.input, variant)
-            return Prompt(encode_prompt(self.tokenizer, text), kept)
-
-        limit = context_length(self.llm)
-        whole = prompt(len(shown))
-        if limit is None or len(whole.ids) <= limit:
-            return whole
-        # Each demonstration makes a prompt longer: few of the counts need to be tried.
-        return prompt(bisect_right(range(1, len(shown)), limit, key=lambda kept: len(prompt(kept).ids)))
+        return [
+            fitted(self.llm, self.tokenizer, task, shown, example, variant)
+            for shown, example in zip(chosen, examples, strict=True)
+        ]

@@ -4,7 +4,7 @@ import random
 from collections.abc import Sequence
 
 from atv.methods.base import Prompt
-from atv.methods.demonstrations import Demonstrated
+from atv.methods.demonstrations import Demonstrated, fitted
 from atv.tasks import Example, Task, Variant
 
 
@@ -26,10 +26,10 @@ class ICL(Demonstrated):
         """Every query behind as many demonstrations as fit before the longest: else prompts would begin differently."""
         drawn = self.demonstrations(task, examples)[0]
         longest = max(examples, key=lambda example: len(example.input))  # in characters: a guess, corrected below
-        kept = self._fitted(task, drawn, longest, variant).demonstrations
+        kept = fitted(self.llm, self.tokenizer, task, drawn, longest, variant).demonstrations
         while True:
             shown = drawn[len(drawn) - kept :]
-            prompts = [self._fitted(task, shown, example, variant) for example in examples]
+            prompts = [fitted(self.llm, self.tokenizer, task, shown, example, variant) for example in examples]
             least = min(prompt.demonstrations for prompt in prompts)
             if least == kept:
                 return prompts

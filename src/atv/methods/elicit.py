@@ -1,0 +1,225 @@
+"""ELICIT: task vectors taken from demonstrations and kept in a library, one of them retrieved for each query."""
+
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from safetensors.torch import load_file, save, save_file
+from torch import Tensor, nn
+
+from atv import artifact
+from atv.config import REGIONS, ATVConfig, Checked, Positions, TrainConfig
+from atv.errors import ATVError, unknown
+from atv.files import write_bytes, write_json
+from atv.hooks import decoder_layers, input_device
+from atv.methods.base import Method
+from atv.methods.library import Exemplars, best_layers, exemplar_prompts, last_states, layer_scores
+from atv.methods.retriever import Retriever, embed, fit_classifier, load_encoder
+from atv.model import steering
+from atv.models import EMBEDDED_GENERATOR
+from atv.processes import barrier, is_main
+from atv.progress import Bar, bar, note
+from atv.records import provenance
+from atv.store import PrefixStore
+from atv.tasks import Example, Task
+
+BEST = "best"
+LIBRARY_FILE = "library.safetensors"
+RETRIEVER_FILE = "retriever.safetensors"
+
+
+@dataclass
+class ElicitConfig(Checked):
+    """The shape of an ELICIT library. Exemplars, shots and strength are those of its paper and code."""
+
+    exemplars: int = 10
+    """Entries of each task."""
+    shots: int = 16
+    """Demonstrations in the prompt that an entry is taken from."""
+    layers: str = BEST
+    """Where the retrieved states are added: best, each entry's own best layer; or all, bottom, middle, top."""
+    scale: float = 2.0
+    """Strength of the addition; an entry's best layer is the best one at this strength."""
+    layer_rows: int = 10
+    """Validation rows of a task that choose the best layers."""
+    encoder: str = EMBEDDED_GENERATOR
+    """Hugging Face id or folder of the frozen encoder that the retriever reads queries with."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        for name in ("exemplars", "shots", "layer_rows"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ATVError(f"{name} is {value!r}; expected a whole number from 1.")
+        if self.layers not in (BEST, *REGIONS):
+            raise unknown("choice of layers", self.layers, (BEST, *REGIONS))
+        ATVConfig(scale=self.scale)  # refuses what is no finite number
+
+
+class Elicit(Method):
+    """The plain prompt, and a retrieved state added at its last token.
+
+    Where its paper leaves out what is retrieved below a threshold, every query gets an entry here, of the task that a
+    linear classifier names: nothing tells the retriever which task is asked, a trained one or another.
+    """
+
+    name = "elicit"
+    config_class = ElicitConfig
+    train_defaults = None  # learnt without a training loop
+    search: ClassVar[dict[str, tuple[Any, ...]]] = {"scale": (2.0, 1.0, 0.5, 0.2, 0.1)}
+    edited = 1
+
+    def __init__(
+        self,
+        llm: nn.Module,
+        tokenizer: Any,
+        config: ElicitConfig,
+        library: dict[str, Tensor],
+        retriever: Retriever,
+        training: dict[str, Any],
+    ) -> None:
+        super().__init__(llm, tokenizer)
+        self.config, self.retriever, self.training = config, retriever, training
+        states = library["states"].to(input_device(llm))  # (entries, layers, hidden)
+        count = states.shape[1]
+        if config.layers == BEST:
+            added = library["layers"][:, None] == torch.arange(count)
+        else:
+            chosen = ATVConfig(layers=config.layers).layer_indices(count)
+            added = torch.isin(torch.arange(count), torch.tensor(chosen)).expand(len(states), -1)
+        self._added = added.to(states.device)  # (entries, layers) bool
+        self._vectors = states * self._added[..., None]
+        self._layers = decoder_layers(llm)
+
+    @classmethod
+    def fit(
+        cls,
+        llm: nn.Module,
+        tokenizer: Any,
+        tasks: Sequence[Task],
+        out: Path,
+        config: ElicitConfig,
+        train: TrainConfig,
+        *,
+        force: bool = False,
+        store: PrefixStore | None = None,
+    ) -> Path:
+        """Fill the library and train the retriever; `train` gives the seed of the demonstrations alone."""
+        from atv import training  # the Trainer brings peft and bitsandbytes along: seconds that measuring saves
+
+        del store
+        settings = training.training_settings(llm, tasks, config.to_dict(), {"seed": train.seed})
+        record = training.former_record(out, settings, force)
+        adapter = out / "adapter"
+        if record is not None and record["finished"]:
+            note(f"{out} holds this library already, finished; nothing to do (make it anew with --force).")
+            return adapter
+        if is_main():  # no more than reading prompts: not worth sharing out
+            if record is None:
+                shutil.rmtree(out / "library", ignore_errors=True)
+                record = dict[str, Any](finished=False, settings=settings, seconds=0.0) | provenance()
+                write_json(out / training.RECORD_FILE, record)
+            library = []
+            with bar(cls.name, len(tasks) * config.exemplars) as progress:
+                for task in tasks:
+                    began = time.perf_counter()
+                    library.append(_exemplars(llm, tokenizer, task, out / "library", config, train.seed, progress))
+                    record["seconds"] += time.perf_counter() - began
+                    write_json(out / training.RECORD_FILE, record)
+            began = time.perf_counter()
+            _save(llm, tasks, library, adapter, config, train.seed)
+            record |= {"finished": True, "seconds": record["seconds"] + time.perf_counter() - began}
+            write_json(out / training.RECORD_FILE, record)
+            shutil.rmtree(out / "library")
+        barrier()
+        return adapter
+
+    @classmethod
+    def load(
+        cls, llm: nn.Module, tokenizer: Any, adapter: Path | None, *, shots: int | None = None, seed: int = 42
+    ) -> Self:
+        """Load library and retriever onto the LLM."""
+        del seed
+        cls.wanted_shots(shots)
+        if adapter is None:
+            raise ATVError(f"The method {cls.name} needs an adapter; give --adapter DIR, the folder of its training.")
+        folder = artifact.locate(adapter)
+        saved = artifact.read(folder, cls.name)
+        artifact.check_llm(saved, llm, folder)
+        library, classifier = load_file(folder / LIBRARY_FILE), load_file(folder / RETRIEVER_FILE)
+        config = ElicitConfig.from_dict(saved.config)
+        encoder = load_encoder(config.encoder).to(input_device(llm))
+        retriever = Retriever(encoder, **classifier, entries=library["embeddings"], tasks=library["tasks"])
+        return cls(llm, tokenizer, config, library, retriever, saved.training)
+
+    def describe(self) -> dict[str, Any]:
+        """Its configuration and how it was trained."""
+        return {"config": self.config.to_dict(), "training": self.training}
+
+    def steer(self, task: Task, examples: Sequence[Example]) -> AbstractContextManager[Any]:
+        """The retrieved states, at their layers. What is retrieved depends on the inputs of `examples` alone."""
+        del task
+        picked = self.retriever.pick([example.input for example in examples]).to(self._vectors.device)  # (queries,)
+        used = self._added[picked].any(0).nonzero()[:, 0]
+        layers = [self._layers[index] for index in used.tolist()]
+        vectors = self._vectors[picked][:, used]  # (queries, used layers, hidden)
+        return steering(self.llm, layers, vectors, self.config.scale, Positions.parse("last"))
+
+
+def _exemplars(
+    llm: nn.Module, tokenizer: Any, task: Task, folder: Path, config: ElicitConfig, seed: int, progress: Bar
+) -> Exemplars:
+    """A task's part of the library, from its file if an interrupted training has left it."""
+    file = folder / f"{task.name}.safetensors"
+    progress.describe(f"elicit: {task.name}")
+    if file.exists():
+        progress.advance(config.exemplars)
+        return Exemplars(**load_file(file))
+    rows, states = [], []
+    for row, prompt in exemplar_prompts(llm, tokenizer, task, config.exemplars, config.shots, seed):
+        rows.append(row)
+        states.append(last_states(llm, tokenizer, prompt.ids))
+        progress.advance()
+    made = torch.stack(states)
+    layers = best_layers(*layer_scores(llm, tokenizer, task, made, config.scale, config.layer_rows))
+    exemplars = Exemplars(made, layers, torch.tensor(rows))
+    write_bytes(file, save(exemplars._asdict(), {"format": "pt"}))
+    return exemplars
+
+
+def _save(
+    llm: nn.Module, tasks: Sequence[Task], library: Sequence[Exemplars], adapter: Path, config: ElicitConfig, seed: int
+) -> None:
+    """Train the retriever on the training queries of all tasks, and write everything that `load` needs."""
+    encoder = load_encoder(config.encoder).to(input_device(llm))
+    embedded = [embed(encoder, [row.input for row in task.train]).cpu() for task in tasks]
+    labels = torch.arange(len(tasks)).repeat_interleave(torch.tensor([len(task.train) for task in tasks]))
+    weight, bias = fit_classifier(torch.cat(embedded), labels, len(tasks))
+    entries = {
+        "states": torch.cat([exemplars.states for exemplars in library]),
+        "layers": torch.cat([exemplars.layers for exemplars in library]),
+        "tasks": torch.arange(len(tasks)).repeat_interleave(config.exemplars),
+        "embeddings": torch.cat([rows[exemplars.rows] for rows, exemplars in zip(embedded, library, strict=True)]),
+    }
+    right = [
+        (embed(encoder, [row.input for row in task.valid]).cpu() @ weight.T + bias).argmax(-1) == number
+        for number, task in enumerate(tasks)
+    ]
+    summary = {
+        "tasks": {task.name: list(task.templates) for task in tasks},
+        "seed": seed,
+        "best_layers": {task.name: made.layers.tolist() for task, made in zip(tasks, library, strict=True)},
+        "retriever_accuracy": torch.cat(right).double().mean().item(),
+    }
+
+    def write(part: Path) -> None:
+        save_file(entries, part / LIBRARY_FILE, metadata={"format": "pt"})
+        save_file({"weight": weight, "bias": bias}, part / RETRIEVER_FILE, metadata={"format": "pt"})
+
+    named = {"encoder": {"name": encoder.name_or_path, "revision": encoder.revision}}
+    artifact.save(adapter, Elicit.name, artifact.describe_llm(llm), config.to_dict(), summary, write, named)

@@ -1,0 +1,153 @@
+"""ELICIT's library: the states of prompts with demonstrations, and the layer at which each of them helps most."""
+
+import random
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from atv.batching import edit_mask, encode_pair, left_padded, pad_id
+from atv.config import Positions
+from atv.errors import ATVError
+from atv.hooks import capture_outputs, decoder_layers, input_device
+from atv.methods.base import Prompt
+from atv.methods.demonstrations import fitted
+from atv.model import inject
+from atv.models import context_length
+from atv.prefix import ReadPrefix, as_cache, call_llm, full_sides, read_prefix, steered_logits
+from atv.tasks import TRAIN_PREFIX, Task, Variant
+
+AT_ONCE = 100
+"""Prompts in one call that looks for the best layer."""
+
+
+class Exemplars(NamedTuple):
+    """What the library holds of one task."""
+
+    states: Tensor
+    """(exemplars, layers, hidden): what each decoder layer gives out at a prompt's last token."""
+    layers: Tensor
+    """(exemplars,) int64: the layer at which adding an exemplar's state answers most validation rows."""
+    rows: Tensor
+    """(exemplars,) int64: the training row that each prompt asks."""
+
+
+def exemplar_prompts(
+    llm: nn.Module, tokenizer: Any, task: Task, count: int, shots: int, seed: int
+) -> list[tuple[int, Prompt]]:
+    """Prompts that ask `count` training rows, each behind `shots` others, and those rows' numbers.
+
+    Rows come again only if there are fewer than `count`; templates take turns. Demonstrations for which the LLM's
+    context has no room, or the task no rows, are left out.
+    """
+    draw = random.Random(f"{seed} {task.name}")
+    rows = draw.sample(range(len(task.train)), len(task.train))
+    prompts = []
+    for number in range(count):
+        asked = rows[number % len(rows)]
+        others = [row for index, row in enumerate(task.train) if index != asked]
+        shown = draw.sample(others, min(shots, len(others)))
+        variant = Variant(number % len(task.templates), TRAIN_PREFIX)
+        prompt = fitted(llm, tokenizer, task, shown, task.train[asked], variant)
+        _check_length(llm, task, "training", prompt.ids)
+        prompts.append((asked, prompt))
+    return prompts
+
+
+def _check_length(llm: nn.Module, task: Task, split: str, ids: list[int]) -> None:
+    limit = context_length(llm)
+    if limit is not None and len(ids) > limit:
+        raise ATVError(
+            f"Task {task.name}: a {split} row makes a prompt of {len(ids)} tokens and the LLM's context is {limit}; "
+            "shorten or drop the row."
+        )
+
+
+@torch.no_grad()
+def last_states(llm: nn.Module, tokenizer: Any, ids: list[int]) -> Tensor:
+    """What every decoder layer gives out at the last token of a prompt: (layers, hidden), on the CPU."""
+    inputs = {name: t.to(input_device(llm)) for name, t in left_padded([ids], pad_id(tokenizer)).items()}
+    layers = decoder_layers(llm)
+    with capture_outputs(layers) as captured:
+        call_llm(llm, keep=1, **inputs, use_cache=False)
+    return torch.stack([captured[index][0, -1].cpu() for index in range(len(layers))])
+
+
+@torch.no_grad()
+def layer_scores(
+    llm: nn.Module, tokenizer: Any, task: Task, states: Tensor, scale: float, rows: int
+) -> tuple[Tensor, Tensor]:
+    """How well validation rows are answered with a state added at one layer, for every state and layer.
+
+    What stands before the last token of a plain prompt depends on no state, and is read once for all of them.
+
+    Args:
+        llm: the frozen LLM.
+        tokenizer: the LLM's.
+        task: its first validation rows are asked, templates taking turns.
+        states: (exemplars, layers, hidden).
+        scale: the strength.
+        rows: at most so many validation rows.
+
+    Returns:
+        Share of right answers over the whole vocabulary and mean log-probability of the right token, both
+        (exemplars, layers) float32, on the CPU.
+    """
+    pairs = []
+    for number, row in enumerate(task.valid[:rows]):
+        variant = Variant(number % len(task.templates), TRAIN_PREFIX)
+        pairs.append(encode_pair(tokenizer, task.prompt(row.input, variant), row.output))
+        _check_length(llm, task, "validation", pairs[-1][0])
+    inputs = left_padded([prompt for prompt, _ in pairs], pad_id(tokenizer))  # each (rows, seq)
+    inputs |= {"edit_mask": edit_mask(inputs["attention_mask"], Positions.parse("last"))}
+    inputs = {name: tensor.to(input_device(llm)) for name, tensor in inputs.items()}
+    targets = torch.tensor([answer[0] for _, answer in pairs])  # (rows,)
+    read = _read_once(llm, inputs)
+
+    def scores(layer: nn.Module, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Of vectors (some, 1, hidden), each (some,)."""
+        logits = steered_logits(
+            llm,
+            lambda mask: inject([layer], vectors, scale, lambda: mask),
+            **{name: tensor.repeat(len(vectors), 1) for name, tensor in inputs.items()},
+            keep=1,
+            read=read,
+        )  # (some * rows, 1, vocabulary)
+        wide = logits[:, -1].float().cpu().unflatten(0, (len(vectors), -1))  # (some, rows, vocabulary)
+        answers = targets.expand(len(vectors), -1)[..., None]
+        likely = wide.log_softmax(-1).gather(-1, answers)[..., 0]  # (some, rows)
+        return (wide.argmax(-1) == targets).float().mean(1), likely.mean(1)
+
+    right, likely = torch.empty(2, *states.shape[:2]).unbind()
+    at_once = max(1, AT_ONCE // len(pairs))
+    for start in range(0, len(states), at_once):
+        some = slice(start, start + at_once)
+        for index, layer in enumerate(decoder_layers(llm)):
+            right[some, index], likely[some, index] = scores(layer, states[some, index : index + 1])
+    return right, likely
+
+
+def _read_once(llm: nn.Module, inputs: dict[str, Tensor]) -> ReadPrefix:
+    """What gives the keys and values of the prompts' tokens but the last, for any number of copies of the prompts."""
+    before = [inputs[name][:, :-1] for name in ("input_ids", "attention_mask", "position_ids")]
+    rows, width = before[0].shape
+    sides = full_sides(read_prefix(llm, *before), width) if width else None
+
+    def read(llm: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor) -> Any:
+        if sides is None:  # a sliding window or a state: read again each time
+            return read_prefix(llm, ids, mask, positions)
+        copies = (len(ids) // rows, 1, 1, 1)
+        return as_cache((keys.repeat(copies), values.repeat(copies)) for keys, values in sides)
+
+    return read
+
+
+def best_layers(right: Tensor, likely: Tensor) -> Tensor:
+    """The layer with the most right answers for each exemplar, of equal ones that with the likeliest: (exemplars,)."""
+    likely = likely.nan_to_num(nan=float("-inf"))  # a strength that overflows has no probabilities
+    return torch.tensor(
+        [
+            max(range(right.shape[1]), key=lambda layer: (right[row, layer].item(), likely[row, layer].item()))
+            for row in range(len(right))
+        ]
+    )

@@ -1,0 +1,87 @@
+"""Which task does a query belong to? A linear classifier over a frozen encoder's embeddings of queries."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from atv.batching import pad, pad_id
+from atv.config import ATVConfig
+from atv.generator import Generator
+
+AT_ONCE = 32
+"""Queries that the encoder reads together."""
+
+
+def load_encoder(name: str, revision: str | None = None) -> Generator:
+    """A frozen encoder of bare queries, mean pooling, in eval mode."""
+    config = ATVConfig(
+        generator=name, generator_revision=revision, pooling="mean", query_template="{query}", train_generator=False
+    )
+    return Generator.load(config).eval()
+
+
+@torch.no_grad()
+def embed(encoder: Generator, queries: Sequence[str]) -> Tensor:
+    """Queries to vectors of length 1, (queries, embedding) float32, on the encoder's device."""
+    found = []
+    encoded = encoder.encode(queries)
+    for start in range(0, len(encoded), AT_ONCE):
+        ids, mask = pad(encoded[start : start + AT_ONCE], pad_id(encoder.tokenizer), "right")
+        found.append(encoder(ids.to(encoder.device), mask.to(encoder.device)).float())
+    return torch.nn.functional.normalize(torch.cat(found), dim=-1)
+
+
+def fit_classifier(embeddings: Tensor, labels: Tensor, classes: int, penalty: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Softmax regression: the minimum of the summed cross-entropy + penalty / 2 * squared weights, which is unique.
+
+    Args:
+        embeddings: (rows, embedding).
+        labels: (rows,) int64.
+        classes: how many there are.
+        penalty: of the weights; the bias has none.
+
+    Returns:
+        Weight (classes, embedding) and bias (classes,), float32, on the CPU.
+    """
+    inputs, labels = embeddings.double().cpu(), labels.cpu()
+    weight = torch.zeros(classes, inputs.shape[1], dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=1000, tolerance_grad=1e-6, tolerance_change=0.0, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        fit = torch.nn.functional.cross_entropy(inputs @ weight.T + bias, labels, reduction="sum")
+        total: Tensor = fit + penalty / 2 * weight.square().sum()
+        total.backward()
+        return total
+
+    optimizer.step(loss)
+    return weight.detach().float(), bias.detach().float()
+
+
+class Retriever:
+    """Picks a library entry for each query: of the likeliest task the one whose own query is nearest.
+
+    Args:
+        encoder: from `load_encoder`.
+        weight: (tasks, embedding), of the classifier.
+        bias: (tasks,).
+        entries: (entries, embedding), embeddings of the entries' queries.
+        tasks: (entries,), the entries' tasks.
+    """
+
+    def __init__(self, encoder: Generator, weight: Tensor, bias: Tensor, entries: Tensor, tasks: Tensor) -> None:
+        self.encoder = encoder
+        self.weight, self.bias, self.entries, self.tasks = (
+            t.to(encoder.device) for t in (weight, bias, entries, tasks)
+        )
+
+    def pick(self, queries: Sequence[str]) -> Tensor:
+        """Entry numbers, (queries,)."""
+        embedded = embed(self.encoder, queries)  # (queries, embedding)
+        task = (embedded @ self.weight.T + self.bias).argmax(-1)  # (queries,)
+        near = embedded @ self.entries.T  # (queries, entries): cosines
+        return near.masked_fill(self.tasks != task[:, None], float("-inf")).argmax(-1)
