@@ -1,0 +1,198 @@
+"""What rows say beyond a mean: scores with their spread over seeds, and how sure a difference of two methods is."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atv.errors import ATVError
+from atv.records import row_key
+from atv.tasks import UNSEEN
+
+RESAMPLES = 10_000
+"""Of the bootstrap, and sign flips of the permutation test."""
+
+Row = dict[str, Any]
+
+
+class Score(NamedTuple):
+    """A mean over seeds, and the sample standard deviation over them; None with one seed."""
+
+    mean: float
+    std: float | None = None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One method's scores; None is what it was not asked in full."""
+
+    tasks: dict[str, Score | None]
+    categories: dict[str, Score | None]
+    """Without that of the unseen tasks."""
+    in_domain: Score | None
+    """Mean of the categories."""
+    unseen: Score | None
+    """Mean of the unseen tasks."""
+    both: Score | None
+    """Mean of `in_domain` and `unseen`."""
+
+
+class Difference(NamedTuple):
+    """One method's average minus another's."""
+
+    value: float
+    low: float
+    """Lower end of the 95% interval."""
+    high: float
+    p: float
+
+
+def tasks_of(rows: Iterable[Row]) -> dict[str, str]:
+    """Names of the tasks that rows are of, and their categories, in the order of the rows."""
+    return {row["task"]: row["category"] for row in rows}
+
+
+def scores(rows: Sequence[Row], key: str = "correct", tasks: Mapping[str, str] | None = None) -> Scores:
+    """A method's scores: task, category, and the averages of the paper, each for every seed, then over seeds.
+
+    A task's score is the mean over its rows and variants, a category's the mean of its tasks, the in-domain average
+    the mean of the categories but Unseen, the unseen average the mean of the unseen tasks.
+
+    Args:
+        rows: of one method on one LLM.
+        key: what is averaged: `correct`, `correct_among_options`, `prompt_tokens` or `seconds`.
+        tasks: all that should have been asked, with their categories; None: those of `rows`. What a method was not
+            asked with one of its seeds has no score, nor has any average that it is part of.
+    """
+    tasks = tasks_of(rows) if tasks is None else tasks
+    found: defaultdict[tuple[Any, str], list[float]] = defaultdict(list)
+    for row in rows:
+        found[row["seed"], row["task"]].append(row[key])
+    seeds = list(dict.fromkeys(seed for seed, _ in found))
+    by_task = {task: [_mean(found.get((seed, task), ())) for seed in seeds] for task in tasks}
+    members: defaultdict[str, list[str]] = defaultdict(list)
+    for task, category in tasks.items():
+        members[category].append(task)
+    by_category = {name: _means([by_task[task] for task in inside]) for name, inside in members.items()}
+    unseen = by_category.pop(UNSEEN, [])
+    in_domain = _means(list(by_category.values()))
+    return Scores(
+        {task: _over_seeds(values) for task, values in by_task.items()},
+        {category: _over_seeds(values) for category, values in by_category.items()},
+        _over_seeds(in_domain),
+        _over_seeds(unseen),
+        _over_seeds(_means([in_domain, unseen])),
+    )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """None if any is missing: a mean over fewer would flatter."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if known and len(known) == len(values) else None
+
+
+def _means(parts: Sequence[Sequence[float | None]]) -> list[float | None]:
+    """The mean of the parts for each seed; empty if a part is."""
+    return [_mean(values) for values in zip(*parts, strict=True)] if all(parts) else []
+
+
+def _over_seeds(values: Sequence[float | None]) -> Score | None:
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return None
+    return Score(fmean(known), stdev(known) if len(known) > 1 else None)
+
+
+def paired(rows: Sequence[Row], method: str, other: str, key: str = "correct", *, unseen: bool = False) -> Difference:
+    """By how much `method` is above `other` on the rows that both were asked, and how sure that is.
+
+    The unit is a test row of a task, over all variants and seeds in which it was asked. It weighs what it weighs in
+    the average, so that the units' weighted differences add up to the difference of the averages of `scores`. The
+    interval is the 95% percentile bootstrap, rows resampled within each task; p is that of a two-sided permutation
+    test that swaps the two methods' answers to a test row. Both draw from a fixed seed.
+
+    Args:
+        rows: on one LLM, those of other methods too: the average is over the tasks that any of them was asked. An
+            example's number stands for the same test row in all of them.
+        method: what is measured.
+        other: what it is measured against.
+        key: `correct` or `correct_among_options`.
+        unseen: compare the unseen average, not the in-domain one.
+
+    Raises:
+        ATVError: one was asked rows that the other was not, or a row twice, or not all tasks with every seed.
+    """
+    tasks = {task: category for task, category in tasks_of(rows).items() if (category == UNSEEN) == unseen}
+    ours, theirs = (_asked(rows, name, tasks, key) for name in (method, other))
+    alone, theirs_alone = len(ours.keys() - theirs.keys()), len(theirs.keys() - ours.keys())
+    if alone or theirs_alone:
+        raise ATVError(
+            f"{method} and {other} were not asked the same {'unseen' if unseen else 'in-domain'} rows: {alone} of "
+            f"{method}'s {len(ours)} are not among {other}'s, {theirs_alone} of {other}'s {len(theirs)} are not among "
+            f"{method}'s. Evaluate both with the same tasks, test rows, variants and seeds."
+        )
+    sizes = Counter((seed, task) for seed, task, *_ in ours)
+    seeds = list(dict.fromkeys(seed for seed, _ in sizes))
+    absent = [f"{task} with seed {seed}" for task in tasks for seed in seeds if not sizes[seed, task]]
+    if absent or not seeds:
+        what = ", ".join(absent) or ("unseen tasks" if unseen else "in-domain tasks")
+        raise ATVError(f"{method} and {other} were not asked {what}. Evaluate both with the same tasks and seeds.")
+    ahead: Counter[tuple[str, int, Any]] = Counter()  # whole numbers, so that equal units stay equal
+    for asked, value in ours.items():
+        seed, task, *_, example = asked
+        ahead[task, example, seed] += value - theirs[asked]
+    siblings = Counter(tasks.values())
+    units: dict[str, list[float]] = {task: [] for task in tasks}
+    for task, example in dict.fromkeys((task, example) for task, example, _ in ahead):
+        share = len(seeds) * len(siblings) * siblings[tasks[task]]
+        units[task].append(sum(ahead[task, example, seed] / sizes[seed, task] for seed in seeds) / share)
+    parts = [np.array(values) for values in units.values()]
+    low, high = np.percentile(_bootstrap(parts), [2.5, 97.5])
+    everything = np.concatenate(parts)
+    return Difference(float(everything.sum()), float(low), float(high), _p_value(everything))
+
+
+def _asked(rows: Iterable[Row], method: str, tasks: Mapping[str, str], key: str) -> dict[tuple[Any, ...], int]:
+    """What a method scored on each seed, task, template, answer prefix and example."""
+    mine = [row for row in rows if row["method"] == method and row["task"] in tasks]
+    asked = {(row["seed"], *row_key(row)): int(row[key]) for row in mine}
+    if len(asked) < len(mine):
+        raise ATVError(
+            f"{method} has {len(mine) - len(asked)} rows twice, from several runs with one seed; "
+            "give one run for each method, LLM and seed."
+        )
+    return asked
+
+
+def _bootstrap(parts: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """Sums of units drawn anew, with replacement within each part: (resamples,)."""
+    random = np.random.default_rng(0)
+    total = np.zeros(RESAMPLES)
+    for part in parts:
+        # Equal units are interchangeable, and there are few different ones: draw how many of each.
+        values, counts = np.unique(part, return_counts=True)
+        total += random.multinomial(len(part), counts / len(part), size=RESAMPLES) @ values
+    return total
+
+
+def _p_value(units: NDArray[np.float64]) -> float:
+    """Two-sided p of the units' sum, were each as likely to have the other sign."""
+    units = units[units != 0]  # their sign does not matter
+    if len(units) < 2:
+        return 1.0
+    from scipy.stats import permutation_test  # here, since nothing else needs it and it takes half a second
+
+    result = permutation_test(
+        (units,),
+        np.sum,
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        batch=max(1, 2**22 // len(units)),  # 32 MiB at a time
+        rng=np.random.default_rng(0),
+    )
+    return float(result.pvalue)
