@@ -267,6 +267,17 @@ def test_runs_are_loaded_in_order_each_row_with_its_method_llm_seed_and_folder(t
     ]
 
 
+def test_runs_below_a_folder_are_found_at_any_depth_and_read_once(tmp_path):
+    for name in ("b/42", "a", "a/inside/10", ".left/run", "b/.run.former"):
+        fresh(tmp_path / name, rows=1).finish()
+    (tmp_path / "b" / "adapter").mkdir()
+    found = [row["run"] for row in load_runs([tmp_path / "b" / "42", tmp_path])]
+    assert found == [str(tmp_path / name) for name in ("b/42", "a/inside/10", "a")]
+    assert [row["run"] for row in load_runs([tmp_path / ".left"])] == [str(tmp_path / ".left/run")]
+    with refused(tmp_path / "b" / "adapter", "is not a run and holds none"):
+        load_runs([tmp_path / "a", tmp_path / "b" / "adapter"])
+
+
 def test_a_run_can_be_moved(tmp_path, folder):
     fresh(folder, rows=1).finish()
     shutil.move(folder, tmp_path / "elsewhere")

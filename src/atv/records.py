@@ -198,12 +198,13 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
 
 
 def load_runs(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
-    """Rows of several runs, each with its run's `method`, `llm`, `seed` and `run` (the folder) in it."""
+    """Rows of several runs, each with its run's `method`, `llm`, `seed` and `run` (the folder) in it.
+
+    Args:
+        folders: of runs, or folders that hold runs at any depth; a run that is found twice is read once.
+    """
     flat: list[dict[str, Any]] = []
-    for name in folders:
-        folder = Path(name)
-        if not (folder / RUN_FILE).exists():
-            raise ATVError(f"{folder} is not a run: {folder / RUN_FILE} is missing. Make one with: atv eval --out DIR")
+    for folder in dict.fromkeys(run for name in folders for run in _runs_below(Path(name))):
         run = _read_run(folder)
         settings = run.get("settings", {})
         about = {key: settings.get(key) for key in ("method", "llm", "seed")} | {"run": str(folder)}
@@ -212,3 +213,15 @@ def load_runs(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
             raise ATVError(f"{folder} is not finished ({len(rows)} rows); run the command that began it again.")
         flat.extend(about | row for row in rows)
     return flat
+
+
+def _runs_below(folder: Path) -> list[Path]:
+    """The folder itself, if it is a run, and those below it, without what a kill left in hidden folders."""
+    below = (path.parent for path in sorted(folder.rglob(RUN_FILE)))
+    runs = [run for run in below if not any(part.startswith(".") for part in run.relative_to(folder).parts)]
+    if not runs:
+        raise ATVError(
+            f"{folder} is not a run and holds none: {RUN_FILE} is missing there and below. "
+            "Make one with: atv eval --out DIR"
+        )
+    return runs

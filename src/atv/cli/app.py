@@ -297,16 +297,21 @@ def prepare(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs.")],
-    out: Annotated[Path, typer.Option(help="Markdown file to write.")] = Path("report.md"),
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or folders that hold runs at any depth.")],
+    out: Annotated[
+        Path, typer.Option(help="File to write: .md, .tex (for booktabs), or .csv, one file per table.")
+    ] = Path("report.md"),
 ) -> None:
-    """Print the accuracy table of runs and write it as Markdown."""
+    """Print the tables of runs and write them: accuracy per task; of several methods averages and differences too."""
     from atv.cli.show import print_table
     from atv.files import write_text
     from atv.records import load_runs
-    from atv.report import accuracy_table, markdown
+    from atv.report import all_tables, check_format, render
 
-    table = accuracy_table(load_runs(runs))
-    print_table(table)
-    write_text(out, markdown(table))
-    _say(f"Written to {out}")
+    check_format(out)
+    tables = all_tables(load_runs(runs))
+    for table in tables:
+        print_table(table)
+    for path, text in render(tables, out).items():
+        write_text(path, text)
+        _say(f"Written to {path}")

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from atv.processes import is_main
 from atv.report.tables import Table
@@ -13,14 +14,18 @@ output = Console(quiet=not is_main())
 
 def print_table(table: Table) -> None:
     """A recorded table on the screen; in a terminal that is too narrow for it lines are wrapped, nothing is dropped."""
-    grid = RichTable(title=table.title, title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    grid = RichTable(title=Text(table.title), title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for index, column in enumerate(table.columns):
-        grid.add_column(column, justify="left" if index < 3 else "right", no_wrap=index < 3)
-    for before, row in zip([None, *table.rows], table.rows, strict=False):
-        again = before is not None and before[:2] == row[:2]
-        grid.add_row(*(["", "", *row[2:]] if again else row))
+        words = index < table.text
+        grid.add_column(Text(column), justify="left" if words else "right", no_wrap=words)
+    shared = table.text - 1  # columns that are not repeated on the next line
+    for number, row in enumerate(table.rows):
+        again = number > 0 and table.rows[number - 1][:shared] == row[:shared]
+        cells = [*[""] * shared, *row[shared:]] if again else row
+        styles = ("bold" if (number, index) in table.bold else "" for index in range(len(cells)))
+        grid.add_row(*(Text(cell, style) for cell, style in zip(cells, styles, strict=True)))
     output.print(grid)
-    output.print(f"\n{table.note}", style="dim", highlight=False)
+    output.print(f"\n{table.note}\n", style="dim", highlight=False, markup=False)
 
 
 def print_lines(lines: Sequence[str]) -> None:

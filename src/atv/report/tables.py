@@ -19,6 +19,10 @@ class Table:
     columns: list[str]
     rows: list[list[str]]
     note: str
+    text: int = 3
+    """So many columns, the first, are words; the others are numbers."""
+    bold: frozenset[tuple[int, int]] = frozenset()
+    """Row and column of the cells that stand out."""
 
 
 def accuracy_table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -65,12 +69,3 @@ def _shown(values: Sequence[float | None]) -> list[str]:
         "–" if value is None else f"{value:.{digits}f}"
         for value, (_, _, _, digits) in zip(values, _COLUMNS, strict=True)
     ]
-
-
-def markdown(table: Table) -> str:
-    """A table as Markdown."""
-    text = 3  # columns of words; the others are numbers, aligned right
-    lines = [f"# {table.title}", "", "| " + " | ".join(table.columns) + " |"]
-    lines.append("|" + "|".join(" --- " if index < text else " ---: " for index in range(len(table.columns))) + "|")
-    lines += ["| " + " | ".join(row) + " |" for row in table.rows]
-    return "\n".join([*lines, "", table.note, ""])

@@ -1,0 +1,97 @@
+"""Tables as text: Markdown, LaTeX and CSV."""
+
+import csv
+import io
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from atv.errors import ATVError
+from atv.report.tables import Table
+
+_LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "–": "--",
+          "<": "$<$", ">": "$>$"} | {mark: f"\\{mark}" for mark in "&%$#_{}"}  # fmt: skip
+
+
+def markdown(table: Table) -> str:
+    """A table as Markdown."""
+    lines = [f"# {table.title}", "", "| " + " | ".join(table.columns) + " |"]
+    aligned = (" --- " if index < table.text else " ---: " for index in range(len(table.columns)))
+    lines.append("|" + "|".join(aligned) + "|")
+    lines += ["| " + " | ".join(row) + " |" for row in _cells(table, "**{}**")]
+    return "\n".join([*lines, "", table.note, ""])
+
+
+def latex(table: Table) -> str:
+    """A table as LaTeX, for a document that uses the package booktabs."""
+    columns = "l" * table.text + "r" * (len(table.columns) - table.text)
+    return "\n".join(
+        [
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{_escaped(table.title)}. {_escaped(table.note)}}}",
+            rf"\begin{{tabular}}{{{columns}}}",
+            r"\toprule",
+            " & ".join(_escaped(column) for column in table.columns) + r" \\",
+            r"\midrule",
+            *(" & ".join(row) + r" \\" for row in _cells(table, r"\textbf{{{}}}", _escaped)),
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+def comma_separated(table: Table) -> str:
+    """A table as CSV: bare numbers, a standard deviation in a column of its own, nothing for a dash."""
+    spread = [any(" ± " in row[index] for row in table.rows) for index in range(len(table.columns))]
+    names = [[name, f"{name} std"] if wide else [name] for name, wide in zip(table.columns, spread, strict=True)]
+    lines = [[part for parts in names for part in parts]]
+    for row in table.rows:
+        parts = [[*cell.split(" ± "), ""][:2] if wide else [cell] for cell, wide in zip(row, spread, strict=True)]
+        lines.append(["" if part == "–" else part for pair in parts for part in pair])
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    return text.getvalue()
+
+
+FORMATS = {".md": markdown, ".tex": latex, ".csv": comma_separated}
+
+
+def check_format(out: Path) -> None:
+    """Raise ATVError if the file's name does not say in which format it is to be written."""
+    if out.suffix not in FORMATS:
+        raise ATVError(f"{out} ends in {out.suffix!r}; expected a name that ends in .md, .tex or .csv.")
+
+
+def render(tables: Sequence[Table], out: Path) -> dict[Path, str]:
+    """Files and their text: all tables in the file `out`, or for CSV one file beside it per table, numbered.
+
+    Raises:
+        ATVError: `out` ends in something else than .md, .tex or .csv.
+    """
+    check_format(out)
+    texts = [FORMATS[out.suffix](table) for table in tables]
+    if out.suffix != ".csv":
+        return {out: "\n".join(texts)}
+    slugs = [re.sub(r"[^a-z0-9]+", "-", table.title.lower()).strip("-")[:80] for table in tables]
+    names = [out.with_name(f"{out.stem}-{number}-{slug}.csv") for number, slug in enumerate(slugs, 1)]
+    return dict(zip(names, texts, strict=True))
+
+
+def _cells(table: Table, mark: str, written: Callable[[str], str] = str) -> list[list[str]]:
+    """Cells as they are written, the bold ones in their mark."""
+    return [
+        [
+            mark.format(written(cell)) if (row, index) in table.bold else written(cell)
+            for index, cell in enumerate(cells)
+        ]
+        for row, cells in enumerate(table.rows)
+    ]
+
+
+def _escaped(text: str) -> str:
+    """Text for LaTeX; the minus of a number alone as one."""
+    text = re.sub(r"^-(?=\d)", "\0", text)
+    return "".join(_LATEX.get(letter, letter) for letter in text).replace("\0", "$-$")

@@ -1,0 +1,255 @@
+"""The paper's Tables 1, 2 and 5 from recorded rows, and what they lack: paired differences from ATV."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from atv.errors import ATVError
+from atv.report.statistics import RESAMPLES, Row, Score, paired, scores, tasks_of
+from atv.report.tables import Table, accuracy_table
+from atv.tasks import PAPER, UNSEEN
+
+ATV = "atv"
+METHODS = ("zero-shot", "icl", "bm25", "elicit", "i2cl", "lora", "prefix", "fixed", ATV, "icl+atv")
+CATEGORIES = ("NLU", "Reasoning", "Knowledge", "Mathematics", "Safety")
+ACCURACY = {"correct": "accuracy", "correct_among_options": "accuracy among options"}
+_COSTS = {"tokens": ("prompt_tokens", 0), "s/query": ("seconds", 4)}  # what is averaged, digits
+
+_RIGHT = {
+    "correct": "Accuracy: the most likely next token over the whole vocabulary is the first token of the answer.",
+    "correct_among_options": "Among options: the likeliest of the first tokens of the task's options is the answer's.",
+}
+_SPREAD = (
+    "All this in percent and for each seed; shown: mean over seeds ± sample standard deviation, none with one seed. "
+    "Bold: the best of a column, the paper's lines aside. A dash: not asked all of it."
+)
+_COST = (
+    "Prompt tokens and seconds per query are averaged in the same way; seconds include everything that the method does "
+    "for a query."
+)
+
+Line = Mapping[str, Score | None]
+"""A method's scores by the names of columns."""
+
+
+def all_tables(rows: Sequence[Row]) -> list[Table]:
+    """The table per task, and with several methods the paper's tables."""
+    several = len({row["method"] for row in rows}) > 1
+    return [accuracy_table(rows), *(paper_tables(rows) if several else ())]
+
+
+def paper_tables(rows: Sequence[Row]) -> list[Table]:
+    """In-domain, unseen, both, and ATV against each other method: for each LLM those that its rows suffice for."""
+    tables = []
+    for llm in dict.fromkeys(row["llm"] for row in rows):
+        own = [row for row in rows if row["llm"] == llm]
+        kinds = {category == UNSEEN for category in tasks_of(own).values()}
+        tables += [in_domain_table(own, key) for key in ACCURACY if False in kinds]
+        tables += [unseen_table(own, key) for key in ACCURACY if True in kinds]
+        tables += [summary_table(own)] if len(kinds) == 2 else []
+        tables += [comparison_table(own)] if {ATV} < {row["method"] for row in own} else []
+    return tables
+
+
+def in_domain_table(rows: Sequence[Row], key: str = "correct") -> Table:
+    """Cost, category scores and their mean for each method: the paper's Table 1.
+
+    Args:
+        rows: on one LLM.
+        key: which accuracy: `correct` or `correct_among_options`.
+    """
+    rows = _of(rows, unseen=False)
+    tasks = tasks_of(rows)
+    lines: dict[str, Line] = {}
+    for method, asked in _by_method(rows).items():
+        found = scores(asked, key, tasks)
+        costs = {name: scores(asked, source, tasks).in_domain for name, (source, _) in _COSTS.items()}
+        lines[method] = costs | found.categories | {"Avg": found.in_domain}
+    paper = _paper_lines("in-domain", lines, _as_in_paper(tasks, unseen=False)) if key == "correct" else {}
+    note = (
+        f"{_measured(rows)} {_RIGHT[key]} A task's score is the mean over its rows and variants, a category's that of "
+        f"its tasks, Avg that of the categories. {_SPREAD} {_COST}"
+    )
+    columns = [*_COSTS, *_ordered(tasks.values(), CATEGORIES), "Avg"]
+    return _table(f"In-domain {ACCURACY[key]}: {rows[0]['llm']}", columns, lines, paper, note)
+
+
+def unseen_table(rows: Sequence[Row], key: str = "correct") -> Table:
+    """Cost, scores of the unseen tasks and their mean for each method: the paper's Table 2.
+
+    Args:
+        rows: on one LLM.
+        key: which accuracy: `correct` or `correct_among_options`.
+    """
+    rows = _of(rows, unseen=True)
+    tasks = tasks_of(rows)
+    lines: dict[str, Line] = {}
+    for method, asked in _by_method(rows).items():
+        found = scores(asked, key, tasks)
+        costs = {name: scores(asked, source, tasks).unseen for name, (source, _) in _COSTS.items()}
+        lines[method] = costs | found.tasks | {"Avg": found.unseen}
+    paper = _paper_lines("unseen", lines, _as_in_paper(tasks, unseen=True)) if key == "correct" else {}
+    note = (
+        f"{_measured(rows)} {_RIGHT[key]} A task's score is the mean over rows and variants, Avg that of the tasks. "
+        f"{_SPREAD} {_COST}"
+    )
+    columns = [*_COSTS, *_ordered(tasks, tuple(PAPER)), "Avg"]
+    return _table(f"Unseen {ACCURACY[key]}: {rows[0]['llm']}", columns, lines, paper, note)
+
+
+def summary_table(rows: Sequence[Row]) -> Table:
+    """In-domain average, unseen average and the mean of both by both accuracies: the paper's Table 5."""
+    tasks = tasks_of(rows)
+    ends = {"correct": "", "correct_among_options": " among options"}
+    lines: dict[str, Line] = {}
+    for method, asked in _by_method(rows).items():
+        found = {end: scores(asked, key, tasks) for key, end in ends.items()}
+        lines[method] = {
+            f"{name}{end}": score
+            for end, each in found.items()
+            for name, score in (("in-domain", each.in_domain), ("unseen", each.unseen), ("Avg", each.both))
+        }
+    parts = {"in-domain": False, "unseen": True}
+    same = {part for part, unseen in parts.items() if "Avg" in _as_in_paper(tasks_of(_of(rows, unseen)), unseen)}
+    paper = _paper_lines("summary", lines, same | ({"Avg"} if len(same) == 2 else set()))
+    note = (
+        f"{_measured(rows)} In-domain: mean of the categories; unseen: mean of the unseen tasks; Avg: mean of both. "
+        f"{' '.join(_RIGHT.values())} {_SPREAD}"
+    )
+    columns = [f"{name}{end}" for end in ends.values() for name in (*parts, "Avg")]
+    return _table(f"In-domain and unseen: {rows[0]['llm']}", columns, lines, paper, note)
+
+
+def comparison_table(rows: Sequence[Row]) -> Table:
+    """ATV minus each other method on the same rows: difference, interval and p, by both accuracies.
+
+    Args:
+        rows: on one LLM.
+    """
+    kinds = {category == UNSEEN for category in tasks_of(rows).values()}
+    others = [method for method in _by_method(rows) if method != ATV]
+    lines, reasons = [], dict[str, None]()
+    for key, accuracy in ACCURACY.items():
+        for unseen in sorted(kinds):
+            for other in others:
+                try:
+                    found = paired(rows, ATV, other, key, unseen=unseen)
+                    cells = [f"{100 * value:+.2f}" for value in found[:3]] + [f"{found.p:.4f}"]
+                except ATVError as error:
+                    cells = ["–"] * 4
+                    reasons[str(error)] = None
+                lines.append([accuracy, "unseen" if unseen else "in-domain", other, *cells])
+    note = (
+        f"{_measured(rows)} The average of {ATV} minus that of the other method, in percentage points, on the same "
+        f"test rows, variants and seeds. From, to: 95% percentile bootstrap interval, from {RESAMPLES:,} draws of "
+        "test rows within each task, a row with all its variants and seeds: how far the difference would vary with "
+        "other test rows of these tasks, not with other tasks or seeds. p: two-sided permutation test that swaps the "
+        f"two methods' answers to a test row ({RESAMPLES:,} times, or in all ways if fewer), not corrected for the "
+        "number of lines. A dash: not asked the same rows."
+    )
+    columns = ["score", "tasks", f"{ATV} minus", "difference", "from", "to", "p"]
+    return Table(f"{ATV} against each method: {rows[0]['llm']}", columns, lines, " ".join([note, *reasons]))
+
+
+@cache
+def paper_results() -> dict[str, Any]:
+    """What the paper reports, by its table, LLM, method and column: mean and standard deviation, in percent."""
+    results: dict[str, Any] = json.loads(files(__package__).joinpath("paper_results.json").read_text(encoding="utf-8"))
+    return results
+
+
+def _paper_lines(part: str, ours: Iterable[str], columns: set[str]) -> dict[str, Line]:
+    """The paper's lines of the methods that we have too, with those columns that can stand beside ours."""
+    results = paper_results()
+    lines: dict[str, Line] = {}
+    for llm in results["in-domain"]:
+        for method in ours:
+            cells = dict(results[part].get(llm, {}).get(method, {}))
+            if part == "summary":  # its own lines are those of two methods; the averages of the others stand elsewhere
+                averages = {kind: results[kind][llm].get(method, {}).get("Avg") for kind in ("in-domain", "unseen")}
+                cells = {kind: average for kind, average in averages.items() if average} | cells
+            shares = {name: (cell[0], cell[1]) for name, cell in cells.items() if name in columns}
+            if shares:
+                lines[f"paper, {llm}: {method}"] = {
+                    name: Score(mean, std) if name in _COSTS else Score(mean / 100, std / 100)
+                    for name, (mean, std) in shares.items()
+                }
+    return lines
+
+
+def _as_in_paper(tasks: Mapping[str, str], unseen: bool) -> set[str]:
+    """The columns that are made of the same tasks as in the paper: only there its numbers can stand beside ours."""
+    theirs = {name: task.category for name, task in PAPER.items() if (task.category == UNSEEN) == unseen}
+    parts = [task for task in theirs if task in tasks] if unseen else [
+        category for category in CATEGORIES if _members(tasks, category) == _members(theirs, category)
+    ]  # fmt: skip
+    return {*parts, *(("Avg", "tokens") if dict(tasks) == theirs else ())}
+
+
+def _members(tasks: Mapping[str, str], category: str) -> set[str]:
+    return {task for task, its in tasks.items() if its == category}
+
+
+def _of(rows: Sequence[Row], unseen: bool) -> list[Row]:
+    return [row for row in rows if (row["category"] == UNSEEN) == unseen]
+
+
+def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["method"], []).append(row)
+    return {method: found[method] for method in _ordered(found, METHODS)}
+
+
+def _ordered(names: Iterable[str], order: Sequence[str]) -> list[str]:
+    """Names in the order given, then the others in their own."""
+    found = dict.fromkeys(names)
+    return [*(name for name in order if name in found), *(name for name in found if name not in order)]
+
+
+def _table(title: str, columns: list[str], ours: Mapping[str, Line], paper: Mapping[str, Line], note: str) -> Table:
+    lines = [*ours.items(), *paper.items()]
+    cells = [[name, *(_shown(line.get(column), column) for column in columns)] for name, line in lines]
+    if paper:
+        note += (
+            f" Lines marked 'paper' are other LLMs' numbers, where the tasks are the same: {paper_results()['source']}."
+        )
+    return Table(title, ["method", *columns], cells, note, text=1, bold=_best(columns, list(ours.values())))
+
+
+def _shown(score: Score | None, column: str) -> str:
+    if score is None:
+        return "–"
+    if column in _COSTS:
+        return f"{score.mean:.{_COSTS[column][1]}f}"
+    return f"{100 * score.mean:.1f}" + ("" if score.std is None else f" ± {100 * score.std:.1f}")
+
+
+def _best(columns: Sequence[str], lines: Sequence[Line]) -> frozenset[tuple[int, int]]:
+    """The highest of each column of accuracies, as far as the digits shown tell them apart."""
+    best = set()
+    for column, name in enumerate(columns, 1):
+        found = {row: round(100 * score.mean, 1) for row, line in enumerate(lines) if (score := line.get(name))}
+        if name not in _COSTS and len(found) > 1:
+            best |= {(row, column) for row, value in found.items() if value == max(found.values())}
+    return frozenset(best)
+
+
+def _measured(rows: Sequence[Row]) -> str:
+    """What the numbers of a table were measured on."""
+    tasks = len(tasks_of(rows))
+    examples = len({(row["task"], row["example"]) for row in rows})
+    variants = len({(row["template"], row["answer_prefix"]) for row in rows})
+    text = f"Measured on {_count(tasks, 'task')}, {_count(examples, 'test row')}, {_count(variants, 'prompt variant')}"
+    seeds = dict.fromkeys(row["seed"] for row in rows)
+    text += f", {'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}"
+    for method, own in _by_method(rows).items():
+        found = dict.fromkeys(row["seed"] for row in own)
+        text += f"; {method} with {', '.join(map(str, found))} alone" if len(found) < len(seeds) else ""
+    return f"{text}."
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -1,0 +1,223 @@
+"""The paper's tables from rows, and every format that they are written in: read back, and against the hand."""
+
+import csv
+import re
+from itertools import product
+from pathlib import Path
+
+import pytest
+from refusals import refused
+
+from atv.report import all_tables, check_format, markdown, paper_tables, render
+from atv.report.formats import comma_separated, latex
+from atv.report.paper_tables import comparison_table, in_domain_table, paper_results, summary_table, unseen_table
+from atv.report.statistics import paired
+from atv.report.tables import Table
+from atv.tasks import PAPER
+
+CATEGORY = {"a_b": "NLU", "c": "NLU", "d": "Handwork", "e": "Unseen", "f": "Unseen"}
+
+
+def rows_of(method, task, marks, options="", seed=42, category=None, llm="small", tokens=20):
+    """One row for each mark, `x` being a right answer."""
+    return [
+        {"method": method, "llm": llm, "seed": seed, "run": "runs/a", "task": task,
+         "category": category or CATEGORY[task], "template": 0, "answer_prefix": "A:", "example": example,
+         "correct": mark == "x", "correct_among_options": option == "x", "prompt_tokens": tokens, "seconds": 0.5}
+        for example, (mark, option) in enumerate(zip(marks, options or marks, strict=True))
+    ]  # fmt: skip
+
+
+ROWS = [
+    *rows_of("mine", "a_b", "x---"), *rows_of("mine", "d", "xx--"), *rows_of("mine", "c", "xx"),
+    *rows_of("mine", "e", "-"), *rows_of("mine", "f", "x"),
+    *rows_of("atv", "a_b", "xxx-"), *rows_of("atv", "d", "xx--"), *rows_of("atv", "c", "xx"),
+    *rows_of("atv", "e", "x"), *rows_of("atv", "f", "x"),
+    *rows_of("zero-shot", "a_b", "----", "xxxx", tokens=10), *rows_of("zero-shot", "d", "x---", "xxxx"),
+    *rows_of("zero-shot", "c", "--", "xx"), *rows_of("zero-shot", "e", "-", "x"),
+]  # fmt: skip
+SEEDS = [*(row for row in ROWS if row["method"] == "atv"), *rows_of("atv", "a_b", "x---", seed=10),
+         *rows_of("atv", "d", "----", seed=10), *rows_of("atv", "c", "xx", seed=10)]  # fmt: skip
+
+
+def lines_of(table):
+    return {line[0]: dict(zip(table.columns[1:], line[1:], strict=True)) for line in table.rows}
+
+
+def bold_of(table):
+    return {(table.rows[row][0], table.columns[column]) for row, column in table.bold}
+
+
+def test_the_in_domain_table_is_the_one_worked_out_by_hand():
+    table = in_domain_table(ROWS)
+    assert table.title == "In-domain accuracy: small"
+    assert table.columns == ["method", "tokens", "s/query", "NLU", "Handwork", "Avg"]
+    assert table.rows == [
+        ["zero-shot", "18", "0.5000", "0.0", "25.0", "12.5"],  # tokens: mean of 15 (NLU) and 20
+        ["atv", "20", "0.5000", "87.5", "50.0", "68.8"],
+        ["mine", "20", "0.5000", "62.5", "50.0", "56.2"],
+    ]
+    assert bold_of(table) == {("atv", "NLU"), ("atv", "Handwork"), ("mine", "Handwork"), ("atv", "Avg")}
+    assert "3 tasks, 10 test rows, 1 prompt variant, seed 42." in table.note
+    options = in_domain_table(ROWS, "correct_among_options")
+    assert options.title == "In-domain accuracy among options: small"
+    assert lines_of(options)["zero-shot"]["Avg"] == "100.0"
+    assert bold_of(options) == {("zero-shot", name) for name in ("NLU", "Handwork", "Avg")}
+
+
+def test_a_task_that_was_not_asked_is_a_dash_and_so_is_every_mean_of_it():
+    lines = lines_of(unseen_table(ROWS))
+    assert lines["zero-shot"] == {"tokens": "–", "s/query": "–", "e": "0.0", "f": "–", "Avg": "–"}
+    assert lines["mine"] == {"tokens": "20", "s/query": "0.5000", "e": "0.0", "f": "100.0", "Avg": "50.0"}
+    summary = lines_of(summary_table(ROWS))
+    assert summary["zero-shot"]["in-domain"] == "12.5"
+    assert (summary["zero-shot"]["unseen"], summary["zero-shot"]["Avg"]) == ("–", "–")
+    assert (summary["atv"]["in-domain"], summary["atv"]["unseen"], summary["atv"]["Avg"]) == ("68.8", "100.0", "84.4")
+    assert summary["atv"]["Avg among options"] == "84.4"
+
+
+def test_several_seeds_show_their_spread_and_a_method_with_fewer_is_named():
+    others = [row for row in ROWS if row["method"] == "mine"]
+    table = in_domain_table([*SEEDS, *others])
+    # Avg of atv is 68.75 with seed 42 and (62.5 + 0) / 2 with seed 10
+    assert lines_of(table)["atv"] | {"Avg": "50.0 ± 26.5"} == lines_of(table)["atv"]
+    assert lines_of(table)["mine"]["Avg"] == "56.2"
+    assert "seeds 42, 10; mine with 42 alone." in table.note
+
+
+def test_the_comparison_shows_what_paired_gives_and_says_why_it_has_a_dash():
+    table = comparison_table(ROWS)
+    assert table.columns[2] == "atv minus"
+    lines = {tuple(line[:3]): line[3:] for line in table.rows}
+    scores, kinds = ("accuracy", "accuracy among options"), ("in-domain", "unseen")
+    assert list(lines) == list(product(scores, kinds, ("zero-shot", "mine")))
+    found = paired(ROWS, "atv", "zero-shot")
+    assert lines["accuracy", "in-domain", "zero-shot"] == ["+56.25", f"{100 * found.low:+.2f}",
+                                                           f"{100 * found.high:+.2f}", f"{found.p:.4f}"]  # fmt: skip
+    assert lines["accuracy among options", "in-domain", "zero-shot"][0] == "-31.25"
+    assert lines["accuracy", "unseen", "zero-shot"] == ["–"] * 4
+    assert "1 of atv's 2 are not among zero-shot's" in table.note
+    assert lines["accuracy", "unseen", "mine"][0] == "+50.00"
+
+
+def test_methods_stand_in_the_paper_s_order_and_each_llm_has_tables_of_its_own():
+    others = ("own", "icl+atv", "atv", "fixed", "prefix", "lora", "i2cl", "elicit", "bm25", "icl", "zero-shot")
+    rows = [row for method in others for row in rows_of(method, "d", "x-")]
+    assert [line[0] for line in in_domain_table(rows).rows] == [*others[:0:-1], "own"]
+    titles = [table.title for table in paper_tables([*rows, *rows_of("atv", "e", "x", llm="large")])]
+    assert titles == ["In-domain accuracy: small", "In-domain accuracy among options: small",
+                      "atv against each method: small", "Unseen accuracy: large",
+                      "Unseen accuracy among options: large"]  # fmt: skip
+
+
+def test_one_method_has_the_table_per_task_alone():
+    assert [table.title for table in all_tables(SEEDS)] == ["Accuracy per task"]
+    assert len(all_tables(ROWS)) == 7
+
+
+def paper_rows(*methods, without=()):
+    return [
+        row
+        for method in methods
+        for name, task in PAPER.items()
+        if name not in without
+        for row in rows_of(method, name, "x-", category=task.category)
+    ]
+
+
+def test_the_paper_s_numbers_stand_beside_ours_and_are_marked():
+    rows = paper_rows("elicit", "icl", "lora", "fixed")
+    table = in_domain_table(rows)
+    assert [line[0] for line in table.rows] == [
+        "icl", "elicit", "lora", "fixed", "paper, LLaMA3-8B: icl", "paper, LLaMA3-8B: elicit",
+        "paper, Mistral-7B: icl", "paper, Mistral-7B: elicit",
+    ]  # fmt: skip
+    assert table.columns[3:] == ["NLU", "Reasoning", "Knowledge", "Mathematics", "Safety", "Avg"]
+    assert table.rows[4][1:] == ["1884", "–", "60.6 ± 0.9", "56.0 ± 0.4", "70.6 ± 1.0", "26.7 ± 2.0", "62.1 ± 0.3",
+                                 "55.2 ± 0.9"]  # fmt: skip
+    assert max(row for row, _ in table.bold) < 4  # ours alone, though the paper's are higher
+    assert "Lines marked 'paper' are other LLMs' numbers" in table.note
+    assert "arXiv 2506.03426" in table.note
+    assert len(in_domain_table(rows, "correct_among_options").rows) == 4
+    assert lines_of(unseen_table(rows))["paper, Mistral-7B: elicit"]["deepmind"] == "25.1 ± 1.2"
+    summary = lines_of(summary_table(rows))
+    assert summary["paper, LLaMA3-8B: lora"] == dict.fromkeys(summary["lora"], "–") | {
+        "in-domain": "56.0 ± 1.4", "unseen": "52.0 ± 3.2", "Avg": "54.0 ± 2.3"}  # fmt: skip
+    assert summary["paper, Mistral-7B: icl"]["in-domain"] == "53.0 ± 0.1"
+    assert summary["paper, Mistral-7B: icl"]["unseen"] == "–"
+
+
+def test_a_number_of_the_paper_stands_only_beside_one_of_the_same_tasks():
+    rows = paper_rows("icl", "bm25", without=("boolq", "glue_cola"))
+    line = lines_of(in_domain_table(rows))["paper, LLaMA3-8B: bm25"]
+    assert {name for name, cell in line.items() if cell != "–"} == {"NLU", "Reasoning", "Mathematics", "Safety"}
+    line = lines_of(unseen_table(rows))["paper, LLaMA3-8B: bm25"]
+    assert (line["deepmind"], line["Avg"], line["tokens"]) == ("30.7 ± 1.7", "–", "–")
+    assert [line[0] for line in summary_table(rows).rows] == ["icl", "bm25"]
+    assert not any("paper" in line[0] for table in paper_tables(ROWS) for line in table.rows)
+
+
+def test_the_averages_of_the_paper_are_those_of_its_parts():
+    """Against a slip in copying: its in-domain average is the mean of the categories, its unseen one of the tasks."""
+    lines = [
+        line for part in ("in-domain", "unseen") for llm in paper_results()[part].values() for line in llm.values()
+    ]
+    assert len(lines) == 22
+    for line in lines:
+        parts = [mean for name, (mean, _) in line.items() if name not in ("tokens", "Avg")]
+        assert len(parts) == 5
+        assert line["Avg"][0] == pytest.approx(sum(parts) / 5, abs=0.15)
+
+
+TABLE = Table("A_b & c: 50%", ["method", "NLU", "p"],
+              [["x_1", "61.0 ± 5.0", "-1.50"], ["y#2 {z}", "–", "+2.00"], ["paper, L: x", "60.0", "–"]],
+              "Below 10% ~ <5\\ and $3.", text=1, bold=frozenset({(0, 1)}))  # fmt: skip
+
+
+def test_bold_is_marked_in_markdown_and_words_are_aligned_left():
+    text = markdown(TABLE).splitlines()
+    assert text[3] == "| --- | ---: | ---: |"
+    assert text[4] == "| x_1 | **61.0 ± 5.0** | -1.50 |"
+
+
+def test_latex_is_escaped_and_balanced():
+    text = latex(TABLE)
+    assert r"x\_1 & \textbf{61.0 $\pm$ 5.0} & $-$1.50 \\" in text
+    assert r"y\#2 \{z\} & -- & +2.00 \\" in text
+    assert r"\caption{A\_b \& c: 50\%. Below 10\% \textasciitilde{} $<$5\textbackslash{} and \$3.}" in text
+    assert r"\begin{tabular}{lrr}" in text
+    for table in all_tables([*ROWS, *paper_rows("icl")]):
+        text = latex(table)
+        bare = re.sub(r"\\[\\&%$#_{}]", "", text)  # without what is escaped
+        assert bare.count("{") == bare.count("}")
+        assert bare.count("$") % 2 == 0
+        assert re.findall(r"\\begin{(\w+)}", text) == re.findall(r"\\end{(\w+)}", text)[::-1]
+        assert not re.search(r"[_%#~^±–]", bare.replace("%%", ""))
+        body = text.split("\\toprule\n")[1].split("\\bottomrule")[0].replace("\\midrule\n", "")
+        for line in body.splitlines():
+            assert len(re.findall(r"(?<!\\)&", line)) == len(table.columns) - 1
+            assert line.endswith(r" \\")
+
+
+def test_csv_read_again_gives_the_numbers():
+    found = list(csv.DictReader(comma_separated(TABLE).splitlines()))
+    assert found[0] == {"method": "x_1", "NLU": "61.0", "NLU std": "5.0", "p": "-1.50"}
+    assert found[1] == {"method": "y#2 {z}", "NLU": "", "NLU std": "", "p": "+2.00"}
+    assert found[2] == {"method": "paper, L: x", "NLU": "60.0", "NLU std": "", "p": ""}
+    for table in all_tables(ROWS):
+        lines = list(csv.reader(comma_separated(table).splitlines()))
+        numbers = [cell for line in lines[1:] for cell in line[table.text :] if cell]
+        assert [float(number) for number in numbers]
+        assert {len(line) for line in lines} == {len(table.columns)}
+
+
+def test_the_file_s_name_decides_the_format():
+    tables = all_tables(ROWS)
+    assert list(render(tables, Path("out/r.md"))) == [Path("out/r.md")]
+    assert render(tables, Path("r.tex"))[Path("r.tex")].count(r"\begin{table}") == 7
+    names = [path.name for path in render(tables, Path("out/r.csv"))]
+    assert names[:2] == ["r-1-accuracy-per-task.csv", "r-2-in-domain-accuracy-small.csv"]
+    assert len(set(names)) == 7
+    for name in ("r.txt", "r"):
+        with refused(name, ".md, .tex or .csv"):
+            check_format(Path(name))
