@@ -8,9 +8,11 @@ from typing import Any
 from atv.cli.show import print_lines, print_table
 from atv.cli.work import frozen, named_tasks, recipe_for
 from atv.errors import unknown
+from atv.files import write_text
 from atv.progress import note
 from atv.protocol import PROFILES, Profile, read_settings, reproduce, sweep
 from atv.records import load_runs
+from atv.report import FORMATS, all_tables, paper_tables, render
 
 
 def _profile(options: Mapping[str, Any]) -> Profile:
@@ -28,18 +30,16 @@ def _settings(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def reproduce_tables(options: Mapping[str, Any]) -> None:
     """`atv reproduce`: everything that is not done yet, then the tables."""
-    from atv.report import paper_tables, write_tables
-
     profile, out = _profile(options), Path(options["out"])
     how = _settings(options) | {"batch_size": options["batch_size"], "force": options["force"]}
     runs = reproduce(profile, frozen(options), named_tasks(options), out, **how)
-    tables = paper_tables(load_runs(runs))
-    for table in tables:
+    rows = load_runs(runs)
+    for table in paper_tables(rows):
         print_table(table)
-    files = [out / f"tables.{suffix}" for suffix in ("md", "tex", "csv")]
-    for file in files:
-        write_tables(tables, file)
-    print_lines([f"Runs: {out / 'runs'}    Tables: {', '.join(map(str, files))}"])
+    for suffix in FORMATS:
+        for file, text in render(all_tables(rows), out / "tables" / f"tables{suffix}").items():
+            write_text(file, text)
+    print_lines([f"Runs: {out / 'runs'}    Tables: {out / 'tables'} ({', '.join(FORMATS)})"])
 
 
 def choose_settings(options: Mapping[str, Any]) -> None:

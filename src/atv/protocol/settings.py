@@ -72,10 +72,10 @@ def read_settings(path: Path) -> dict[str, dict[str, Any]]:
     everything = set().union(*(own | loop for own, loop in map(_options, trained)))
     read = {}
     for name, values in tables.items():
-        if name != ALL and name not in trained:
-            raise unknown(f"table in {path}:", name, (ALL, *trained))
         if not isinstance(values, dict):
             raise ATVError(f"{path}: {name} stands outside a table; put it under [{ALL}] or a method's name.")
+        if name != ALL and name not in trained:
+            raise unknown(f"table in {path}:", name, (ALL, *trained))
         read[name] = {key.replace("-", "_"): value for key, value in values.items()}
         own, loop = (everything, set()) if name == ALL else _options(name)
         for key in read[name]:

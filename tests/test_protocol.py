@@ -1,0 +1,212 @@
+"""The protocol: settings from weaker to stronger, the same rows for all, going on after a kill, fair trials."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import byte_level_tokenizer, make_atv, make_llm, toy_task
+
+from atv.errors import ATVError
+from atv.methods import METHODS
+from atv.protocol import PROFILES, Frozen, Profile, method_settings, read_settings, recipe, reproduce, sweep
+from atv.protocol.sweep import trials_of
+from atv.records import load_runs
+from atv.tasks import UNSEEN
+
+TINY = Profile(
+    "tiny", "", train_rows=6, valid_rows=3, test_rows=4, seeds=(1,), variants="first", shots=2,
+    settings={"all": {"epochs": 1, "batch_size": 4}, "elicit": {"exemplars": 2, "layer_rows": 2}},
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """An LLM and a generator in folders, and what methods need to know of them."""
+    folder = tmp_path_factory.mktemp("models")
+    make_llm(dtype=torch.float32).save_pretrained(folder / "llm")
+    byte_level_tokenizer().save_pretrained(folder / "llm")
+    make_atv().generator.save(folder / "generator")
+    generator = str(folder / "generator")
+    given = {"atv": {"generator": generator, "pooling": "mean", "scale": 0.5}, "elicit": {"encoder": generator}}
+    return Frozen(str(folder / "llm"), dtype="float32"), given
+
+
+def tasks():
+    other = toy_task("other", 36)
+    rows = {split: tuple(row._replace(input=f"{row.input} now") for row in getattr(other, split))
+            for split in ("train", "valid", "test")}  # fmt: skip
+    unseen = {split: tuple(row._replace(input=f"{row.input} then") for row in getattr(other, split))
+              for split in ("train", "valid", "test")}  # fmt: skip
+    return [toy_task(rows=36), replace(other, **rows), replace(other, name="new", category=UNSEEN, **unseen)]
+
+
+def test_every_method_answers_the_same_rows(world, tmp_path):
+    frozen, given = world
+    runs = reproduce(TINY, frozen, tasks(), tmp_path, given=given)
+    rows = load_runs(runs)
+    asked = {name: [] for name in METHODS}
+    for row in rows:
+        asked[row["method"]].append((row["task"], row["template"], row["answer_prefix"], row["example"], row["target"]))
+    assert set(map(tuple, asked.values())) == {tuple(asked["zero-shot"])}
+    assert len(asked["atv"]) == 3 * 4
+    for name in ("atv", "lora", "i2cl", "fixed", "prefix", "elicit"):
+        record = json.loads((tmp_path / "trained" / f"{name}-1" / "train.json").read_text())
+        assert set(record["settings"]["tasks"]) == {"toy", "other"}, name  # once for all, the unseen one left out
+        assert all(task["train"] == 6 for task in record["settings"]["tasks"].values())
+    again = time.perf_counter()
+    assert reproduce(TINY, frozen, tasks(), tmp_path, given=given) == runs
+    assert time.perf_counter() - again < 2
+    with pytest.raises(ATVError, match="other settings"):
+        reproduce(TINY, frozen, tasks(), tmp_path, given=given | {"lora": {"rank": 4}})
+
+
+_KILLED = """
+import os, signal, sys
+sys.path[:0] = {path!r}
+import test_protocol as here
+from pathlib import Path
+from atv.protocol import Frozen, reproduce
+from atv.records import RunWriter
+left = [{rows}]
+append = RunWriter.append
+def dying(self, predictions):
+    predictions = list(predictions)
+    append(self, predictions[: left[0]])
+    left[0] -= len(predictions)
+    if left[0] <= 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+RunWriter.append = dying
+reproduce(here.TINY, Frozen({llm!r}, dtype="float32"), here.tasks(), Path({out!r}), given={given!r},
+          methods=["zero-shot", "fixed", "bm25"], batch_size=2)
+"""
+
+
+def test_killed_and_started_again_no_row_is_asked_twice_and_the_rows_are_equal(world, tmp_path, monkeypatch):
+    frozen, given = world
+    methods = {"methods": ["zero-shot", "fixed", "bm25"], "batch_size": 2}
+    whole = load_runs(reproduce(TINY, frozen, tasks(), tmp_path / "whole", given=given, **methods))
+    out, path = tmp_path / "killed", [str(Path(__file__).parent), *sys.path]
+    for rows in (7, 11):  # in the first run, then in the second
+        code = _KILLED.format(path=path, rows=rows, llm=frozen.llm, out=str(out), given=given)
+        done = subprocess.run([sys.executable, "-c", code], env=os.environ, capture_output=True, check=False)
+        assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    before = [line for file in sorted(out.rglob("predictions.jsonl")) for line in file.read_text().splitlines()]
+    assert len(before) == 18
+    asked = []
+    from atv.records import RunWriter
+
+    append = RunWriter.append
+    monkeypatch.setattr(RunWriter, "append", lambda run, rows: asked.extend(rows) or append(run, rows))
+    resumed = load_runs(reproduce(TINY, frozen, tasks(), out, given=given, **methods))
+    assert len(asked) + len(before) == len(whole)
+    after = [line for file in sorted(out.rglob("predictions.jsonl")) for line in file.read_text().splitlines()]
+    assert set(before) <= set(after)  # to the last digit of their seconds
+    assert [clean(row) for row in resumed] == [clean(row) for row in whole]
+
+
+def clean(row):
+    return {key: value for key, value in row.items() if key not in ("seconds", "run")}
+
+
+def test_training_rows_are_drawn_anew_by_each_seed_and_test_rows_are_not():
+    task = toy_task(rows=90)
+    first, same, other = (task.drawn(10, 5, seed) for seed in (1, 1, 2))
+    assert first == same
+    assert (len(first.train), len(first.valid)) == (10, 5)
+    assert set(first.train) < set(task.train)
+    assert first.train != other.train
+    assert first.test == other.test == task.test
+
+
+def test_settings_go_from_the_papers_to_the_users():
+    profile = {"all": {"epochs": 2, "scale": 0.7}, "lora": {"rank": 4}}
+    config, train = method_settings("lora", [], 3)
+    assert (config.rank, config.alpha, config.dropout, train.learning_rate, train.seed) == (8, 32, 0.05, 4e-4, 3)
+    config, train = method_settings("lora", [profile], 3)
+    assert (config.rank, train.epochs) == (4, 2)
+    config, train = method_settings("lora", [profile, {"lora": {"rank": 2, "learning_rate": 1.0}}], 3)
+    assert (config.rank, train.epochs, train.learning_rate) == (2, 2, 1.0)
+    assert method_settings("atv", [profile], 3).config.scale == 0.7
+    with pytest.raises(ATVError, match="Unknown option of the method lora: 'scale'"):
+        method_settings("lora", [{"lora": {"scale": 1.0}}], 3)
+    with pytest.raises(ATVError, match="option of the method elicit: 'epochs'"):
+        method_settings("elicit", [{"elicit": {"epochs": 1}}], 3)
+    with pytest.raises(ATVError, match="learns nothing"):
+        method_settings("zero-shot", [], 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("epochs = 3", "stands outside a table"),
+        ("[lore]\nrank = 3", "Unknown table in .*'lore'"),
+        ("[lora]\nrnak = 3", "Unknown option in .lora. of .*'rnak'"),
+        ("[all]\nrnak = 3", "Unknown option in .all. of .*'rnak'"),
+        ("[lora", "is not a TOML file"),
+    ],
+)
+def test_a_wrong_settings_file_is_refused(tmp_path, text, named):
+    (tmp_path / "settings.toml").write_text(text)
+    with pytest.raises(ATVError, match=named):
+        read_settings(tmp_path / "settings.toml")
+
+
+def test_the_recipe_and_every_profile_fit_every_method():
+    for profile in PROFILES.values():
+        for name, method in METHODS.items():
+            if method.config_class is not None:
+                method_settings(name, [recipe(), profile.settings], 42)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].search])
+def test_trials_begin_with_the_default_and_differ(name):
+    trials = trials_of(name, 3, seed=42)
+    assert len({json.dumps(trial) for trial in trials}) == 3
+    assert trials == trials_of(name, 3, seed=42)
+    for trial in trials:
+        method_settings(name, [{name: trial}], 42)
+    config, train = method_settings(name, [recipe()], 42)
+    values = train.to_dict() | config.to_dict()
+    assert {key: values[key] for key in trials[0]} == trials[0]
+
+
+def test_a_sweep_never_sees_the_test_rows_and_keeps_the_best(world, tmp_path, monkeypatch):
+    frozen, given = world
+    seen = []
+    from atv.evaluation import evaluate
+
+    def watched(method, tasks, run, **how):
+        seen.extend(row for task in tasks for split in (task.train, task.valid, task.test) for row in split)
+        return evaluate(method, tasks, run, **how)
+
+    monkeypatch.setattr("atv.protocol.measure.evaluate", watched)
+    best = sweep(TINY, frozen, tasks(), tmp_path, methods=["fixed", "lora"], trials=2, given=given)
+    assert seen
+    assert not {row for task in tasks() for row in task.test} & set(seen)
+    assert not {row for row in tasks()[2].train} & set(seen)
+    record = json.loads((tmp_path / "sweep.json").read_text())
+    for name in ("fixed", "lora"):
+        assert len(record["trials"][name]) == 2
+        top = max(record["trials"][name], key=lambda row: (row["accuracy"], row["among_options"]))
+        assert best[name] == top["settings"]
+    assert read_settings(tmp_path / "settings.toml") == best
+
+
+def test_wrong_names_are_refused_before_anything_is_done(world, tmp_path):
+    frozen, given = world
+    with pytest.raises(ATVError, match="Unknown method 'atc'"):
+        reproduce(TINY, frozen, tasks(), tmp_path / "a", methods=["atc"])
+    with pytest.raises(ATVError, match="All tasks are of the category Unseen"):
+        reproduce(TINY, frozen, tasks()[2:], tmp_path / "a")
+    with pytest.raises(ATVError, match="method to choose settings for: 'icl'|Unknown method"):
+        sweep(TINY, frozen, tasks(), tmp_path / "a", methods=["icl"])
+    with pytest.raises(ATVError, match="settings to choose from"):
+        sweep(TINY, frozen, tasks(), tmp_path / "a", methods=["lora"], trials=99)
+    assert not (tmp_path / "a").exists()
