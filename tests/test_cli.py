@@ -219,7 +219,7 @@ def test_unseen_tasks_are_not_trained_on_unless_they_are_named(atv, world, tmp_p
 
 def test_wrong_use_of_eval_generate_and_report_is_one_line(atv, world, tmp_path):
     check_refused(*atv("eval", "--method", "atv"), ["needs an adapter"])
-    check_refused(*atv("eval", "--method", "lora"), ["Unknown method 'lora'"])
+    check_refused(*atv("eval", "--method", "lore"), ["Unknown method 'lore'"])
     check_refused(*atv("eval", "--adapter", tmp_path), ["No adapter at"])
     check_refused(*atv("generate", "--adapter", tmp_path, " "), ["query is empty"])
     check_refused(*atv("report", tmp_path), ["is not a run"])

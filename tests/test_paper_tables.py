@@ -3,12 +3,11 @@
 import csv
 import re
 from itertools import product
-from pathlib import Path
 
 import pytest
 from refusals import refused
 
-from atv.report import all_tables, check_format, markdown, paper_tables, render
+from atv.report import all_tables, check_format, markdown, paper_tables, write_tables
 from atv.report.formats import comma_separated, latex
 from atv.report.paper_tables import comparison_table, in_domain_table, paper_results, summary_table, unseen_table
 from atv.report.statistics import paired
@@ -211,13 +210,15 @@ def test_csv_read_again_gives_the_numbers():
         assert {len(line) for line in lines} == {len(table.columns)}
 
 
-def test_the_file_s_name_decides_the_format():
+def test_the_file_s_name_decides_the_format(tmp_path):
     tables = all_tables(ROWS)
-    assert list(render(tables, Path("out/r.md"))) == [Path("out/r.md")]
-    assert render(tables, Path("r.tex"))[Path("r.tex")].count(r"\begin{table}") == 7
-    names = [path.name for path in render(tables, Path("out/r.csv"))]
-    assert names[:2] == ["r-1-accuracy-per-task.csv", "r-2-in-domain-accuracy-small.csv"]
-    assert len(set(names)) == 7
+    for name, mark in (("r.md", "\n| --- |"), ("r.tex", r"\begin{table}")):
+        assert write_tables(tables, tmp_path / name) == [tmp_path / name]
+        assert (tmp_path / name).read_text().count(mark) == 7
+    files = write_tables(tables, tmp_path / "r.csv")
+    assert [file.name for file in files[:2]] == ["r-1-accuracy-per-task.csv", "r-2-in-domain-accuracy-small.csv"]
+    assert [file.read_text() for file in files] == [comma_separated(table) for table in tables]
     for name in ("r.txt", "r"):
         with refused(name, ".md, .tex or .csv"):
-            check_format(Path(name))
+            check_format(tmp_path / name)
+    assert len(list(tmp_path.iterdir())) == 9

@@ -200,7 +200,7 @@ def test_a_sweep_never_sees_the_test_rows_and_keeps_the_best(world, tmp_path, mo
 
 
 def test_wrong_names_are_refused_before_anything_is_done(world, tmp_path):
-    frozen, given = world
+    frozen, _ = world
     with pytest.raises(ATVError, match="Unknown method 'atc'"):
         reproduce(TINY, frozen, tasks(), tmp_path / "a", methods=["atc"])
     with pytest.raises(ATVError, match="All tasks are of the category Unseen"):

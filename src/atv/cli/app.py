@@ -304,14 +304,12 @@ def report(
 ) -> None:
     """Print the tables of runs and write them: accuracy per task; of several methods averages and differences too."""
     from atv.cli.show import print_table
-    from atv.files import write_text
     from atv.records import load_runs
-    from atv.report import all_tables, check_format, render
+    from atv.report import all_tables, check_format, write_tables
 
     check_format(out)
     tables = all_tables(load_runs(runs))
     for table in tables:
         print_table(table)
-    for path, text in render(tables, out).items():
-        write_text(path, text)
+    for path in write_tables(tables, out):
         _say(f"Written to {path}")

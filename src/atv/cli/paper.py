@@ -8,11 +8,10 @@ from typing import Any
 from atv.cli.show import print_lines, print_table
 from atv.cli.work import frozen, named_tasks, recipe_for
 from atv.errors import unknown
-from atv.files import write_text
 from atv.progress import note
 from atv.protocol import PROFILES, Profile, read_settings, reproduce, sweep
 from atv.records import load_runs
-from atv.report import FORMATS, all_tables, paper_tables, render
+from atv.report import FORMATS, all_tables, paper_tables, write_tables
 
 
 def _profile(options: Mapping[str, Any]) -> Profile:
@@ -37,8 +36,7 @@ def reproduce_tables(options: Mapping[str, Any]) -> None:
     for table in paper_tables(rows):
         print_table(table)
     for suffix in FORMATS:
-        for file, text in render(all_tables(rows), out / "tables" / f"tables{suffix}").items():
-            write_text(file, text)
+        write_tables(all_tables(rows), out / "tables" / f"tables{suffix}")
     print_lines([f"Runs: {out / 'runs'}    Tables: {out / 'tables'} ({', '.join(FORMATS)})"])
 
 

@@ -1,7 +1,7 @@
 """Reports: pure functions of recorded rows. Nothing here loads torch."""
 
-from atv.report.formats import FORMATS, check_format, markdown, render
+from atv.report.formats import FORMATS, check_format, markdown, write_tables
 from atv.report.paper_tables import all_tables, paper_tables
 from atv.report.tables import accuracy_table
 
-__all__ = ["FORMATS", "accuracy_table", "all_tables", "check_format", "markdown", "paper_tables", "render"]
+__all__ = ["FORMATS", "accuracy_table", "all_tables", "check_format", "markdown", "paper_tables", "write_tables"]

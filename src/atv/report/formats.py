@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from atv.errors import ATVError
+from atv.files import write_text
 from atv.report.tables import Table
 
 _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "–": "--",
@@ -65,19 +66,22 @@ def check_format(out: Path) -> None:
         raise ATVError(f"{out} ends in {out.suffix!r}; expected a name that ends in .md, .tex or .csv.")
 
 
-def render(tables: Sequence[Table], out: Path) -> dict[Path, str]:
-    """Files and their text: all tables in the file `out`, or for CSV one file beside it per table, numbered.
+def write_tables(tables: Sequence[Table], out: Path) -> list[Path]:
+    """Write all tables into the file `out`, or for CSV one file beside it per table, numbered; returns the files.
 
     Raises:
         ATVError: `out` ends in something else than .md, .tex or .csv.
     """
     check_format(out)
     texts = [FORMATS[out.suffix](table) for table in tables]
-    if out.suffix != ".csv":
-        return {out: "\n".join(texts)}
-    slugs = [re.sub(r"[^a-z0-9]+", "-", table.title.lower()).strip("-")[:80] for table in tables]
-    names = [out.with_name(f"{out.stem}-{number}-{slug}.csv") for number, slug in enumerate(slugs, 1)]
-    return dict(zip(names, texts, strict=True))
+    files = {out: "\n".join(texts)}
+    if out.suffix == ".csv":
+        slugs = [re.sub(r"[^a-z0-9]+", "-", table.title.lower()).strip("-")[:80] for table in tables]
+        names = [out.with_name(f"{out.stem}-{number}-{slug}.csv") for number, slug in enumerate(slugs, 1)]
+        files = dict(zip(names, texts, strict=True))
+    for file, text in files.items():
+        write_text(file, text)
+    return list(files)
 
 
 def _cells(table: Table, mark: str, written: Callable[[str], str] = str) -> list[list[str]]:
