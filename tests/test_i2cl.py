@@ -197,7 +197,7 @@ def test_it_learns_and_is_used_on_known_and_unknown_tasks(tmp_path):
     method = I2CL.load(llm, byte_level_tokenizer(), adapter)
     run = RunWriter(tmp_path / "run", {})
     unknown = toy_task("harbours")
-    evaluate(method, [TASKS[1], unknown], run, variants=[Variant(0, "A:")], batch_size=3)
+    evaluate(method, [TASKS[1], unknown], run, variants="first", batch_size=3)
     # In batches of three as each row alone, whichever contexts it takes.
     for task in (TASKS[1], unknown):
         for row in (row for row in run.rows if row["task"] == task.name):

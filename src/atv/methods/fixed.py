@@ -60,4 +60,5 @@ class Fixed(ATV):
     name = "fixed"
     config_class = FixedConfig
     model_class = FixedModel
-    search: ClassVar[dict[str, tuple[Any, ...]]] = {"learning_rate": (3e-3, 1e-3, 1e-2), "scale": (1.0, 0.1)}
+    train_defaults: ClassVar[dict[str, Any] | None] = {"learning_rate": 3e-3}
+    search: ClassVar[dict[str, tuple[Any, ...]]] = {"learning_rate": (3e-3, 1e-3, 1e-2), "scale": (1.0, 0.5, 2.0)}

@@ -16,7 +16,7 @@ bare query, compared with those of the demonstrations' queries. That call is par
 (With SmolLM2-135M and 15 queries of each of the paper's 20 tasks, 88% of test queries are nearest to one of their own
 task; the mean of a query's input embeddings would be cheaper, and is right for 72% even with 90 queries per task.)
 
-The optimiser is the one that all methods here have, where the I2CL paper has AdamW, warm-up and a cosine.
+The optimiser is the one that all methods here have, where I2CL's code has AdamW, a warm-up and a cosine.
 """
 
 import random
@@ -52,10 +52,10 @@ READ_TOGETHER = 16
 
 @dataclass
 class I2CLConfig(Checked):
-    """How context vectors are made and injected. The defaults are those of the I2CL paper's code."""
+    """How context vectors are made and injected. The defaults are those of I2CL's code, the first one apart."""
 
     demonstrations: int = 16
-    """Training rows of each task that its context vectors are the mean of; as many as ICL shows."""
+    """Training rows of each task whose mean its context vectors are; as many as ICL shows (in I2CL's code, 5 of a class)."""
     initial_context: float = 0.1
     """lambda at the start: the share of a context vector."""
     initial_module: float = 1.0
@@ -261,8 +261,11 @@ class I2CL(Method):
 
     name = "i2cl"
     config_class = I2CLConfig
-    train_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 1e-2}
-    search: ClassVar[dict[str, tuple[Any, ...]]] = {"learning_rate": (1e-2, 3e-3, 3e-2), "initial_context": (0.1, 0.01)}
+    train_defaults: ClassVar[dict[str, Any] | None] = {"learning_rate": 1e-2}
+    search: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "learning_rate": (1e-2, 3e-3, 3e-2),
+        "initial_context": (0.1, 0.03, 0.3),
+    }
 
     def __init__(self, model: I2CLModel) -> None:
         super().__init__(model.llm, model.tokenizer)
