@@ -24,22 +24,25 @@ def load_encoder(name: str, revision: str | None = None) -> Generator:
 @torch.no_grad()
 def embed(encoder: Generator, queries: Sequence[str]) -> Tensor:
     """Queries to vectors of length 1, (queries, embedding) float32, on the encoder's device."""
-    found = []
     encoded = encoder.encode(queries)
+    by_length = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))  # equal lengths: little padding
+    found = torch.empty(len(encoded), encoder.hidden_size, device=encoder.device)
     for start in range(0, len(encoded), AT_ONCE):
-        ids, mask = pad(encoded[start : start + AT_ONCE], pad_id(encoder.tokenizer), "right")
-        found.append(encoder(ids.to(encoder.device), mask.to(encoder.device)).float())
-    return torch.nn.functional.normalize(torch.cat(found), dim=-1)
+        batch = by_length[start : start + AT_ONCE]
+        ids, mask = pad([encoded[index] for index in batch], pad_id(encoder.tokenizer), "right")
+        found[batch] = encoder(ids.to(encoder.device), mask.to(encoder.device)).float()
+    return torch.nn.functional.normalize(found, dim=-1)
 
 
-def fit_classifier(embeddings: Tensor, labels: Tensor, classes: int, penalty: float = 1.0) -> tuple[Tensor, Tensor]:
+def fit_classifier(embeddings: Tensor, labels: Tensor, classes: int, penalty: float = 0.1) -> tuple[Tensor, Tensor]:
     """Softmax regression: the minimum of the summed cross-entropy + penalty / 2 * squared weights, which is unique.
 
     Args:
         embeddings: (rows, embedding).
         labels: (rows,) int64.
         classes: how many there are.
-        penalty: of the weights; the bias has none.
+        penalty: of the weights; the bias has none. On validation queries of the paper's tasks anything from 0.001 to
+            1 named the task within a point of the default.
 
     Returns:
         Weight (classes, embedding) and bias (classes,), float32, on the CPU.
