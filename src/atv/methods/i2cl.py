@@ -55,7 +55,7 @@ class I2CLConfig(Checked):
     """How context vectors are made and injected. The defaults are those of I2CL's code, the first one apart."""
 
     demonstrations: int = 16
-    """Training rows of each task whose mean its context vectors are; as many as ICL shows (in I2CL's code, 5 of a class)."""
+    """Training rows of each task whose mean its context vectors are, as many as ICL shows (their code: 5 per class)."""
     initial_context: float = 0.1
     """lambda at the start: the share of a context vector."""
     initial_module: float = 1.0
