@@ -43,7 +43,7 @@ WITHIN = {
     "doctor": {"model", "prefix"},
     "prefix": {"attention"},
     "store": {"artifact", "prefix"},
-    "training": {"doctor", "model", "sampling", "store", "trainable"},
+    "training": {"attention", "doctor", "model", "sampling", "store", "trainable"},
     "files": {"errors"},
     "progress": {"processes"},
     "__main__": {"cli"},

@@ -1,13 +1,11 @@
 """Prefix-tuning: learned keys and values stand before every prompt, in every layer (through PEFT)."""
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from atv.attention import grouped
 from atv.config import Checked
 from atv.errors import ATVError
 from atv.methods.peft_model import Adapted, PEFTMethod
@@ -55,9 +53,7 @@ class AdaptedByPrefix(Adapted):
         inputs["attention_mask"] = nn.functional.pad(mask, (tokens, 0), value=1)
         if "position_ids" in inputs:
             inputs["position_ids"] = inputs["position_ids"] + tokens
-        learning_on_cpu = past.layers[0].keys.requires_grad and mask.device.type == "cpu"
-        with grouped() if learning_on_cpu else nullcontext():
-            output = llm(**inputs | {"past_key_values": past, "use_cache": True})
+        output = llm(**inputs | {"past_key_values": past, "use_cache": True})
         if inputs.get("use_cache"):
             for layer in past.layers:
                 layer.keys, layer.values = layer.keys[:, :, tokens:], layer.values[:, :, tokens:]
