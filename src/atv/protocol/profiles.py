@@ -35,10 +35,10 @@ PROFILES = {
         Profile("paper", "Nothing is cut.", settings={"all": {"epochs": 15}}),
         Profile(
             "small",
-            "Cut for two CPU cores: 45 training rows per task instead of 90, 16 test rows instead of 100, 3 prompt "
+            "Cut for two CPU cores: 32 training rows per task instead of 90, 16 test rows instead of 100, 3 prompt "
             "variants instead of 9 (each template once, each with another answer prefix), one seed instead of three, "
             "4 demonstrations instead of 16, 2 epochs instead of 15.",
-            train_rows=45,
+            train_rows=32,
             valid_rows=8,
             test_rows=16,
             seeds=(42,),

@@ -50,8 +50,7 @@ def sweep(
 
     Each trial is trained on a seed's training rows as `profile` says, with half of its validation rows to choose the
     epoch, and measured on the other half. The test split is never touched. The best is the one with the highest mean
-    accuracy over tasks over the whole vocabulary; of equal ones the one with the higher accuracy among the options,
-    then the earlier.
+    accuracy over tasks over the whole vocabulary, of equal ones the earlier: the default stays unless one is better.
 
     Args:
         profile: rows, variants, and its first seed.
@@ -87,7 +86,7 @@ def sweep(
             score = _try(name, trial, profile, frozen, seen, out / f"{name}-{number}", tables, store, force)
             rows.append({"settings": trial, **score})
         results[name] = rows
-        best[name] = max(rows, key=lambda row: (row["accuracy"], row["among_options"]))["settings"]
+        best[name] = max(rows, key=lambda row: row["accuracy"])["settings"]
         write_json(out / RECORD_FILE, {"seed": seed, "profile": profile.name, "trials": results, "best": best})
     write_text(out / SETTINGS_FILE, _toml(best))
     return best
