@@ -15,9 +15,7 @@ from atv.methods import METHODS, library
 from atv.methods.elicit import Elicit, ElicitConfig
 from atv.methods.retriever import Retriever, embed, fit_classifier, load_encoder
 from atv.records import RunWriter
-from atv.tasks import Example, Task, Variant
-
-FIRST = Variant(0, "A:")
+from atv.tasks import Example, Task
 
 
 def counting_task(name="counting"):
@@ -146,7 +144,7 @@ def test_the_edit_is_that_of_a_hook_written_by_hand(tmp_path, encoder, layers, w
     kept["layers"] = torch.tensor([0, 1, 2, 2, 0, 1])  # so that queries read together have theirs at different layers
     method = Elicit(loaded.llm, loaded.tokenizer, loaded.config, kept, loaded.retriever, {})
     run, task = RunWriter(tmp_path / "run", {}), TASKS[0]
-    evaluate(method, [task], run, variants=[FIRST], batch_size=8)
+    evaluate(method, [task], run, variants="first", batch_size=8)
     predictions = [row["prediction"] for row in run.rows]
     by_hand, plain, used = [], [], set()
     for row in task.test:

@@ -10,9 +10,6 @@ from refusals import refused
 from atv.evaluation import evaluate
 from atv.methods import METHODS
 from atv.records import RunWriter
-from atv.tasks import Variant
-
-FIRST = Variant(0, "A:")
 
 
 def load(tmp_path, method="icl+atv", shots=3, seed=42, **options):
@@ -32,7 +29,7 @@ def asked(method, folder):
         lambda _, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
     run = RunWriter(folder, {})
-    evaluate(method, [task], run, variants=[FIRST], batch_size=4)
+    evaluate(method, [task], run, variants="first", batch_size=4)
     hook.remove()
     return [row["prediction"] for row in run.rows], sum(read)
 
