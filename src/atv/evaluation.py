@@ -15,7 +15,7 @@ from atv.methods.base import Method
 from atv.models import context_length
 from atv.prefix import SharedPrefix, call_llm
 from atv.processes import rank, world_size
-from atv.progress import Bar, bar, note
+from atv.progress import Bar, bar, note, note_once
 from atv.records import Prediction, RunWriter, row_key
 from atv.tasks import Task, Variant, findings, refuse_shared_inputs
 
@@ -36,7 +36,7 @@ def evaluate(
     Where a launcher has started several processes, all of them call this, and each asks every n-th batch of those
     that one process would ask.
 
-    What the audit of the tasks finds is said first, a line each.
+    What the audit of the tasks finds is said first, a line each, once in a process.
 
     Args:
         method: what answers.
@@ -54,7 +54,7 @@ def evaluate(
     refuse_shared_inputs(tasks)
     for task in tasks:
         for finding in findings(task, partial(first_answer_token, method.tokenizer), task.variants(variants)):
-            note(finding)
+            note_once(finding)
     done = {row_key(row) for row in run.rows}
     work = [(task, variant) for task in tasks for variant in task.variants(variants)]
     order = [(task.name, *variant, index) for task, variant in work for index in range(len(task.test))]

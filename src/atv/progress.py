@@ -16,6 +16,16 @@ def note(message: str) -> None:
     console.print(message, highlight=False, markup=False, soft_wrap=True)
 
 
+_SAID: set[str] = set()
+
+
+def note_once(message: str) -> None:
+    """As `note`, but nothing that was said before in this process: ten methods on one task need one warning of it."""
+    if message not in _SAID:
+        _SAID.add(message)
+        note(message)
+
+
 class Bar:
     """A running progress bar: advance it, or change what stands before it."""
 
