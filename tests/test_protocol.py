@@ -162,7 +162,7 @@ def test_the_recipe_and_every_profile_fit_every_method():
     for profile in PROFILES.values():
         for name, method in METHODS.items():
             if method.config_class is not None:
-                method_settings(name, [recipe(), profile.settings], 42)
+                method_settings(name, [recipe(), profile.tables()], 42)
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].search])

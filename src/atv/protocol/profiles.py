@@ -28,6 +28,11 @@ class Profile:
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Stronger than a method's defaults, weaker than what the user gives."""
 
+    def tables(self) -> dict[str, dict[str, Any]]:
+        """Its settings, with as many demonstrations for what is learned from them as ICL shows."""
+        shots = {"shots": self.shots, "demonstrations": self.shots}
+        return self.settings | {"all": shots | self.settings.get("all", {})}
+
 
 PROFILES = {
     profile.name: profile
@@ -37,14 +42,15 @@ PROFILES = {
             "small",
             "Cut for two CPU cores: 32 training rows per task instead of 90, 16 test rows instead of 100, 3 prompt "
             "variants instead of 9 (each template once, each with another answer prefix), one seed instead of three, "
-            "4 demonstrations instead of 16, 2 epochs instead of 15.",
+            "4 demonstrations instead of 16, 2 epochs instead of 15, and 5 validation rows that choose ELICIT's layers "
+            "instead of 10.",
             train_rows=32,
             valid_rows=8,
             test_rows=16,
             seeds=(42,),
             variants="diagonal",
             shots=4,
-            settings={"all": {"epochs": 2}},
+            settings={"all": {"epochs": 2}, "elicit": {"layer_rows": 5}},
         ),
         Profile(
             "smoke",

@@ -71,8 +71,9 @@ def reproduce(
             raise unknown("method", name, METHODS)
     tasks = chosen_tasks(profile, tasks)
     jobs = _jobs(list(methods) or list(METHODS), profile.seeds)
-    tables = (recipe or {}, profile.settings, given or {})
-    settings = {(job.method, job.seed): _settings(profile, tables, job) for job in jobs if job.kind == "train"}
+    tables = (recipe or {}, profile.tables(), given or {})
+    trained = [job for job in jobs if job.kind == "train"]
+    settings = {(job.method, job.seed): method_settings(job.method, tables, job.seed) for job in trained}
     _open(profile, frozen, tasks, settings, batch_size, out, force)
     clock = _Clock(jobs, {job: _work(job, profile, tasks, settings.get((job.method, job.seed))) for job in jobs})
     for seed in profile.seeds:
@@ -104,13 +105,6 @@ def _jobs(methods: Sequence[str], seeds: Sequence[int]) -> list[Job]:
         for seed in seeds
         for job in [*(Job("train", name, seed) for name in trained), *(Job("measure", name, seed) for name in methods)]
     ]
-
-
-def _settings(profile: Profile, tables: Sequence[Tables], job: Job) -> Settings:
-    own = {field: profile.shots for field in ("shots", "demonstrations")}  # as an option of what is trained
-    config_class: Any = METHODS[job.method].config_class
-    shots = {key: value for key, value in own.items() if key in config_class.__dataclass_fields__}
-    return method_settings(job.method, [{job.method: shots}, *tables], job.seed)
 
 
 def _open(

@@ -74,7 +74,7 @@ def sweep(
     ]
     results: dict[str, Any] = {}
     best: dict[str, dict[str, Any]] = {}
-    tables = (recipe or {}, profile.settings, given or {})
+    tables = (recipe or {}, profile.tables(), given or {})
     store = PrefixStore()
     done = 0
     for name in names:
