@@ -95,6 +95,52 @@ def test_train_eval_report_generate_on_ones_own_models_and_data(atv, world, tmp_
     assert "steered:" in said
 
 
+def test_another_method_is_trained_with_its_own_settings_and_known_by_its_adapter(atv, world, tmp_path):
+    data = [*models(world), "--data", world / "data"]
+    some = [*data, "--method", "lora", "--epochs", "1", "--batch-size", "4", "--out", tmp_path / "lora"]
+    code, _, err = atv("train", *some, "--set", "rank=3", "--set", "targets=['q_proj']")
+    assert code == 0, err
+    assert json.loads((tmp_path / "lora" / "adapter" / "adapter_config.json").read_text())["r"] == 3
+    code, _, err = atv("eval", *data, "--variants", "first", "--adapter", tmp_path / "lora", "--out", tmp_path / "run")
+    assert code == 0, err
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["settings"]["method"] == "lora"
+    assert run["method"]["config"] | {"rank": 3, "targets": ["q_proj"]} == run["method"]["config"]
+    assert run["method"]["training"]["train"]["learning_rate"] == 4e-4
+    train = ["train", *some, "--out", tmp_path / "other"]
+    check_refused(*atv(*train, "--set", "rnak=3"), ["Unknown option of the method lora: 'rnak'", "rank"])
+    check_refused(*atv(*train, "--set", "rank"), ["expected NAME=VALUE"])
+    check_refused(*atv(*train, "--set", "rank=many"), ["rank is 'many'"])
+    check_refused(*atv(*train, "--positions", "last:2"), ["Unknown option of the method lora: 'positions'"])
+    check_refused(*atv("train", *data, "--method", "icl"), ["learns nothing"])
+    check_refused(
+        *atv("eval", *data, "--method", "i2cl", "--adapter", tmp_path / "lora"), ["adapter of the method lora"]
+    )
+    check_refused(*atv("eval", *data, "--method", "i2cl"), ["needs an adapter", "atv train --method i2cl"])
+    check_refused(*atv("generate", "--adapter", tmp_path / "lora", "q"), ["adapter of the method lora"])
+
+
+def test_reproduce_and_sweep_from_the_command_line(atv, world, tmp_path):
+    data = [*models(world), "--data", world / "data"]
+    settings = tmp_path / "settings.toml"
+    settings.write_text("[all]\nbatch_size = 4\n[fixed]\npositions = 'last:2'\n")
+    common = [*data, "--profile", "smoke", "--settings", settings, "--method", "fixed"]
+    some = ["reproduce", *common, "--method", "zero-shot", "--out", tmp_path / "r"]
+    code, said, err = atv(*some)
+    assert code == 0, err
+    assert "its numbers mean nothing" in err
+    assert "In-domain accuracy" in said
+    assert {file.suffix for file in (tmp_path / "r" / "tables").iterdir()} == {".md", ".tex", ".csv"}
+    assert json.loads((tmp_path / "r" / "trained/fixed-42/train.json").read_text())["settings"]["train"]["epochs"] == 1
+    assert atv(*some)[1] == said
+    code, said, err = atv("sweep", *common, "--trials", "2", "--out", tmp_path / "s")
+    assert code == 0, err
+    assert "[2 of 2] fixed:" in err
+    assert f"Next: atv reproduce --settings {tmp_path / 's' / 'settings.toml'}" in said
+    check_refused(*atv("reproduce", *data, "--profile", "large"), ["Unknown profile 'large'", "paper, small, smoke"])
+    check_refused(*atv("reproduce", *common, "--settings", tmp_path / "no"), ["No file", "atv sweep"])
+
+
 def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_rows(atv, world, tmp_path):
     arguments = ["eval", "--method", "zero-shot", *models(world), "--data", world / "data", "--variants", "first"]
     assert atv(*arguments, "--out", tmp_path / "whole")[0] == 0
