@@ -91,10 +91,17 @@ def chosen_tasks(profile: Profile, tasks: Sequence[Task]) -> list[Task]:
     kept: dict[str, list[Task]] = {}
     for task in tasks:
         kept.setdefault(task.category, []).append(task.limited(test=profile.test_rows))
-    chosen = [task for alike in kept.values() for task in alike[: profile.tasks_per_category]]
+    if profile.tasks_per_category is not None:
+        kept = {name: sorted(alike, key=_length)[: profile.tasks_per_category] for name, alike in kept.items()}
+    chosen = [task for alike in kept.values() for task in alike]
     if all(task.category == UNSEEN for task in chosen):
         raise ATVError(f"All tasks are of the category {UNSEEN}, which is not trained on; expected others beside them.")
     return chosen
+
+
+def _length(task: Task) -> float:
+    """Mean characters of a prompt, roughly."""
+    return 200 + sum(len(row.input) for row in task.test) / len(task.test)
 
 
 def _jobs(methods: Sequence[str], seeds: Sequence[int]) -> list[Job]:
@@ -186,7 +193,7 @@ def _do(
 
 def _work(job: Job, profile: Profile, tasks: Sequence[Task], settings: Settings | None) -> float:
     """A rough measure of a job's work, in characters of prompt that the LLM reads: enough to tell the time left."""
-    length = {task.name: sum(len(row.input) + 200 for row in task.test) / len(task.test) for task in tasks}
+    length = {task.name: _length(task) for task in tasks}
     if settings is not None:
         seen = [task for task in tasks if task.category != UNSEEN]
         once = sum(length[task.name] * min(profile.train_rows, len(task.train)) for task in seen)
