@@ -31,7 +31,7 @@ class Method(ABC):
         config_class: the options of a method that is trained; None: there is nothing to train.
         train_defaults: fields of TrainConfig that the method's own paper sets otherwise; None: it is learnt without a
             training loop, and of TrainConfig takes the seed alone.
-        search: what a sweep may choose from: fields of `config_class` or TrainConfig, each with its values.
+        search: what a sweep may choose from: fields of `config_class` or TrainConfig, each with values.
         llm: what is called: the frozen LLM, or a PEFT model around it.
         tokenizer: the LLM's.
         edited: how many of a prompt's last tokens `steer` may change; None: any. What prompts share before them is

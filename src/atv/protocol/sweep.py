@@ -24,13 +24,16 @@ RECORD_FILE = "sweep.json"
 SETTINGS_FILE = "settings.toml"
 
 
-def trials_of(name: str, count: int, seed: int) -> list[dict[str, Any]]:
-    """`count` different choices from what the method may be searched over; the first is its default."""
+def trials_of(name: str, count: int, tables: Sequence[Tables], seed: int) -> list[dict[str, Any]]:
+    """`count` different choices: first what the method has without a choice, then others of its `search`."""
     search = METHODS[name].search
-    everything = [dict(zip(search, values, strict=True)) for values in product(*search.values())]
-    if count > len(everything):
-        raise ATVError(f"The method {name} has {len(everything)} settings to choose from; expected trials up to that.")
-    default, others = everything[0], everything[1:]
+    config, train = method_settings(name, tables, seed)
+    values = train.to_dict() | config.to_dict()
+    default = {key: values[key] for key in search}
+    others = [dict(zip(search, some, strict=True)) for some in product(*search.values())]
+    others = [choice for choice in others if choice != default]
+    if count > 1 + len(others):
+        raise ATVError(f"The method {name} has {1 + len(others)} settings to choose from; expected no more trials.")
     return [default, *random.Random(f"{seed} {name}").sample(others, count - 1)]
 
 
@@ -68,13 +71,13 @@ def sweep(
         if name not in METHODS or not METHODS[name].search:
             raise unknown("method to choose settings for", name, [name for name in METHODS if METHODS[name].search])
     seed = profile.seeds[0]
-    chosen = {name: trials_of(name, trials, seed) for name in names}
+    tables = (recipe or {}, profile.tables(), given or {})
+    chosen = {name: trials_of(name, trials, tables, seed) for name in names}
     seen = [
         _on_validation_rows(task, profile, seed) for task in chosen_tasks(profile, tasks) if task.category != UNSEEN
     ]
     results: dict[str, Any] = {}
     best: dict[str, dict[str, Any]] = {}
-    tables = (recipe or {}, profile.tables(), given or {})
     store = PrefixStore()
     done = 0
     for name in names:
