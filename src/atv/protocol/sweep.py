@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -16,7 +16,7 @@ from atv.protocol.measure import Frozen, measure
 from atv.protocol.profiles import Profile
 from atv.protocol.reproduce import chosen_tasks
 from atv.protocol.settings import Tables, method_settings
-from atv.records import load_runs
+from atv.records import load_runs, provenance
 from atv.store import PrefixStore
 from atv.tasks import UNSEEN, Task
 
@@ -73,9 +73,13 @@ def sweep(
     seed = profile.seeds[0]
     tables = (recipe or {}, profile.tables(), given or {})
     chosen = {name: trials_of(name, trials, tables, seed) for name in names}
-    seen = [
-        _on_validation_rows(task, profile, seed) for task in chosen_tasks(profile, tasks) if task.category != UNSEEN
-    ]
+    in_domain = [task for task in chosen_tasks(profile, tasks) if task.category != UNSEEN]
+    seen = [_on_validation_rows(task, profile, seed) for task in in_domain]
+    asked = {
+        "profile": {key: value for key, value in asdict(profile).items() if key != "settings"},
+        **frozen.described(),
+        "tasks": {task.name: task.digest("train", "valid") for task in in_domain},
+    }
     results: dict[str, Any] = {}
     best: dict[str, dict[str, Any]] = {}
     store = PrefixStore()
@@ -90,7 +94,7 @@ def sweep(
             rows.append({"settings": trial, **score})
         results[name] = rows
         best[name] = max(rows, key=lambda row: row["accuracy"])["settings"]
-        write_json(out / RECORD_FILE, {"seed": seed, "profile": profile.name, "trials": results, "best": best})
+        write_json(out / RECORD_FILE, asked | {"trials": results, "best": best} | provenance())
     write_text(out / SETTINGS_FILE, _toml(best))
     return best
 
