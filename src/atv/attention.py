@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+MOST_SCORES = 2**17
+"""New tokens x keys beyond which torch's own attention is used: it is slower, but keeps no table of scores for the
+backward, which grows with their product (8 prompts of 777 tokens: several GiB)."""
 _UNKNOWN = ("softcap", "s_aux", "position_bias", "cache")  # arguments of single models, that the library's own knows
 
 
@@ -45,7 +48,8 @@ def grouped_attention(
     """
     batch, heads, new, width = query.shape
     causal = attention_mask is None and new > 1
-    if causal or dropout or any(options.get(name) is not None for name in _UNKNOWN):
+    too_many = new * key.shape[2] > MOST_SCORES
+    if causal or dropout or too_many or any(options.get(name) is not None for name in _UNKNOWN):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
     groups = (batch, key.shape[1], heads // key.shape[1] * new, width)  # the queries of one key head stand together
     scaled = query * (width**-0.5 if scaling is None else scaling)

@@ -81,7 +81,11 @@ def reproduce(
         store = PrefixStore()  # prompts that several methods are trained on are read once
         for job in (job for job in jobs if job.seed == seed):
             clock.begin(job)
-            new = _do(job, profile, frozen, drawn, out, settings.get((job.method, seed)), store, batch_size, force)
+            if job.kind == "train":
+                new = _train(job, frozen, drawn, out, settings[job.method, seed], store, force)
+            else:
+                store = PrefixStore()  # its memory is free again
+                new = _measure(job, profile, frozen, drawn, out, batch_size, force)
             clock.end(job, new)
     return [out / job.folder for job in jobs if job.kind == "measure"]
 
@@ -154,35 +158,32 @@ def _open(
     barrier()
 
 
-def _do(
-    job: Job,
-    profile: Profile,
-    frozen: Frozen,
-    tasks: Sequence[Task],
-    out: Path,
-    settings: Settings | None,
-    store: PrefixStore,
-    batch_size: int,
-    force: bool,
+def _train(
+    job: Job, frozen: Frozen, tasks: Sequence[Task], out: Path, settings: Settings, store: PrefixStore, force: bool
 ) -> bool:
-    """Do a job; false if it was done already."""
-    folder, method = out / job.folder, METHODS[job.method]
-    if job.kind == "train":
-        assert settings is not None
-        if (folder / "train.json").exists() and not force and read_json(folder / "train.json", "a record")["finished"]:
-            return False
-        llm, tokenizer = frozen.load()
-        seen = [task for task in tasks if task.category != UNSEEN]
-        method.fit(llm, tokenizer, seen, folder, *settings, force=force, store=store)
-        return True
+    """Train a method on the tasks that are not Unseen; false if that was done already."""
+    folder = out / job.folder
+    record = folder / "train.json"
+    if record.exists() and not force and read_json(record, "the record of a training")["finished"]:
+        return False
+    llm, tokenizer = frozen.load()
+    seen = [task for task in tasks if task.category != UNSEEN]
+    METHODS[job.method].fit(llm, tokenizer, seen, folder, *settings, force=force, store=store)
+    return True
+
+
+def _measure(
+    job: Job, profile: Profile, frozen: Frozen, tasks: Sequence[Task], out: Path, batch_size: int, force: bool
+) -> bool:
+    """Measure a method on all tasks; false if that was done already."""
+    method = METHODS[job.method]
     trained = method.trained_as()
-    adapter = None if trained is None else out / Job("train", trained, job.seed).folder
     return measure(
         job.method,
         frozen,
         tasks,
-        folder,
-        adapter=adapter,
+        out / job.folder,
+        adapter=None if trained is None else out / Job("train", trained, job.seed).folder,
         shots=profile.shots if method.shots else None,
         seed=job.seed,
         variants=profile.variants,
