@@ -40,12 +40,12 @@ PROFILES = {
         Profile("paper", "Nothing is cut.", settings={"all": {"epochs": 15}}),
         Profile(
             "small",
-            "Cut for two CPU cores: 1 epoch instead of 15 (of the paper's 90 training rows per task), 10 test rows "
+            "Cut for two CPU cores: 1 epoch instead of 15 (of the paper's 90 training rows per task), 16 test rows "
             "instead of 100, 3 prompt variants instead of 9 (each template once, each with another answer prefix), one "
             "seed instead of three, 4 demonstrations instead of 16, 5 validation rows that choose ELICIT's layers "
             "instead of 10.",
             valid_rows=8,
-            test_rows=10,
+            test_rows=16,
             seeds=(42,),
             variants="diagonal",
             shots=4,
