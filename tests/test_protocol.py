@@ -187,7 +187,7 @@ def test_a_sweep_never_sees_the_test_rows_and_keeps_the_best(world, tmp_path, mo
         seen.extend(row for task in tasks for split in (task.train, task.valid, task.test) for row in split)
         return evaluate(method, tasks, run, **how)
 
-    monkeypatch.setattr("atv.protocol.measure.evaluate", watched)
+    monkeypatch.setattr(sys.modules["atv.protocol.measure"], "evaluate", watched)  # the module, not the function
     best = sweep(TINY, frozen, tasks(), tmp_path, methods=["fixed", "lora"], trials=2, given=given)
     assert seen
     assert not {row for task in tasks() for row in task.test} & set(seen)

@@ -217,8 +217,9 @@ def train(
     _fill(store, model, [*rows.of_epochs(config.epochs), *valid.of_epochs(1)], out / "prefixes" / str(rank()))
     checkpoints = out / "checkpoints"
     steps = config.epochs * math.ceil(len(rows) / config.batch_size)
-    # Torch's fused attention is slow in the backward on a CPU: LoRA's whole step takes 1.4 times as long with it.
-    attention = grouped() if device.type == "cpu" else nullcontext()
+    # Torch's fused attention is slow in the backward on a CPU: LoRA's whole step takes 1.4 times as long with it. Where
+    # prefixes are stored, what is read anew must be what was stored, so that only the steered part has the other one.
+    attention = grouped() if device.type == "cpu" and model.edited is None else nullcontext()
     with bar("train", steps) as progress, model.in_training(config, store.read), attention:
         try:
             trainer = _trainer(model, rows, valid, config, checkpoints, _Progress(rows, progress, config.epochs))
