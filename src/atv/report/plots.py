@@ -101,6 +101,8 @@ def _scores(table: Table) -> Drawn:
 
 def _cost(table: Table) -> Drawn:
     """The average against seconds and prompt tokens per query; labels at the side, each tied to its point."""
+    from matplotlib.ticker import LogLocator
+
     numbers = _numbers(table, f"Cost and {table.title[0].lower()}{table.title[1:]}", ["Avg", "s/query", "tokens"])
     numbers.rows[:] = [row for row in numbers.rows if None not in map(number, row[1:])]
     if not numbers.rows:
@@ -113,6 +115,9 @@ def _cost(table: Table) -> Drawn:
         costs = [cost for _, cost, _ in points]
         if min(costs) > 0 and max(costs) > 8 * min(costs):
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter("")
         axes.set(ylim=(low, high), xlabel=label, ylabel="Avg, %")
         axes.margins(x=0.08)
         places = _apart([value for value, *_ in points], 0.17 * (high - low) / height, low, high)
@@ -145,14 +150,20 @@ def _differences(table: Table) -> Drawn:
         axes.set_xlabel(f"{ATV} minus the other, percentage points")
         _name_lines(axes, others)
     _legend(figure, panels[0], kinds)
-    sides = {"above": [row for row in rows if float(row[4]) > 0], "below": [row for row in rows if float(row[5]) < 0]}
-    text = "".join(
-        f"{ATV} is {side} {', '.join(f'{other} ({accuracy}, {kind})' for accuracy, kind, other, *_ in told)}. "
-        for side, told in sides.items()
-        if told
-    ) + f"Of {len(rows)} intervals {len(rows) - sum(map(len, sides.values()))} hold zero."  # fmt: skip
+    groups = dict.fromkeys((row[0], row[1]) for row in rows)
+    text = " ".join(_reading(group, [row for row in rows if (row[0], row[1]) == group]) for group in groups)
     numbers = Table(table.title, table.columns[:6], rows, "")
-    return figure, f"By the 95% intervals, each taken alone: {text}", numbers
+    return figure, f"{ATV} by the 95% intervals, each taken alone. {text}", numbers
+
+
+def _reading(group: tuple[str, str], rows: Sequence[list[str]]) -> str:
+    """Which methods ATV is told apart from, in words."""
+    sides: dict[str, list[str]] = {"above": [], "below": [], "not told apart from": []}
+    for _, _, other, _, low, high in rows:
+        side = "above" if float(low) > 0 else "below" if float(high) < 0 else "not told apart from"
+        sides[side].append(other)
+    found = "; ".join(f"{side} {', '.join(others)}" for side, others in sides.items() if others)
+    return f"{', '.join(group)}: {found}."
 
 
 _KINDS: dict[str, Callable[[Table], Drawn]] = {"scores": _scores, "cost": _cost, "differences": _differences}
