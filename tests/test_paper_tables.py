@@ -219,6 +219,6 @@ def test_the_file_s_name_decides_the_format(tmp_path):
     assert [file.name for file in files[:2]] == ["r-1-accuracy-per-task.csv", "r-2-in-domain-accuracy-small.csv"]
     assert [file.read_text() for file in files] == [comma_separated(table) for table in tables]
     for name in ("r.txt", "r"):
-        with refused(name, ".md, .tex or .csv"):
+        with refused(name, ".md, .tex, .csv or .html"):
             check_format(tmp_path / name)
     assert len(list(tmp_path.iterdir())) == 9

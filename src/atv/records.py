@@ -97,13 +97,13 @@ class RunWriter:
             self._open(settings, force)
         barrier()
         if not is_main():
-            self.run, self.rows = _read_run(folder), read_rows(folder)
+            self.run, self.rows = read_run(folder), read_rows(folder)
         barrier()  # before anybody appends
 
     def _open(self, settings: dict[str, Any], force: bool) -> None:
         folder = self.folder
         if (folder / RUN_FILE).exists() and not force:
-            former = _read_run(folder)
+            former = read_run(folder)
             same_settings(former.get("settings", {}), settings, folder)
             self.run = former
             self.rows = read_rows(folder)
@@ -156,7 +156,8 @@ class RunWriter:
         barrier()
 
 
-def _read_run(folder: Path) -> dict[str, Any]:
+def read_run(folder: Path) -> dict[str, Any]:
+    """A run's description, `run.json`."""
     run = read_json(folder / RUN_FILE, "a run's description")
     if not isinstance(run, dict) or run.get("schema") != SCHEMA:
         raise ATVError(f"{folder / RUN_FILE} is not of schema {SCHEMA}; it was written by another version.")
@@ -205,7 +206,7 @@ def load_runs(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
     """
     flat: list[dict[str, Any]] = []
     for folder in dict.fromkeys(run for name in folders for run in _runs_below(Path(name))):
-        run = _read_run(folder)
+        run = read_run(folder)
         settings = run.get("settings", {})
         about = {key: settings.get(key) for key in ("method", "llm", "seed")} | {"run": str(folder)}
         rows = read_rows(folder)

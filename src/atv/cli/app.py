@@ -1,6 +1,7 @@
 """Subcommands: demo, train, eval, reproduce, sweep, generate, doctor, tasks, prepare, report."""
 
 import logging
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -299,17 +300,22 @@ def prepare(
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or folders that hold runs at any depth.")],
     out: Annotated[
-        Path, typer.Option(help="File to write: .md, .tex (for booktabs), or .csv, one file per table.")
+        Path,
+        typer.Option(
+            help="File to write: .md, .tex (for booktabs), .csv (one file per table), or .html (one page with plots)."
+        ),
     ] = Path("report.md"),
 ) -> None:
     """Print the tables of runs and write them: accuracy per task; of several methods averages and differences too."""
     from atv.cli.show import print_table
     from atv.records import load_runs
-    from atv.report import all_tables, check_format, write_tables
+    from atv.report import FORMATS, all_tables, check_format, write_page, write_tables
 
     check_format(out)
-    tables = all_tables(load_runs(runs))
+    rows = load_runs(runs)
+    tables = all_tables(rows)
     for table in tables:
         print_table(table)
-    for path in write_tables(tables, out):
+    command = shlex.join(["atv", "report", *map(str, runs), "--out", str(out)])
+    for path in write_tables(tables, out) if out.suffix in FORMATS else write_page(rows, tables, out, command):
         _say(f"Written to {path}")

@@ -1,7 +1,17 @@
 """Reports: pure functions of recorded rows. Nothing here loads torch."""
 
 from atv.report.formats import FORMATS, check_format, markdown, write_tables
+from atv.report.page import write_page
 from atv.report.paper_tables import all_tables, paper_tables
 from atv.report.tables import accuracy_table
 
-__all__ = ["FORMATS", "accuracy_table", "all_tables", "check_format", "markdown", "paper_tables", "write_tables"]
+__all__ = [
+    "FORMATS",
+    "accuracy_table",
+    "all_tables",
+    "check_format",
+    "markdown",
+    "paper_tables",
+    "write_page",
+    "write_tables",
+]

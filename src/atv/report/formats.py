@@ -4,6 +4,7 @@ import csv
 import io
 import re
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from atv.errors import ATVError
@@ -58,26 +59,38 @@ def comma_separated(table: Table) -> str:
 
 
 FORMATS = {".md": markdown, ".tex": latex, ".csv": comma_separated}
+PAGE = ".html"
+"""Written by `report.page`, which needs more than tables."""
 
 
 def check_format(out: Path) -> None:
-    """Raise ATVError if the file's name does not say in which format it is to be written."""
-    if out.suffix not in FORMATS:
-        raise ATVError(f"{out} ends in {out.suffix!r}; expected a name that ends in .md, .tex or .csv.")
+    """Raise ATVError if the file's name does not say in which format it is to be written, or that cannot be."""
+    if out.suffix not in (*FORMATS, PAGE):
+        raise ATVError(f"{out} ends in {out.suffix!r}; expected a name that ends in .md, .tex, .csv or .html.")
+    if out.suffix == PAGE and find_spec("matplotlib") is None:
+        raise ATVError(
+            f"The plots of {out} need the package matplotlib, which is not installed. Install it with: "
+            "pip install 'adaptive-task-vectors[report]'; or write .md, .tex or .csv, which have none."
+        )
+
+
+def slug(title: str) -> str:
+    """A title as part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")[:80]
 
 
 def write_tables(tables: Sequence[Table], out: Path) -> list[Path]:
     """Write all tables into the file `out`, or for CSV one file beside it per table, numbered; returns the files.
 
     Raises:
-        ATVError: `out` ends in something else than .md, .tex or .csv.
+        KeyError: `out` ends in something else than .md, .tex or .csv; `check_format` tells the user beforehand.
     """
-    check_format(out)
     texts = [FORMATS[out.suffix](table) for table in tables]
     files = {out: "\n".join(texts)}
     if out.suffix == ".csv":
-        slugs = [re.sub(r"[^a-z0-9]+", "-", table.title.lower()).strip("-")[:80] for table in tables]
-        names = [out.with_name(f"{out.stem}-{number}-{slug}.csv") for number, slug in enumerate(slugs, 1)]
+        names = [
+            out.with_name(f"{out.stem}-{number}-{slug(table.title)}.csv") for number, table in enumerate(tables, 1)
+        ]
         files = dict(zip(names, texts, strict=True))
     for file, text in files.items():
         write_text(file, text)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -12,9 +13,12 @@ from atv.report.tables import Table, accuracy_table
 from atv.tasks import PAPER, UNSEEN
 
 ATV = "atv"
+PAPER_LINE = "paper, "
+"""How a line with the paper's numbers begins."""
 METHODS = ("zero-shot", "icl", "bm25", "elicit", "i2cl", "lora", "prefix", "fixed", ATV, "icl+atv")
 CATEGORIES = ("NLU", "Reasoning", "Knowledge", "Mathematics", "Safety")
 ACCURACY = {"correct": "accuracy", "correct_among_options": "accuracy among options"}
+_PLOTS = {"correct": ("scores", "cost"), "correct_among_options": ("scores",)}
 _COSTS = {"tokens": ("prompt_tokens", 0), "s/query": ("seconds", 4)}  # what is averaged, digits
 
 _RIGHT = {
@@ -73,7 +77,8 @@ def in_domain_table(rows: Sequence[Row], key: str = "correct") -> Table:
         f"its tasks, Avg that of the categories. {_SPREAD} {_COST}"
     )
     columns = [*_COSTS, *_ordered(tasks.values(), CATEGORIES), "Avg"]
-    return _table(f"In-domain {ACCURACY[key]}: {rows[0]['llm']}", columns, lines, paper, note)
+    table = _table(f"In-domain {ACCURACY[key]}: {rows[0]['llm']}", columns, lines, paper, note)
+    return replace(table, plots=_PLOTS[key], runs=_runs(rows))
 
 
 def unseen_table(rows: Sequence[Row], key: str = "correct") -> Table:
@@ -96,7 +101,8 @@ def unseen_table(rows: Sequence[Row], key: str = "correct") -> Table:
         f"{_SPREAD} {_COST}"
     )
     columns = [*_COSTS, *_ordered(tasks, tuple(PAPER)), "Avg"]
-    return _table(f"Unseen {ACCURACY[key]}: {rows[0]['llm']}", columns, lines, paper, note)
+    table = _table(f"Unseen {ACCURACY[key]}: {rows[0]['llm']}", columns, lines, paper, note)
+    return replace(table, plots=_PLOTS[key], runs=_runs(rows))
 
 
 def summary_table(rows: Sequence[Row]) -> Table:
@@ -150,7 +156,8 @@ def comparison_table(rows: Sequence[Row]) -> Table:
         "number of lines. A dash: not asked the same rows."
     )
     columns = ["score", "tasks", f"{ATV} minus", "difference", "from", "to", "p"]
-    return Table(f"{ATV} against each method: {rows[0]['llm']}", columns, lines, " ".join([note, *reasons]))
+    title = f"{ATV} against each method: {rows[0]['llm']}"
+    return Table(title, columns, lines, " ".join([note, *reasons]), plots=("differences",), runs=_runs(rows))
 
 
 @cache
@@ -172,7 +179,7 @@ def _paper_lines(part: str, ours: Iterable[str], columns: set[str]) -> dict[str,
                 cells = {kind: average for kind, average in averages.items() if average} | cells
             shares = {name: (cell[0], cell[1]) for name, cell in cells.items() if name in columns}
             if shares:
-                lines[f"paper, {llm}: {method}"] = {
+                lines[f"{PAPER_LINE}{llm}: {method}"] = {
                     name: Score(mean, std) if name in _COSTS else Score(mean / 100, std / 100)
                     for name, (mean, std) in shares.items()
                 }
@@ -194,6 +201,10 @@ def _members(tasks: Mapping[str, str], category: str) -> set[str]:
 
 def _of(rows: Sequence[Row], unseen: bool) -> list[Row]:
     return [row for row in rows if (row["category"] == UNSEEN) == unseen]
+
+
+def _runs(rows: Sequence[Row]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(row["run"] for row in rows))
 
 
 def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:

@@ -23,6 +23,10 @@ class Table:
     """So many columns, the first, are words; the others are numbers."""
     bold: frozenset[tuple[int, int]] = frozenset()
     """Row and column of the cells that stand out."""
+    plots: tuple[str, ...] = ()
+    """What is drawn of it: names of `report.plots`."""
+    runs: tuple[str, ...] = ()
+    """Folders of the runs behind what is drawn."""
 
 
 def accuracy_table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -57,6 +61,14 @@ def accuracy_table(rows: Sequence[dict[str, Any]]) -> Table:
         "Seconds per query include everything that the method does for it."
     )
     return Table("Accuracy per task", ["task", "category", "method", "rows", *(c[0] for c in _COLUMNS)], lines, note)
+
+
+def number(cell: str) -> float | None:
+    """What a cell says, without its spread; None if that is no number, as a dash."""
+    try:
+        return float(cell.split(" ± ")[0])
+    except ValueError:
+        return None
 
 
 def _means(rows: Sequence[dict[str, Any]]) -> list[float | None]:

@@ -1,0 +1,106 @@
+"""One page that needs nothing else: tables that sort, plots with the numbers behind them, where it all came from."""
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from atv.files import write_bytes, write_text
+from atv.records import read_run
+from atv.report.formats import slug
+from atv.report.plots import draw
+from atv.report.statistics import Row
+from atv.report.tables import Table, number
+
+_FIRST, _LAST = ("method", "seed", "rows", "seconds"), "folder"  # in every run's line, even where all are alike
+
+
+def write_page(rows: Sequence[Row], tables: Sequence[Table], out: Path, command: str) -> list[Path]:
+    """Write a page of tables, and their plots into a folder beside it, also as files; returns the files.
+
+    Args:
+        rows: from `load_runs`; the folders of their runs are still there.
+        tables: of these rows.
+        out: the page.
+        command: what the user typed for it.
+    """
+    folder = out.with_name(f"{out.stem}_plots")
+    written: dict[Path, bytes] = {}
+    sections = []
+    for index, table in enumerate(tables, 1):
+        plots = []
+        for plot in draw(table, f"plot-{index}"):
+            name = f"{index}-{slug(table.title)}-{plot.kind}"
+            written |= {folder / f"{name}{suffix}": data for suffix, data in plot.files.items()}
+            links = {suffix[1:].upper(): quote(f"{folder.name}/{name}{suffix}") for suffix in plot.files}
+            plots.append({"plot": plot, "svg": Markup(plot.svg), "links": links})
+        sections.append({"table": table, "plots": plots})
+    runs = list(dict.fromkeys(str(row["run"]) for row in rows))
+    shared, each = provenance_of([_facts(run, rows) for run in runs])
+    page = _template().render(
+        sections=sections,
+        rows=rows,
+        command=command,
+        shared=shared,
+        each=each,
+        runs={run: f"run-{index}" for index, run in enumerate(runs, 1)},
+        style=Markup(_text("page.css")),
+        script=Markup(_text("page.js")),
+        script_hash=base64.b64encode(hashlib.sha256(_text("page.js").encode()).digest()).decode(),
+    )
+    for file, data in written.items():
+        write_bytes(file, data)
+    write_text(out, page)
+    return [out, *written]
+
+
+def provenance_of(runs: Sequence[Mapping[str, str]]) -> tuple[dict[str, str], Table]:
+    """What all runs have in common, and a table of the rest, one line for each run."""
+    names = list(dict.fromkeys(name for run in runs for name in run))
+    others = [name for name in names if name not in (*_FIRST, _LAST)]
+    alike = [name for name in others if len({run.get(name) for run in runs}) == 1]
+    columns = [*_FIRST, *(name for name in others if name not in alike), _LAST]
+    lines = [[run.get(name, "–") for name in columns] for run in runs]
+    return {name: runs[0][name] for name in alike}, Table("The runs", columns, lines, "", text=1)
+
+
+def _facts(folder: str, rows: Sequence[Row]) -> dict[str, str]:
+    """What a run's description says of it, by name; without what it leaves open."""
+    run = read_run(Path(folder))
+    settings = run.get("settings", {})
+    method = run.get("method")
+    configuration = method.get("config") if isinstance(method, dict) else None
+    facts = {
+        "method": settings.get("method"),
+        "LLM": settings.get("llm"),
+        **{name: settings.get(name) for name in ("revision", "dtype", "quantization", "seed", "variants", "adapter")},
+        "configuration": _listed(configuration),
+        "rows": sum(row["run"] == folder for row in rows),
+        "seconds": run.get("seconds"),
+        **{name: run.get(name) for name in ("device", "machine", "processes", "commit", "python")},
+        "versions": _listed(run.get("versions")),
+        "folder": folder,
+    }
+    return {name: str(value) for name, value in facts.items() if value is not None and value != ""}
+
+
+def _listed(settings: Any) -> str:
+    known = settings.items() if isinstance(settings, dict) else ()
+    return ", ".join(f"{name} {value}" for name, value in known if value is not None)
+
+
+def _text(name: str) -> str:
+    return files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _template() -> Any:
+    """Everything that it is given is escaped, but for what is marked as markup above."""
+    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    page.filters["number"] = number
+    return page.from_string(_text("page.html"))

@@ -1,0 +1,252 @@
+"""Tables drawn with matplotlib: as files, and as SVG to stand inside a page, where text takes the page's colour."""
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
+
+from atv.report.paper_tables import ATV, PAPER_LINE
+from atv.report.tables import Table, number
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK = "#1b1b1b"
+"""Text and lines: in a page the colour of its text."""
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6a00")
+"""Okabe and Ito's, which colour-blind readers tell apart, as far as seen on white as on black; shapes say the same."""
+_SHAPES = "os^DvPX*"
+_LEADER = {"arrowstyle": "-", "color": INK, "alpha": 0.35, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 4}
+_WIDTH = 4.4  # inches: as wide as a phone, so that text stays legible on one
+_STYLE = {"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "atv", "text.parse_math": False,
+          "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False} | dict.fromkeys(
+    ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), INK
+)  # fmt: skip
+FILES: dict[str, dict[str, Any]] = {
+    ".svg": {"metadata": {"Date": None}},
+    ".png": {"dpi": 200},
+    ".pdf": {"metadata": {"CreationDate": None}},
+}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A drawing, and what stands beside it."""
+
+    kind: str
+    text: str
+    """What is to be seen, for those who do not see it."""
+    table: Table
+    """Title, and the numbers that are drawn."""
+    svg: str
+    """To stand inside a page."""
+    files: dict[str, bytes]
+    """By suffix."""
+
+
+def draw(table: Table, name: str) -> list[Plot]:
+    """What can be drawn of a table, without the paper's lines, which are other LLMs'.
+
+    Args:
+        table: from `paper_tables`.
+        name: what the page calls it: ids inside an SVG must differ from those of every other.
+    """
+    from matplotlib import rc_context  # here, so that tables need no matplotlib
+
+    plots = []
+    for kind in table.plots:
+        with rc_context(_STYLE):  # type: ignore[arg-type]
+            drawn = _KINDS[kind](table)
+            if drawn is None:
+                continue
+            figure, text, numbers = drawn
+            files = {suffix: _written(figure, suffix, facecolor="white", **how) for suffix, how in FILES.items()}
+            svg = _inline(_written(figure, ".svg", transparent=True), f"{name}-{kind}", numbers.title, text)
+        plots.append(Plot(kind, text, numbers, svg, files))
+    return plots
+
+
+Drawn = tuple["Figure", str, Table] | None
+"""A figure, what it shows in words, its numbers; None if there are none to draw."""
+
+
+def _scores(table: Table) -> Drawn:
+    """Each method's average as a bar, and its parts as marks on it, below each other: equal ones must not hide."""
+    parts = table.columns[table.columns.index("s/query") + 1 : -1]
+    numbers = _numbers(table, table.title, [*parts, "Avg"])
+    if not numbers.rows:
+        return None
+    figure, (axes,) = _figure([(0.3 + 0.04 * len(parts)) * len(numbers.rows) + 0.4], legend=len(parts))
+    for place, (method, *cells) in enumerate(numbers.rows):
+        average = number(cells[-1])
+        if average is not None:
+            axes.barh(place, average, 0.76, color=INK, alpha=0.34 if method == ATV else 0.16, linewidth=0)
+            spread = cells[-1].partition(" ± ")[2]
+            if spread:
+                axes.hlines(place, average - float(spread), average + float(spread), color=INK, linewidth=1)
+        axes.text(103, place, cells[-1], va="center")
+    for index, part in enumerate(parts):
+        shift = 0.64 * ((index + 0.5) / len(parts) - 0.5)
+        values = [(number(row[1 + index]), place + shift) for place, row in enumerate(numbers.rows)]
+        known = [(value, place) for value, place in values if value is not None]
+        axes.plot(*zip(*known, strict=True), label=part, **_mark(index)) if known else None
+    axes.set(xlim=(0, 101), xlabel=f"{table.title.split(':')[0]}, %; bar and number: Avg")
+    _name_lines(axes, [row[0] for row in numbers.rows])
+    _legend(figure, axes, parts)
+    text = "Average in percent: " + ", ".join(f"{row[0]} {row[-1]}" for row in numbers.rows) + "."
+    return figure, text, numbers
+
+
+def _cost(table: Table) -> Drawn:
+    """The average against seconds and prompt tokens per query; labels at the side, each tied to its point."""
+    from matplotlib.ticker import LogLocator
+
+    numbers = _numbers(table, f"Cost and {table.title[0].lower()}{table.title[1:]}", ["Avg", "s/query", "tokens"])
+    numbers.rows[:] = [row for row in numbers.rows if None not in map(number, row[1:])]
+    if not numbers.rows:
+        return None
+    height = max(1.7, 0.19 * len(numbers.rows))
+    figure, panels = _figure([height + 0.4] * 2)
+    for axes, column, label in zip(panels, (2, 3), ("seconds per query", "prompt tokens per query"), strict=True):
+        points = sorted((number(row[1]) or 0.0, number(row[column]) or 0.0, row[0]) for row in numbers.rows)
+        low, high = max(points[0][0] - 5, 0), min(points[-1][0] + 5, 100)
+        costs = [cost for _, cost, _ in points]
+        if min(costs) > 0 and max(costs) > 8 * min(costs):
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter("")
+        axes.set(ylim=(low, high), xlabel=label, ylabel="Avg, %")
+        axes.margins(x=0.08)
+        places = _apart([value for value, *_ in points], 0.17 * (high - low) / height, low, high)
+        for (value, cost, method), place in zip(points, places, strict=True):
+            axes.plot(cost, value, **_mark(int(method == ATV)))
+            side = axes.get_yaxis_transform()  # beside the axes, at the height of a value
+            axes.annotate(method, (cost, value), (1.06, place), textcoords=side, va="center", arrowprops=_LEADER)
+    shown = (f"{row[0]} {row[1]} at {row[2]} s and {row[3]} tokens" for row in numbers.rows)
+    return figure, f"Average in percent against cost per query: {', '.join(shown)}.", numbers
+
+
+def _differences(table: Table) -> Drawn:
+    """ATV minus each other method, with 95% intervals: a panel for each accuracy."""
+    rows = [row[:6] for row in table.rows if number(row[3]) is not None]
+    if not rows:
+        return None
+    accuracies, kinds, others = (list(dict.fromkeys(row[column] for row in rows)) for column in range(3))
+    figure, panels = _figure([0.36 * len(others) + 0.4] * len(accuracies), legend=len(kinds))
+    for axes, accuracy in zip(panels, accuracies, strict=True):
+        if axes is not panels[0]:
+            axes.sharex(panels[0])
+        axes.axvline(0, color=INK, linewidth=0.8)
+        for index, kind in enumerate(kinds):
+            lines = [row for row in rows if row[:2] == [accuracy, kind]]
+            at = [others.index(row[2]) + 0.24 * (index - (len(kinds) - 1) / 2) for row in lines]
+            value, low, high = ([float(row[column]) for row in lines] for column in (3, 4, 5))
+            axes.hlines(at, low, high, color=COLOURS[index], linewidth=1.6)
+            axes.plot(value, at, label=kind, **_mark(index))
+        axes.set_title(accuracy, fontsize=9, loc="left")
+        axes.set_xlabel(f"{ATV} minus the other, percentage points")
+        _name_lines(axes, others)
+    _legend(figure, panels[0], kinds)
+    groups = dict.fromkeys((row[0], row[1]) for row in rows)
+    text = " ".join(_reading(group, [row for row in rows if (row[0], row[1]) == group]) for group in groups)
+    numbers = Table(table.title, table.columns[:6], rows, "")
+    return figure, f"{ATV} by the 95% intervals, each taken alone. {text}", numbers
+
+
+def _reading(group: tuple[str, str], rows: Sequence[list[str]]) -> str:
+    """Which methods ATV is told apart from, in words."""
+    sides: dict[str, list[str]] = {"above": [], "below": [], "not told apart from": []}
+    for _, _, other, _, low, high in rows:
+        side = "above" if float(low) > 0 else "below" if float(high) < 0 else "not told apart from"
+        sides[side].append(other)
+    found = "; ".join(f"{side} {', '.join(others)}" for side, others in sides.items() if others)
+    return f"{', '.join(group)}: {found}."
+
+
+_KINDS: dict[str, Callable[[Table], Drawn]] = {"scores": _scores, "cost": _cost, "differences": _differences}
+
+
+def _numbers(table: Table, title: str, columns: Sequence[str]) -> Table:
+    """The lines of our own methods that have any number, in these columns."""
+    places = [0, *(table.columns.index(column) for column in columns)]
+    rows = [[row[place] for place in places] for row in table.rows if not row[0].startswith(PAPER_LINE)]
+    known = [row for row in rows if any(number(cell) is not None for cell in row[1:])]
+    return Table(title, [table.columns[place] for place in places], known, "", text=1)
+
+
+def _figure(heights: Sequence[float], legend: int = 0) -> tuple["Figure", list["Axes"]]:
+    """Panels below each other, so high in inches, and room for a legend of so many words."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH, sum(heights) + 0.2 * legend), layout="constrained")
+    panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    return figure, list(panels)
+
+
+def _mark(index: int) -> dict[str, Any]:
+    colour, shape = COLOURS[index % len(COLOURS)], _SHAPES[index % len(_SHAPES)]
+    return {"color": colour, "marker": shape, "linestyle": "none", "markersize": 5, "zorder": 3, "clip_on": False}
+
+
+def _name_lines(axes: "Axes", names: Sequence[str]) -> None:
+    """One line of the plot for each name, the first on top."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0, pad=7)
+    axes.grid(axis="x", color=INK, alpha=0.15, linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def _legend(figure: "Figure", axes: "Axes", names: Sequence[str]) -> None:
+    columns = max(1, min(3, 54 // (max(map(len, names)) + 6)))
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns, handletextpad=0.2)
+
+
+def _apart(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Places for labels of ascending values: near them, no two closer than `gap`, inside the axes if they fit."""
+    places: list[float] = []
+    for value in values:
+        places.append(max(value, places[-1] + gap if places else low))
+    ceiling = high
+    for index in range(len(places) - 1, -1, -1):
+        places[index] = ceiling = min(places[index], ceiling)
+        ceiling -= gap
+    return places
+
+
+def _written(figure: "Figure", suffix: str, **how: Any) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format=suffix[1:], **how)
+    return file.getvalue()
+
+
+def _inline(svg: bytes, name: str, title: str, text: str) -> str:
+    """An SVG file as an element of a page: ids of its own, the page's text colour, and words for a screen reader."""
+    root = ElementTree.fromstring(svg)
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag.endswith(("}metadata", "}style")):
+                parent.remove(child)
+    for element in root.iter():
+        element.tag = _bare(element.tag)
+        found = {_bare(key): value.replace(INK, "currentColor") for key, value in element.attrib.items()}
+        for key, value in found.items():
+            if key == "id" or (key == "href" and value.startswith("#")):
+                found[key] = f"#{name}-{value[1:]}" if key == "href" else f"{name}-{value}"
+            found[key] = found[key].replace("url(#", f"url(#{name}-")
+        element.attrib = found
+    box = root.attrib["viewBox"]
+    root.attrib = {"viewBox": box, "role": "img", "aria-labelledby": f"{name}-title {name}-text", "class": "plot"}
+    for place, (tag, words) in enumerate((("title", title), ("desc", text))):
+        element = ElementTree.Element(tag, {"id": f"{name}-{'title' if tag == 'title' else 'text'}"})
+        element.text = words
+        root.insert(place, element)
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _bare(name: str) -> str:
+    """A tag or attribute without its namespace: inside HTML an SVG has none."""
+    return name.rpartition("}")[2]
