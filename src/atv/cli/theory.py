@@ -48,7 +48,12 @@ def _tables(material: Material, draw: torch.Generator, made: str) -> list[Table]
     return [
         _statements(statements, f"Theorems 1 and 2: {material.name}", made),
         _pairs(pairs, f"One static LoRA for n inputs: {material.name}, d_s = r = {material.width}", made),
-        _fits(fits, f"ATV's attention fitted to a prefix: {material.name}, {len(material.prompt)} tokens", made),
+        _fits(
+            fits,
+            material.prompt.shape[1],
+            f"ATV's attention fitted to a prefix: {material.name}, {len(material.prompt)} tokens",
+            made,
+        ),
     ]
 
 
@@ -56,8 +61,9 @@ def _statements(statements: Sequence[Statement], title: str, made: str) -> Table
     note = (
         "Residuals are shares of what was to be reached; up to 1e-9 is rounding. Residual: where the statement holds, "
         "or under its condition. Counter-example: the residual of what shows that it does not hold elsewhere; of a "
-        "statement that something cannot be made (1.9, 2.9, 2.10) it is that of what makes it, so near 0. That of 2.2, "
-        f"2.4 and 2.6 to 2.8 is the best of a search, 2.6 with a proof that it is not 0 (the table of prefixes). {made}"
+        "statement that something cannot be made (1.9, 2.9, 2.10) it is that of what makes it, so near 0. That of "
+        "2.2, 2.6, 2.7 and 2.8 is the best of a search. That nothing reaches 0 is proven for 2.6 (floor) and 2.7 "
+        f"(dimensions; both in the table of prefixes), not for 2.8. {made}"
     )
     rows = [[s.number, s.text, s.verdict, s.condition, _shown(s.residual), _shown(s.counter)] for s in statements]
     return Table(title, ["", "statement", "verdict", "condition", "residual", "counter-example"], rows, note, text=4)
@@ -78,17 +84,19 @@ def _pairs(pairs: Sequence[Pairs], title: str, made: str) -> Table:
     return Table(title, columns, rows, note, text=0)
 
 
-def _fits(fits: Sequence[Fit], title: str, made: str) -> Table:
+def _fits(fits: Sequence[Fit], hidden: int, title: str, made: str) -> Table:
     note = (
         "Residuals as shares of what the prefix changes: 1 is no nearer than the frozen LLM. Floor: no vector does "
-        "better (proven, linear attention). Best and median: over the starts of a search for v. Free rows: P'_q, P'_k "
-        "and P'_v need not come from one v; for one head whose width is at most d / 3 they need not anyway. The prefix "
-        f"is random, as large as the context's own keys and values. {made}"
+        "better (proven, linear attention). Dimensions: at least so many has the set of outputs of such prefixes under "
+        f"softmax; ATV's has at most d = {hidden}. Best and median: over the starts of a search for v. Free rows: "
+        "P'_q, P'_k and P'_v need not come from one v; for one head whose width is at most d / 3 they need not anyway. "
+        f"The prefix is random, as large as the context's own keys and values. {made}"
     )
-    columns = ["heads", "query tokens", "attention", "p", "floor", "best", "median", "free rows"]
+    columns = ["heads", "query tokens", "attention", "p", "floor", "dimensions", "best", "median", "free rows"]
     rows = [
         [str(f.heads), f.tokens, f.attention, str(f.length)]
-        + [_shown(value) for value in (f.floor, f.best, f.middle, f.free)]
+        + [_shown(f.floor), "–" if f.dimensions is None else str(f.dimensions)]
+        + [_shown(value) for value in (f.best, f.middle, f.free)]
         for f in fits
     ]
     return Table(title, columns, rows, note)

@@ -102,6 +102,34 @@ def prefix_floor(plain: Three, keys: Tensor, values: Tensor) -> float:
     return float(left_over.norm() / (plain.q @ state).norm())
 
 
+def prefix_dimensions(plain: Three, keys: Tensor, values: Tensor, sharing: int, tokens: int = 4) -> int:
+    """At least so many dimensions has the set of outputs that softmax attention with prefixes of this length takes.
+
+    It is the rank of the derivative of the output by keys and values, here by the first two of each and at the last
+    `tokens` queries, so a lower bound. v has d numbers, and a smooth image of R^d has no more than d dimensions: where
+    the rank is more than d, almost no prefix near this one is within ATV's reach.
+
+    Args:
+        plain: queries (heads, T, k), keys and values (heads, m, k).
+        keys: P_k (heads, p, k).
+        values: P_v (heads, p, k).
+        sharing: so many heads in a row have the same keys and values.
+        tokens: queries that are looked at.
+    """
+    sharing = min(sharing, len(keys))
+    few = plain._replace(q=plain.q[:, -tokens:])
+    pair = torch.stack([keys, values])
+    rest = pair[..., 2:, :]
+
+    def output(start: Tensor) -> Tensor:
+        whole = torch.cat([start.repeat_interleave(sharing, 1), rest], -2)
+        return prefix_attention(softmax, few, whole[0], whole[1]).flatten()
+
+    start = pair[:, ::sharing, :2]
+    derivative = torch.func.jacfwd(output)(start).flatten(1)
+    return int(torch.linalg.matrix_rank(derivative))
+
+
 def best_prefix(q: Tensor, change: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Keys and values (heads, p, k), p at most `length`, whose term Q P_k^T P_v comes near to a change of attention.
 
@@ -134,11 +162,11 @@ def minimise(loss: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> flo
         nonlocal lowest
         search.zero_grad()
         value = loss(point)
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         lowest = min(lowest, value.item())
         return value
 
-    search.step(closure)  # type: ignore[no-untyped-call]
+    search.step(closure)
     return lowest
 
 

@@ -18,16 +18,17 @@ from atv.theory.prefix import (
     linear,
     minimise,
     prefix_attention,
+    prefix_dimensions,
     prefix_floor,
     project,
     rows_of,
     softmax,
 )
-from atv.theory.statement import Statement, beyond_reach, equality
+from atv.theory.statement import ROUNDING, Statement, beyond_reach, equality
 
 STARTS = (0.1, 0.3, 1.0)
 """Sizes of the vectors that the search starts from, in standard deviations of the states."""
-STEPS = 100
+STEPS = 80
 LENGTHS = (1, 2, 8)
 
 
@@ -43,6 +44,8 @@ class Fit:
     """p."""
     floor: float | None
     """Proven: no vector does better. None: nothing is proven."""
+    dimensions: int | None
+    """At least so many has the set of what softmax attention with such prefixes gives. ATV's has at most d."""
     best: float
     """Over the starts of the search."""
     middle: float
@@ -79,8 +82,19 @@ def prefix_fits(material: Material, draw: torch.Generator) -> list[Fit]:
                     target = prefix_attention(attend, plain, *prefix)
                     tied, free = _searched(attend, plain, weights, target, material.prompt.std(), draw)
                     floor = prefix_floor(plain, *prefix) if attend is linear and tokens == "all" else None
+                    many = prefix_dimensions(plain, *prefix, material.sharing) if attend is softmax else None
                     found.append(
-                        Fit(heads, tokens, attend.__name__, length, floor, min(tied), median(tied), min(free, *tied))
+                        Fit(
+                            heads,
+                            tokens,
+                            attend.__name__,
+                            length,
+                            floor,
+                            many,
+                            min(tied),
+                            median(tied),
+                            min(free, *tied),
+                        )
                     )
     return found
 
@@ -120,27 +134,27 @@ def theorem2(material: Material, fits: list[Fit], draw: torch.Generator) -> list
     terms = eight_terms(plain, rows)
     best = {(fit.heads, fit.tokens, fit.attention, fit.length): fit.best for fit in fits}
     heads = len(weights.q)
-    tied = prefix_attention(linear, plain, rows.k[:, None], rows.v[:, None]) - linear(*plain)
-    one, eight = (_prefix(plain, length, material.sharing, draw) for length in (1, 8))
     return [
         equality("2.1", "Linear attention with ATV is the sum T1 + ... + T8", _identity(prompt, weights, v)),
         equality(
             "2.2",
-            "T2 is the term of a prefix of length 1",
-            relative(terms[1], tied),
-            _nearest_second_term(plain, weights, one, prompt.std(), draw),
-            "P_k = v^T W_k and P_v = v^T W_v for one v",
+            "T2 is the term of a given prefix of length 1",
+            _second_term(_narrow(material), prompt, 1, draw),
+            _second_term(weights, prompt, material.sharing, draw),
+            "the columns of W_k and W_v together are independent",
         ),
-        equality("2.3", "T2 is the term of a prefix of length 8", counter=_rank_one_rest(plain, eight)),
         equality(
-            "2.4", "T3 to T8 can be 0 while T2 is not", counter=_least_cross_terms(plain, weights, prompt.std(), draw)
+            "2.3",
+            "T2 is the term of a prefix of length 8",
+            counter=_rank_one_rest(plain, _prefix(plain, 8, material.sharing, draw)),
         ),
+        equality("2.4", "T3 and T4 can be 0 while T2 is not", counter=_least_of_t3_t4(plain)),
         equality("2.5", "norms: T3 times T4 is T2 times the last token's part of T1", _products(plain, terms)),
         equality("2.6", "Prefix within ATV, linear attention, p = 1", counter=best[heads, "all", "linear", 1]),
-        equality("2.7", "Prefix within ATV, softmax attention, p = 1", counter=best[heads, "all", "softmax", 1]),
+        equality("2.7", "Prefix within ATV, softmax attention, p = 8", counter=best[heads, "all", "softmax", 8]),
         equality(
             "2.8",
-            "the same two at the last query token alone",
+            "Prefix within ATV at the last query token alone, p = 1",
             _at_last_token(material, draw),
             max(best[heads, "last", kind, 1] for kind in ("linear", "softmax")),
             "one head with 3k at most d, v made for this input and prefix",
@@ -170,18 +184,35 @@ def _identity(prompt: Tensor, weights: Three, v: Tensor) -> float:
     return relative(terms.sum(0), linear(*project(edited, edited, weights)))
 
 
-def _nearest_second_term(
-    plain: Three, weights: Three, prefix: tuple[Tensor, Tensor], size: Tensor, draw: torch.Generator
-) -> float:
-    """Least residual of T2, over v, beside the term of a prefix whose keys and values are independent."""
-    term = linear(plain.q, *prefix)
+def _second_term(weights: Three, prompt: Tensor, sharing: int, draw: torch.Generator) -> float:
+    """Residual of T2 beside the term of a prefix of length 1 with independent keys and values.
+
+    v^T W_k = P_k and v^T W_v = P_v is a linear system; where it has no solution a search looks for the least residual.
+    """
+    plain = project(prompt, prompt, weights)
+    keys, values = _prefix(plain, 1, sharing, draw)
+    term = linear(plain.q, keys, values)
 
     def loss(v: Tensor) -> Tensor:
         rows = rows_of(v, weights)
         return (linear(plain.q, rows.k[:, None], rows.v[:, None]) - term).square().sum() / term.square().sum()
 
-    starts = (torch.randn(weights.q.shape[1], generator=draw, dtype=torch.float64) * size * s for s in STARTS)
-    return min(_root(loss, start) for start in starts)
+    v = _solved(weights, Three(torch.empty(0), keys[:, 0], values[:, 0]))
+    solved = float(loss(v) ** 0.5)
+    return solved if solved <= ROUNDING else min(solved, _root(loss, v))
+
+
+def _solved(weights: Three, rows: Three) -> Tensor:
+    """The v (d,) whose rows come nearest to `rows` (heads, k) by least squares; what is empty is left free."""
+    kept = [(weight, row) for weight, row in zip(weights, rows, strict=True) if row.numel()]
+    columns = torch.cat([weight.movedim(0, 1).flatten(1) for weight, _ in kept], 1)  # (d, heads * k of each)
+    v: Tensor = torch.cat([row.flatten() for _, row in kept]) @ torch.linalg.pinv(columns)
+    return v
+
+
+def _narrow(material: Material) -> Three:
+    """One head, no wider than a third of d: then the columns of W_q, W_k and W_v together are independent."""
+    return Three(*(weight[:1, :, : material.prompt.shape[1] // 3] for weight in material.weights))
 
 
 def _rank_one_rest(plain: Three, prefix: tuple[Tensor, Tensor]) -> float:
@@ -190,25 +221,25 @@ def _rank_one_rest(plain: Three, prefix: tuple[Tensor, Tensor]) -> float:
     return float(sizes[..., 1:].norm() / sizes.norm())
 
 
-def _least_cross_terms(plain: Three, weights: Three, size: Tensor, draw: torch.Generator) -> float:
-    """Least |T3 + ... + T8| / |T2| over the directions of v, with T2 as large as T1."""
-    frozen = linear(*plain).norm()
+def _least_of_t3_t4(plain: Three) -> float:
+    """Lower bound of |(T3, T4)| / |T2| over every v with T2 as large as T1, from the product of their norms.
 
-    def loss(v: Tensor) -> Tensor:
-        rows = rows_of(v, weights)
-        second = linear(plain.q, rows.k[:, None], rows.v[:, None]).norm()
-        strength = (frozen / second).sqrt()  # T2 is quadratic in v
-        return (eight_terms(plain, Three(*(strength * row for row in rows)))[2:].sum(0).norm() / frozen).square()
+    In each head |T3|^2 + |T4|^2 is at least 2 |T3| |T4| = 2 |T2| |part|, with the last token's part of T1; summed over
+    heads at least 2 |T2| times the least |part|.
+    """
+    return float((2 * _last_part(plain).min() / linear(*plain).norm()).sqrt())
 
-    starts = (torch.randn(weights.q.shape[1], generator=draw, dtype=torch.float64) * size for _ in STARTS)
-    return min(_root(loss, start) for start in starts)
+
+def _last_part(plain: Three) -> Tensor:
+    """Norm of what the last key and value add to T1: (heads,)."""
+    part: Tensor = linear(plain.q, plain.k[:, -1:], plain.v[:, -1:]).norm(dim=(-2, -1))
+    return part
 
 
 def _products(plain: Three, terms: Tensor) -> float:
     """T2 = Qa b^T, T3 = Qa v_m^T, T4 = Qk_m b^T, each a product of a column and a row, so norms multiply."""
     norms = terms.norm(dim=(-2, -1))  # (8, heads)
-    part = linear(plain.q, plain.k[:, -1:], plain.v[:, -1:]).norm(dim=(-2, -1))
-    return relative(norms[2] * norms[3], norms[1] * part)
+    return relative(norms[2] * norms[3], norms[1] * _last_part(plain))
 
 
 def _at_last_token(material: Material, draw: torch.Generator) -> float:
@@ -218,17 +249,15 @@ def _at_last_token(material: Material, draw: torch.Generator) -> float:
     P'_v = change / w. A v with these rows exists where the columns of [W_q W_k W_v] are independent.
     """
     prompt = material.prompt
-    width = min(material.weights.q.shape[-1], prompt.shape[1] // 3)
-    weights = Three(*(weight[:1, :, :width] for weight in material.weights))
+    weights = _narrow(material)
     plain = project(prompt[-1:], prompt, weights)
     prefix = _prefix(plain, 1, 1, draw)
     worst = 0.0
     for attend in (linear, softmax):
         target = prefix_attention(attend, plain, *prefix)
         share = attend(plain.q, plain.k, torch.eye(len(prompt), dtype=prompt.dtype))[0, 0, -1]
-        value = (target - attend(*plain))[0, 0] / share
-        wanted = torch.cat([torch.zeros(2 * width, dtype=prompt.dtype), value])
-        v = wanted @ torch.linalg.pinv(torch.cat([weight[0] for weight in weights], 1))
+        value = (target - attend(*plain))[:, 0] / share
+        v = _solved(weights, Three(torch.zeros_like(value), torch.zeros_like(value), value))
         worst = max(worst, relative(atv_attention(attend, plain, rows_of(v, weights)), target))
     return worst
 
