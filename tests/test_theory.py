@@ -261,6 +261,11 @@ def test_static_factors_follow_the_share_of_inputs_beyond_the_rank(tried):
     assert all(pair.independent < 1e-9 for pair in tried[1][:-1])
 
 
+def test_prefixes_have_more_dimensions_than_a_vector_has_numbers(tried):
+    """The paper's one wide head: already those of length 1, under softmax at all query tokens."""
+    assert all(fit.dimensions > 12 for fit in tried[2] if fit.attention == "softmax" and fit.tokens == "all")
+
+
 def test_no_search_gets_below_the_floor(tried):
     _, _, fits, _ = tried
     floors = [fit for fit in fits if fit.floor is not None]
@@ -318,6 +323,7 @@ def test_the_command_writes_every_statement(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("atv.theory.containment.STEPS", 3)
     make_llm("llama", torch.float32).save_pretrained(tmp_path / "llm")
     byte_level_tokenizer().save_pretrained(tmp_path / "llm")
+    capsys.readouterr()
     code, out, err = run(monkeypatch, capsys, "--llm", tmp_path / "llm", "--out", tmp_path / "theory.csv")
     assert (code, err) == (0, "")
     files = sorted(tmp_path.glob("theory-*.csv"))

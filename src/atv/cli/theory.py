@@ -62,8 +62,8 @@ def _statements(statements: Sequence[Statement], title: str, made: str) -> Table
         "Residuals are shares of what was to be reached; up to 1e-9 is rounding. Residual: where the statement holds, "
         "or under its condition. Counter-example: the residual of what shows that it does not hold elsewhere; of a "
         "statement that something cannot be made (1.9, 2.9, 2.10) it is that of what makes it, so near 0. That of "
-        "2.2, 2.6, 2.7 and 2.8 is the best of a search. That nothing reaches 0 is proven for 2.6 (floor) and 2.7 "
-        f"(dimensions; both in the table of prefixes), not for 2.8. {made}"
+        "2.2, 2.6, 2.7 and 2.8 is the best of a search. That nothing reaches 0 is proven for 2.6 (floor) and, where "
+        f"there are more dimensions than d, for 2.7 (both in the table of prefixes), not for 2.8. {made}"
     )
     rows = [[s.number, s.text, s.verdict, s.condition, _shown(s.residual), _shown(s.counter)] for s in statements]
     return Table(title, ["", "statement", "verdict", "condition", "residual", "counter-example"], rows, note, text=4)

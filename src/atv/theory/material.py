@@ -121,7 +121,7 @@ def _weights(projections: _Projections, heads: int, sharing: int) -> Three:
 
     def of(module: nn.Module, repeats: int) -> Tensor:
         weight = cast(Tensor, module.weight).detach().double().cpu()
-        per_head: Tensor = weight.unflatten(0, (heads // repeats, -1))  # type: ignore[no-untyped-call]
+        per_head: Tensor = weight.unflatten(0, (heads // repeats, -1))
         return per_head.mT.repeat_interleave(repeats, 0)
 
     return Three(of(projections.q, 1), of(projections.k, sharing), of(projections.v, sharing))

@@ -102,7 +102,7 @@ def prefix_floor(plain: Three, keys: Tensor, values: Tensor) -> float:
     return float(left_over.norm() / (plain.q @ state).norm())
 
 
-def prefix_dimensions(plain: Three, keys: Tensor, values: Tensor, sharing: int, tokens: int = 4) -> int:
+def prefix_dimensions(plain: Three, keys: Tensor, values: Tensor, sharing: int, tokens: int = 12) -> int:
     """At least so many dimensions has the set of outputs that softmax attention with prefixes of this length takes.
 
     It is the rank of the derivative of the output by keys and values, here by the first two of each and at the last

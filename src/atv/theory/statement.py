@@ -27,12 +27,12 @@ def equality(
     number: str, text: str, residual: float | None = None, counter: float | None = None, condition: str = ""
 ) -> Statement:
     """A claim that two things are the same: it holds where the residual is rounding, and not where it is more."""
-    holds = residual is not None and residual <= ROUNDING
-    broken = counter is not None and counter > ROUNDING
-    if residual is None and not broken:
-        return Statement(number, text, HOLDS, counter, None)  # the example proved the claim
-    verdict = FAILS if not holds else CONDITIONS if broken else HOLDS
-    return Statement(number, text, verdict, residual, counter, condition if verdict == CONDITIONS else "")
+    numbers = [found for found in (residual, counter) if found is not None]
+    if max(numbers) <= ROUNDING:  # what was to be a counter-example confirms it
+        return Statement(number, text, HOLDS, max(numbers), None)
+    if residual is None or residual > ROUNDING:
+        return Statement(number, text, FAILS, None, max(numbers))
+    return Statement(number, text, CONDITIONS, residual, counter, condition)
 
 
 def beyond_reach(number: str, text: str, reached: float, missed: float | None = None, condition: str = "") -> Statement:
