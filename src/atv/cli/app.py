@@ -1,4 +1,4 @@
-"""Subcommands: demo, train, eval, reproduce, sweep, generate, doctor, tasks, prepare, report."""
+"""Subcommands: demo, train, eval, reproduce, sweep, generate, doctor, theory, tasks, prepare, report."""
 
 import logging
 import shlex
@@ -258,6 +258,22 @@ def doctor(
 
     if not examine(context.params):
         raise typer.Exit(1)
+
+
+@app.command()
+def theory(
+    llm: Annotated[
+        str | None, typer.Option(help="Try them on this LLM's weights and hidden states too; by default random ones.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="File to write: .md, .tex, or .csv, one file per table.")] = Path(
+        "theory.md"
+    ),
+    seed: Annotated[int, typer.Option(help="Seed of random matrices, prefixes and starts.")] = 42,
+) -> None:
+    """The paper's theorems in numbers: what holds, under which conditions, and what does not."""
+    from atv.cli.theory import show_theorems
+
+    show_theorems(llm, out, seed)
 
 
 @app.command()

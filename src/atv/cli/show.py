@@ -10,6 +10,8 @@ from atv.processes import is_main
 from atv.report.tables import Table
 
 output = Console(quiet=not is_main())
+LONGEST_NAME = 40
+"""Columns with longer words are wrapped where the terminal is too narrow; names are not."""
 
 
 def print_table(table: Table) -> None:
@@ -17,7 +19,8 @@ def print_table(table: Table) -> None:
     grid = RichTable(title=Text(table.title), title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for index, column in enumerate(table.columns):
         words = index < table.text
-        grid.add_column(Text(column), justify="left" if words else "right", no_wrap=words)
+        names = words and all(len(row[index]) <= LONGEST_NAME for row in table.rows)
+        grid.add_column(Text(column), justify="left" if words else "right", no_wrap=names)
     shared = table.text - 1  # columns that are not repeated on the next line
     for number, row in enumerate(table.rows):
         again = number > 0 and table.rows[number - 1][:shared] == row[:shared]
