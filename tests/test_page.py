@@ -339,10 +339,10 @@ def test_text_and_marks_are_seen_in_light_and_dark():
 
 
 def test_without_matplotlib_the_extra_is_named_and_reports_need_none_to_be_imported(monkeypatch, tmp_path):
-    check_format(tmp_path / "r.html")
+    check_format(tmp_path / "r.html", page=True)
     monkeypatch.setattr(formats, "find_spec", lambda name: None)
     with refused("r.html", "matplotlib", "adaptive-task-vectors[report]", ".md"):
-        check_format(tmp_path / "r.html")
+        check_format(tmp_path / "r.html", page=True)
     check_format(tmp_path / "r.md")
     code = "import sys, atv.report; sys.exit(bool({'torch', 'matplotlib'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -220,5 +220,5 @@ def test_the_file_s_name_decides_the_format(tmp_path):
     assert [file.read_text() for file in files] == [comma_separated(table) for table in tables]
     for name in ("r.txt", "r"):
         with refused(name, ".md, .tex, .csv or .html"):
-            check_format(tmp_path / name)
+            check_format(tmp_path / name, page=True)
     assert len(list(tmp_path.iterdir())) == 9

@@ -327,7 +327,7 @@ def report(
     from atv.records import load_runs
     from atv.report import FORMATS, all_tables, check_format, write_page, write_tables
 
-    check_format(out)
+    check_format(out, page=True)
     rows = load_runs(runs)
     tables = all_tables(rows)
     for table in tables:

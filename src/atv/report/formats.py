@@ -63,10 +63,17 @@ PAGE = ".html"
 """Written by `report.page`, which needs more than tables."""
 
 
-def check_format(out: Path) -> None:
-    """Raise ATVError if the file's name does not say in which format it is to be written, or that cannot be."""
-    if out.suffix not in (*FORMATS, PAGE):
-        raise ATVError(f"{out} ends in {out.suffix!r}; expected a name that ends in .md, .tex, .csv or .html.")
+def check_format(out: Path, page: bool = False) -> None:
+    """Raise ATVError if the file's name does not say in which format it is to be written, or that cannot be.
+
+    Args:
+        out: the file.
+        page: whether it may be a page too, with plots: of runs.
+    """
+    known = [*FORMATS, PAGE] if page else list(FORMATS)
+    if out.suffix not in known:
+        named = f"{', '.join(known[:-1])} or {known[-1]}"
+        raise ATVError(f"{out} ends in {out.suffix!r}; expected a name that ends in {named}.")
     if out.suffix == PAGE and find_spec("matplotlib") is None:
         raise ATVError(
             f"The plots of {out} need the package matplotlib, which is not installed. Install it with: "
