@@ -87,7 +87,7 @@ def test_train_eval_report_generate_on_ones_own_models_and_data(atv, world, tmp_
     assert "atv minus" in said
     assert f"Written to {tmp_path / 'tables-1-accuracy-per-task.csv'}" in said
     assert len(list(tmp_path.glob("tables-*.csv"))) == 4  # per task, in-domain by both accuracies, comparison
-    check_refused(*atv("report", tmp_path, "--out", tmp_path / "table.html"), ["'.html'", ".md, .tex or .csv"])
+    check_refused(*atv("report", tmp_path, "--out", tmp_path / "table.txt"), ["'.txt'", ".md, .tex, .csv or .html"])
 
     code, said, err = atv("generate", "--adapter", out, "--dtype", "float32", "--compare", "the harbour leaks")
     assert code == 0, err
