@@ -10,7 +10,6 @@ from torch import nn
 
 from atv.config import ATVConfig, Checked, TrainConfig
 from atv.doctor import model_summary
-from atv.errors import ATVError
 from atv.methods.base import Method
 from atv.model import ATVModel
 from atv.progress import note
@@ -61,11 +60,7 @@ class ATV(Method):
     ) -> Self:
         """Load the adapter onto the LLM."""
         shots = cls.wanted_shots(shots)
-        if adapter is None:
-            raise ATVError(
-                f"The method {cls.name} needs an adapter; give --adapter DIR, the folder that atv train wrote."
-            )
-        atv = cls.model_class.from_pretrained(llm, adapter, tokenizer=tokenizer)
+        atv = cls.model_class.from_pretrained(llm, cls.wanted_adapter(adapter), tokenizer=tokenizer)
         atv.vector_cache.limit = 0  # seconds per query are those of a query that was never asked
         method = cls(atv)
         method.shots, method.seed = shots, seed

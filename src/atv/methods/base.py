@@ -92,6 +92,16 @@ class Method(ABC):
         raise ATVError(f"The method {cls.name} learns nothing: measure it with atv eval --method {cls.name}.")
 
     @classmethod
+    def wanted_adapter(cls, adapter: Path | None) -> Path:
+        """The adapter that was given, or ATVError if there is none."""
+        if adapter is None:
+            made_by = f"atv train --method {cls.trained_as()}"
+            raise ATVError(
+                f"The method {cls.name} needs an adapter; give --adapter DIR, the folder that {made_by} wrote."
+            )
+        return adapter
+
+    @classmethod
     def wanted_shots(cls, shots: int | None) -> int:
         """Demonstrations for each query: `shots`, or the method's own number if that is None."""
         if shots is not None and not cls.shots:

@@ -146,9 +146,7 @@ class Elicit(Method):
         """Load library and retriever onto the LLM."""
         del seed
         cls.wanted_shots(shots)
-        if adapter is None:
-            raise ATVError(f"The method {cls.name} needs an adapter; give --adapter DIR, the folder of its training.")
-        folder = artifact.locate(adapter)
+        folder = artifact.locate(cls.wanted_adapter(adapter))
         saved = artifact.read(folder, cls.name)
         artifact.check_llm(saved, llm, folder)
         library, classifier = load_file(folder / LIBRARY_FILE), load_file(folder / RETRIEVER_FILE)

@@ -298,9 +298,7 @@ class I2CL(Method):
         """Load the adapter onto the LLM."""
         del seed
         cls.wanted_shots(shots)
-        if adapter is None:
-            raise ATVError(f"The method {cls.name} needs an adapter; give --adapter DIR, the folder of its training.")
-        return cls(I2CLModel.from_pretrained(llm, adapter, tokenizer=tokenizer))
+        return cls(I2CLModel.from_pretrained(llm, cls.wanted_adapter(adapter), tokenizer=tokenizer))
 
     def describe(self) -> dict[str, Any]:
         """Its configuration and how it was trained."""

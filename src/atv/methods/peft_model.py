@@ -182,9 +182,7 @@ class PEFTMethod(Method):
     ) -> Self:
         """Load the adapter that `fit` wrote."""
         cls.wanted_shots(shots)
-        if adapter is None:
-            raise ATVError(f"The method {cls.name} needs an adapter; give --adapter DIR, the folder of its training.")
-        folder = artifact.locate(adapter)
+        folder = artifact.locate(cls.wanted_adapter(adapter))
         saved = artifact.read(folder, cls.name)
         artifact.check_llm(saved, llm, folder)
         try:

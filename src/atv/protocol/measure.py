@@ -77,10 +77,9 @@ def measure(
         raise unknown("method", name, METHODS)
     method_class = METHODS[name]
     trained = method_class.trained_as()
-    if trained is not None and adapter is None:
-        made_by = f"atv train --method {trained}"
-        raise ATVError(f"The method {name} needs an adapter; give --adapter DIR, the folder that {made_by} wrote.")
-    if trained is None and adapter is not None:
+    if trained is not None:
+        method_class.wanted_adapter(adapter)
+    elif adapter is not None:
         raise ATVError(f"The method {name} has no adapter; found --adapter {adapter}: leave it out.")
     shots = method_class.wanted_shots(shots)
     folder = artifact.locate(adapter) if adapter is not None else None
