@@ -105,7 +105,7 @@ def test_methods_stand_in_the_paper_s_order_and_each_llm_has_tables_of_its_own()
     assert [line[0] for line in in_domain_table(rows).rows] == [*others[:0:-1], "own"]
     titles = [table.title for table in paper_tables([*rows, *rows_of("atv", "e", "x", llm="large")])]
     assert titles == ["In-domain accuracy: small", "In-domain accuracy among options: small",
-                      "atv against each method: small", "Unseen accuracy: large",
+                      "atv against each other: small", "Unseen accuracy: large",
                       "Unseen accuracy among options: large"]  # fmt: skip
 
 

@@ -15,7 +15,19 @@ from conftest import byte_level_tokenizer, make_atv, make_llm, toy_task
 
 from atv.errors import ATVError
 from atv.methods import METHODS
-from atv.protocol import PROFILES, Frozen, Profile, method_settings, read_settings, recipe, reproduce, sweep
+from atv.protocol import (
+    PROFILES,
+    Condition,
+    Frozen,
+    Profile,
+    known_experiments,
+    method_settings,
+    read_experiment,
+    read_settings,
+    recipe,
+    reproduce,
+    sweep,
+)
 from atv.protocol.sweep import trials_of
 from atv.records import load_runs
 from atv.tasks import UNSEEN
@@ -84,13 +96,13 @@ def dying(self, predictions):
         os.kill(os.getpid(), signal.SIGKILL)
 RunWriter.append = dying
 reproduce(here.TINY, Frozen({llm!r}, dtype="float32"), here.tasks(), Path({out!r}), given={given!r},
-          methods=["zero-shot", "fixed", "bm25"], batch_size=2)
+          conditions=[*map(here.Condition, ["zero-shot", "fixed", "bm25"])], batch_size=2)
 """
 
 
 def test_killed_and_started_again_no_row_is_asked_twice_and_the_rows_are_equal(world, tmp_path, monkeypatch):
     frozen, given = world
-    methods = {"methods": ["zero-shot", "fixed", "bm25"], "batch_size": 2}
+    methods = {"conditions": [*map(Condition, ["zero-shot", "fixed", "bm25"])], "batch_size": 2}
     whole = load_runs(reproduce(TINY, frozen, tasks(), tmp_path / "whole", given=given, **methods))
     out, path = tmp_path / "killed", [str(Path(__file__).parent), *sys.path]
     for rows in (7, 11):  # in the first run, then in the second
@@ -203,7 +215,7 @@ def test_a_sweep_never_sees_the_test_rows_and_keeps_the_best(world, tmp_path, mo
 def test_wrong_names_are_refused_before_anything_is_done(world, tmp_path):
     frozen, _ = world
     with pytest.raises(ATVError, match="Unknown method 'atc'"):
-        reproduce(TINY, frozen, tasks(), tmp_path / "a", methods=["atc"])
+        reproduce(TINY, frozen, tasks(), tmp_path / "a", conditions=[Condition("atc")])
     with pytest.raises(ATVError, match="All tasks are of the category Unseen"):
         reproduce(TINY, frozen, tasks()[2:], tmp_path / "a")
     with pytest.raises(ATVError, match="method to choose settings for: 'icl'|Unknown method"):
@@ -211,3 +223,97 @@ def test_wrong_names_are_refused_before_anything_is_done(world, tmp_path):
     with pytest.raises(ATVError, match="settings to choose from"):
         sweep(TINY, frozen, tasks(), tmp_path / "a", methods=["lora"], trials=99)
     assert not (tmp_path / "a").exists()
+
+
+EXPERIMENT = """
+title = "Which layers"
+asks = "Which?"
+reference = "atv"
+
+[conditions."atv"]
+method = "atv"
+
+[conditions."atv, bottom"]
+method = "atv"
+layers = "bottom"
+
+[conditions."atv, 3 rows"]
+method = "atv"
+train-rows = 3
+
+[conditions."icl, 1 shots"]
+method = "icl"
+shots = 1
+
+[conditions."icl+atv"]
+method = "icl+atv"
+"""
+
+
+def test_an_experiments_conditions_differ_in_what_they_set_alone(world, tmp_path):
+    frozen, given = world
+    (tmp_path / "mine.toml").write_text(EXPERIMENT)
+    experiment = read_experiment(str(tmp_path / "mine.toml"))
+    assert (experiment.name, experiment.title, experiment.reference) == ("mine", "Which layers", "atv")
+    out = tmp_path / "out"
+    rows = load_runs(reproduce(TINY, frozen, tasks(), out, conditions=experiment.conditions, given=given))
+    assert list(dict.fromkeys(row["method"] for row in rows)) == [of.label for of in experiment.conditions]
+    assert len({len([row for row in rows if row["method"] == of.label]) for of in experiment.conditions}) == 1
+    # icl+atv sets nothing, so that it has the adapter of atv; the method's own tables' folders are the same ones.
+    assert sorted(folder.name for folder in (out / "trained").iterdir()) == ["atv-1", "atv-3-rows-1", "atv-bottom-1"]
+    records = {folder.name: json.loads((folder / "train.json").read_text()) for folder in (out / "trained").iterdir()}
+    plain = records["atv-1"]["settings"]
+    assert records["atv-bottom-1"]["settings"] == plain | {"config": plain["config"] | {"layers": "bottom"}}
+    assert {task["train"] for task in records["atv-3-rows-1"]["settings"]["tasks"].values()} == {3}
+    assert all(record["trainable_parameters"] > 0 for record in records.values())
+    shots = {row["method"]: row["demonstrations"] for row in rows}
+    assert (shots["icl, 1 shots"], shots["icl+atv"], shots["atv"]) == (1, 2, 0)
+    assert reproduce(TINY, frozen, tasks(), out, conditions=[Condition("atv")], given=given) == [out / "runs" / "atv-1"]
+    other = Condition("atv", "atv, bottom", {"layers": "top"})
+    with pytest.raises(ATVError, match="other settings"):
+        reproduce(TINY, frozen, tasks(), out, conditions=[other], given=given)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("titel = 'x'\n[conditions.atv]\nmethod = 'atv'", "Unknown key in .*'titel'"),
+        ("title = 'x'", "has no conditions"),
+        ("[conditions.atv]\nscale = 1.0", "expected a table with a method"),
+        ("[conditions.'a/b']\nmethod = 'atv'", "under a label of letters"),
+        ("[conditions.atv]\nmethod = 'atc'", "Unknown method"),
+        ("[conditions.atv]\nmethod = 'atv'\nscael = 1.0", "option of the method atv: 'scael'"),
+        ("[conditions.atv]\nmethod = 'atv'\nscale = 'much'", "expected a finite number"),
+        ("[conditions.atv]\nmethod = 'atv'\ntrain_rows = 0", "train_rows of atv is 0"),
+        ("[conditions.icl]\nmethod = 'icl'\nlayers = 'top'", "icl learns nothing"),
+        ("[conditions.zero]\nmethod = 'zero-shot'\ntrain_rows = 3", "zero-shot learns nothing"),
+        ("reference = 'x'\n[conditions.atv]\nmethod = 'atv'", "Unknown reference"),
+        ("analysis = 1\n[conditions.atv]\nmethod = 'atv'", "true or false"),
+        ("[conditions.'a b']\nmethod = 'atv'\n[conditions.'a:b']\nmethod = 'atv'", "differ in signs alone"),
+        ("[conditions", "is not a TOML file"),
+    ],
+)
+def test_a_wrong_experiment_is_refused(tmp_path, text, named):
+    (tmp_path / "wrong.toml").write_text(text)
+    with pytest.raises(ATVError, match=named):
+        read_experiment(str(tmp_path / "wrong.toml"))
+
+
+def test_the_experiments_of_the_package_are_whole():
+    for name in known_experiments():
+        experiment = read_experiment(name)
+        assert experiment.asks, name
+        assert len(experiment.conditions) > 1, name
+    with pytest.raises(ATVError, match="Unknown experiment 'region'. Did you mean|Unknown experiment 'region'"):
+        read_experiment("region")
+    with pytest.raises(ATVError, match="No file"):
+        read_experiment("region.toml")
+
+
+def test_a_profile_of_named_tasks_takes_those_alone(world, tmp_path):
+    frozen, _ = world
+    named = replace(TINY, tasks=("toy", "new"))
+    rows = load_runs(reproduce(named, frozen, tasks(), tmp_path, conditions=[Condition("zero-shot")]))
+    assert {row["task"] for row in rows} == {"toy", "new"}
+    with pytest.raises(ATVError, match="none of them is among those"):
+        reproduce(replace(TINY, tasks=("glue_sst2",)), frozen, tasks(), tmp_path / "b")

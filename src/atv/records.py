@@ -199,7 +199,7 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
 
 
 def load_runs(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
-    """Rows of several runs, each with its run's `method`, `llm`, `seed` and `run` (the folder) in it.
+    """Rows of several runs, each with its run's `method` (or label), `llm`, `seed` and `run` (the folder) in it.
 
     Args:
         folders: of runs, or folders that hold runs at any depth; a run that is found twice is read once.
@@ -208,7 +208,8 @@ def load_runs(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
     for folder in dict.fromkeys(run for name in folders for run in _runs_below(Path(name))):
         run = read_run(folder)
         settings = run.get("settings", {})
-        about = {key: settings.get(key) for key in ("method", "llm", "seed")} | {"run": str(folder)}
+        about = {key: settings.get(key) for key in ("llm", "seed")} | {"run": str(folder)}
+        about["method"] = settings.get("label", settings.get("method"))
         rows = read_rows(folder)
         if not run.get("finished"):
             raise ATVError(f"{folder} is not finished ({len(rows)} rows); run the command that began it again.")

@@ -415,7 +415,8 @@ def _save(trainer: ATVTrainer, model: Trainable, record: dict[str, Any], out: Pa
 def _finish(trainer: ATVTrainer, model: Trainable, record: dict[str, Any], out: Path) -> None:
     _save(trainer, model, record, out)
     runtime = [entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry]
-    record |= {"finished": True, "seconds": runtime[-1] if runtime else None}
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    record |= {"finished": True, "seconds": runtime[-1] if runtime else None, "trainable_parameters": parameters}
     barrier()  # every process has read the best checkpoint
     if is_main():
         write_json(out / RECORD_FILE, record)

@@ -163,6 +163,13 @@ def reproduce(
     context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder for adapters, runs and tables.")] = Path("runs/reproduce"),
     profile: opt.ProfileName = "small",
+    experiment: Annotated[
+        str | None,
+        typer.Option(
+            help="One question instead of the tables: in-domain, unseen, lora, generators, regions, norms, map, "
+            "positions, pooling, scale, rank, rows, length, full, adaptive, or a TOML file of your own."
+        ),
+    ] = None,
     method: opt.MethodNames = None,
     llm: opt.LLM = opt.EMBEDDED_LLM,
     task: opt.TaskNames = None,
@@ -178,7 +185,7 @@ def reproduce(
     force: opt.Force = False,
     config: opt.Config = None,
 ) -> None:
-    """Train and measure every method of the paper on the same rows, and write its tables."""
+    """Train and measure every method of the paper on the same rows, and write its tables; or run an experiment."""
     from atv.cli.paper import reproduce_tables
 
     reproduce_tables(context.params)

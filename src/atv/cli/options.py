@@ -122,7 +122,12 @@ Variants = Annotated[
         "first: the first template with A: alone."
     ),
 ]
-ProfileName = Annotated[str, typer.Option(help="paper, small (two CPU cores, 90 minutes) or smoke (3 minutes).")]
+ProfileName = Annotated[
+    str,
+    typer.Option(
+        help="paper, small (two CPU cores, 90 minutes), ablation (some minutes a condition) or smoke (3 minutes)."
+    ),
+]
 MethodNames = Annotated[list[str] | None, typer.Option("--method", help="Method; once for each. Default: all.")]
 SettingsFile = Annotated[
     Path | None,

@@ -7,11 +7,21 @@ from typing import Any
 
 from atv.cli.show import print_lines, print_table
 from atv.cli.work import frozen, named_tasks, recipe_for
-from atv.errors import unknown
+from atv.errors import ATVError, unknown
+from atv.files import write_json
+from atv.processes import is_main
 from atv.progress import note
-from atv.protocol import PROFILES, Profile, read_settings, reproduce, sweep
+from atv.protocol import PROFILES, Condition, Experiment, Profile, read_experiment, read_settings, reproduce, sweep
 from atv.records import load_runs
-from atv.report import FORMATS, all_tables, paper_tables, write_tables
+from atv.report import (
+    EXPERIMENTS,
+    FORMATS,
+    all_tables,
+    experiment_tables,
+    load_experiment,
+    paper_tables,
+    write_tables,
+)
 
 
 def _profile(options: Mapping[str, Any]) -> Profile:
@@ -24,27 +34,54 @@ def _profile(options: Mapping[str, Any]) -> Profile:
 
 def _settings(options: Mapping[str, Any]) -> dict[str, Any]:
     given = read_settings(options["settings"]) if options["settings"] else {}
-    return {"methods": options["method"] or (), "given": given, "recipe": recipe_for(options["llm"])}
+    return {"given": given, "recipe": recipe_for(options["llm"])}
 
 
 def reproduce_tables(options: Mapping[str, Any]) -> None:
     """`atv reproduce`: everything that is not done yet, then the tables."""
+    if options["experiment"] and options["method"]:
+        raise ATVError("An experiment names its methods; found --experiment and --method: leave one of them out.")
+    experiment = read_experiment(options["experiment"]) if options["experiment"] else None
     profile, out = _profile(options), Path(options["out"])
+    conditions = experiment.conditions if experiment else [Condition(name) for name in options["method"] or ()]
     how = _settings(options) | {"batch_size": options["batch_size"], "force": options["force"]}
-    runs = reproduce(profile, frozen(options), named_tasks(options), out, **how)
-    rows = load_runs(runs)
-    for table in paper_tables(rows):
+    runs = reproduce(profile, frozen(options), named_tasks(options), out, conditions=conditions, **how)
+    if experiment is None:
+        rows, name = load_runs(runs), "tables"
+        shown, written = paper_tables(rows), all_tables(rows)
+    else:
+        name = experiment.name
+        file = _record(experiment, profile, out)
+        shown = written = experiment_tables(load_experiment(file))
+    for table in shown:
         print_table(table)
     for suffix in FORMATS:
-        write_tables(all_tables(rows), out / "tables" / f"tables{suffix}")
-    print_lines([f"Runs: {out / 'runs'}    Tables: {out / 'tables'} ({', '.join(FORMATS)})"])
+        write_tables(written, out / "tables" / f"{name}{suffix}")
+    print_lines([f"Runs: {out / 'runs'}    Tables: {out / 'tables' / name} ({', '.join(FORMATS)})"])
+
+
+def _record(experiment: Experiment, profile: Profile, out: Path) -> Path:
+    """Write which runs and trainings answer the experiment's question; what they say stands in them alone."""
+    conditions = {
+        of.label: {
+            "runs": [f"runs/{of.name}-{seed}" for seed in profile.seeds],
+            "trained": [f"trained/{of.trained}-{seed}" for seed in profile.seeds if of.trained],
+        }
+        for of in experiment.conditions
+    }
+    said = {name: getattr(experiment, name) for name in ("name", "title", "asks", "reference")}
+    file = out / EXPERIMENTS / f"{experiment.name}.json"
+    if is_main():
+        write_json(file, said | {"profile": profile.name, "conditions": conditions})
+    return file
 
 
 def choose_settings(options: Mapping[str, Any]) -> None:
     """`atv sweep`: the trials that are not done yet, then the best of each method."""
     profile, out = _profile(options), Path(options["out"])
     rows = {name: options[name] for name in ("train_rows", "valid_rows") if options[name] is not None}
-    how = _settings(options) | {"trials": options["trials"], "force": options["force"]}
+    how = _settings(options) | {name: options[name] for name in ("trials", "force")}
+    how["methods"] = options["method"] or ()
     best = sweep(replace(profile, **rows), frozen(options), named_tasks(options), out, **how)
     print_lines([f"{name}: {', '.join(f'{key} {value}' for key, value in of.items())}" for name, of in best.items()])
     print_lines([f"Next: atv reproduce --settings {out / 'settings.toml'}"])

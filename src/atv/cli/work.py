@@ -36,7 +36,7 @@ def frozen(options: Mapping[str, Any], llm: str | None = None) -> Frozen:
 
 def recipe_for(llm: str, generator: str | None = None) -> dict[str, dict[str, Any]]:
     """Settings that suit the embedded models; none for another LLM or generator."""
-    return recipe() if llm == EMBEDDED_LLM and generator in (None, EMBEDDED_GENERATOR) else {}
+    return recipe() if llm.startswith("embedded:") and generator in (None, EMBEDDED_GENERATOR) else {}
 
 
 def named_tasks(options: Mapping[str, Any]) -> list[Task]:

@@ -1,5 +1,6 @@
 """What is run beside what, on which rows: a method's settings, measuring it, the paper's tables, the sweep."""
 
+from atv.protocol.experiments import Condition, Experiment, known_experiments, read_experiment
 from atv.protocol.measure import Frozen, measure
 from atv.protocol.profiles import PROFILES, Profile
 from atv.protocol.reproduce import reproduce
@@ -8,11 +9,15 @@ from atv.protocol.sweep import sweep
 
 __all__ = [
     "PROFILES",
+    "Condition",
+    "Experiment",
     "Frozen",
     "Profile",
     "Settings",
+    "known_experiments",
     "measure",
     "method_settings",
+    "read_experiment",
     "read_settings",
     "recipe",
     "reproduce",

@@ -52,6 +52,7 @@ def measure(
     tasks: Sequence[Task],
     out: Path,
     *,
+    label: str = "",
     adapter: Path | None = None,
     shots: int | None = None,
     seed: int = 42,
@@ -66,6 +67,7 @@ def measure(
         frozen: the LLM; not loaded if there is nothing to do.
         tasks: their test splits are asked; demonstrations come from their training splits.
         out: folder of the run.
+        label: what its lines in tables are called; by default the method's name.
         adapter: for a method that needs one.
         shots: demonstrations; None: the method's own number, and none for a method that has none.
         seed: of what is drawn.
@@ -94,6 +96,8 @@ def measure(
         "templates": {task.name: list(task.templates) for task in tasks},
         "variants": variants,
     }
+    if label not in ("", name):
+        settings["label"] = label
     if shots:
         settings |= {"shots": shots, "demonstrations from": {task.name: task.digest("train") for task in tasks}}
     run = RunWriter(out, settings, force)

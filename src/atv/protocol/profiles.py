@@ -23,6 +23,8 @@ class Profile:
     seeds: tuple[int, ...] = (42, 100, 10)
     variants: str = "all"
     shots: int = 16
+    tasks: tuple[str, ...] | None = None
+    """Names of the tasks that are taken of those given; None: all."""
     tasks_per_category: int | None = None
     """None: all; else those of each category with the shortest inputs."""
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -50,6 +52,26 @@ PROFILES = {
             variants="diagonal",
             shots=4,
             settings={"all": {"epochs": 1}, "elicit": {"layer_rows": 5}},
+        ),
+        Profile(
+            "ablation",
+            "One short task of each category, so that many conditions can be compared on two CPU cores: 90 training "
+            "rows and 64 test rows per task (fewer where a task has fewer), 2 epochs, the first template with A:, one "
+            "seed, 4 demonstrations.",
+            valid_rows=8,
+            test_rows=64,
+            seeds=(42,),
+            variants="first",
+            shots=4,
+            tasks=(
+                "glue_sst2",
+                "bbh_boolean_expressions",
+                "commonsense_qa",
+                "math_qa",
+                "ethics_justice",
+                "glue_cola",
+            ),
+            settings={"all": {"epochs": 2}, "elicit": {"layer_rows": 5}},
         ),
         Profile(
             "smoke",

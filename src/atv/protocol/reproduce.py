@@ -1,19 +1,23 @@
-"""The paper's tables: every method on the same rows, each trained once per seed on all tasks that are not Unseen."""
+"""Conditions beside each other on the same rows, each trained once per seed on all tasks that are not Unseen.
+
+A method as it is, is a condition: all of them make the paper's tables. Those of an experiment differ in settings.
+"""
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from atv.errors import ATVError, unknown
+from atv.errors import ATVError
 from atv.files import occupied, read_json, same_settings, write_json
 from atv.methods import METHODS
 from atv.processes import barrier, is_main
 from atv.progress import note
+from atv.protocol.experiments import Condition, condition_settings
 from atv.protocol.measure import Frozen, measure
 from atv.protocol.profiles import Profile
-from atv.protocol.settings import Settings, Tables, method_settings
+from atv.protocol.settings import Settings, Tables
 from atv.records import provenance
 from atv.store import PrefixStore
 from atv.tasks import UNSEEN, Task
@@ -23,16 +27,18 @@ RECORD_FILE = "reproduce.json"
 
 @dataclass(frozen=True)
 class Job:
-    """One step: a method trained, or measured, with one seed."""
+    """One step: a condition trained, or measured, with one seed."""
 
     kind: str
-    method: str
+    name: str
     seed: int
+    condition: Condition = field(compare=False)
+    """For a training that several share, the first of them."""
 
     @property
     def folder(self) -> str:
         """Where it writes, inside the folder of the whole."""
-        return f"{'trained' if self.kind == 'train' else 'runs'}/{self.method}-{self.seed}"
+        return f"{'trained' if self.kind == 'train' else 'runs'}/{self.name}-{self.seed}"
 
 
 def reproduce(
@@ -41,48 +47,45 @@ def reproduce(
     tasks: Sequence[Task],
     out: Path,
     *,
-    methods: Sequence[str] = (),
+    conditions: Sequence[Condition] = (),
     recipe: Tables | None = None,
     given: Tables | None = None,
     batch_size: int = 16,
     force: bool = False,
 ) -> list[Path]:
-    """Train and measure methods as `profile` says; returns the folders of the runs.
+    """Train and measure conditions as `profile` says; returns the folders of the runs.
 
-    Everything goes into `out`: `reproduce.json` (what was asked for), `trained/METHOD-SEED` and `runs/METHOD-SEED`.
-    What is finished is not done again, what was interrupted goes on.
+    Everything goes into `out`: `reproduce.json` (what was asked for), `trained/NAME-SEED` and `runs/NAME-SEED`. What is
+    finished is not done again, what was interrupted goes on; conditions that were not asked for before are added.
 
     Args:
         profile: rows, variants, seeds.
         frozen: the LLM.
         tasks: those of the category Unseen are measured, never trained on.
         out: folder of the whole.
-        methods: names; by default all.
+        conditions: by default every method as it is.
         recipe: settings that suit this LLM; the profile's are stronger.
         given: settings that are stronger than the profile's.
         batch_size: prompts per call of the LLM when measuring.
         force: begin anew.
 
     Raises:
-        ATVError: an unknown method or setting, no task to train on, or `out` was made with other settings.
+        ATVError: an unknown setting, no task to train on, or `out` was made with other settings.
     """
-    for name in methods:
-        if name not in METHODS:
-            raise unknown("method", name, METHODS)
     tasks = chosen_tasks(profile, tasks)
-    jobs = _jobs(list(methods) or list(METHODS), profile.seeds)
+    jobs = _jobs(conditions or [Condition(name) for name in METHODS], profile.seeds)
     tables = (recipe or {}, profile.tables(), given or {})
-    trained = [job for job in jobs if job.kind == "train"]
-    settings = {(job.method, job.seed): method_settings(job.method, tables, job.seed) for job in trained}
+    settings = {job: condition_settings(job.condition, tables, job.seed) for job in jobs if job.kind == "train"}
     _open(profile, frozen, tasks, settings, batch_size, out, force)
-    clock = _Clock(jobs, {job: _work(job, profile, tasks, settings.get((job.method, job.seed))) for job in jobs})
+    clock = _Clock(jobs, {job: _work(job, profile, tasks, settings.get(job)) for job in jobs})
     for seed in profile.seeds:
-        drawn = [task.drawn(profile.train_rows, profile.valid_rows, seed) for task in tasks]
         store = PrefixStore()  # prompts that several methods are trained on are read once
         for job in (job for job in jobs if job.seed == seed):
             clock.begin(job)
+            rows = job.condition.train_rows or profile.train_rows
+            drawn = [task.drawn(rows, profile.valid_rows, seed) for task in tasks]
             if job.kind == "train":
-                new = _train(job, frozen, drawn, out, settings[job.method, seed], store, force)
+                new = _train(job, frozen, drawn, out, settings[job], store, force)
             else:
                 store = PrefixStore()  # its memory is free again
                 new = _measure(job, profile, frozen, drawn, out, batch_size, force)
@@ -92,8 +95,14 @@ def reproduce(
 
 def chosen_tasks(profile: Profile, tasks: Sequence[Task]) -> list[Task]:
     """The tasks of a profile, with its test rows; ATVError if none is left to train on."""
+    named = [task for task in tasks if profile.tasks is None or task.name in profile.tasks]
+    if not named:
+        raise ATVError(
+            f"The profile {profile.name} is of the tasks {', '.join(profile.tasks or ())}; none of them is among those "
+            f"given: {', '.join(task.name for task in tasks[:8])}. Give --profile small, or --data with these tasks."
+        )
     kept: dict[str, list[Task]] = {}
-    for task in tasks:
+    for task in named:
         kept.setdefault(task.category, []).append(task.limited(test=profile.test_rows))
     if profile.tasks_per_category is not None:
         kept = {name: sorted(alike, key=_length)[: profile.tasks_per_category] for name, alike in kept.items()}
@@ -108,26 +117,25 @@ def _length(task: Task) -> float:
     return 200 + sum(len(row.input) for row in task.test) / len(task.test)
 
 
-def _jobs(methods: Sequence[str], seeds: Sequence[int]) -> list[Job]:
+def _jobs(conditions: Sequence[Condition], seeds: Sequence[int]) -> list[Job]:
     """In an order in which whatever is needed is there: all training of a seed, then all measuring."""
-    trained = list(dict.fromkeys(made for name in methods if (made := METHODS[name].trained_as()) is not None))
-    return [
-        job
-        for seed in seeds
-        for job in [*(Job("train", name, seed) for name in trained), *(Job("measure", name, seed) for name in methods)]
-    ]
+    jobs = []
+    for seed in seeds:
+        trained = [Job("train", of.trained, seed, of) for of in conditions if of.trained is not None]
+        jobs += [*dict.fromkeys(trained), *(Job("measure", of.name, seed, of) for of in conditions)]
+    return jobs
 
 
 def _open(
     profile: Profile,
     frozen: Frozen,
     tasks: Sequence[Task],
-    settings: Mapping[tuple[str, int], Settings],
+    settings: Mapping[Job, Settings],
     batch_size: int,
     out: Path,
     force: bool,
 ) -> None:
-    """Record what is asked for, or see that `out` was made with the same; more methods may be asked for than before."""
+    """Record what is asked for, or see that `out` was made with the same; further conditions may be asked for."""
     asked: dict[str, Any] = {
         "profile": {name: value for name, value in asdict(profile).items() if name != "settings"},
         **frozen.described(),
@@ -135,10 +143,10 @@ def _open(
         "tasks": {task.name: task.digest("train", "valid", "test") for task in tasks},
         "templates": {task.name: task.templates for task in tasks},
     }
-    learned = {
-        f"{name}-{seed}": {"config": of.config.to_dict(), "train": of.train.to_dict()}
-        for (name, seed), of in settings.items()
-    }
+    learned: dict[str, Any] = {}
+    for job, of in settings.items():
+        rows = {} if job.condition.train_rows is None else {"train_rows": job.condition.train_rows}
+        learned[f"{job.name}-{job.seed}"] = {"config": of.config.to_dict(), "train": of.train.to_dict()} | rows
     file = out / RECORD_FILE
     if file.exists() and not force:
         former = read_json(file, "the record of a reproduction")
@@ -161,30 +169,31 @@ def _open(
 def _train(
     job: Job, frozen: Frozen, tasks: Sequence[Task], out: Path, settings: Settings, store: PrefixStore, force: bool
 ) -> bool:
-    """Train a method on the tasks that are not Unseen; false if that was done already."""
+    """Train a condition's method on the tasks that are not Unseen; false if that was done already."""
     folder = out / job.folder
     record = folder / "train.json"
     if record.exists() and not force and read_json(record, "the record of a training")["finished"]:
         return False
     llm, tokenizer = frozen.load()
     seen = [task for task in tasks if task.category != UNSEEN]
-    METHODS[job.method].fit(llm, tokenizer, seen, folder, *settings, force=force, store=store)
+    method = METHODS[str(job.condition.trained_as)]
+    method.fit(llm, tokenizer, seen, folder, *settings, force=force, store=store)
     return True
 
 
 def _measure(
     job: Job, profile: Profile, frozen: Frozen, tasks: Sequence[Task], out: Path, batch_size: int, force: bool
 ) -> bool:
-    """Measure a method on all tasks; false if that was done already."""
-    method = METHODS[job.method]
-    trained = method.trained_as()
+    """Measure a condition on all tasks; false if that was done already."""
+    asked = job.condition
     return measure(
-        job.method,
+        asked.method,
         frozen,
         tasks,
         out / job.folder,
-        adapter=None if trained is None else out / Job("train", trained, job.seed).folder,
-        shots=profile.shots if method.shots else None,
+        label=asked.label,
+        adapter=None if asked.trained is None else out / Job("train", asked.trained, job.seed, asked).folder,
+        shots=(asked.shots or profile.shots) if METHODS[asked.method].shots else None,
         seed=job.seed,
         variants=profile.variants,
         batch_size=batch_size,
@@ -195,16 +204,19 @@ def _measure(
 def _work(job: Job, profile: Profile, tasks: Sequence[Task], settings: Settings | None) -> float:
     """A rough measure of a job's work, in characters of prompt that the LLM reads: enough to tell the time left."""
     length = {task.name: _length(task) for task in tasks}
+    asked = job.condition
     if settings is not None:
         seen = [task for task in tasks if task.category != UNSEEN]
-        once = sum(length[task.name] * min(profile.train_rows, len(task.train)) for task in seen)
-        if METHODS[job.method].train_defaults is None:
+        rows = asked.train_rows or profile.train_rows
+        once = sum(length[task.name] * min(rows, len(task.train)) for task in seen)
+        if METHODS[str(asked.trained_as)].train_defaults is None:
             return once * profile.shots / 4
         reads_once = "positions" in settings.config.to_dict()
         return once * settings.train.epochs * settings.train.templates_per_row * (1.5 if reads_once else 5)
-    shown = profile.shots if job.method == "bm25" else 1 if METHODS[job.method].shots else 0  # icl's are read once
-    asked = sum(length[task.name] * len(task.test) * len(task.variants(profile.variants)) for task in tasks)
-    return asked * (1 + shown)
+    shots = asked.shots or profile.shots
+    shown = shots if asked.method == "bm25" else 1 if METHODS[asked.method].shots else 0  # icl's are read once
+    once = sum(length[task.name] * len(task.test) * len(task.variants(profile.variants)) for task in tasks)
+    return once * (1 + shown)
 
 
 class _Clock:
@@ -220,7 +232,7 @@ class _Clock:
         if self.done:
             minutes = self.left * self.seconds / self.done / 60
             rest = f"; about {minutes:.0f} min left" if minutes >= 1 else "; less than a minute left"
-        note(f"[{self.place} of {self.count}] {job.kind} {job.method}, seed {job.seed}{rest}")
+        note(f"[{self.place} of {self.count}] {job.kind} {job.name}, seed {job.seed}{rest}")
         self.began = time.perf_counter()
 
     def end(self, job: Job, new: bool) -> None:

@@ -1,15 +1,21 @@
 """Reports: pure functions of recorded rows. Nothing here loads torch."""
 
+from atv.report.experiments import FOLDER as EXPERIMENTS
+from atv.report.experiments import experiment_tables, find_experiments, load_experiment
 from atv.report.formats import FORMATS, check_format, markdown, write_tables
 from atv.report.page import write_page
 from atv.report.paper_tables import all_tables, paper_tables
 from atv.report.tables import accuracy_table
 
 __all__ = [
+    "EXPERIMENTS",
     "FORMATS",
     "accuracy_table",
     "all_tables",
     "check_format",
+    "experiment_tables",
+    "find_experiments",
+    "load_experiment",
     "markdown",
     "paper_tables",
     "write_page",

@@ -128,35 +128,36 @@ def summary_table(rows: Sequence[Row]) -> Table:
     return _table(f"In-domain and unseen: {rows[0]['llm']}", columns, lines, paper, note)
 
 
-def comparison_table(rows: Sequence[Row]) -> Table:
-    """ATV minus each other method on the same rows: difference, interval and p, by both accuracies.
+def comparison_table(rows: Sequence[Row], reference: str = ATV) -> Table:
+    """A method minus each other one on the same rows: difference, interval and p, by both accuracies.
 
     Args:
         rows: on one LLM.
+        reference: the method that the others are subtracted from.
     """
     kinds = {category == UNSEEN for category in tasks_of(rows).values()}
-    others = [method for method in _by_method(rows) if method != ATV]
+    others = [method for method in _by_method(rows) if method != reference]
     lines, reasons = [], dict[str, None]()
     for key, accuracy in ACCURACY.items():
         for unseen in sorted(kinds):
             for other in others:
                 try:
-                    found = paired(rows, ATV, other, key, unseen=unseen)
+                    found = paired(rows, reference, other, key, unseen=unseen)
                     cells = [f"{100 * value:+.2f}" for value in found[:3]] + [f"{found.p:.4f}"]
                 except ATVError as error:
                     cells = ["–"] * 4
                     reasons[str(error)] = None
                 lines.append([accuracy, "unseen" if unseen else "in-domain", other, *cells])
     note = (
-        f"{_measured(rows)} The average of {ATV} minus that of the other method, in percentage points, on the same "
-        f"test rows, variants and seeds. From, to: 95% percentile bootstrap interval, from {RESAMPLES:,} draws of "
+        f"{_measured(rows)} The average of {reference} minus that of the other method, in percentage points, on the "
+        f"same test rows, variants and seeds. From, to: 95% percentile bootstrap interval, from {RESAMPLES:,} draws of "
         "test rows within each task, a row with all its variants and seeds: how far the difference would vary with "
         "other test rows of these tasks, not with other tasks or seeds. p: two-sided permutation test that swaps the "
         f"two methods' answers to a test row ({RESAMPLES:,} times, or in all ways if fewer), not corrected for the "
         "number of lines. A dash: not asked the same rows."
     )
-    columns = ["score", "tasks", f"{ATV} minus", "difference", "from", "to", "p"]
-    title = f"{ATV} against each method: {rows[0]['llm']}"
+    columns = ["score", "tasks", f"{reference} minus", "difference", "from", "to", "p"]
+    title = f"{reference} against each other: {rows[0]['llm']}"
     return Table(title, columns, lines, " ".join([note, *reasons]), plots=("differences",), runs=_runs(rows))
 
 
@@ -222,7 +223,7 @@ def _ordered(names: Iterable[str], order: Sequence[str]) -> list[str]:
 
 def _table(title: str, columns: list[str], ours: Mapping[str, Line], paper: Mapping[str, Line], note: str) -> Table:
     lines = [*ours.items(), *paper.items()]
-    cells = [[name, *(_shown(line.get(column), column) for column in columns)] for name, line in lines]
+    cells = [[name, *(shown(line.get(column), column) for column in columns)] for name, line in lines]
     if paper:
         note += (
             f" Lines marked 'paper' are other LLMs' numbers, where the tasks are the same: {paper_results()['source']}."
@@ -230,7 +231,8 @@ def _table(title: str, columns: list[str], ours: Mapping[str, Line], paper: Mapp
     return Table(title, ["method", *columns], cells, note, text=1, bold=_best(columns, list(ours.values())))
 
 
-def _shown(score: Score | None, column: str) -> str:
+def shown(score: Score | None, column: str) -> str:
+    """A cell of a table: accuracies in percent, costs as they are, a dash for what is missing."""
     if score is None:
         return "–"
     if column in _COSTS:

@@ -130,7 +130,8 @@ def _cost(table: Table) -> Drawn:
 
 
 def _differences(table: Table) -> Drawn:
-    """ATV minus each other method, with 95% intervals: a panel for each accuracy."""
+    """The reference minus each other method, with 95% intervals: a panel for each accuracy."""
+    reference = table.columns[2].removesuffix(" minus")
     rows = [row[:6] for row in table.rows if number(row[3]) is not None]
     if not rows:
         return None
@@ -147,17 +148,17 @@ def _differences(table: Table) -> Drawn:
             axes.hlines(at, low, high, color=COLOURS[index], linewidth=1.6)
             axes.plot(value, at, label=kind, **_mark(index))
         axes.set_title(accuracy, fontsize=9, loc="left")
-        axes.set_xlabel(f"{ATV} minus the other, percentage points")
+        axes.set_xlabel(f"{reference} minus the other, percentage points")
         _name_lines(axes, others)
     _legend(figure, panels[0], kinds)
     groups = dict.fromkeys((row[0], row[1]) for row in rows)
     text = " ".join(_reading(group, [row for row in rows if (row[0], row[1]) == group]) for group in groups)
     numbers = Table(table.title, table.columns[:6], rows, "")
-    return figure, f"{ATV} by the 95% intervals, each taken alone. {text}", numbers
+    return figure, f"{reference} by the 95% intervals, each taken alone. {text}", numbers
 
 
 def _reading(group: tuple[str, str], rows: Sequence[list[str]]) -> str:
-    """Which methods ATV is told apart from, in words."""
+    """Which methods the reference is told apart from, in words."""
     sides: dict[str, list[str]] = {"above": [], "below": [], "not told apart from": []}
     for _, _, other, _, low, high in rows:
         side = "above" if float(low) > 0 else "below" if float(high) < 0 else "not told apart from"

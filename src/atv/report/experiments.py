@@ -1,0 +1,95 @@
+"""Experiments from their records: each condition's cost and scores, and how the others differ from the reference."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from atv.files import read_json
+from atv.records import load_runs
+from atv.report.paper_tables import ACCURACY, comparison_table, in_domain_table, shown
+from atv.report.statistics import Row, scores, tasks_of
+from atv.report.tables import Table
+
+FOLDER = "experiments"
+"""In a reproduction's folder: one record for each experiment."""
+_COSTS = ("trained parameters", "training s")
+
+
+@dataclass(frozen=True)
+class Found:
+    """An experiment that has been run."""
+
+    title: str
+    asks: str
+    reference: str
+    rows: list[Row]
+    """Of all conditions; `method` is a condition's label."""
+    trained: dict[str, list[dict[str, Any]]]
+    """The records of the trainings behind each condition, one for each seed."""
+
+
+def find_experiments(folders: Iterable[Path]) -> list[Found]:
+    """The experiments recorded in reproductions below these folders."""
+    files = dict.fromkeys(file for folder in folders for file in sorted(folder.rglob(f"{FOLDER}/*.json")))
+    return [load_experiment(file) for file in files]
+
+
+def load_experiment(file: Path) -> Found:
+    """An experiment's record with what it names; its folder stands in that of the reproduction."""
+    record = read_json(file, "the record of an experiment")
+    out = file.parent.parent
+    rows = load_runs([out / run for condition in record["conditions"].values() for run in condition["runs"]])
+    trained = {
+        label: [read_json(out / name / "train.json", "the record of a training") for name in condition["trained"]]
+        for label, condition in record["conditions"].items()
+    }
+    return Found(record["title"], record["asks"], record["reference"], rows, trained)
+
+
+def experiment_tables(found: Found) -> list[Table]:
+    """What each condition costs and scores; categories; the reference against each other condition.
+
+    Args:
+        found: on any number of LLMs; each has tables of its own.
+    """
+    tables = []
+    for llm in dict.fromkeys(row["llm"] for row in found.rows):
+        rows = [row for row in found.rows if row["llm"] == llm]
+        tables.append(_overview(found, rows))
+        tables.append(in_domain_table(rows))
+        if len({row["method"] for row in rows}) > 1:
+            tables.append(comparison_table(rows, found.reference))
+    return [replace(table, title=f"{found.title}. {table.title}") for table in tables]
+
+
+def _overview(found: Found, rows: Sequence[Row]) -> Table:
+    """One line for each condition: what is trained, how long that took, and all averages."""
+    tasks = tasks_of(rows)
+    ends = {"correct": "", "correct_among_options": " among options"}
+    columns = ["tokens", "s/query", *(f"{part}{end}" for part in ("in-domain", "unseen") for end in ends.values())]
+    lines = []
+    for label in dict.fromkeys(row["method"] for row in rows):
+        own = [row for row in rows if row["method"] == label]
+        values: dict[str, Any] = {
+            "tokens": scores(own, "prompt_tokens", tasks).in_domain,
+            "s/query": scores(own, "seconds", tasks).in_domain,
+        }
+        for key, end in ends.items():
+            averages = scores(own, key, tasks)
+            values |= {f"in-domain{end}": averages.in_domain, f"unseen{end}": averages.unseen}
+        costs = [_mean(found.trained.get(label, ()), "trainable_parameters"), _mean(found.trained[label], "seconds")]
+        lines.append([label, *costs, *(shown(values[column], column) for column in columns)])
+    note = (
+        f"{found.asks} Reference: {found.reference}. In-domain: mean of the categories; unseen: mean of the unseen "
+        f"tasks, in percent; {ACCURACY['correct']} over the whole vocabulary, and among the task's options. Trained "
+        "parameters and seconds of training: of what is trained for the condition, a dash if nothing is by a training "
+        "loop; prompts that conditions share are read once, in the first one's time."
+    )
+    return Table(f"Conditions: {rows[0]['llm']}", ["condition", *_COSTS, *columns], lines, note, text=1)
+
+
+def _mean(records: Sequence[Mapping[str, Any]], key: str) -> str:
+    values = [record[key] for record in records if record.get(key) is not None]
+    return f"{fmean(values):,.0f}".replace(",", "") if values else "–"
