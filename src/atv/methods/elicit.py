@@ -29,6 +29,8 @@ from atv.store import PrefixStore
 from atv.tasks import Example, Task
 
 BEST = "best"
+NO_LAYER = -1
+"""An entry's best layer where the configuration names the layers instead."""
 LIBRARY_FILE = "library.safetensors"
 RETRIEVER_FILE = "retriever.safetensors"
 
@@ -184,7 +186,10 @@ def _exemplars(
         states.append(last_states(llm, tokenizer, prompt.ids))
         progress.advance()
     made = torch.stack(states)
-    layers = best_layers(*layer_scores(llm, tokenizer, task, made, config.scale, config.layer_rows))
+    if config.layers == BEST:
+        layers = best_layers(*layer_scores(llm, tokenizer, task, made, config.scale, config.layer_rows))
+    else:
+        layers = torch.full((len(made),), NO_LAYER)  # finding the best ones takes most of the time
     exemplars = Exemplars(made, layers, torch.tensor(rows))
     write_bytes(file, save(exemplars._asdict(), {"format": "pt"}))
     return exemplars
@@ -211,7 +216,9 @@ def _save(
     summary = {
         "tasks": {task.name: list(task.templates) for task in tasks},
         "seed": seed,
-        "best_layers": {task.name: made.layers.tolist() for task, made in zip(tasks, library, strict=True)},
+        "best_layers": {task.name: made.layers.tolist() for task, made in zip(tasks, library, strict=True)}
+        if config.layers == BEST
+        else None,
         "retriever_accuracy": torch.cat(right).double().mean().item(),
     }
 
