@@ -137,7 +137,9 @@ def test_reproduce_and_sweep_from_the_command_line(atv, world, tmp_path):
     assert code == 0, err
     assert "[2 of 2] fixed:" in err
     assert f"Next: atv reproduce --settings {tmp_path / 's' / 'settings.toml'}" in said
-    check_refused(*atv("reproduce", *data, "--profile", "large"), ["Unknown profile 'large'", "paper, small, smoke"])
+    check_refused(
+        *atv("reproduce", *data, "--profile", "large"), ["Unknown profile 'large'", "ablation, paper, small, smoke"]
+    )
     check_refused(*atv("reproduce", *common, "--settings", tmp_path / "no"), ["No file", "atv sweep"])
 
 

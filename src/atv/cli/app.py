@@ -329,14 +329,15 @@ def report(
         ),
     ] = Path("report.md"),
 ) -> None:
-    """Print the tables of runs and write them: accuracy per task; of several methods averages and differences too."""
+    """Print the tables of runs and write them: accuracy per task; of several methods averages and differences too.
+
+    Runs of an experiment, in a folder with its record, have the experiment's tables.
+    """
     from atv.cli.show import print_table
-    from atv.records import load_runs
-    from atv.report import FORMATS, all_tables, check_format, write_page, write_tables
+    from atv.report import FORMATS, check_format, report_tables, write_page, write_tables
 
     check_format(out, page=True)
-    rows = load_runs(runs)
-    tables = all_tables(rows)
+    rows, tables = report_tables(runs)
     for table in tables:
         print_table(table)
     command = shlex.join(["atv", "report", *map(str, runs), "--out", str(out)])

@@ -1,7 +1,7 @@
 """Reports: pure functions of recorded rows. Nothing here loads torch."""
 
 from atv.report.experiments import FOLDER as EXPERIMENTS
-from atv.report.experiments import experiment_tables, find_experiments, load_experiment
+from atv.report.experiments import experiment_tables, find_experiments, load_experiment, report_tables
 from atv.report.formats import FORMATS, check_format, markdown, write_tables
 from atv.report.page import write_page
 from atv.report.paper_tables import all_tables, paper_tables
@@ -18,6 +18,7 @@ __all__ = [
     "load_experiment",
     "markdown",
     "paper_tables",
+    "report_tables",
     "write_page",
     "write_tables",
 ]

@@ -8,7 +8,7 @@ from typing import Any
 
 from atv.files import read_json
 from atv.records import load_runs
-from atv.report.paper_tables import ACCURACY, comparison_table, in_domain_table, shown
+from atv.report.paper_tables import ACCURACY, all_tables, comparison_table, in_domain_table, runs_of, shown
 from atv.report.statistics import Row, scores, tasks_of
 from atv.report.tables import Table
 
@@ -46,6 +46,16 @@ def load_experiment(file: Path) -> Found:
         for label, condition in record["conditions"].items()
     }
     return Found(record["title"], record["asks"], record["reference"], rows, trained)
+
+
+def report_tables(folders: Sequence[str | Path]) -> tuple[list[Row], list[Table]]:
+    """The rows of all runs below folders, and tables: of runs that belong to no experiment, and of each experiment."""
+    experiments = find_experiments(map(Path, folders))
+    rows = load_runs(folders)
+    named = {Path(run).resolve() for found in experiments for run in runs_of(found.rows)}
+    rest = [row for row in rows if Path(row["run"]).resolve() not in named]
+    tables = all_tables(rest) if rest else []
+    return rows, tables + [table for found in experiments for table in experiment_tables(found)]
 
 
 def experiment_tables(found: Found) -> list[Table]:

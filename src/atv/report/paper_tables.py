@@ -78,7 +78,7 @@ def in_domain_table(rows: Sequence[Row], key: str = "correct") -> Table:
     )
     columns = [*_COSTS, *_ordered(tasks.values(), CATEGORIES), "Avg"]
     table = _table(f"In-domain {ACCURACY[key]}: {rows[0]['llm']}", columns, lines, paper, note)
-    return replace(table, plots=_PLOTS[key], runs=_runs(rows))
+    return replace(table, plots=_PLOTS[key], runs=runs_of(rows))
 
 
 def unseen_table(rows: Sequence[Row], key: str = "correct") -> Table:
@@ -102,7 +102,7 @@ def unseen_table(rows: Sequence[Row], key: str = "correct") -> Table:
     )
     columns = [*_COSTS, *_ordered(tasks, tuple(PAPER)), "Avg"]
     table = _table(f"Unseen {ACCURACY[key]}: {rows[0]['llm']}", columns, lines, paper, note)
-    return replace(table, plots=_PLOTS[key], runs=_runs(rows))
+    return replace(table, plots=_PLOTS[key], runs=runs_of(rows))
 
 
 def summary_table(rows: Sequence[Row]) -> Table:
@@ -158,7 +158,7 @@ def comparison_table(rows: Sequence[Row], reference: str = ATV) -> Table:
     )
     columns = ["score", "tasks", f"{reference} minus", "difference", "from", "to", "p"]
     title = f"{reference} against each other: {rows[0]['llm']}"
-    return Table(title, columns, lines, " ".join([note, *reasons]), plots=("differences",), runs=_runs(rows))
+    return Table(title, columns, lines, " ".join([note, *reasons]), plots=("differences",), runs=runs_of(rows))
 
 
 @cache
@@ -204,7 +204,8 @@ def _of(rows: Sequence[Row], unseen: bool) -> list[Row]:
     return [row for row in rows if (row["category"] == UNSEEN) == unseen]
 
 
-def _runs(rows: Sequence[Row]) -> tuple[str, ...]:
+def runs_of(rows: Sequence[Row]) -> tuple[str, ...]:
+    """The folders of the runs that rows are of."""
     return tuple(dict.fromkeys(row["run"] for row in rows))
 
 

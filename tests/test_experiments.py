@@ -1,0 +1,84 @@
+"""Experiments as commands and tables: what they write, and that it is what the rows say."""
+
+import csv
+import json
+from statistics import fmean
+
+import pytest
+from conftest import byte_level_tokenizer, make_atv, make_llm
+
+from atv.cli.app import app
+from atv.errors import ATVError
+from atv.protocol import PROFILES, Profile
+from atv.records import load_runs
+from atv.report import experiment_tables, find_experiments, report_tables
+
+TOML = """
+title = "Rank"
+asks = "Does rank matter?"
+
+[conditions.zero-shot]
+method = "zero-shot"
+
+[conditions.fixed]
+method = "fixed"
+
+[conditions."fixed, bottom"]
+method = "fixed"
+layers = "bottom"
+"""
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """An experiment run from the command line on tiny models, and a run that belongs to none."""
+    from typer.testing import CliRunner
+
+    folder = tmp_path_factory.mktemp("experiment")
+    make_llm().save_pretrained(folder / "llm")
+    byte_level_tokenizer().save_pretrained(folder / "llm")
+    make_atv().generator.save(folder / "generator")
+    (folder / "rank.toml").write_text(TOML)
+    tiny = Profile("tiny", "", train_rows=4, valid_rows=2, test_rows=4, seeds=(1,), variants="first",
+                   settings={"all": {"epochs": 1, "batch_size": 4}})  # fmt: skip
+    patch = pytest.MonkeyPatch()
+    patch.setitem(PROFILES, "tiny", tiny)
+    common = ["reproduce", "--profile", "tiny", "--llm", str(folder / "llm"), "--out", str(folder / "out"),
+              "--task", "sentiment", "--task", "outlook", "--dtype", "float32"]  # fmt: skip
+    for more in (["--experiment", str(folder / "rank.toml")], ["--method", "icl"]):
+        result = CliRunner().invoke(app, [*common, *more], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+    with pytest.raises(ATVError, match="found --experiment and --method"):
+        CliRunner().invoke(app, [*common, "--experiment", "rank", "--method", "icl"], catch_exceptions=False)
+    patch.undo()
+    return folder / "out"
+
+
+def test_the_tables_are_what_the_rows_say(done):
+    lines = {line["condition"]: line for line in csv.DictReader(next((done / "tables").glob("rank-1-*.csv")).open())}
+    rows = load_runs([done / "runs"])
+    assert list(lines) == ["zero-shot", "fixed", "fixed, bottom"]
+    for label, line in lines.items():
+        own = [row for row in rows if row["method"] == label]
+        for name, key, category in (
+            ("in-domain", "correct", False),
+            ("unseen among options", "correct_among_options", True),
+        ):
+            share = fmean(row[key] for row in own if (row["category"] == "Unseen") == category)
+            assert float(line[name]) == pytest.approx(100 * share, abs=0.05)
+    trained = json.loads((done / "trained" / "fixed-bottom-1" / "train.json").read_text())
+    assert float(lines["fixed, bottom"]["trained parameters"]) == trained["trainable_parameters"]
+    assert float(lines["fixed"]["trained parameters"]) > trained["trainable_parameters"]
+    assert lines["zero-shot"]["trained parameters"] == ""
+
+
+def test_a_report_of_a_folder_has_its_experiments_and_the_other_runs(done):
+    (found,) = find_experiments([done])
+    assert found.reference == "zero-shot"  # the first
+    titles = [table.title for table in experiment_tables(found)]
+    assert all(title.startswith("Rank. ") for title in titles)
+    rows, tables = report_tables([done])
+    assert [table.title for table in tables][-len(titles) :] == titles
+    assert "icl" in {row["method"] for row in rows}
+    only = report_tables([done / "runs" / "icl-1"])[1]
+    assert not any(table.title.startswith("Rank") for table in only)
