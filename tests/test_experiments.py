@@ -45,11 +45,16 @@ def done(tmp_path_factory):
     patch.setitem(PROFILES, "tiny", tiny)
     common = ["reproduce", "--profile", "tiny", "--llm", str(folder / "llm"), "--out", str(folder / "out"),
               "--task", "sentiment", "--task", "outlook", "--dtype", "float32"]  # fmt: skip
-    for more in (["--experiment", str(folder / "rank.toml")], ["--method", "icl"]):
+    (folder / "other.toml").write_text(TOML.replace("bottom", "top"))
+    both = ["--experiment", str(folder / "rank.toml"), "--experiment", str(folder / "other.toml")]
+    for more in (both, ["--method", "icl"]):
         result = CliRunner().invoke(app, [*common, *more], catch_exceptions=False)
         assert result.exit_code == 0, result.output
     with pytest.raises(ATVError, match="found --experiment and --method"):
         CliRunner().invoke(app, [*common, "--experiment", "rank", "--method", "icl"], catch_exceptions=False)
+    (folder / "clash.toml").write_text(TOML.replace("bottom", "top").replace("fixed, top", "fixed, bottom"))
+    with pytest.raises(ATVError, match="in one experiment and"):
+        CliRunner().invoke(app, [*common, *both, "--experiment", str(folder / "clash.toml")], catch_exceptions=False)
     patch.undo()
     return folder / "out"
 
@@ -73,7 +78,8 @@ def test_the_tables_are_what_the_rows_say(done):
 
 
 def test_a_report_of_a_folder_has_its_experiments_and_the_other_runs(done):
-    (found,) = find_experiments([done])
+    other, found = find_experiments([done])
+    assert {row["method"] for row in other.rows} == {"zero-shot", "fixed", "fixed, top"}
     assert found.reference == "zero-shot"  # the first
     titles = [table.title for table in experiment_tables(found)]
     assert all(title.startswith("Rank. ") for title in titles)

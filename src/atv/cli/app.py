@@ -164,10 +164,10 @@ def reproduce(
     out: Annotated[Path, typer.Option(help="Folder for adapters, runs and tables.")] = Path("runs/reproduce"),
     profile: opt.ProfileName = "small",
     experiment: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help="One question instead of the tables: in-domain, unseen, lora, generators, regions, norms, map, "
-            "positions, pooling, scale, rank, rows, length, full, adaptive, or a TOML file of your own."
+            help="A question instead of the tables, or several: in-domain, unseen, lora, generators, regions, norms, "
+            "map, positions, pooling, scale, rank, rows, length, full, adaptive, or a TOML file of your own."
         ),
     ] = None,
     method: opt.MethodNames = None,

@@ -11,7 +11,17 @@ from atv.errors import ATVError, unknown
 from atv.files import write_json
 from atv.processes import is_main
 from atv.progress import note
-from atv.protocol import PROFILES, Condition, Experiment, Profile, read_experiment, read_settings, reproduce, sweep
+from atv.protocol import (
+    PROFILES,
+    Condition,
+    Experiment,
+    Profile,
+    conditions_of,
+    read_experiment,
+    read_settings,
+    reproduce,
+    sweep,
+)
 from atv.records import load_runs
 from atv.report import (
     EXPERIMENTS,
@@ -41,23 +51,19 @@ def reproduce_tables(options: Mapping[str, Any]) -> None:
     """`atv reproduce`: everything that is not done yet, then the tables."""
     if options["experiment"] and options["method"]:
         raise ATVError("An experiment names its methods; found --experiment and --method: leave one of them out.")
-    experiment = read_experiment(options["experiment"]) if options["experiment"] else None
+    experiments = [read_experiment(name) for name in options["experiment"] or ()]
     profile, out = _profile(options), Path(options["out"])
-    conditions = experiment.conditions if experiment else [Condition(name) for name in options["method"] or ()]
+    conditions = conditions_of(experiments) if experiments else [Condition(name) for name in options["method"] or ()]
     how = _settings(options) | {"batch_size": options["batch_size"], "force": options["force"]}
     runs = reproduce(profile, frozen(options), named_tasks(options), out, conditions=conditions, **how)
-    if experiment is None:
-        rows, name = load_runs(runs), "tables"
-        shown, written = paper_tables(rows), all_tables(rows)
-    else:
-        name = experiment.name
-        file = _record(experiment, profile, out)
-        shown = written = experiment_tables(load_experiment(file))
-    for table in shown:
-        print_table(table)
-    for suffix in FORMATS:
-        write_tables(written, out / "tables" / f"{name}{suffix}")
-    print_lines([f"Runs: {out / 'runs'}    Tables: {out / 'tables' / name} ({', '.join(FORMATS)})"])
+    rows = load_runs(runs)
+    named = {of.name: experiment_tables(load_experiment(_record(of, profile, out))) for of in experiments}
+    for name, tables in (named or {"tables": all_tables(rows)}).items():
+        for table in tables if named else paper_tables(rows):
+            print_table(table)
+        for suffix in FORMATS:
+            write_tables(tables, out / "tables" / f"{name}{suffix}")
+    print_lines([f"Runs: {out / 'runs'}    Tables: {out / 'tables'} ({', '.join(FORMATS)})"])
 
 
 def _record(experiment: Experiment, profile: Profile, out: Path) -> Path:

@@ -1,6 +1,6 @@
 """What is run beside what, on which rows: a method's settings, measuring it, the paper's tables, the sweep."""
 
-from atv.protocol.experiments import Condition, Experiment, known_experiments, read_experiment
+from atv.protocol.experiments import Condition, Experiment, conditions_of, known_experiments, read_experiment
 from atv.protocol.measure import Frozen, measure
 from atv.protocol.profiles import PROFILES, Profile
 from atv.protocol.reproduce import reproduce
@@ -14,6 +14,7 @@ __all__ = [
     "Frozen",
     "Profile",
     "Settings",
+    "conditions_of",
     "known_experiments",
     "measure",
     "method_settings",

@@ -2,7 +2,7 @@
 
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,18 @@ def read_experiment(name: str) -> Experiment:
         raise ATVError(f"{path}: two labels differ in signs alone, and would have one folder; found {labels}.")
     said = {key: str(text.get(key, "")) for key in ("title", "asks")}
     return Experiment(path.stem, said["title"] or path.stem, said["asks"], conditions, reference, _analysed(path, text))
+
+
+def conditions_of(experiments: Iterable[Experiment]) -> list[Condition]:
+    """The conditions of several experiments, each once; ATVError if one label stands for two."""
+    found: dict[str, Condition] = {}
+    for condition in (condition for experiment in experiments for condition in experiment.conditions):
+        if found.setdefault(condition.label, condition) != condition:
+            raise ATVError(
+                f"The condition {condition.label!r} is {found[condition.label]} in one experiment and {condition} in "
+                "another; give one of them another label."
+            )
+    return list(found.values())
 
 
 def _analysed(path: Path, text: dict[str, Any]) -> bool:
