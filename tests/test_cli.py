@@ -95,6 +95,22 @@ def test_train_eval_report_generate_on_ones_own_models_and_data(atv, world, tmp_
     assert "steered:" in said
 
 
+def test_the_llm_itself_may_read_the_query(atv, world, tmp_path):
+    out, options = tmp_path / "out", dict(zip(*[iter(train_options(world))] * 2, strict=True))
+    options |= {"--generator": "self", "--pooling": "last", "--out": out}
+    code, _, err = atv("train", *[part for pair in options.items() for part in pair], "--set", "generator_layer=0")
+    assert code == 0, err
+    assert "generator self: the LLM's own state after decoder layer 0, pooling last" in " ".join(err.split())
+    assert [file.name for file in out.rglob("*.safetensors")] == ["expansion.safetensors"]
+    data = ["--data", world / "data", "--dtype", "float32", "--adapter", out]
+    assert atv("eval", *data, "--variants", "first", "--out", tmp_path / "run")[0] == 0
+    code, _, err = atv("generate", "--adapter", out, "--dtype", "float32", "the harbour leaks")
+    assert code == 0, err
+    code, said, err = atv("doctor", *models(world), "--generator", "self")
+    assert code == 0, err
+    assert "All 7 checks passed." in said
+
+
 def test_another_method_is_trained_with_its_own_settings_and_known_by_its_adapter(atv, world, tmp_path):
     data = [*models(world), "--data", world / "data"]
     some = [*data, "--method", "lora", "--epochs", "1", "--batch-size", "4", "--out", tmp_path / "lora"]

@@ -17,6 +17,7 @@ def test_the_defaults_of_the_shape_are_those_of_the_paper():
     assert ATVConfig().to_dict() == {
         "generator": "openai-community/gpt2",
         "generator_revision": None,
+        "generator_layer": None,
         "pooling": "last",
         "train_generator": True,
         "query_template": "Q: {query}\nA:",

@@ -53,9 +53,9 @@ def read_config(saved: artifact.Saved, folder: Path) -> ATVConfig:
     return config
 
 
-def load_generator(config: ATVConfig, folder: Path) -> Generator:
-    """The generator of an adapter: its own trained one, or the frozen one that its configuration names."""
-    return Generator.load(config, str(folder / GENERATOR_FOLDER) if config.train_generator else None)
+def load_generator(config: ATVConfig, folder: Path) -> Generator | None:
+    """The trained generator of an adapter; None if it is the frozen one that its configuration names."""
+    return Generator.load(config, str(folder / GENERATOR_FOLDER)) if config.train_generator else None
 
 
 def load_expansion(model: "ATVModel", folder: Path) -> None:
@@ -93,7 +93,7 @@ def model_card(model: "ATVModel", llm: dict[str, Any]) -> str:
         name=name,
         layers=llm["num_layers"],
         hidden=llm["hidden_size"],
-        generator=model.generator.name_or_path,
+        generator=model.generator.describe(),
         config=model.config,
         tasks=", ".join(model.training_summary.get("tasks", {})) or "not recorded",
     )])  # fmt: skip

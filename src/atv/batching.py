@@ -4,7 +4,7 @@ Prompts are padded on the left and answers on the right, so that the last prompt
 row; position ids are always explicit; the tokens that receive a vector are a mask, computed here and nowhere else.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +79,21 @@ def left_padded(prompts: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tens
     """Model inputs of encoded prompts: `input_ids`, `attention_mask`, `position_ids`, each (batch, seq)."""
     ids, mask = pad(prompts, pad_id, "left")
     return {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids(mask)}
+
+
+def like_lengths(rows: Set[tuple[int, ...]], tokens: int) -> Iterator[list[tuple[int, ...]]]:
+    """Rows of token ids in ascending order of length, as many at a time as make `tokens` with their padding.
+
+    What is read together depends on the set of them alone.
+    """
+    batch: list[tuple[int, ...]] = []
+    for row in sorted(rows, key=lambda row: (len(row), row)):
+        if batch and (len(batch) + 1) * len(row) > tokens:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
 
 
 def pad_id(tokenizer: Any) -> int:

@@ -10,6 +10,8 @@ from atv.errors import ATVError, unknown
 POOLINGS = ("last", "mean", "cls")
 REGIONS = ("all", "bottom", "middle", "top")
 POSITIONS = ("last", "last:K", "answer", "all")
+SELF = "self"
+"""Names the generator that is the frozen LLM itself."""
 
 
 class Positions(NamedTuple):
@@ -65,13 +67,15 @@ class ATVConfig(Checked):
     """The shape of an ATV. The defaults are the paper's (section 3 of its text)."""
 
     generator: str = "openai-community/gpt2"
-    """Hugging Face id or folder of the model that reads the query (any encoder or decoder)."""
+    """Hugging Face id or folder of the model that reads the query (any encoder or decoder); or `self`: the LLM."""
     generator_revision: str | None = None
     """Commit, tag or branch of the generator on the hub."""
+    generator_layer: int | None = None
+    """Of the generator `self`: index of the decoder layer whose output is the state; none: the middle one."""
     pooling: Literal["last", "mean", "cls"] = "last"
     """How the generator's hidden states become one vector: its last token (the paper), their mean, or the first."""
     train_generator: bool = True
-    """Train generator and expansion together (the paper), or keep the generator frozen."""
+    """Train generator and expansion together (the paper), or keep the generator frozen; of `self` always false."""
     query_template: str = "Q: {query}\nA:"
     """What the generator reads, in training and in use alike; must hold {query}."""
     expansion_rank: int | None = None
@@ -104,8 +108,27 @@ class ATVConfig(Checked):
             raise ATVError(
                 f"The query template {self.query_template!r} has no {{query}}; put {{query}} where the query goes."
             )
+        self._check_self()
         if self.expansion_rank is not None and not _is_whole(self.expansion_rank, 1):
             raise ATVError(f"expansion_rank is {self.expansion_rank!r}; expected a whole number from 1, or none.")
+
+    def _check_self(self) -> None:
+        """Refuse what does not go with the frozen LLM as its own generator, or with any other."""
+        if self.generator != SELF:
+            if self.generator_layer is not None:
+                raise ATVError(
+                    f"generator_layer is {self.generator_layer!r} and the generator {self.generator!r}; it says which "
+                    f"layer of the LLM the generator {SELF} reads: leave it out."
+                )
+            return
+        self.train_generator = False  # the LLM is frozen
+        if self.generator_layer is not None and not _is_whole(self.generator_layer, 0):
+            raise ATVError(f"generator_layer is {self.generator_layer!r}; expected a whole number from 0, or none.")
+        if self.pooling == "cls":
+            raise ATVError(
+                f"pooling is 'cls' and the generator {SELF}: an LLM reads its first token before the query, so that "
+                "its state is the same for every query. Expected last or mean."
+            )
 
     def layer_indices(self, num_layers: int) -> list[int]:
         """The chosen layers of an LLM with `num_layers` of them, in ascending order."""

@@ -239,5 +239,5 @@ def model_summary(atv: ATVModel) -> str:
     weights = quantization(atv.llm) or next(atv.llm.parameters()).dtype
     return (
         f"{base_llm(atv.llm).name_or_path}: {len(atv.layers)} steered layers, width {atv.expansion.shape[1]}, "
-        f"{weights}; generator {atv.generator.name_or_path}, pooling {atv.config.pooling}"
+        f"{weights}; generator {atv.generator.describe()}, pooling {atv.config.pooling}"
     )

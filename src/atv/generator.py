@@ -1,20 +1,24 @@
 """The generator: a small language model that reads the query and gives back one hidden state."""
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence, Set
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
-from atv.config import ATVConfig
+from atv.batching import encode_prompt, like_lengths, pad, pad_id, position_ids
+from atv.config import SELF, ATVConfig
 from atv.errors import ATVError
+from atv.hooks import decoder_layers, read_up_to, text_config
 from atv.models import context_length, load_encoder, load_tokenizer
-from atv.progress import note
+from atv.progress import bar, note
 
 CONSTANT = "constant"
 """Names the generator that reads nothing."""
+READ_TOKENS = 2048
+"""Tokens per call while queries are read ahead."""
 
 
 def check_queries(queries: Sequence[str]) -> None:
@@ -53,6 +57,7 @@ class Generator(nn.Module):
         self.bf16 = False
         """Matrix products in bfloat16 (torch's autocast); weights, sums and what comes out stay as they are."""
         self._told_of_cut = False
+        self._read: dict[tuple[int, ...], Tensor] = {}
         self.requires_grad_(trainable)
         # A BERT pooler and its like feed nothing here; without a gradient they would only be dead weight to save.
         if getattr(self.encoder, "pooler", None) is not None:
@@ -61,8 +66,6 @@ class Generator(nn.Module):
     @classmethod
     def load(cls, config: ATVConfig, source: str | None = None) -> "Generator":
         """Load the generator that `config` names; `source` names another place for the same model."""
-        if config.generator == CONSTANT:
-            return Constant()
         revision = config.generator_revision if source is None else None
         encoder = load_encoder(source or config.generator, revision)
         tokenizer = load_tokenizer(source or config.generator, revision)
@@ -74,6 +77,10 @@ class Generator(nn.Module):
     def device(self) -> torch.device:
         """Where its weights are."""
         return next(self.encoder.parameters()).device
+
+    def describe(self) -> str:
+        """What it is, in words."""
+        return self.name_or_path
 
     def train(self, mode: bool = True) -> Self:
         """Training mode, unless it is frozen: then dropout stays off."""
@@ -87,26 +94,59 @@ class Generator(nn.Module):
         """
         check_queries(queries)
         texts = [self.query_template.replace("{query}", query) for query in queries]
-        encoded = [list(ids) for ids in self.tokenizer(texts, verbose=False)["input_ids"]]
+        encoded = self._tokenize(texts)
         limit = context_length(self.encoder)
         if limit is not None and not self._told_of_cut and any(len(ids) > limit for ids in encoded):
             self._told_of_cut = True
             note(f"Queries longer than the generator's context of {limit} tokens are cut to it (said once).")
         return [ids[:limit] for ids in encoded]
 
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        return [list(ids) for ids in self.tokenizer(texts, verbose=False)["input_ids"]]
+
+    def states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Hidden states (queries, seq, state) of encoded queries, float32."""
+        mixed = torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
+        with mixed:
+            states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return cast(Tensor, states.to(next(self.encoder.parameters()).dtype))
+
+    @contextmanager
+    def read_ahead(self, queries: Set[tuple[int, ...]]) -> Iterator[None]:
+        """Unless it is trained: read these encoded queries now, and not again while the context lasts.
+
+        Read in an order of their own, so that a training that is resumed finds the very states that it had before.
+        """
+        try:
+            if not self.trainable:
+                with bar("read queries", len(queries)) as progress, torch.no_grad():
+                    for batch in like_lengths(queries, READ_TOKENS):
+                        ids, mask = pad(batch, pad_id(self.tokenizer), "right")
+                        states = self(ids.to(self.device), mask.to(self.device))
+                        self._read |= zip(batch, states, strict=True)
+                        progress.advance(len(batch))
+            yield
+        finally:
+            self._read = {}
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Encoded queries (queries, seq), padded on the right, to their pooled states (queries, state), float32."""
-        mixed = torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable), mixed:
-            states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        states = states.to(next(self.encoder.parameters()).dtype)  # (queries, seq, state)
+        if self._read:
+            rows = zip(input_ids.tolist(), attention_mask.sum(1).tolist(), strict=True)
+            known = [self._read.get(tuple(row[:length])) for row, length in rows]
+            if all(state is not None for state in known):
+                return torch.stack(cast(list[Tensor], known))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable):
+            return self._pool(self.states(input_ids, attention_mask), attention_mask)
+
+    def _pool(self, states: Tensor, attention_mask: Tensor) -> Tensor:
         if self.pooling == "cls":
-            return cast(Tensor, states[:, 0])
+            return states[:, 0]
         if self.pooling == "mean":
             weights = attention_mask.unsqueeze(-1).to(states.dtype)  # (queries, seq, 1)
-            return cast(Tensor, (states * weights).sum(1) / weights.sum(1))
+            return (states * weights).sum(1) / weights.sum(1)
         rows = torch.arange(len(states), device=states.device)
-        return cast(Tensor, states[rows, attention_mask.sum(1) - 1])
+        return states[rows, attention_mask.sum(1) - 1]
 
     def save(self, folder: Path) -> None:
         """Write model and tokenizer as an ordinary Hugging Face folder."""
@@ -120,7 +160,7 @@ class Constant(Generator):
     def __init__(self) -> None:
         nn.Module.__init__(self)
         self.register_buffer("state", torch.ones(1, 1), persistent=False)
-        self.hidden_size, self.trainable, self.bf16 = 1, False, False
+        self.hidden_size, self.trainable, self.bf16, self._read = 1, False, False, {}
         self.name_or_path, self.revision, self.tokenizer = CONSTANT, None, None
         self.pooling, self.query_template = "last", "{query}"
 
@@ -140,3 +180,67 @@ class Constant(Generator):
         """The same state for each query: (queries, 1)."""
         del attention_mask
         return self.state.expand(len(input_ids), 1)
+
+
+class Itself(Generator):
+    """The frozen LLM itself, up to one of its decoder layers: there is no second model.
+
+    It reads the query alone, unsteered, in its own dtype and with its own tokenizer; the state is what that layer
+    returns, before any later norm. Nothing of it is trained or saved. Its last token suits it: many LLMs' first token
+    has a state many times as large as the others' and the same for every query, which rules their mean.
+
+    Args:
+        llm: the frozen LLM.
+        tokenizer: the LLM's.
+        config: whose generator is `self`.
+    """
+
+    def __init__(self, llm: nn.Module, tokenizer: Any, config: ATVConfig) -> None:
+        nn.Module.__init__(self)
+        layers = decoder_layers(llm, config.layer_path)
+        self.index = (len(layers) - 1) // 2 if config.generator_layer is None else config.generator_layer
+        if self.index >= len(layers):
+            raise ATVError(f"generator_layer is {self.index}; this LLM has layers 0 to {len(layers) - 1}.")
+        object.__setattr__(self, "encoder", llm)  # no submodule: its weights are the LLM's, not the adapter's
+        object.__setattr__(self, "layer", layers[self.index])
+        self.register_buffer("like", torch.empty(0), persistent=False)  # has the dtype and device that states get
+        self.hidden_size = text_config(llm).hidden_size
+        self.tokenizer, self.pooling, self.query_template = tokenizer, config.pooling, config.query_template
+        self.name_or_path, self.revision = SELF, None
+        self.trainable, self.bf16, self._told_of_cut, self._read = False, False, False, {}
+
+    encoder: nn.Module
+    layer: nn.Module
+    like: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        """Where the LLM takes its inputs."""
+        return self.like.device
+
+    def describe(self) -> str:
+        """What it is, in words."""
+        return f"{SELF}: the LLM's own state after decoder layer {self.index}"
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        return [encode_prompt(self.tokenizer, text) for text in texts]
+
+    def states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """What the layer returns: (queries, seq, hidden), float32."""
+        places = position_ids(attention_mask)
+        states = read_up_to(
+            self.encoder,
+            self.layer,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=places,
+            use_cache=False,
+        )
+        return states.to(self.like)
+
+
+def load_generator(config: ATVConfig, llm: nn.Module, tokenizer: Any) -> Generator:
+    """The generator that `config` names, beside an LLM and its tokenizer."""
+    if config.generator == CONSTANT:
+        return Constant()
+    return Itself(llm, tokenizer, config) if config.generator == SELF else Generator.load(config)

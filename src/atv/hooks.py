@@ -167,6 +167,41 @@ def capture_outputs(modules: Sequence[nn.Module]) -> Iterator[dict[int, Tensor]]
         yield captured
 
 
+class _Reached(Exception):
+    """Ends a forward pass at the layer whose output was wanted."""
+
+
+def accepted(llm: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the named inputs that this LLM's signature has."""
+    known = inspect.signature(base_llm(llm).forward).parameters
+    return {name: value for name, value in inputs.items() if name in known}
+
+
+def read_up_to(llm: nn.Module, layer: nn.Module, **inputs: Any) -> Tensor:
+    """Hidden states (batch, seq, hidden) that a decoder layer returns, from a pass that ends there.
+
+    The layers behind it and the head are not run. It is the LLM's `forward` that runs, not a call: who steers calls
+    (`around_calls`) does not see this one.
+
+    Args:
+        llm: a Hugging Face causal LM, PEFT-wrapped or not.
+        layer: one of its decoder layers.
+        inputs: of the LLM; those that its signature does not have are left out.
+    """
+
+    def stop(module: nn.Module, _: Any, output: Any) -> None:
+        raise _Reached(_hidden(module, output))
+
+    handle = layer.register_forward_hook(stop)
+    try:
+        cast(Any, base_llm(llm)).forward(**accepted(llm, inputs))
+    except _Reached as reached:
+        return cast(Tensor, reached.args[0])
+    finally:
+        handle.remove()
+    raise ATVError(f"{type(llm).__name__} did not call its decoder layer {type(layer).__name__} in a forward pass.")
+
+
 @contextmanager
 def around_calls(
     module: nn.Module, enter: Callable[[Mapping[str, Any]], AbstractContextManager[Any] | None]

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from atv import adapter, artifact
-from atv.batching import Collator, Row, pad, pad_id
+from atv.batching import Collator, EncodedRow, Row, pad, pad_id
 from atv.cache import AdapterHash, VectorCache
 from atv.config import ATVConfig, Positions, TrainConfig
 from atv.errors import ATVError
-from atv.generator import Generator, check_queries
+from atv.generator import Generator, check_queries, load_generator
 from atv.hooks import around_calls, base_llm, decoder_layers, edit_outputs, input_device, text_config
 from atv.models import load_llm
 from atv.prefix import ReadPrefix, first_edited, steered_logits
@@ -153,7 +153,7 @@ class ATVModel(Trainable):
         all_layers = decoder_layers(llm, self.config.layer_path)
         chosen = self.config.layer_indices(len(all_layers))
         object.__setattr__(self, "layers", [all_layers[index] for index in chosen])
-        self.generator = generator if generator is not None else Generator.load(self.config)
+        self.generator = generator or load_generator(self.config, llm, self.tokenizer)
         self.expansion = Expansion(
             self.generator.hidden_size, len(chosen), text_config(llm).hidden_size, self.config.expansion_rank
         )
@@ -181,11 +181,12 @@ class ATVModel(Trainable):
         ]
 
     @contextmanager
-    def in_training(self, config: TrainConfig, read: ReadPrefix) -> Iterator[None]:
-        """As every `Trainable`, the generator in bfloat16 if `config` says so."""
+    def in_training(self, config: TrainConfig, read: ReadPrefix, rows: Sequence[EncodedRow]) -> Iterator[None]:
+        """As every `Trainable`, the generator in bfloat16 if `config` says so; a frozen one reads each query once."""
         self.generator.bf16 = config.bf16
+        queries = {tuple(row.query) for row in rows}
         try:
-            with super().in_training(config, read):
+            with super().in_training(config, read, rows), self.generator.read_ahead(queries):
                 yield
         finally:
             self.generator.bf16 = False

@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from atv.attention import grouped
 from atv.batching import left_padded, position_ids
-from atv.hooks import base_llm, flat_head, input_device, text_config
+from atv.hooks import accepted, base_llm, flat_head, input_device, text_config
 
 ReadPrefix = Callable[[nn.Module, Tensor, Tensor, Tensor], Any]
 
@@ -37,12 +37,8 @@ def call_llm(llm: nn.Module, *, keep: int, **inputs: Any) -> Any:
     Returns:
         The model's output; its `logits` are (batch, keep, vocabulary).
     """
-    accepted = inspect.signature(base_llm(llm).forward).parameters
-    inputs = {name: value for name, value in inputs.items() if name in accepted}
-    if "logits_to_keep" in accepted:
-        inputs["logits_to_keep"] = keep
     with flat_head(llm):
-        output = llm(**inputs)
+        output = llm(**accepted(llm, inputs | {"logits_to_keep": keep}))
     output.logits = output.logits[:, -keep:]
     return output
 

@@ -8,7 +8,7 @@ neither is read anew each time. What is kept is exactly what was read.
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from atv.artifact import fingerprint
-from atv.batching import left_padded
+from atv.batching import left_padded, like_lengths
 from atv.files import write_bytes
 from atv.hooks import input_device
 from atv.prefix import as_cache, full_sides, read_prefix
@@ -69,12 +69,12 @@ class PrefixStore:
             advance: told how many more prefixes are done.
             folder: where files go when main memory is used up; files that are there already are used. None: none.
         """
-        rows = sorted({tuple(prefix) for prefix in prefixes if prefix}, key=lambda row: (len(row), row))
+        rows = {tuple(prefix) for prefix in prefixes if prefix}
         files = _Files(folder, fingerprint(llm), self.disk, self._share) if folder is not None else None
         if files is not None:
             self._kept |= files.found()
         room = True
-        for number, batch in enumerate(_batches(rows)):
+        for number, batch in enumerate(like_lengths(rows, READ_TOKENS)):
             room = room and self._keep(llm, batch, number, files)
             advance(len(batch))
         self.disk_used = files.used if files is not None else 0
@@ -165,18 +165,6 @@ class _Files:
         except (SafetensorError, OSError):
             pass
         return None
-
-
-def _batches(rows: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
-    """Rows in ascending order of length, as many at a time as make `READ_TOKENS` with their padding."""
-    batch: list[tuple[int, ...]] = []
-    for row in rows:
-        if batch and (len(batch) + 1) * len(row) > READ_TOKENS:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
 
 
 def _key(ids: Tensor) -> str:

@@ -109,9 +109,9 @@ class Trainable(nn.Module, ABC):
         """Write what is learned to a folder, whole or not at all."""
 
     @contextmanager
-    def in_training(self, config: TrainConfig, read: ReadPrefix) -> Iterator[None]:
-        """While it is trained as `config` says, `forward` takes prefixes from `read`."""
-        del config
+    def in_training(self, config: TrainConfig, read: ReadPrefix, rows: Sequence[EncodedRow]) -> Iterator[None]:
+        """While it is trained and validated on `rows` as `config` says, `forward` takes prefixes from `read`."""
+        del config, rows
         self.read_prefix = read
         try:
             yield

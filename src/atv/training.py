@@ -220,7 +220,8 @@ def train(
     # Torch's fused attention is slow in the backward on a CPU: LoRA's whole step takes 1.4 times as long with it. Where
     # prefixes are stored, what is read anew must be what was stored, so that only the steered part has the other one.
     attention = grouped() if device.type == "cpu" and model.edited is None else nullcontext()
-    with bar("train", steps) as progress, model.in_training(config, store.read), attention:
+    both = [*rows.rows, *valid.rows]
+    with model.in_training(config, store.read, both), bar("train", steps) as progress, attention:
         try:
             trainer = _trainer(model, rows, valid, config, checkpoints, _Progress(rows, progress, config.epochs))
             last = _last_complete(checkpoints)

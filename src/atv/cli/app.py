@@ -66,7 +66,7 @@ def train(
     ] = None,
     llm: opt.LLM = opt.EMBEDDED_LLM,
     generator: Annotated[
-        str, typer.Option(help="Model that reads the query: Hugging Face id, folder or embedded name.")
+        str, typer.Option(help="Model that reads the query: Hugging Face id, folder, embedded name, or self: the LLM.")
     ] = "openai-community/gpt2",
     task: opt.TaskNames = None,
     data: opt.Data = None,
@@ -249,7 +249,7 @@ def generate(
 def doctor(
     context: typer.Context,
     llm: opt.LLM = opt.EMBEDDED_LLM,
-    generator: Annotated[str, typer.Option(help="Model that reads the query.")] = "embedded:minilm-l6",
+    generator: Annotated[str, typer.Option(help="Model that reads the query, as for train.")] = "embedded:minilm-l6",
     positions: Annotated[str, typer.Option(help="last, last:K, answer or all.")] = "last",
     layers: Annotated[str, typer.Option(help="all, bottom, middle, top, or indices.")] = "all",
     layer_path: Annotated[str | None, typer.Option(help="Name of the list of decoder layers, if not found.")] = None,

@@ -15,7 +15,6 @@ from atv.config import ATVConfig
 from atv.doctor import check_wiring, model_summary
 from atv.errors import ATVError, unknown
 from atv.evaluation import first_answer_token
-from atv.generator import Generator
 from atv.methods import METHODS
 from atv.model import ATVModel
 from atv.models import load_context_length, load_tokenizer, quiet_transformers
@@ -165,7 +164,7 @@ def examine(options: Mapping[str, Any]) -> bool:
     )
     llm, tokenizer = frozen(options).load()
     set_seed(0)
-    atv = ATVModel(llm, config, tokenizer=tokenizer, generator=Generator.load(config))
+    atv = ATVModel(llm, config, tokenizer=tokenizer)
     print_lines([model_summary(atv)])
     checks = check_wiring(atv)
     for check in checks:
