@@ -28,7 +28,7 @@ LEVELS = [
         },
     ),
     ("methods", {"methods"}),
-    ("evaluation", {"evaluation", "theory"}),
+    ("evaluation", {"evaluation", "theory", "analysis"}),
     ("protocol", {"protocol"}),
     ("report", {"report"}),
     ("cli", {"cli", "__main__"}),

@@ -1,7 +1,7 @@
 """The one record format: a run is a folder with `run.json` and `predictions.jsonl`.
 
 Rows are appended as they come, so that an interrupted run goes on where it stopped. Nothing averaged is stored:
-tables are computed from rows.
+tables are computed from rows. What is found about an adapter's vectors is one file beside, `analysis.json`.
 """
 
 import json
@@ -21,6 +21,7 @@ from atv.processes import barrier, is_main, rank, world_size
 SCHEMA = 1
 RUN_FILE = "run.json"
 ROWS_FILE = "predictions.jsonl"
+ANALYSIS_FILE = "analysis.json"
 OTHERS_FILES = "predictions-*.jsonl"
 """Rows of the processes beside the main one, each in a file of its own, until the run is finished or continued."""
 
@@ -57,7 +58,17 @@ class Prediction:
 def provenance() -> dict[str, Any]:
     """Versions, commit and machine: what a figure needs beside it."""
     versions = {}
-    for package in ("adaptive-task-vectors", "torch", "transformers", "accelerate", "bm25s", "peft", "safetensors"):
+    known = (
+        "adaptive-task-vectors",
+        "torch",
+        "transformers",
+        "accelerate",
+        "bm25s",
+        "peft",
+        "safetensors",
+        "scikit-learn",
+    )
+    for package in known:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
@@ -158,10 +169,14 @@ class RunWriter:
 
 def read_run(folder: Path) -> dict[str, Any]:
     """A run's description, `run.json`."""
-    run = read_json(folder / RUN_FILE, "a run's description")
-    if not isinstance(run, dict) or run.get("schema") != SCHEMA:
-        raise ATVError(f"{folder / RUN_FILE} is not of schema {SCHEMA}; it was written by another version.")
-    return run
+    return _of_schema(folder / RUN_FILE, "a run's description")
+
+
+def _of_schema(file: Path, expected: str) -> dict[str, Any]:
+    record = read_json(file, expected)
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        raise ATVError(f"{file} is not of schema {SCHEMA}; it was written by another version.")
+    return record
 
 
 def _others_files(folder: Path) -> list[Path]:
@@ -217,11 +232,22 @@ def load_runs(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
     return flat
 
 
+def load_analyses(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
+    """What `atv analysis` wrote into these folders or below, each with its `file` in it, and read once."""
+    found = dict.fromkeys(place / ANALYSIS_FILE for name in folders for place in _below(Path(name), ANALYSIS_FILE))
+    return [_of_schema(file, "what atv analysis wrote") | {"file": str(file)} for file in found]
+
+
+def _below(folder: Path, name: str) -> list[Path]:
+    """The folder itself, if it holds such a file, and those below it, without what a kill left in hidden folders."""
+    below = (path.parent for path in sorted(folder.rglob(name)))
+    return [found for found in below if not any(part.startswith(".") for part in found.relative_to(folder).parts)]
+
+
 def _runs_below(folder: Path) -> list[Path]:
-    """The folder itself, if it is a run, and those below it, without what a kill left in hidden folders."""
-    below = (path.parent for path in sorted(folder.rglob(RUN_FILE)))
-    runs = [run for run in below if not any(part.startswith(".") for part in run.relative_to(folder).parts)]
-    if not runs:
+    """Those that there are; none is a mistake, unless an analysis is there."""
+    runs = _below(folder, RUN_FILE)
+    if not runs and not _below(folder, ANALYSIS_FILE):
         raise ATVError(
             f"{folder} is not a run and holds none: {RUN_FILE} is missing there and below. "
             "Make one with: atv eval --out DIR"

@@ -1,4 +1,4 @@
-"""Subcommands: demo, train, eval, reproduce, sweep, generate, doctor, theory, tasks, prepare, report."""
+"""Subcommands: demo, train, eval, reproduce, sweep, generate, doctor, analysis, theory, tasks, prepare, report."""
 
 import logging
 import shlex
@@ -268,6 +268,37 @@ def doctor(
 
 
 @app.command()
+def analysis(
+    context: typer.Context,
+    adapter: Annotated[Path, typer.Option(help="Folder that atv train wrote, of the method atv.")],
+    elicit: Annotated[
+        Path | None, typer.Option(help="Folder that atv train --method elicit wrote for the same LLM, to show beside.")
+    ] = None,
+    task: opt.TaskNames = None,
+    data: opt.Data = None,
+    template: opt.Templates = None,
+    rows: Annotated[int, typer.Option(help="At most so many test rows per task.")] = 20,
+    query: Annotated[
+        str | None,
+        typer.Option(help="Looked at layer by layer, as one of the first task; by default its first test row."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for analysis.json, analysis.md and plots.")] = Path("runs/analysis"),
+    llm: Annotated[str, typer.Option(help="Frozen LLM; by default the adapter's.")] = "",
+    seed: opt.Seed = 42,
+    dtype: opt.Dtype = "bfloat16",
+    device: opt.Device = None,
+    quantization: opt.Quantization = None,
+    revision: opt.Revision = None,
+    trust_remote_code: opt.Trust = False,
+    config: opt.Config = None,
+) -> None:
+    """What an adapter's vectors are like: how large, how adaptive, near which others, which tokens they promote."""
+    from atv.cli.analysis import analyse_adapter
+
+    analyse_adapter(context.params)
+
+
+@app.command()
 def theory(
     llm: Annotated[
         str | None, typer.Option(help="Try them on this LLM's weights and hidden states too; by default random ones.")
@@ -331,15 +362,22 @@ def report(
 ) -> None:
     """Print the tables of runs and write them: accuracy per task; of several methods averages and differences too.
 
-    Runs of an experiment, in a folder with its record, have the experiment's tables.
+    Runs of an experiment, in a folder with its record, have the experiment's tables. What atv analysis found about
+    adapters in these folders comes after; its long tables are only written.
     """
     from atv.cli.show import print_table
-    from atv.report import FORMATS, check_format, report_tables, write_page, write_tables
+    from atv.records import load_analyses
+    from atv.report import FORMATS, analysis_tables, check_format, report_tables, write_page, write_tables
+    from atv.report.analysis import SHORT
 
     check_format(out, page=True)
+    analyses = load_analyses(runs)
     rows, tables = report_tables(runs)
-    for table in tables:
+    found = [analysis_tables(record) for record in analyses]
+    for table in [*tables, *(table for some in found for table in some[:SHORT])]:
         print_table(table)
+    tables += [table for some in found for table in some]
     command = shlex.join(["atv", "report", *map(str, runs), "--out", str(out)])
-    for path in write_tables(tables, out) if out.suffix in FORMATS else write_page(rows, tables, out, command):
+    written = write_tables(tables, out) if out.suffix in FORMATS else write_page(rows, tables, out, command, analyses)
+    for path in written:
         _say(f"Written to {path}")

@@ -87,15 +87,15 @@ class Elicit(Method):
     ) -> None:
         super().__init__(llm, tokenizer)
         self.config, self.retriever, self.training = config, retriever, training
-        states = library["states"].to(input_device(llm))  # (entries, layers, hidden)
-        count = states.shape[1]
+        self.states = library["states"].to(input_device(llm))
+        """What the library holds, added or not: (entries, layers, hidden)."""
+        count = self.states.shape[1]
         if config.layers == BEST:
             added = library["layers"][:, None] == torch.arange(count)
         else:
             chosen = ATVConfig(layers=config.layers).layer_indices(count)
-            added = torch.isin(torch.arange(count), torch.tensor(chosen)).expand(len(states), -1)
-        self._added = added.to(states.device)  # (entries, layers) bool
-        self._vectors = states * self._added[..., None]
+            added = torch.isin(torch.arange(count), torch.tensor(chosen)).expand(len(self.states), -1)
+        self._added = added.to(self.states.device)  # (entries, layers) bool
         self._layers = decoder_layers(llm)
 
     @classmethod
@@ -161,13 +161,19 @@ class Elicit(Method):
         """Its configuration and how it was trained."""
         return {"config": self.config.to_dict(), "training": self.training}
 
+    def entry_tasks(self) -> list[str]:
+        """The name of the task that each entry of `states` is of."""
+        names = list(self.training["tasks"])
+        return [names[number] for number in self.retriever.tasks.tolist()]
+
     def steer(self, task: Task, examples: Sequence[Example]) -> AbstractContextManager[Any]:
         """The retrieved states, at their layers. What is retrieved depends on the inputs of `examples` alone."""
         del task
-        picked = self.retriever.pick([example.input for example in examples]).to(self._vectors.device)  # (queries,)
+        picked = self.retriever.pick([example.input for example in examples]).to(self.states.device)  # (queries,)
         used = self._added[picked].any(0).nonzero()[:, 0]
         layers = [self._layers[index] for index in used.tolist()]
-        vectors = self._vectors[picked][:, used]  # (queries, used layers, hidden)
+        added = self._added[picked][:, used, None]
+        vectors = self.states[picked][:, used] * added  # (queries, used layers, hidden)
         return steering(self.llm, layers, vectors, self.config.scale, Positions.parse("last"))
 
 

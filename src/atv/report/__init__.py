@@ -1,9 +1,10 @@
 """Reports: pure functions of recorded rows. Nothing here loads torch."""
 
+from atv.report.analysis import analysis_tables
 from atv.report.experiments import FOLDER as EXPERIMENTS
 from atv.report.experiments import experiment_tables, find_experiments, load_experiment, report_tables
 from atv.report.formats import FORMATS, check_format, markdown, write_tables
-from atv.report.page import write_page
+from atv.report.page import write_page, write_plots
 from atv.report.paper_tables import all_tables, paper_tables
 from atv.report.tables import accuracy_table
 
@@ -12,6 +13,7 @@ __all__ = [
     "FORMATS",
     "accuracy_table",
     "all_tables",
+    "analysis_tables",
     "check_format",
     "experiment_tables",
     "find_experiments",
@@ -20,5 +22,6 @@ __all__ = [
     "paper_tables",
     "report_tables",
     "write_page",
+    "write_plots",
     "write_tables",
 ]

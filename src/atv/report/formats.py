@@ -20,7 +20,7 @@ def markdown(table: Table) -> str:
     lines = [f"# {table.title}", "", "| " + " | ".join(table.columns) + " |"]
     aligned = (" --- " if index < table.text else " ---: " for index in range(len(table.columns)))
     lines.append("|" + "|".join(aligned) + "|")
-    lines += ["| " + " | ".join(row) + " |" for row in _cells(table, "**{}**")]
+    lines += ["| " + " | ".join(row) + " |" for row in _cells(table, "**{}**", _unbroken)]
     return "\n".join([*lines, "", table.note, ""])
 
 
@@ -113,6 +113,11 @@ def _cells(table: Table, mark: str, written: Callable[[str], str] = str) -> list
         ]
         for row, cells in enumerate(table.rows)
     ]
+
+
+def _unbroken(text: str) -> str:
+    """Text for a cell of a Markdown table."""
+    return text.replace("|", r"\|")
 
 
 def _escaped(text: str) -> str:

@@ -14,50 +14,88 @@ from markupsafe import Markup
 from atv.files import write_bytes, write_text
 from atv.records import read_run
 from atv.report.formats import slug
-from atv.report.plots import draw
+from atv.report.plots import Plot, draw
 from atv.report.statistics import Row
 from atv.report.tables import Table, number
 
 _FIRST, _LAST = ("method", "seed", "rows", "seconds"), "folder"  # in every run's line, even where all are alike
 
 
-def write_page(rows: Sequence[Row], tables: Sequence[Table], out: Path, command: str) -> list[Path]:
+def write_page(
+    rows: Sequence[Row],
+    tables: Sequence[Table],
+    out: Path,
+    command: str,
+    analyses: Sequence[Mapping[str, Any]] = (),
+) -> list[Path]:
     """Write a page of tables, and their plots into a folder beside it, also as files; returns the files.
 
     Args:
         rows: from `load_runs`; the folders of their runs are still there.
-        tables: of these rows.
+        tables: of these rows, and of the analyses.
         out: the page.
         command: what the user typed for it.
+        analyses: from `load_analyses`.
     """
     folder = out.with_name(f"{out.stem}_plots")
-    written: dict[Path, bytes] = {}
+    drawn = _drawn(tables)
     sections = []
-    for index, table in enumerate(tables, 1):
-        plots = []
-        for plot in draw(table, f"plot-{index}"):
-            name = f"{index}-{slug(table.title)}-{plot.kind}"
-            written |= {folder / f"{name}{suffix}": data for suffix, data in plot.files.items()}
+    for table, plots in zip(tables, drawn, strict=True):
+        shown = []
+        for name, plot in plots:
             links = {suffix[1:].upper(): quote(f"{folder.name}/{name}{suffix}") for suffix in plot.files}
-            plots.append({"plot": plot, "svg": Markup(plot.svg), "links": links})
-        sections.append({"table": table, "plots": plots})
+            shown.append({"plot": plot, "svg": Markup(plot.svg), "links": links})
+        sections.append({"table": table, "plots": shown})
     runs = list(dict.fromkeys(str(row["run"]) for row in rows))
-    shared, each = provenance_of([_facts(run, rows) for run in runs])
+    facts = [_facts(read_run(Path(run)), run, sum(row["run"] == run for row in rows)) for run in runs]
+    facts += [_facts(record, record["file"], len(record["queries"])) for record in analyses]
+    shared, each = provenance_of(facts)
     page = _template().render(
         sections=sections,
-        rows=rows,
+        made_of=_made_of(len(rows), len(runs), len(analyses)),
         command=command,
         shared=shared,
         each=each,
-        runs={run: f"run-{index}" for index, run in enumerate(runs, 1)},
+        runs={fact["folder"]: f"run-{index}" for index, fact in enumerate(facts, 1)},
         style=Markup(_text("page.css")),
         script=Markup(_text("page.js")),
         script_hash=base64.b64encode(hashlib.sha256(_text("page.js").encode()).digest()).decode(),
     )
-    for file, data in written.items():
-        write_bytes(file, data)
+    written = _write(drawn, folder)
     write_text(out, page)
     return [out, *written]
+
+
+def write_plots(tables: Sequence[Table], folder: Path) -> list[Path]:
+    """Write what can be drawn of tables into a folder, as SVG, PNG and PDF; returns the files."""
+    return _write(_drawn(tables), folder)
+
+
+def _drawn(tables: Sequence[Table]) -> list[list[tuple[str, Plot]]]:
+    """The plots of each table, with the names of their files."""
+    return [
+        [(f"{index}-{slug(table.title)}-{plot.kind}", plot) for plot in draw(table, f"plot-{index}")]
+        for index, table in enumerate(tables, 1)
+    ]
+
+
+def _write(drawn: Sequence[Sequence[tuple[str, Plot]]], folder: Path) -> list[Path]:
+    files = {
+        folder / f"{name}{suffix}": data
+        for plots in drawn
+        for name, plot in plots
+        for suffix, data in plot.files.items()
+    }
+    for file, data in files.items():
+        write_bytes(file, data)
+    return list(files)
+
+
+def _made_of(predictions: int, runs: int, analyses: int) -> str:
+    """What a page shows, in words."""
+    parts = [f"{predictions:,} predictions of {runs} run{'s' * (runs != 1)}"] if runs else []
+    parts += [f"the vectors of {analyses} adapter{'s' * (analyses != 1)}"] if analyses else []
+    return " and ".join(parts)
 
 
 def provenance_of(runs: Sequence[Mapping[str, str]]) -> tuple[dict[str, str], Table]:
@@ -70,22 +108,21 @@ def provenance_of(runs: Sequence[Mapping[str, str]]) -> tuple[dict[str, str], Ta
     return {name: runs[0][name] for name in alike}, Table("The runs", columns, lines, "", text=1)
 
 
-def _facts(folder: str, rows: Sequence[Row]) -> dict[str, str]:
-    """What a run's description says of it, by name; without what it leaves open."""
-    run = read_run(Path(folder))
+def _facts(run: Mapping[str, Any], place: str, rows: int) -> dict[str, str]:
+    """What the description of a run, or of an analysis, says of it, by name; without what it leaves open."""
     settings = run.get("settings", {})
     method = run.get("method")
-    configuration = method.get("config") if isinstance(method, dict) else None
+    configuration = (method if isinstance(method, dict) else run).get("config")
     facts = {
         "method": settings.get("method"),
         "LLM": settings.get("llm"),
         **{name: settings.get(name) for name in ("revision", "dtype", "quantization", "seed", "variants", "adapter")},
         "configuration": _listed(configuration),
-        "rows": sum(row["run"] == folder for row in rows),
+        "rows": rows,
         "seconds": run.get("seconds"),
         **{name: run.get(name) for name in ("device", "machine", "processes", "commit", "python")},
         "versions": _listed(run.get("versions")),
-        "folder": folder,
+        "folder": place,
     }
     return {name: str(value) for name, value in facts.items() if value is not None and value != ""}
 

@@ -1,34 +1,26 @@
 """Tables drawn with matplotlib: as files, and as SVG to stand inside a page, where text takes the page's colour."""
 
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-from xml.etree import ElementTree
 
+from atv.report.analysis_plots import map_plot, norms_plot
+from atv.report.figure import (
+    COLOURS,
+    FILES,
+    INK,
+    STYLE,
+    Drawn,
+    add_legend,
+    inline,
+    mark,
+    name_lines,
+    new_figure,
+    written,
+)
 from atv.report.paper_tables import ATV, PAPER_LINE
 from atv.report.tables import Table, number
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-INK = "#1b1b1b"
-"""Text and lines: in a page the colour of its text."""
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6a00")
-"""Okabe and Ito's, which colour-blind readers tell apart, as far as seen on white as on black; shapes say the same."""
-_SHAPES = "os^DvPX*"
 _LEADER = {"arrowstyle": "-", "color": INK, "alpha": 0.35, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 4}
-_WIDTH = 4.4  # inches: as wide as a phone, so that text stays legible on one
-_STYLE = {"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "atv", "text.parse_math": False,
-          "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False} | dict.fromkeys(
-    ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), INK
-)  # fmt: skip
-FILES: dict[str, dict[str, Any]] = {
-    ".svg": {"metadata": {"Date": None}},
-    ".png": {"dpi": 200},
-    ".pdf": {"metadata": {"CreationDate": None}},
-}
 
 
 @dataclass(frozen=True)
@@ -50,26 +42,22 @@ def draw(table: Table, name: str) -> list[Plot]:
     """What can be drawn of a table, without the paper's lines, which are other LLMs'.
 
     Args:
-        table: from `paper_tables`.
+        table: from `paper_tables` or `analysis_tables`.
         name: what the page calls it: ids inside an SVG must differ from those of every other.
     """
     from matplotlib import rc_context  # here, so that tables need no matplotlib
 
     plots = []
     for kind in table.plots:
-        with rc_context(_STYLE):  # type: ignore[arg-type]
+        with rc_context(STYLE):  # type: ignore[arg-type]
             drawn = _KINDS[kind](table)
             if drawn is None:
                 continue
             figure, text, numbers = drawn
-            files = {suffix: _written(figure, suffix, facecolor="white", **how) for suffix, how in FILES.items()}
-            svg = _inline(_written(figure, ".svg", transparent=True), f"{name}-{kind}", numbers.title, text)
+            files = {suffix: written(figure, suffix, facecolor="white", **how) for suffix, how in FILES.items()}
+            svg = inline(written(figure, ".svg", transparent=True), f"{name}-{kind}", numbers.title, text)
         plots.append(Plot(kind, text, numbers, svg, files))
     return plots
-
-
-Drawn = tuple["Figure", str, Table] | None
-"""A figure, what it shows in words, its numbers; None if there are none to draw."""
 
 
 def _scores(table: Table) -> Drawn:
@@ -78,7 +66,7 @@ def _scores(table: Table) -> Drawn:
     numbers = _numbers(table, table.title, [*parts, "Avg"])
     if not numbers.rows:
         return None
-    figure, (axes,) = _figure([(0.3 + 0.04 * len(parts)) * len(numbers.rows) + 0.4], legend=len(parts))
+    figure, (axes,) = new_figure([(0.3 + 0.04 * len(parts)) * len(numbers.rows) + 0.4], legend=len(parts))
     for place, (method, *cells) in enumerate(numbers.rows):
         average = number(cells[-1])
         if average is not None:
@@ -91,10 +79,10 @@ def _scores(table: Table) -> Drawn:
         shift = 0.64 * ((index + 0.5) / len(parts) - 0.5)
         values = [(number(row[1 + index]), place + shift) for place, row in enumerate(numbers.rows)]
         known = [(value, place) for value, place in values if value is not None]
-        axes.plot(*zip(*known, strict=True), label=part, **_mark(index)) if known else None
+        axes.plot(*zip(*known, strict=True), label=part, **mark(index)) if known else None
     axes.set(xlim=(0, 101), xlabel=f"{table.title.split(':')[0]}, %; bar and number: Avg")
-    _name_lines(axes, [row[0] for row in numbers.rows])
-    _legend(figure, axes, parts)
+    name_lines(axes, [row[0] for row in numbers.rows])
+    add_legend(figure, axes, parts)
     text = "Average in percent: " + ", ".join(f"{row[0]} {row[-1]}" for row in numbers.rows) + "."
     return figure, text, numbers
 
@@ -108,7 +96,7 @@ def _cost(table: Table) -> Drawn:
     if not numbers.rows:
         return None
     height = max(1.7, 0.19 * len(numbers.rows))
-    figure, panels = _figure([height + 0.4] * 2)
+    figure, panels = new_figure([height + 0.4] * 2)
     for axes, column, label in zip(panels, (2, 3), ("seconds per query", "prompt tokens per query"), strict=True):
         points = sorted((number(row[1]) or 0.0, number(row[column]) or 0.0, row[0]) for row in numbers.rows)
         low, high = max(points[0][0] - 5, 0), min(points[-1][0] + 5, 100)
@@ -122,7 +110,7 @@ def _cost(table: Table) -> Drawn:
         axes.margins(x=0.08)
         places = _apart([value for value, *_ in points], 0.17 * (high - low) / height, low, high)
         for (value, cost, method), place in zip(points, places, strict=True):
-            axes.plot(cost, value, **_mark(int(method == ATV)))
+            axes.plot(cost, value, **mark(int(method == ATV)))
             side = axes.get_yaxis_transform()  # beside the axes, at the height of a value
             axes.annotate(method, (cost, value), (1.06, place), textcoords=side, va="center", arrowprops=_LEADER)
     shown = (f"{row[0]} {row[1]} at {row[2]} s and {row[3]} tokens" for row in numbers.rows)
@@ -136,7 +124,7 @@ def _differences(table: Table) -> Drawn:
     if not rows:
         return None
     accuracies, kinds, others = (list(dict.fromkeys(row[column] for row in rows)) for column in range(3))
-    figure, panels = _figure([0.36 * len(others) + 0.4] * len(accuracies), legend=len(kinds))
+    figure, panels = new_figure([0.36 * len(others) + 0.4] * len(accuracies), legend=len(kinds))
     for axes, accuracy in zip(panels, accuracies, strict=True):
         if axes is not panels[0]:
             axes.sharex(panels[0])
@@ -146,11 +134,11 @@ def _differences(table: Table) -> Drawn:
             at = [others.index(row[2]) + 0.24 * (index - (len(kinds) - 1) / 2) for row in lines]
             value, low, high = ([float(row[column]) for row in lines] for column in (3, 4, 5))
             axes.hlines(at, low, high, color=COLOURS[index], linewidth=1.6)
-            axes.plot(value, at, label=kind, **_mark(index))
+            axes.plot(value, at, label=kind, **mark(index))
         axes.set_title(accuracy, fontsize=9, loc="left")
         axes.set_xlabel(f"{reference} minus the other, percentage points")
-        _name_lines(axes, others)
-    _legend(figure, panels[0], kinds)
+        name_lines(axes, others)
+    add_legend(figure, panels[0], kinds)
     groups = dict.fromkeys((row[0], row[1]) for row in rows)
     text = " ".join(_reading(group, [row for row in rows if (row[0], row[1]) == group]) for group in groups)
     numbers = Table(table.title, table.columns[:6], rows, "")
@@ -167,7 +155,13 @@ def _reading(group: tuple[str, str], rows: Sequence[list[str]]) -> str:
     return f"{', '.join(group)}: {found}."
 
 
-_KINDS: dict[str, Callable[[Table], Drawn]] = {"scores": _scores, "cost": _cost, "differences": _differences}
+_KINDS: dict[str, Callable[[Table], Drawn]] = {
+    "scores": _scores,
+    "cost": _cost,
+    "differences": _differences,
+    "norms": norms_plot,
+    "map": map_plot,
+}
 
 
 def _numbers(table: Table, title: str, columns: Sequence[str]) -> Table:
@@ -176,34 +170,6 @@ def _numbers(table: Table, title: str, columns: Sequence[str]) -> Table:
     rows = [[row[place] for place in places] for row in table.rows if not row[0].startswith(PAPER_LINE)]
     known = [row for row in rows if any(number(cell) is not None for cell in row[1:])]
     return Table(title, [table.columns[place] for place in places], known, "", text=1)
-
-
-def _figure(heights: Sequence[float], legend: int = 0) -> tuple["Figure", list["Axes"]]:
-    """Panels below each other, so high in inches, and room for a legend of so many words."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(_WIDTH, sum(heights) + 0.2 * legend), layout="constrained")
-    panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
-    return figure, list(panels)
-
-
-def _mark(index: int) -> dict[str, Any]:
-    colour, shape = COLOURS[index % len(COLOURS)], _SHAPES[index % len(_SHAPES)]
-    return {"color": colour, "marker": shape, "linestyle": "none", "markersize": 5, "zorder": 3, "clip_on": False}
-
-
-def _name_lines(axes: "Axes", names: Sequence[str]) -> None:
-    """One line of the plot for each name, the first on top."""
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.tick_params(axis="y", length=0, pad=7)
-    axes.grid(axis="x", color=INK, alpha=0.15, linewidth=0.6)
-    axes.set_axisbelow(True)
-
-
-def _legend(figure: "Figure", axes: "Axes", names: Sequence[str]) -> None:
-    columns = max(1, min(3, 54 // (max(map(len, names)) + 6)))
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns, handletextpad=0.2)
 
 
 def _apart(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:
@@ -216,38 +182,3 @@ def _apart(values: Sequence[float], gap: float, low: float, high: float) -> list
         places[index] = ceiling = min(places[index], ceiling)
         ceiling -= gap
     return places
-
-
-def _written(figure: "Figure", suffix: str, **how: Any) -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, format=suffix[1:], **how)
-    return file.getvalue()
-
-
-def _inline(svg: bytes, name: str, title: str, text: str) -> str:
-    """An SVG file as an element of a page: ids of its own, the page's text colour, and words for a screen reader."""
-    root = ElementTree.fromstring(svg)
-    for parent in list(root.iter()):
-        for child in list(parent):
-            if child.tag.endswith(("}metadata", "}style")):
-                parent.remove(child)
-    for element in root.iter():
-        element.tag = _bare(element.tag)
-        found = {_bare(key): value.replace(INK, "currentColor") for key, value in element.attrib.items()}
-        for key, value in found.items():
-            if key == "id" or (key == "href" and value.startswith("#")):
-                found[key] = f"#{name}-{value[1:]}" if key == "href" else f"{name}-{value}"
-            found[key] = found[key].replace("url(#", f"url(#{name}-")
-        element.attrib = found
-    box = root.attrib["viewBox"]
-    root.attrib = {"viewBox": box, "role": "img", "aria-labelledby": f"{name}-title {name}-text", "class": "plot"}
-    for place, (tag, words) in enumerate((("title", title), ("desc", text))):
-        element = ElementTree.Element(tag, {"id": f"{name}-{'title' if tag == 'title' else 'text'}"})
-        element.text = words
-        root.insert(place, element)
-    return ElementTree.tostring(root, encoding="unicode")
-
-
-def _bare(name: str) -> str:
-    """A tag or attribute without its namespace: inside HTML an SVG has none."""
-    return name.rpartition("}")[2]

@@ -151,7 +151,7 @@ def paired(rows: Sequence[Row], method: str, other: str, key: str = "correct", *
         share = len(seeds) * len(siblings) * siblings[tasks[task]]
         units[task].append(sum(ahead[task, example, seed] / sizes[seed, task] for seed in seeds) / share)
     parts = [np.array(values) for values in units.values()]
-    low, high = np.percentile(_bootstrap(parts), [2.5, 97.5])
+    low, high = np.percentile(bootstrap(parts), [2.5, 97.5])
     everything = np.concatenate(parts)
     return Difference(float(everything.sum()), float(low), float(high), _p_value(everything))
 
@@ -168,7 +168,7 @@ def _asked(rows: Iterable[Row], method: str, tasks: Mapping[str, str], key: str)
     return asked
 
 
-def _bootstrap(parts: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+def bootstrap(parts: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
     """Sums of units drawn anew, with replacement within each part: (resamples,)."""
     random = np.random.default_rng(0)
     total = np.zeros(RESAMPLES)

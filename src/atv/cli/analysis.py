@@ -1,0 +1,68 @@
+"""`atv analysis`: what an adapter's vectors are like, as a record, tables and plots."""
+
+import time
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from atv import artifact
+from atv.analysis import analyse, require_sklearn
+from atv.cli.show import print_lines, print_table
+from atv.cli.work import frozen, named_tasks
+from atv.errors import ATVError
+from atv.files import write_json
+from atv.hooks import input_device
+from atv.methods.elicit import Elicit
+from atv.model import ATVModel
+from atv.models import quiet_transformers
+from atv.records import ANALYSIS_FILE, SCHEMA, provenance
+from atv.report import analysis_tables, write_plots, write_tables
+from atv.report.analysis import SHORT
+
+quiet_transformers()
+
+
+def analyse_adapter(options: Mapping[str, Any]) -> None:
+    """Look at the vectors, write what is found, print the short tables; everything is checked before a model loads."""
+    out = Path(options["out"])
+    if out.is_file():
+        raise ATVError(f"{out} is a file; expected a folder, for {ANALYSIS_FILE}, tables and plots. Name another.")
+    require_sklearn()
+    if find_spec("matplotlib") is None:
+        raise ATVError(
+            "The plots need the package matplotlib, which is not installed. Install it with: "
+            "pip install 'adaptive-task-vectors[analysis]'"
+        )
+    folder = artifact.locate(options["adapter"])
+    saved = artifact.read(folder, ATVModel.method)
+    library = artifact.locate(options["elicit"]) if options["elicit"] else None
+    if library is not None:
+        artifact.read(library, Elicit.name)
+    tasks = named_tasks(options)
+    named = frozen(options, options["llm"] or saved.base_llm["name"])
+    llm, tokenizer = named.load()
+    atv = ATVModel.from_pretrained(llm, folder, tokenizer=tokenizer)
+    elicit = Elicit.load(llm, tokenizer, library) if library else None
+    began = time.perf_counter()
+    how = {name: options[name] for name in ("rows", "query", "seed")}
+    found = analyse(atv, tasks, elicit=elicit, **how)
+    settings = {
+        "method": "atv analysis",
+        **named.described(),
+        **how,
+        "adapter": artifact.identity(folder),
+        "elicit": artifact.identity(library) if library else None,
+        "tasks": {task.name: task.digest("train", "test") for task in tasks},
+        "templates": {task.name: list(task.templates) for task in tasks},
+    }
+    seconds = round(time.perf_counter() - began, 3)
+    about = {"schema": SCHEMA, "settings": settings, "seconds": seconds, "device": str(input_device(llm))}
+    record = about | provenance() | found
+    write_json(out / ANALYSIS_FILE, record)
+    tables = analysis_tables(record)
+    for table in tables[:SHORT]:
+        print_table(table)
+    written = [*write_tables(tables, out / "analysis.md"), *write_plots(tables, out / "plots")]
+    print_lines([f"Written to {out / ANALYSIS_FILE}", *(f"Written to {path}" for path in written)])
+    print_lines([f"Next: atv report {out} --out report.html"])

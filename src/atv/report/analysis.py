@@ -1,0 +1,261 @@
+"""What `atv analysis` recorded about an adapter's vectors, as tables."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from atv.report.statistics import RESAMPLES, bootstrap
+from atv.report.tables import Table
+
+SHORT = 4
+"""Tables of an analysis that a screen has room for, the first ones; those after them are long."""
+QUERY = "the one query"
+"""What a line is called that is about the query that was looked at layer by layer."""
+ATV_POINT, ELICIT_POINT = "query", "ELICIT entry"
+"""Kinds of points on the map."""
+_LONGEST = 60  # letters of a text in a cell
+
+Record = dict[str, Any]
+
+
+def analysis_tables(record: Record) -> list[Table]:
+    """Every table of an analysis: in short, norms, variation, neighbours, map, and the logit lens where it was read.
+
+    Args:
+        record: from `atv.analysis.analyse`, or one of `load_analyses`; then the tables name its file.
+    """
+    lens = [_layers_table(record), _lens_table(record)] if record["lens"] else []
+    return [
+        _short_table(record),
+        _norms_table(record),
+        _variation_table(record),
+        _neighbours_table(record),
+        _nearest_table(record),
+        *lens,
+        _map_table(record),
+    ]
+
+
+def _table(record: Record, title: str, columns: list[str], rows: list[list[str]], note: str, **how: Any) -> Table:
+    file = record.get("file")
+    subject = f"{record['llm']}, {file}" if file else record["llm"]
+    return Table(f"{title}: {subject}", columns, rows, note, runs=(file,) if file else (), **how)
+
+
+def _short_table(record: Record) -> Table:
+    found, count = record["variation"], len(record["queries"])
+    rows = [
+        ["norm of the mean vector, % of the mean norm", _percent(found["common"]), "–", "–", _percent(count**-0.5)],
+        ["variance within tasks, %", _percent(found["within"]), "–", "–", _percent(found["within_by_chance"])],
+        ["mean cosine of two queries of one task", _cosine(found["cosine_within"]), "–", "–",
+         _cosine(found["cosine_between"])],
+        ["nearest training query is of the same task, %", *_interval(record, _same_task),
+         _percent(_mean(record, "same_task_by_chance"))],
+        ["nearest of the same task has the same answer, %", *_interval(record, lambda row: row["same_answer"]),
+         _percent(_mean(record, "same_answer_by_chance"))],
+        ["words shared with the nearest of the same task, %", *_interval(record, lambda row: row["shared_words"]),
+         _percent(_mean(record, "shared_words_by_chance"))],
+    ]  # fmt: skip
+    lens = "" if record["lens"] else f" The logit lens is missing: {record['no_lens']}"
+    note = (
+        f"{_measured(record)} To compare with: directions drawn at random; vectors that do not depend on the task; two "
+        "queries of different tasks; a training query drawn at random from all, from those of the same task (twice). "
+        "The last three lines are means over tasks. From, to: 95% percentile bootstrap interval, from "
+        f"{RESAMPLES:,} draws of test queries within each task: how far the mean would vary with other queries of "
+        "these tasks, not with other tasks or seeds. Where all queries agree it has no width, which is no certainty."
+        f"{lens}"
+    )
+    return _table(record, "Vectors in short", ["", "value", "from", "to", "to compare with"], rows, note, text=1)
+
+
+def _norms_table(record: Record) -> Table:
+    norms = record["norms"]
+    columns = {"vector": "vector", "residual": "residual", "ratio": "vector / residual", "cosine": "cosine"}
+    columns |= {"elicit": ELICIT_POINT} if "elicit" in norms else {}
+    rows = [
+        [str(layer), *(_spread(norms[name]["mean"][place], norms[name]["std"][place]) for name in columns)]
+        for place, layer in enumerate(record["layers"])
+    ]
+    note = (
+        f"{_measured(record)} Vector: norm of what is added behind a layer, scale times v. Residual: norm of what the "
+        f"layer gives out without steering, mean over the prompt tokens that would be edited (positions "
+        f"{record['config']['positions']}). Cosine: of the two. Mean ± sample standard deviation over queries."
+    )
+    if record["elicit"]:
+        note += (
+            f" {ELICIT_POINT}: norm of scale {record['elicit']['scale']:g} times the state that "
+            f"{len(record['elicit']['entries'])} entries of these tasks hold of each layer, added there or not."
+        )
+    return _table(record, "Norms per layer", ["layer", *columns.values()], rows, note, text=1, plots=("norms",))
+
+
+def _variation_table(record: Record) -> Table:
+    rows = []
+    for task, own in record["variation"]["tasks"].items():
+        share = own["distance"] / own["norm"] if own["norm"] else None
+        cells = [_trained(record, task), str(own["queries"]), _three(own["norm"]), _percent(share)]
+        rows.append([task, *cells, _cosine(own["cosine_within"]), _cosine(own["cosine_between"])])
+    note = (
+        f"{_measured(record)} Vectors of all steered layers, one after the other, as one. Distance: root mean square "
+        "distance of the task's queries to their mean, as a share of their mean norm: 0 is one vector for the whole "
+        "task. Cosines are means over pairs of queries: both of the task; one of it and one of another."
+    )
+    columns = ["task", "trained on", "queries", "norm", "distance, %", "cosine within", "cosine to others"]
+    return _table(record, "How much vectors differ", columns, rows, note, text=2)
+
+
+def _neighbours_table(record: Record) -> Table:
+    rows = []
+    for task, about in record["tasks"].items():
+        own = [row for row in record["queries"] if row["task"] == task]
+        values = [
+            [float(_same_task(row)), row["same_task_by_chance"], row["same_answer"], row["same_answer_by_chance"],
+             row["shared_words"], row["shared_words_by_chance"]]
+            for row in own
+        ]  # fmt: skip
+        means = [_percent(float(np.mean(column))) for column in zip(*values, strict=True)]
+        rows.append([task, _trained(record, task), str(len(own)), str(about["train"]), *means])
+    note = (
+        f"{_measured(record)} The training query with the largest cosine to a test query's vector. Same task: among "
+        "those of all tasks. Same answer, shared words (those in both texts, of those in either): of the nearest one "
+        "of the same task. By chance: a training query drawn from the same ones at random."
+    )
+    columns = ["task", "trained on", "queries", "training queries", "same task, %", "task by chance", "same answer, %",
+               "answer by chance", "shared words, %", "words by chance"]  # fmt: skip
+    return _table(record, "Nearest training queries", columns, rows, note, text=2)
+
+
+def _nearest_table(record: Record) -> Table:
+    first: dict[str, Record] = {}
+    for row in record["queries"]:
+        first.setdefault(row["task"], row)
+    one = record["query"]
+    shown = [(row["task"], row) for row in first.values() if row["query"] != one["query"][: len(row["query"])]]
+    rows = [
+        [name, _cut(row["query"]), near["task"], _cut(near["query"]), near["answer"], _cosine(near["cosine"])]
+        for name, row in [(QUERY, one), *shown]
+        for near in row["nearest"]
+    ]
+    note = (
+        f"{_measured(record)} For {QUERY} and the first test query of each other task the training queries with the "
+        "largest cosine of vectors."
+    )
+    columns = ["of", "query", "near: task", "near: query", "its answer", "cosine"]
+    return _table(record, "Neighbours of single queries", columns, rows, note, text=5)
+
+
+def _layers_table(record: Record) -> Table:
+    one, layers = record["query"], record["query"]["layers"]
+    rows = [
+        [str(layer), _tokens(plain, share=True), _tokens(steered, share=True)]
+        for layer, (plain, steered) in enumerate(zip(layers["unsteered"], layers["steered"], strict=True))
+    ]
+    note = (
+        f"{_measured(record)} The residual stream behind each layer at the last token of the prompt {one['prompt']!r}, "
+        f"read through {record['lens']['of']}: likeliest tokens, with their probability in percent. The last line is "
+        "what the LLM says. Before the last layers such a reading is a guess of what the stream holds; it was made for "
+        "the last one."
+    )
+    columns = ["layer", "unsteered", "steered"]
+    return _table(record, "One query layer by layer", columns, rows, note, text=3)
+
+
+def _lens_table(record: Record) -> Table:
+    read = {QUERY: record["query"]["lens"], **record["lens"]["tasks"]}
+    rows = [
+        [name, str(layer), _tokens(tokens)]
+        for name, lines in read.items()
+        for layer, tokens in zip(record["layers"], lines, strict=True)
+    ]
+    note = (
+        f"{_measured(record)} Tokens whose logits rise most when the vector alone is read through "
+        f"{record['lens']['of']}, above what these say of no vector; of a task: of its queries' mean vector. A vector "
+        "also acts through the layers behind it, which this leaves out."
+    )
+    return _table(record, "Tokens that vectors promote", ["vector of", "layer", "tokens"], rows, note, text=3)
+
+
+def _map_table(record: Record) -> Table:
+    rows = [
+        [row["task"], ATV_POINT, _cut(row["query"]), *(f"{value:.4f}" for value in (*row["pca"], *row["tsne"]))]
+        for row in record["queries"]
+    ]
+    for row in record["elicit"]["entries"] if record["elicit"] else ():
+        rows.append([row["task"], ELICIT_POINT, "–", *(f"{value:.4f}" for value in (*row["pca"], *row["tsne"]))])
+    one, two = (_percent(share) for share in record["explained"])
+    between = ""
+    if record["elicit"]:
+        between = (
+            f" Without that, entries and vectors would be two groups far from each other (cosine of their means "
+            f"{_cosine(record['elicit']['cosine'])})."
+        )
+    note = (
+        f"{_measured(record)} Vectors of all steered layers, one after the other, less the mean of their kind and "
+        f"scaled so that kinds are spread equally.{between} How small the spread is beside the mean stands in the "
+        f"first table. PCA: the two axes hold {one}% and {two}% of the variance. t-SNE keeps who is near whom; "
+        "distances between its groups and their sizes say nothing."
+    )
+    columns = ["task", "point", "query", "PCA 1", "PCA 2", "t-SNE 1", "t-SNE 2"]
+    return _table(record, "Map of vectors", columns, rows, note, text=3, plots=("map",))
+
+
+def _measured(record: Record) -> str:
+    tasks = len(record["tasks"])
+    return f"{len(record['queries'])} test queries of {tasks} task{'' if tasks == 1 else 's'}."
+
+
+def _same_task(row: Record) -> bool:
+    return bool(row["nearest"][0]["task"] == row["task"])
+
+
+def _by_task(record: Record, value: Callable[[Record], float]) -> list[np.ndarray[Any, np.dtype[np.float64]]]:
+    """What each query adds to the mean over tasks."""
+    tasks = record["tasks"]
+    own = [[value(row) for row in record["queries"] if row["task"] == task] for task in tasks]
+    return [np.array(values, dtype=float) / (len(values) * len(tasks)) for values in own]
+
+
+def _mean(record: Record, key: str) -> float:
+    return float(sum(part.sum() for part in _by_task(record, lambda row: row[key])))
+
+
+def _interval(record: Record, value: Callable[[Record], float]) -> list[str]:
+    """The mean over tasks, and its interval, in percent."""
+    parts = _by_task(record, value)
+    low, high = np.percentile(bootstrap(parts), [2.5, 97.5])
+    return [_percent(float(number)) for number in (sum(part.sum() for part in parts), low, high)]
+
+
+def _trained(record: Record, task: str) -> str:
+    return "yes" if record["tasks"][task]["trained"] else "no"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def _three(value: float | None, digits: int = 3) -> str:
+    """The digits that count, without an exponent where that is legible."""
+    if value is None:
+        return "–"
+    size = abs(value)
+    return f"{value:.0f}" if size >= 100 else f"{value:.{digits}g}" if size >= 1e-4 or size == 0 else f"{value:.1e}"
+
+
+def _cosine(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def _spread(mean: float, std: float | None) -> str:
+    return _three(mean) if std is None else f"{_three(mean)} ± {_three(std, 2)}"
+
+
+def _cut(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} ..."
+
+
+def _tokens(tokens: Sequence[Sequence[Any]], share: bool = False) -> str:
+    """Tokens as they are, in quotes, since many begin with a space."""
+    return "  ".join(f"{text!r} {100 * value:.0f}" if share else repr(text) for text, value in tokens)
