@@ -13,7 +13,9 @@ from typing import Any, get_args, get_type_hints
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "command-line.md"
 OUTSIDE = re.compile(r"\]\((?P<up>(?:\.\./)+)(?P<path>[\w./-]+\.py)\)")
-ASSET = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*?\b(?:src|href)=[\"']?(?P<address>(?:https?:)?//[^\"'> ]+)")
+ASSET = re.compile(
+    r"<(?:script|link|img|iframe|source)\b[^>]*?\b(?:src|href)=[\"']?(?P<address>(?:https?:)?//[^\"'> ]+)"
+)
 """What a browser fetches by itself; a link that a reader follows is none."""
 log = logging.getLogger("mkdocs.hooks.build")
 
@@ -31,9 +33,12 @@ def command_line_page() -> str:
     head = f"""# Command line
 
 Written by `make docs` from the commands themselves; a test compares the two. `atv --help` and `atv COMMAND --help` say
-the same. The commands are {", ".join(f"[`{name}`](#atv-{name})" for name in commands)}.
+the same.
 
-Every option of a command can stand in a TOML file, in a table of the command's name (`--config run.toml`); flags win.
+{chr(10).join(f"- [`atv {name}`](#atv-{name})" for name in commands)}
+
+Every option of a command that has `--config` can stand in a TOML file, in a table of the command's name; flags win.
+With the embedded models, settings of `atv train` that are not given are those of `src/atv/protocol/embedded.toml`.
 A mistake in what is given is answered by one line and exit code 2. `atv doctor` exits with 1 if a check failed. Ctrl-C
 ends with 130; the same command then goes on where it stopped.
 """
@@ -45,7 +50,17 @@ def _command(name: str, command: Any) -> str:
     arguments = [p for p in command.params if p.param_type_name == "argument"]
     options = [p for p in command.params if p.param_type_name == "option"]
     usage = " ".join([f"atv {name} [OPTIONS]", *(_argument(p) for p in arguments)])
-    lines = [f"\n## atv {name}\n", command.help, "", "```text", usage, "```", "", "| | default | |", "| --- | --- | --- |"]
+    lines = [
+        f"\n## atv {name}\n",
+        command.help,
+        "",
+        "```text",
+        usage,
+        "```",
+        "",
+        "| | default | |",
+        "| --- | --- | --- |",
+    ]
     lines += [f"| `{p.name.upper()}` | {_default(p)} | {_cell(p.help)} |" for p in arguments]
     lines += [f"| `{_flags(p, hints[p.name])}` | {_default(p)} | {_cell(p.help)} |" for p in options]
     return "\n".join(lines) + "\n"
@@ -107,7 +122,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
     def to_page(link: re.Match[str]) -> str:
         path = posixpath.normpath(posixpath.join(here, link["up"], link["path"]))
-        return f"]({posixpath.relpath(f'docs/source/{path}.md', here)})" if _linked(page.file.src_uri, link[0]) else link[0]
+        return (
+            f"]({posixpath.relpath(f'docs/source/{path}.md', here)})"
+            if _linked(page.file.src_uri, link[0])
+            else link[0]
+        )
 
     return OUTSIDE.sub(to_page, markdown)
 
