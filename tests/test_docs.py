@@ -57,6 +57,7 @@ def place(world, tmp_path, monkeypatch):
         "atv.tasks.folder.builtin_task", lambda name: builtin_task(name).limited(train=6, valid=2, test=4)
     )
     monkeypatch.setattr("atv.training.train", one_epoch)
+    monkeypatch.setattr("os.fsync", lambda file: None)  # nobody pulls the plug here, and disks take their time
     before = set(METHODS)  # a page may add one, for itself
     atv = ATVModel(
         AutoModelForCausalLM.from_pretrained(world / "llm", dtype=torch.float32),
