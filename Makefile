@@ -1,9 +1,10 @@
-# make setup | demo | check | test | bench        (all of them work twice in a row and from a path with spaces)
+# make setup | demo | check | test | bench | docs   (all of them work twice in a row and from a path with spaces)
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
+DOCS_STAMP := .venv/installed-docs
 
-.PHONY: setup demo check test bench clean
+.PHONY: setup demo check test bench docs clean
 
 setup: $(STAMP)
 
@@ -31,5 +32,14 @@ test: setup
 bench: setup
 	@$(BIN)/python -m benchmarks.run_all
 
+docs: $(DOCS_STAMP)
+	@$(BIN)/python docs/build.py
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "Built: site/index.html (to search in it: $(BIN)/python -m http.server --directory site)"
+
+$(DOCS_STAMP): $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	@touch $(DOCS_STAMP)
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs site

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -363,17 +362,3 @@ def test_every_setting_that_train_has_an_option_for_is_one_of_the_method():
     values = config.to_dict() | train.to_dict()
     expected = {field: options[name] for name, field in SETTINGS.items()} | {"train_generator": True}
     assert {field: values[field] for field in expected} == expected
-
-
-def test_readme_names_only_commands_and_options_that_exist():
-    import re
-
-    from typer.main import get_command
-
-    commands = get_command(command_line.app).commands
-    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    used = re.findall(r"^\s*atv (\w+)(.*)$", text, re.M)
-    assert len(used) > 5
-    for name, rest in used:
-        known = {flag for p in commands[name].params for flag in getattr(p, "opts", [])}
-        assert set(re.findall(r"(?<= )--[\w-]+", rest)) <= known, f"atv {name}{rest}"

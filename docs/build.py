@@ -1,0 +1,147 @@
+"""What `make docs` needs beside MkDocs: the page of the command line, links to source files, and no foreign asset.
+
+`python docs/build.py` writes docs/command-line.md from the commands themselves. MkDocs calls the functions `on_...`
+(mkdocs.yml, `hooks`).
+"""
+
+import logging
+import posixpath
+import re
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "command-line.md"
+OUTSIDE = re.compile(r"\]\((?P<up>(?:\.\./)+)(?P<path>[\w./-]+\.py)\)")
+ASSET = re.compile(
+    r"<(?:script|link|img|iframe|source)\b[^>]*?\b(?:src|href)=[\"']?(?P<address>(?:https?:)?//[^\"'> ]+)"
+)
+"""What a browser fetches by itself; a link that a reader follows is none."""
+log = logging.getLogger("mkdocs.hooks.build")
+
+
+# ---- the command line ----
+
+
+def command_line_page() -> str:
+    """docs/command-line.md, made of the commands that `atv --help` lists."""
+    from typer.main import get_command
+
+    from atv.cli.app import app
+
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    head = f"""# Command line
+
+Written by `make docs` from the commands themselves; a test compares the two. `atv --help` and `atv COMMAND --help` say
+the same.
+
+{chr(10).join(f"- [`atv {name}`](#atv-{name})" for name in commands)}
+
+Every option of a command that has `--config` can stand in a TOML file, in a table of the command's name; flags win.
+With the embedded models, settings of `atv train` that are not given are those of `src/atv/protocol/embedded.toml`.
+A mistake in what is given is answered by one line and exit code 2. `atv doctor` exits with 1 if a check failed. Ctrl-C
+ends with 130; the same command then goes on where it stopped.
+"""
+    return head + "".join(_command(name, command) for name, command in commands.items())
+
+
+def _command(name: str, command: Any) -> str:
+    hints = get_type_hints(command.callback)
+    arguments = [p for p in command.params if p.param_type_name == "argument"]
+    options = [p for p in command.params if p.param_type_name == "option"]
+    usage = " ".join([f"atv {name} [OPTIONS]", *(_argument(p) for p in arguments)])
+    lines = [
+        f"\n## atv {name}\n",
+        command.help,
+        "",
+        "```text",
+        usage,
+        "```",
+        "",
+        "| | default | |",
+        "| --- | --- | --- |",
+    ]
+    lines += [f"| `{p.name.upper()}` | {_default(p)} | {_cell(p.help)} |" for p in arguments]
+    lines += [f"| `{_flags(p, hints[p.name])}` | {_default(p)} | {_cell(p.help)} |" for p in options]
+    return "\n".join(lines) + "\n"
+
+
+def _argument(parameter: Any) -> str:
+    name = f"{parameter.name.upper()}{'...' if parameter.nargs == -1 else ''}"
+    return name if parameter.required else f"[{name}]"
+
+
+def _flags(parameter: Any, kind: Any) -> str:
+    if kind is bool:
+        return ", ".join(parameter.opts)
+    # From the annotation: how a parsed option knows its type differs between versions of typer.
+    named = {int: "NUMBER", float: "NUMBER", Path: "PATH", str: "TEXT"}
+    types = {*get_args(kind), kind, *(inner for part in get_args(kind) for inner in get_args(part))}
+    value = parameter.metavar or next(word for found, word in named.items() if found in types)
+    return f"{', '.join(parameter.opts)} {value}"
+
+
+def _default(parameter: Any) -> str:
+    if parameter.required:
+        return "required"
+    value = parameter.default
+    if value in (None, "", False) or callable(value):
+        return ""
+    return "`" + str(value).replace("\n", "\\n") + "`"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+# ---- MkDocs ----
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Make a page of every source file that a page links to: on a code host the link leads to the file itself."""
+    from mkdocs.structure.files import File, InclusionLevel
+
+    linked = {path for page in files.documentation_pages() for path in _linked(page.src_uri, page.content_string)}
+    for path in sorted(linked):
+        code = (ROOT / path).read_text(encoding="utf-8")
+        page = f"# {path}\n\n````python\n{code}````\n"
+        files.append(File.generated(config, f"source/{path}.md", content=page, inclusion=InclusionLevel.NOT_IN_NAV))
+    return files
+
+
+def _linked(page: str, markdown: str) -> list[str]:
+    """Files outside docs/ that a page links to, relative to the repository."""
+    here = posixpath.dirname(f"docs/{page}")
+    found = [posixpath.normpath(posixpath.join(here, link["up"], link["path"])) for link in OUTSIDE.finditer(markdown)]
+    return [path for path in found if not path.startswith("docs/") and (ROOT / path).is_file()]
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Lead links to source files to their pages."""
+    here = posixpath.dirname(f"docs/{page.file.src_uri}")
+
+    def to_page(link: re.Match[str]) -> str:
+        path = posixpath.normpath(posixpath.join(here, link["up"], link["path"]))
+        return (
+            f"]({posixpath.relpath(f'docs/source/{path}.md', here)})"
+            if _linked(page.file.src_uri, link[0])
+            else link[0]
+        )
+
+    return OUTSIDE.sub(to_page, markdown)
+
+
+def on_post_build(config: Any) -> None:
+    """Warn, which ends a strict build, if a page would make a browser fetch something from elsewhere."""
+    for path in sorted(Path(config.site_dir).rglob("*.html")):
+        for address in foreign_assets(path.read_text(encoding="utf-8")):
+            log.warning("%s fetches %s; expected nothing from another host: copy it into docs/.", path, address)
+
+
+def foreign_assets(html: str) -> list[str]:
+    """Addresses on other hosts that a browser fetches by itself to show a page."""
+    return [found["address"] for found in ASSET.finditer(html)]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(command_line_page(), encoding="utf-8")
