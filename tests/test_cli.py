@@ -217,6 +217,7 @@ def task_file(world, folder, change):
         (["--positions", "first"], ["Unknown positions 'first'", "last:K"]),
         (["--positions", "last:0"], ["Unknown positions 'last:0'"]),
         (["--pooling", "max"], ["Unknown pooling 'max'"]),
+        (["--generator", "random:2by64"], ["'random:2by64'", "random:LAYERSxWIDTH"]),
         (["--scale", "nan"], ["scale is nan", "finite number"]),
         (["--lr", "-1"], ["learning_rate is -1.0"]),
         (["--epochs", "0"], ["epochs is 0"]),

@@ -45,6 +45,20 @@ def _is_finite(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def random_sizes(generator: str) -> tuple[int, int] | None:
+    """Layers and width of the generator `random:LAYERSxWIDTH`; None if it is another; ATVError if it is malformed."""
+    if not str(generator).startswith("random:"):
+        return None
+    match = re.fullmatch(r"random:([1-9][0-9]*)x([1-9][0-9]*)", generator)
+    layers, width = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not layers or width % (64 if width > 64 else 2):  # heads of 64, or one of an even width
+        raise ATVError(
+            f"The generator is {generator!r}; expected random:LAYERSxWIDTH, its width an even number up to 64 or a "
+            "multiple of 64, as in random:2x128."
+        )
+    return layers, width
+
+
 class Checked:
     """What every configuration has: to and from a dictionary."""
 
@@ -67,7 +81,8 @@ class ATVConfig(Checked):
     """The shape of an ATV. The defaults are the paper's (section 3 of its text)."""
 
     generator: str = "openai-community/gpt2"
-    """Hugging Face id or folder of the model that reads the query (any encoder or decoder); or `self`: the LLM."""
+    """Hugging Face id or folder of the model that reads the query (any encoder or decoder); `self`: the LLM itself;
+    `random:LAYERSxWIDTH`: a new small decoder."""
     generator_revision: str | None = None
     """Commit, tag or branch of the generator on the hub."""
     generator_layer: int | None = None
@@ -108,26 +123,31 @@ class ATVConfig(Checked):
             raise ATVError(
                 f"The query template {self.query_template!r} has no {{query}}; put {{query}} where the query goes."
             )
-        self._check_self()
+        self._check_generator()
         if self.expansion_rank is not None and not _is_whole(self.expansion_rank, 1):
             raise ATVError(f"expansion_rank is {self.expansion_rank!r}; expected a whole number from 1, or none.")
 
-    def _check_self(self) -> None:
-        """Refuse what does not go with the frozen LLM as its own generator, or with any other."""
-        if self.generator != SELF:
-            if self.generator_layer is not None:
-                raise ATVError(
-                    f"generator_layer is {self.generator_layer!r} and the generator {self.generator!r}; it says which "
-                    f"layer of the LLM the generator {SELF} reads: leave it out."
-                )
-            return
-        self.train_generator = False  # the LLM is frozen
-        if self.generator_layer is not None and not _is_whole(self.generator_layer, 0):
-            raise ATVError(f"generator_layer is {self.generator_layer!r}; expected a whole number from 0, or none.")
-        if self.pooling == "cls":
+    def _check_generator(self) -> None:
+        """Refuse what does not go with the generator that is named."""
+        if self.generator == SELF:
+            self.train_generator = False  # the LLM is frozen
+            if self.generator_layer is not None and not _is_whole(self.generator_layer, 0):
+                raise ATVError(f"generator_layer is {self.generator_layer!r}; expected a whole number from 0, or none.")
+        elif self.generator_layer is not None:
             raise ATVError(
-                f"pooling is 'cls' and the generator {SELF}: an LLM reads its first token before the query, so that "
-                "its state is the same for every query. Expected last or mean."
+                f"generator_layer is {self.generator_layer!r} and the generator {self.generator!r}; it says which "
+                f"layer of the LLM the generator {SELF} reads: leave it out."
+            )
+        new = random_sizes(self.generator) is not None
+        if new and not self.train_generator:
+            raise ATVError(
+                f"The generator {self.generator} begins with random weights and train_generator is false: it would "
+                "never learn to read. Train it, or name a model that can read."
+            )
+        if self.pooling == "cls" and (new or self.generator == SELF):
+            raise ATVError(
+                f"pooling is 'cls' and the generator {self.generator}: a decoder reads its first token before the "
+                "query, so that its state is the same for every query. Expected last or mean."
             )
 
     def layer_indices(self, num_layers: int) -> list[int]:

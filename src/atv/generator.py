@@ -7,9 +7,10 @@ from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModel, LlamaConfig
 
 from atv.batching import encode_prompt, like_lengths, pad, pad_id, position_ids
-from atv.config import SELF, ATVConfig
+from atv.config import SELF, ATVConfig, random_sizes
 from atv.errors import ATVError
 from atv.hooks import decoder_layers, read_up_to, text_config
 from atv.models import context_length, load_encoder, load_tokenizer
@@ -239,8 +240,27 @@ class Itself(Generator):
         return states.to(self.like)
 
 
+def new_generator(config: ATVConfig, layers: int, width: int, llm: nn.Module, tokenizer: Any) -> Generator:
+    """A small decoder as Llama is built, that reads the LLM's tokens; random weights, drawn from torch's generator."""
+    shape = LlamaConfig(
+        vocab_size=text_config(llm).vocab_size,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=max(1, width // 64),
+        max_position_embeddings=context_length(llm) or 2048,
+    )
+    encoder: nn.Module = AutoModel.from_config(shape, dtype=torch.float32)
+    generator = Generator(encoder, tokenizer, config.pooling, config.query_template)
+    generator.name_or_path = config.generator
+    return generator
+
+
 def load_generator(config: ATVConfig, llm: nn.Module, tokenizer: Any) -> Generator:
     """The generator that `config` names, beside an LLM and its tokenizer."""
     if config.generator == CONSTANT:
         return Constant()
-    return Itself(llm, tokenizer, config) if config.generator == SELF else Generator.load(config)
+    if config.generator == SELF:
+        return Itself(llm, tokenizer, config)
+    sizes = random_sizes(config.generator)
+    return Generator.load(config) if sizes is None else new_generator(config, *sizes, llm, tokenizer)

@@ -66,7 +66,11 @@ def train(
     ] = None,
     llm: opt.LLM = opt.EMBEDDED_LLM,
     generator: Annotated[
-        str, typer.Option(help="Model that reads the query: Hugging Face id, folder, embedded name, or self: the LLM.")
+        str,
+        typer.Option(
+            help="Model that reads the query: Hugging Face id, folder or embedded name; self: the LLM itself; "
+            "random:LAYERSxWIDTH: a new decoder."
+        ),
     ] = "openai-community/gpt2",
     task: opt.TaskNames = None,
     data: opt.Data = None,
