@@ -221,6 +221,17 @@ def test_the_lens_of_the_last_layer_is_the_llm_s_own_logits(name):
     assert hooks == []
 
 
+def test_modules_inside_another_are_read_once():
+    llm = make_llm()
+    llm.model.norm = torch.nn.Sequential(llm.model.norm, torch.nn.Linear(32, 32).double())
+    ids = torch.tensor([[5, 9, 30]])
+    with torch.no_grad(), capture_outputs(llm.model.layers) as captured:
+        logits = llm(input_ids=ids).logits
+    readout = Readout(llm, {"input_ids": ids})
+    assert readout.described(llm) == "model.norm > lm_head"
+    torch.testing.assert_close(readout(captured[2]), logits)
+
+
 def test_what_a_vector_promotes_is_above_what_no_vector_does():
     """GPT-2's final norm has a bias; some is put into it here."""
     llm = make_llm("gpt2")

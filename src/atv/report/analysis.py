@@ -240,7 +240,9 @@ def _three(value: float | None, digits: int = 3) -> str:
     if value is None:
         return "–"
     size = abs(value)
-    return f"{value:.0f}" if size >= 100 else f"{value:.{digits}g}" if size >= 1e-4 or size == 0 else f"{value:.1e}"
+    if size >= 10 ** (digits - 1):
+        return f"{value:.0f}"
+    return f"{value:#.{digits}g}" if size >= 1e-4 or size == 0 else f"{value:.1e}"
 
 
 def _cosine(value: float | None) -> str:
