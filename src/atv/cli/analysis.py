@@ -1,7 +1,7 @@
 """`atv analysis`: what an adapter's vectors are like, as a record, tables and plots."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,42 +16,65 @@ from atv.hooks import input_device
 from atv.methods.elicit import Elicit
 from atv.model import ATVModel
 from atv.models import quiet_transformers
+from atv.protocol import Frozen
 from atv.records import ANALYSIS_FILE, SCHEMA, provenance
 from atv.report import analysis_tables, write_plots, write_tables
 from atv.report.analysis import SHORT
+from atv.tasks import Task
 
 quiet_transformers()
 
 
 def analyse_adapter(options: Mapping[str, Any]) -> None:
-    """Look at the vectors, write what is found, print the short tables; everything is checked before a model loads."""
+    """`atv analysis`: everything that can be checked is, before a model is loaded."""
     out = Path(options["out"])
-    if out.is_file():
-        raise ATVError(f"{out} is a file; expected a folder, for {ANALYSIS_FILE}, tables and plots. Name another.")
+    require_packages()
+    folder = artifact.locate(options["adapter"])
+    saved = artifact.read(folder, ATVModel.method)
+    library = artifact.locate(options["elicit"]) if options["elicit"] else None
+    if library is not None:
+        artifact.read(library, Elicit.name)
+    named = frozen(options, options["llm"] or saved.base_llm["name"])
+    how = {name: options[name] for name in ("rows", "query", "seed")}
+    write_analysis(named, named_tasks(options), folder, library, out, **how)
+    print_lines([f"Next: atv report {out} --out report.html"])
+
+
+def require_packages() -> None:
+    """Raise ATVError if a package that an analysis needs is missing."""
     require_sklearn()
     if find_spec("matplotlib") is None:
         raise ATVError(
             "The plots need the package matplotlib, which is not installed. Install it with: "
             "pip install 'adaptive-task-vectors[analysis]'"
         )
-    folder = artifact.locate(options["adapter"])
-    saved = artifact.read(folder, ATVModel.method)
-    library = artifact.locate(options["elicit"]) if options["elicit"] else None
-    if library is not None:
-        artifact.read(library, Elicit.name)
-    tasks = named_tasks(options)
-    named = frozen(options, options["llm"] or saved.base_llm["name"])
+
+
+def write_analysis(
+    named: Frozen, tasks: Sequence[Task], adapter: Path, library: Path | None, out: Path, **how: Any
+) -> None:
+    """Look at an adapter's vectors, write what is found to the folder `out`, print the short tables.
+
+    Args:
+        named: the LLM.
+        tasks: whose queries are looked at.
+        adapter: folder of the ATV.
+        library: folder of an ELICIT library to show beside it.
+        out: gets the record, tables and plots; what is there is written anew.
+        how: `rows`, `query` and `seed` of `analyse`.
+    """
+    if out.is_file():
+        raise ATVError(f"{out} is a file; expected a folder, for {ANALYSIS_FILE}, tables and plots. Name another.")
     llm, tokenizer = named.load()
-    atv = ATVModel.from_pretrained(llm, folder, tokenizer=tokenizer)
+    atv = ATVModel.from_pretrained(llm, adapter, tokenizer=tokenizer)
     elicit = Elicit.load(llm, tokenizer, library) if library else None
     began = time.perf_counter()
-    how = {name: options[name] for name in ("rows", "query", "seed")}
     found = analyse(atv, tasks, elicit=elicit, **how)
     settings = {
         "method": "atv analysis",
         **named.described(),
         **how,
-        "adapter": artifact.identity(folder),
+        "adapter": artifact.identity(adapter),
         "elicit": artifact.identity(library) if library else None,
         "tasks": {task.name: task.digest("train", "test") for task in tasks},
         "templates": {task.name: list(task.templates) for task in tasks},
@@ -65,4 +88,3 @@ def analyse_adapter(options: Mapping[str, Any]) -> None:
         print_table(table)
     written = [*write_tables(tables, out / "analysis.md"), *write_plots(tables, out / "plots")]
     print_lines([f"Written to {out / ANALYSIS_FILE}", *(f"Written to {path}" for path in written)])
-    print_lines([f"Next: atv report {out} --out report.html"])

@@ -1,10 +1,12 @@
 """The work behind `atv reproduce` and `atv sweep`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from atv import artifact
+from atv.cli.analysis import require_packages, write_analysis
 from atv.cli.show import print_lines, print_table
 from atv.cli.work import frozen, named_tasks, recipe_for
 from atv.errors import ATVError, unknown
@@ -15,7 +17,9 @@ from atv.protocol import (
     PROFILES,
     Condition,
     Experiment,
+    Frozen,
     Profile,
+    chosen_tasks,
     conditions_of,
     read_experiment,
     read_settings,
@@ -32,6 +36,7 @@ from atv.report import (
     paper_tables,
     write_tables,
 )
+from atv.tasks import Task
 
 
 def _profile(options: Mapping[str, Any]) -> Profile:
@@ -55,7 +60,11 @@ def reproduce_tables(options: Mapping[str, Any]) -> None:
     profile, out = _profile(options), Path(options["out"])
     conditions = conditions_of(experiments) if experiments else [Condition(name) for name in options["method"] or ()]
     how = _settings(options) | {"batch_size": options["batch_size"], "force": options["force"]}
-    runs = reproduce(profile, frozen(options), named_tasks(options), out, conditions=conditions, **how)
+    analysed = any(of.analysis for of in experiments)
+    if analysed:
+        require_packages()
+    llm, tasks = frozen(options), named_tasks(options)
+    runs = reproduce(profile, llm, tasks, out, conditions=conditions, **how)
     rows = load_runs(runs)
     named = {of.name: experiment_tables(load_experiment(_record(of, profile, out))) for of in experiments}
     for name, tables in (named or {"tables": all_tables(rows)}).items():
@@ -63,7 +72,17 @@ def reproduce_tables(options: Mapping[str, Any]) -> None:
             print_table(table)
         for suffix in FORMATS:
             write_tables(tables, out / "tables" / f"{name}{suffix}")
+    if analysed and is_main():
+        _analyse(profile, llm, tasks, out)
     print_lines([f"Runs: {out / 'runs'}    Tables: {out / 'tables'} ({', '.join(FORMATS)})"])
+
+
+def _analyse(profile: Profile, llm: Frozen, tasks: Sequence[Task], out: Path) -> None:
+    """What the vectors of the method atv are like, beside ELICIT's, for each seed; written anew by each call."""
+    for seed in profile.seeds:
+        atv, elicit = (artifact.locate(out / "trained" / f"{name}-{seed}") for name in ("atv", "elicit"))
+        shown = [task.drawn(profile.train_rows, profile.valid_rows, seed) for task in chosen_tasks(profile, tasks)]
+        write_analysis(llm, shown, atv, elicit, out / "analysis" / f"atv-{seed}", rows=20, query=None, seed=seed)
 
 
 def _record(experiment: Experiment, profile: Profile, out: Path) -> Path:

@@ -3,7 +3,7 @@
 from atv.protocol.experiments import Condition, Experiment, conditions_of, known_experiments, read_experiment
 from atv.protocol.measure import Frozen, measure
 from atv.protocol.profiles import PROFILES, Profile
-from atv.protocol.reproduce import reproduce
+from atv.protocol.reproduce import chosen_tasks, reproduce
 from atv.protocol.settings import Settings, method_settings, read_settings, recipe
 from atv.protocol.sweep import sweep
 
@@ -14,6 +14,7 @@ __all__ = [
     "Frozen",
     "Profile",
     "Settings",
+    "chosen_tasks",
     "conditions_of",
     "known_experiments",
     "measure",

@@ -121,6 +121,8 @@ def _analysed(path: Path, text: dict[str, Any]) -> bool:
     analysis = text.get("analysis", False)
     if not isinstance(analysis, bool):
         raise ATVError(f"{path}: analysis is {analysis!r}; expected true or false.")
+    if analysis and not {"atv", "elicit"} <= text["conditions"].keys():
+        raise ATVError(f"{path}: an analysis is of the conditions atv and elicit; found {list(text['conditions'])}.")
     return analysis
 
 
