@@ -1,8 +1,12 @@
 """What prompts share is read once, and nothing that comes out of the LLM changes."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from conftest import ARCHITECTURES, make_atv, make_llm, toy_task
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from atv.batching import left_padded, pad_id
 from atv.evaluation import evaluate
@@ -23,11 +27,12 @@ def encoded(atv):
     return [atv.tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
 
 
-def logits(llm, shared, ids):
+def logits(llm, shared, ids, once):
     inputs, past = shared.inputs(ids, 0)
     own = {name: tensor[:, shared.length :] for name, tensor in inputs.items() if name != "attention_mask"}
-    mask = inputs["attention_mask"]
-    return call_llm(llm, keep=1, **own, attention_mask=mask, past_key_values=past, use_cache=past is not None).logits
+    own["attention_mask"] = inputs["attention_mask"]
+    with shared.attention() if once else nullcontext():
+        return call_llm(llm, keep=1, **own, past_key_values=past, use_cache=past is not None).logits
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -39,10 +44,9 @@ def test_steered_and_plain_logits_are_those_of_the_plain_read(name, positions):
     assert (shared.length > 8) == (positions != "all" and name not in WINDOWED)
     for scale in (0.0, 0.3):
         with atv.steer(PROMPTS, scale=scale), torch.no_grad():
-            for _ in range(2):  # a second batch finds what is shared as the first did
-                ours = logits(atv.llm, shared, ids)
             theirs = call_llm(atv.llm, keep=1, **left_padded(ids, 0)).logits
-        torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=0)
+            for once in (True, False):  # and a second batch finds what is shared as the first did
+                torch.testing.assert_close(logits(atv.llm, shared, ids, once), theirs, atol=1e-9, rtol=0)
 
 
 def test_the_own_tokens_of_a_prompt_are_never_shared():
@@ -61,10 +65,14 @@ def test_an_evaluation_reads_an_instruction_once_and_its_rows_are_the_same(metho
     templates = tuple(INSTRUCTION + template for template in plain.templates)
     task = Task(plain.name, templates, plain.train, plain.valid, plain.test)
     atv = make_atv(positions="last:2")
-    read, rows = [], []
-    hook = atv.llm.register_forward_pre_hook(
-        lambda _, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
-    )
+    read, rows, switched = [], [], []
+
+    def note(_, args, kwargs):
+        read.append(kwargs["input_ids"].numel())
+        several = len(kwargs["input_ids"]) > 1
+        switched.append((several and least == 8, ALL_ATTENTION_FUNCTIONS["sdpa"] is not sdpa_attention_forward))
+
+    hook = atv.llm.register_forward_pre_hook(note, with_kwargs=True)
     for folder, least in (("plain", 10_000), ("shared", 8)):
         monkeypatch.setattr(SharedPrefix.__init__, "__defaults__", (least,))
         run = RunWriter(tmp_path / folder, {})
@@ -76,6 +84,8 @@ def test_an_evaluation_reads_an_instruction_once_and_its_rows_are_the_same(metho
     assert rows[0] == rows[1]
     end = read.index(0)
     assert sum(read[end:]) < 0.5 * sum(read[:end])
+    # Attention to what is shared is switched on for the batches that share it, and not where it is read.
+    assert set(switched) == {(False, False), (True, True)}
 
 
 def test_generate_goes_on_from_a_shared_prefix():

@@ -1,13 +1,16 @@
-"""Attention of a few new tokens over many cached ones, differentiated quickly on a CPU.
+"""Attention of a few new tokens over many cached ones: differentiated quickly on a CPU, and read once for many rows.
 
 Torch's fused CPU attention is slow in the backward when keys come from a cache, and transformers copies keys and values
 once per query head before any of torch's attentions sees them. Plain matrix products over grouped heads do neither: the
 LLM's part of a training step takes two thirds of the time for 24 short prompts with 4 edited tokens each, and a third
 of it for prompts of 500 tokens and more (docs/lab-notes.md).
+
+Where the cached tokens are the same in all rows of a batch, as demonstrations are, `shared_attention` reads them once.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,15 +65,73 @@ def grouped_attention(
     return (weights @ value).view(batch, heads, new, -1).transpose(1, 2).contiguous(), None
 
 
+def shared_attention(
+    columns: int,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """The same for a batch whose first `columns` keys and values are those of every row.
+
+    Softmax over shared and own keys is the mean of both attentions, weighted by the sums of their exponentials, whose
+    logarithms torch's CPU attention returns. So the queries of all rows can read the shared keys as those of one row,
+    and nothing of them is copied for a row or a query head.
+    """
+    batch, heads, new, width = query.shape
+    mask = attention_mask
+    if (
+        mask is None
+        or mask.dtype != torch.bool  # one that is added may hold distances to the shared columns
+        or mask.shape[:3] != (batch, 1, new)
+        or not mask[..., :columns].all()
+        or query.device.type != "cpu"
+        or value.shape[-1] != width
+        or torch.is_grad_enabled()
+        or dropout
+        or any(options.get(name) is not None for name in _UNKNOWN)
+    ):
+        return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **options)
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the public function hides the logarithms
+    rows = query.reshape(batch, key.shape[1], -1, width)  # the queries of one key head stand together
+    together = rows.transpose(0, 1).reshape(1, key.shape[1], -1, width)
+    theirs, log_sums = attend(together, key[:1, :, :columns], value[:1, :, :columns], scale=scaling)
+    # The least number and not -inf: padding sees nothing of its own part, which must weigh nothing and not be nan.
+    hidden = torch.zeros(batch, 1, new, key.shape[2] - columns, dtype=query.dtype)
+    hidden = hidden.masked_fill(~mask[..., columns:], torch.finfo(query.dtype).min).repeat(
+        1, 1, rows.shape[2] // new, 1
+    )
+    own, own_log_sums = attend(rows, key[:, :, columns:], value[:, :, columns:], attn_mask=hidden, scale=scaling)
+    log_sums = log_sums.reshape(key.shape[1], batch, -1).transpose(0, 1)  # (batch, key heads, queries), as the own ones
+    share = torch.sigmoid(log_sums - own_log_sums)[..., None]
+    theirs = theirs.reshape(key.shape[1], batch, -1, width).transpose(0, 1)
+    merged = torch.lerp(own.to(share.dtype), theirs.to(share.dtype), share).to(query.dtype)
+    return merged.reshape(batch, heads, new, width).transpose(1, 2).contiguous(), None
+
+
 @contextmanager
-def grouped() -> Iterator[None]:
-    """Let models that attend through transformers' `sdpa` function use `grouped_attention` meanwhile.
+def _meanwhile(function: Any) -> Iterator[None]:
+    """Let models that attend through transformers' `sdpa` function use another one meanwhile.
 
     The function is exchanged and not the models' setting: some build their mask and choose their code by that name.
     """
     former = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = grouped_attention
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = function
     try:
         yield
     finally:
         ALL_ATTENTION_FUNCTIONS["sdpa"] = former
+
+
+def grouped() -> AbstractContextManager[None]:
+    """`grouped_attention` in the models meanwhile."""
+    return _meanwhile(grouped_attention)
+
+
+def shared(columns: int) -> AbstractContextManager[None]:
+    """`shared_attention` in the models meanwhile; their cache begins with `columns` that are the same in all rows."""
+    return _meanwhile(partial(shared_attention, columns))

@@ -127,7 +127,7 @@ def _ask(
             continue
         began = time.perf_counter()
         inputs, past = shared.inputs([encoded[index] for index in batch], pad_id(method.tokenizer))
-        with method.steer(task, [task.test[index] for index in batch]):
+        with method.steer(task, [task.test[index] for index in batch]), shared.attention():
             output = call_llm(
                 method.llm,
                 keep=1,

@@ -9,7 +9,7 @@ columns are exactly those of the full pass. `read_prefix` is the one place where
 import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import takewhile
 from typing import Any, cast
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from atv.attention import grouped
+from atv.attention import grouped, shared
 from atv.batching import left_padded, position_ids
 from atv.hooks import accepted, base_llm, flat_head, input_device, text_config
 
@@ -163,6 +163,10 @@ class SharedPrefix:
         size = (len(prompts), -1, -1, -1)
         cache = as_cache((keys.expand(size), values.expand(size)) for keys, values in self._sides)
         return {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids(mask)}, cache
+
+    def attention(self) -> AbstractContextManager[None]:
+        """Read what the cache of `inputs` shares once for all rows meanwhile; without this it is read row by row."""
+        return shared(self.length) if self.length else nullcontext()
 
 
 def steered_logits(
