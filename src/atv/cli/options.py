@@ -123,7 +123,9 @@ Variants = Annotated[
     ),
 ]
 ProfileName = Annotated[str, typer.Option(help="paper, small (two CPU cores, 90 minutes) or smoke (3 minutes).")]
-MethodNames = Annotated[list[str] | None, typer.Option("--method", help="Method; once for each. Default: all.")]
+MethodNames = Annotated[
+    list[str] | None, typer.Option("--method", help="Method; once for each. Default: all but full.")
+]
 SettingsFile = Annotated[
     Path | None,
     typer.Option(help="TOML file with settings of methods, as atv sweep writes; stronger than the profile's."),

@@ -57,7 +57,7 @@ def reproduce(
         frozen: the LLM.
         tasks: those of the category Unseen are measured, never trained on.
         out: folder of the whole.
-        methods: names; by default all.
+        methods: names; by default all that are `by_default`.
         recipe: settings that suit this LLM; the profile's are stronger.
         given: settings that are stronger than the profile's.
         batch_size: prompts per call of the LLM when measuring.
@@ -70,7 +70,7 @@ def reproduce(
         if name not in METHODS:
             raise unknown("method", name, METHODS)
     tasks = chosen_tasks(profile, tasks)
-    jobs = _jobs(list(methods) or list(METHODS), profile.seeds)
+    jobs = _jobs(list(methods) or [name for name in METHODS if METHODS[name].by_default], profile.seeds)
     tables = (recipe or {}, profile.tables(), given or {})
     trained = [job for job in jobs if job.kind == "train"]
     settings = {(job.method, job.seed): method_settings(job.method, tables, job.seed) for job in trained}
