@@ -100,7 +100,7 @@ def test_the_comparison_shows_what_paired_gives_and_says_why_it_has_a_dash():
 
 
 def test_methods_stand_in_the_paper_s_order_and_each_llm_has_tables_of_its_own():
-    others = ("own", "icl+atv", "atv", "fixed", "prefix", "lora", "i2cl", "elicit", "bm25", "icl", "zero-shot")
+    others = ("own", "icl+atv", "atv", "fixed", "full", "prefix", "lora", "i2cl", "elicit", "bm25", "icl", "zero-shot")
     rows = [row for method in others for row in rows_of(method, "d", "x-")]
     assert [line[0] for line in in_domain_table(rows).rows] == [*others[:0:-1], "own"]
     titles = [table.title for table in paper_tables([*rows, *rows_of("atv", "e", "x", llm="large")])]

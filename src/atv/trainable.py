@@ -16,7 +16,7 @@ from atv.config import Positions, TrainConfig
 from atv.errors import ATVError
 from atv.hooks import base_llm, input_device, keep_differentiable
 from atv.models import context_length, load_tokenizer
-from atv.prefix import ReadPrefix, read_prefix
+from atv.prefix import ReadPrefix, call_llm, read_prefix
 
 
 @dataclass
@@ -45,6 +45,29 @@ def answer_loss(logits: Tensor, labels: Tensor) -> AnswerLoss:
     ).view_as(labels)  # (batch, answer), 0 where ignored
     losses = token_loss.sum(1) / (labels != IGNORED).sum(1).clamp(min=1)  # (batch,)
     return AnswerLoss(loss=losses.mean(), losses=losses, correct=logits[:, 0].argmax(-1) == labels[:, 0])
+
+
+def plain_loss(
+    llm: nn.Module, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, labels: Tensor
+) -> AnswerLoss:
+    """The loss of answers that `llm` reads in one pass, whole prompts, with nothing kept of them.
+
+    Args:
+        llm: with what is learned in it.
+        input_ids: (batch, seq), like the next two.
+        attention_mask: 1 where a token is.
+        position_ids: explicit positions.
+        labels: (batch, answer), -100 where there is no token.
+    """
+    output = call_llm(
+        llm,
+        keep=labels.shape[1],
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        use_cache=False,
+    )
+    return answer_loss(output.logits, labels)
 
 
 class Trainable(nn.Module, ABC):

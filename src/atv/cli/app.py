@@ -58,7 +58,7 @@ def train(
         "runs/train"
     ),
     method: Annotated[
-        str, typer.Option(help="atv, fixed, elicit, i2cl, lora or prefix; the options below are those of atv.")
+        str, typer.Option(help="atv, fixed, elicit, i2cl, lora, prefix or full; the options below are those of atv.")
     ] = "atv",
     set: Annotated[
         list[str] | None,
@@ -130,8 +130,8 @@ def evaluate(
     method: Annotated[
         str,
         typer.Option(
-            help="zero-shot, icl, bm25, elicit, i2cl, lora, prefix, fixed, atv or icl+atv; by default the adapter's "
-            "method, without one zero-shot."
+            help="zero-shot, icl, bm25, elicit, i2cl, lora, prefix, full, fixed, atv or icl+atv; by default the "
+            "adapter's method, without one zero-shot."
         ),
     ] = "",
     adapter: Annotated[Path | None, typer.Option(help="Folder that atv train wrote.")] = None,

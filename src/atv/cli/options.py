@@ -128,7 +128,9 @@ ProfileName = Annotated[
         help="paper, small (two CPU cores, 90 minutes), ablation (some minutes a condition) or smoke (3 minutes)."
     ),
 ]
-MethodNames = Annotated[list[str] | None, typer.Option("--method", help="Method; once for each. Default: all.")]
+MethodNames = Annotated[
+    list[str] | None, typer.Option("--method", help="Method; once for each. Default: all but full.")
+]
 SettingsFile = Annotated[
     Path | None,
     typer.Option(help="TOML file with settings of methods, as atv sweep writes; stronger than the profile's."),

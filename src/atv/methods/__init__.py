@@ -5,6 +5,7 @@ from atv.methods.base import Method, Prompt
 from atv.methods.bm25 import BM25
 from atv.methods.elicit import Elicit
 from atv.methods.fixed import Fixed
+from atv.methods.full import Full
 from atv.methods.i2cl import I2CL
 from atv.methods.icl import ICL
 from atv.methods.icl_atv import ICLWithATV
@@ -13,7 +14,8 @@ from atv.methods.prefix_tuning import PrefixTuning
 from atv.methods.zero_shot import ZeroShot
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (ZeroShot, ICL, BM25, Elicit, I2CL, LoRA, PrefixTuning, Fixed, ATV, ICLWithATV)
+    method.name: method
+    for method in (ZeroShot, ICL, BM25, Elicit, I2CL, LoRA, PrefixTuning, Full, Fixed, ATV, ICLWithATV)
 }
 
 __all__ = ["METHODS", "Method", "Prompt"]

@@ -43,7 +43,7 @@ from atv.progress import bar
 from atv.sampling import training_rows
 from atv.store import PrefixStore
 from atv.tasks import Example, Task
-from atv.trainable import AnswerLoss, Trainable, answer_loss
+from atv.trainable import AnswerLoss, Trainable, plain_loss
 
 WEIGHTS_FILE = "i2cl.safetensors"
 READ_TOGETHER = 16
@@ -211,15 +211,7 @@ class I2CLModel(Trainable):
         del query_attention_mask, edit_mask
         tasks = query_input_ids[:, 0].repeat_interleave(len(input_ids) // len(query_input_ids))  # (batch,)
         with self.inject(tasks):
-            output = call_llm(
-                self.llm,
-                keep=labels.shape[1],
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                use_cache=False,
-            )
-        return answer_loss(output.logits, labels)
+            return plain_loss(self.llm, input_ids, attention_mask, position_ids, labels)
 
     # ---- the artifact ----
 

@@ -17,10 +17,9 @@ from atv.config import Checked, TrainConfig
 from atv.errors import ATVError
 from atv.hooks import base_llm
 from atv.methods.base import Method
-from atv.prefix import call_llm
 from atv.store import PrefixStore
 from atv.tasks import Task
-from atv.trainable import AnswerLoss, Trainable, answer_loss
+from atv.trainable import AnswerLoss, Trainable, plain_loss
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 """PEFT's own name, so that PEFT reads the folder too."""
@@ -105,15 +104,7 @@ class PEFTModel(Trainable):
     ) -> AnswerLoss:
         """The loss of the answers; the adapter reads whole prompts, and no query beside them."""
         del query_input_ids, query_attention_mask, edit_mask
-        output = call_llm(
-            self.adapted,
-            keep=labels.shape[1],
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=False,
-        )
-        return answer_loss(output.logits, labels)
+        return plain_loss(self.adapted, input_ids, attention_mask, position_ids, labels)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write a folder that `load` reads, and PEFT's `PeftModel.from_pretrained` too."""

@@ -63,7 +63,7 @@ def reproduce(
         frozen: the LLM.
         tasks: those of the category Unseen are measured, never trained on.
         out: folder of the whole.
-        conditions: by default every method as it is.
+        conditions: by default every method that is `by_default`, as it is.
         recipe: settings that suit this LLM; the profile's are stronger.
         given: settings that are stronger than the profile's.
         batch_size: prompts per call of the LLM when measuring.
@@ -73,7 +73,8 @@ def reproduce(
         ATVError: an unknown setting, no task to train on, or `out` was made with other settings.
     """
     tasks = chosen_tasks(profile, tasks)
-    jobs = _jobs(conditions or [Condition(name) for name in METHODS], profile.seeds)
+    plain = [Condition(name) for name in METHODS if METHODS[name].by_default]
+    jobs = _jobs(conditions or plain, profile.seeds)
     tables = (recipe or {}, profile.tables(), given or {})
     settings = {job: condition_settings(job.condition, tables, job.seed) for job in jobs if job.kind == "train"}
     _open(profile, frozen, tasks, settings, batch_size, out, force)

@@ -60,13 +60,13 @@ def sweep(
         frozen: the LLM.
         tasks: those of the category Unseen have no part.
         out: gets `sweep.json` (every trial), `settings.toml` and the trials' folders.
-        methods: names of trained methods; by default all that have settings to choose from.
+        methods: names of trained methods; by default all `by_default` ones that have settings to choose from.
         trials: for every method.
         recipe: settings that suit this LLM; the profile's are stronger.
         given: settings that all trials have, stronger than the profile's.
         force: begin anew.
     """
-    names = list(methods) or [name for name in METHODS if METHODS[name].search]
+    names = list(methods) or [name for name in METHODS if METHODS[name].search and METHODS[name].by_default]
     for name in names:
         if name not in METHODS or not METHODS[name].search:
             raise unknown("method to choose settings for", name, [name for name in METHODS if METHODS[name].search])
