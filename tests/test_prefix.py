@@ -27,7 +27,7 @@ def encoded(atv):
     return [atv.tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
 
 
-def logits(llm, shared, ids, once):
+def logits(llm, shared, ids, once=True):
     inputs, past = shared.inputs(ids, 0)
     own = {name: tensor[:, shared.length :] for name, tensor in inputs.items() if name != "attention_mask"}
     own["attention_mask"] = inputs["attention_mask"]
