@@ -1,5 +1,6 @@
 """What `atv analysis` recorded about an adapter's vectors, as tables."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -66,7 +67,7 @@ def _short_table(record: Record) -> Table:
         "these tasks, not with other tasks or seeds. Where all queries agree it has no width, which is no certainty."
         f"{lens}"
     )
-    return _table(record, "Vectors in short", ["", "value", "from", "to", "to compare with"], rows, note, text=1)
+    return _table(record, "Vectors in short", ["measure", "value", "from", "to", "to compare with"], rows, note, text=1)
 
 
 def _norms_table(record: Record) -> Table:
@@ -235,14 +236,14 @@ def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
 
 
-def _three(value: float | None, digits: int = 3) -> str:
+def _three(value: float | None) -> str:
     """The digits that count, without an exponent where that is legible."""
     if value is None:
         return "–"
     size = abs(value)
-    if size >= 10 ** (digits - 1):
+    if size >= 100:
         return f"{value:.0f}"
-    return f"{value:#.{digits}g}" if size >= 1e-4 or size == 0 else f"{value:.1e}"
+    return f"{value:#.3g}" if size >= 1e-4 or size == 0 else f"{value:.1e}"
 
 
 def _cosine(value: float | None) -> str:
@@ -250,7 +251,11 @@ def _cosine(value: float | None) -> str:
 
 
 def _spread(mean: float, std: float | None) -> str:
-    return _three(mean) if std is None else f"{_three(mean)} ± {_three(std, 2)}"
+    """Both with as many decimals: those of the spread's first two digits."""
+    if std is None or not std:
+        return _three(mean)
+    decimals = max(0, 1 - math.floor(math.log10(std)))
+    return f"{mean:.{decimals}f} ± {std:.{decimals}f}"
 
 
 def _cut(text: str) -> str:
