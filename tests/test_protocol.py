@@ -20,6 +20,7 @@ from atv.protocol import (
     Condition,
     Frozen,
     Profile,
+    conditions_of,
     known_experiments,
     method_settings,
     read_experiment,
@@ -305,6 +306,7 @@ def test_the_experiments_of_the_package_are_whole():
         experiment = read_experiment(name)
         assert experiment.asks, name
         assert len(experiment.conditions) > 1, name
+    conditions_of(map(read_experiment, known_experiments()))  # a label is one condition in all of them
     with pytest.raises(ATVError, match="Unknown experiment 'region'. Did you mean|Unknown experiment 'region'"):
         read_experiment("region")
     with pytest.raises(ATVError, match="No file"):
