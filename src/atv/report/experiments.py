@@ -93,9 +93,9 @@ def _overview(found: Found, rows: Sequence[Row]) -> Table:
         lines.append([label, *costs, *(shown(values[column], column) for column in columns)])
     note = (
         f"{found.asks} Reference: {found.reference}. In-domain: mean of the categories; unseen: mean of the unseen "
-        f"tasks, in percent; {ACCURACY['correct']} over the whole vocabulary, and among the task's options. Trained "
-        "parameters and seconds of training: of what is trained for the condition, a dash if nothing is by a training "
-        "loop; prompts that conditions share are read once, in the first one's time."
+        f"tasks, in percent; {ACCURACY['correct']} over the whole vocabulary, and among the task's options. Training: "
+        "its seconds, without those of reading prompts ahead, which conditions share. A dash: nothing is trained by a "
+        "training loop."
     )
     return Table(f"Conditions: {rows[0]['llm']}", ["condition", *_COSTS, *columns], lines, note, text=1)
 
