@@ -365,7 +365,7 @@ def test_in_a_browser_tables_sort_nothing_is_fetched_and_a_phone_shows_it(folder
         backgrounds, texts = set(), set()
         for theme, width in (("light", 1280), ("dark", 1280), ("light", 360), ("dark", 360)):
             page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=theme)
-            page.set_default_timeout(5000)
+            page.set_default_timeout(60_000)
             page.on("request", lambda request: asked.append(request.url))
             page.on("console", lambda message: said.append(message.text))
             page.on("pageerror", lambda error: said.append(str(error)))

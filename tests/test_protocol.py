@@ -62,7 +62,7 @@ def tasks():
 
 def test_every_method_answers_the_same_rows(world, tmp_path):
     frozen, given = world
-    runs = reproduce(TINY, frozen, tasks(), tmp_path, methods=[*METHODS], given=given)
+    runs = reproduce(TINY, frozen, tasks(), tmp_path, conditions=[*map(Condition, METHODS)], given=given)
     rows = load_runs(runs)
     asked = {name: [] for name in METHODS}
     for row in rows:
