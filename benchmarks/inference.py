@@ -111,7 +111,7 @@ def first_token_apart(atv: ATVModel, prompts: Sequence[Sequence[int]], queries: 
         if side is not None:
             torch.cuda.current_stream().wait_stream(side)
             vectors.record_stream(torch.cuda.current_stream())
-        return inject(atv.layers, vectors, atv.config.scale, lambda: mask)
+        return inject(atv.layers, lambda: vectors, atv.config.scale, lambda: mask)
 
     edited = edit_mask(inputs["attention_mask"], atv.positions)
     ids, mask, places = (inputs[name] for name in ("input_ids", "attention_mask", "position_ids"))

@@ -24,12 +24,12 @@ def batch_of(atv, rows=ROWS):
     return atv.collator()([atv.encode_row(row) for row in rows])
 
 
-def full_pass_loss(atv, batch):
+def full_pass_loss(atv, batch, vectors=None):
     """Prompt and answer in one plain pass with hooks on everything: the straightforward definition."""
-    vectors = atv.vectors(batch["query_input_ids"], batch["query_attention_mask"])
-    rows = len(batch["input_ids"]) // len(vectors)
+    vectors = atv.vectors(batch["query_input_ids"], batch["query_attention_mask"]) if vectors is None else vectors
+    per_row = vectors.repeat_interleave(len(batch["input_ids"]) // len(vectors), 0)
     labels = batch["labels"]
-    with inject(atv.layers, vectors.repeat_interleave(rows, 0), atv.config.scale, lambda: batch["edit_mask"]):
+    with inject(atv.layers, lambda: per_row, atv.config.scale, lambda: batch["edit_mask"]):
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
         logits = call_llm(atv.llm, keep=labels.shape[1], use_cache=False, **inputs).logits
     losses = []
@@ -103,7 +103,7 @@ def test_all_equals_a_hand_written_loop():
     ids = torch.tensor([5, 9, 30, 77, 12])
     vectors = torch.randn(2, 32, dtype=torch.float64)
     everywhere = torch.ones(1, 5, dtype=torch.bool)
-    with torch.no_grad(), inject(list(llm.model.layers), vectors[None], 0.7, lambda: everywhere):
+    with torch.no_grad(), inject(list(llm.model.layers), lambda: vectors[None], 0.7, lambda: everywhere):
         found = llm(ids[None]).logits[0]
     torch.testing.assert_close(found, hand_written_llama(llm, ids, vectors, 0.7), atol=1e-9, rtol=0)
 

@@ -1,21 +1,27 @@
-"""The LLM as its own generator: states are those of a plain, unsteered call; no weight of it is learned or saved."""
+"""The LLM as its own generator: the state is that of a plain, unsteered call, and of no second one."""
 
 import pytest
 import torch
 from conftest import byte_level_tokenizer, make_llm, toy_task
 from refusals import refused
 from safetensors.torch import load_file
+from test_generate import NEW, generated, recomputed
 from test_model import POSITIONS, batch_of, full_pass_loss
-from transformers import set_seed
+from transformers import StaticCache, set_seed
 
+from atv.analysis import analyse
+from atv.batching import pad
 from atv.config import ATVConfig, TrainConfig
 from atv.doctor import check_wiring, model_summary
+from atv.evaluation import evaluate
 from atv.hooks import base_llm, capture_outputs, decoder_layers
 from atv.methods.atv import ATV
+from atv.methods.icl_atv import ICLWithATV
 from atv.model import ATVModel
+from atv.records import RunWriter
 from atv.training import train
 
-QUERIES = ["the kettle leaks", "quiet", "a quiet harbour before the first boats came in"]
+PROMPTS = ["the kettle leaks and the lid sticks, yes or no?\nA:", "quiet\nA:", "a quiet harbour before the first boats"]
 NAMES = ["llama", "gpt2", "opt", "gemma3", "mistral", "peft", "tuple"]
 
 
@@ -27,112 +33,158 @@ def made(name="llama", dtype=torch.float64, llm=None, **options):
 
 
 @torch.no_grad()
-def plain_states(atv, query, layer):
-    """(seq, hidden), from an ordinary call of the LLM."""
-    ids = torch.tensor([byte_level_tokenizer()(f"Q: {query}\nA:")["input_ids"]])
-    return atv.llm(input_ids=ids, output_hidden_states=True).hidden_states[layer + 1][0]
+def plain_state(atv, ids, layer):
+    """(hidden,), of the last of some token ids, from an ordinary call of the LLM."""
+    return atv.llm(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[layer + 1][0, -1]
 
 
-@torch.no_grad()
-def state_of(atv, query):
-    ids = torch.tensor(atv.generator.encode([query]))
-    return atv.generator(ids, torch.ones_like(ids))[0]
+def vectors_by_hand(atv, prompts):
+    """(prompts, layers, hidden), each prompt read alone by a plain call."""
+    read = atv.generator.index
+    return torch.stack([atv.expansion(plain_state(atv, ids, read)) for ids in prompts])
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "tuple"])
-def test_the_state_is_that_of_a_plain_call(name):
-    for layer in (0, 1):  # a library's last state is behind the final norm
-        for pooling in ("last", "mean"):
-            atv = made(name, generator_layer=layer, pooling=pooling)
-            for query in QUERIES:
-                states = plain_states(atv, query, layer)
-                expected = states[-1] if pooling == "last" else states.mean(0)
-                torch.testing.assert_close(state_of(atv, query), expected)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "tuple"])  # that one gives out no hidden states
+def test_vectors_are_those_of_a_plain_calls_state(name):
+    for layer in (0, 1):
+        atv = made(name, generator_layer=layer)
+        ids = atv.tokenizer(PROMPTS)["input_ids"]
+        torch.testing.assert_close(atv.task_vectors(PROMPTS), vectors_by_hand(atv, ids).detach())
 
 
-@pytest.mark.parametrize("name", ["llama", "tuple"])
-def test_the_last_layer_is_taken_before_the_final_norm(name):
-    atv = made(name, generator_layer=2)
-    with torch.no_grad(), capture_outputs(decoder_layers(atv.llm, atv.config.layer_path)[-1:]) as captured:
-        atv.llm(input_ids=torch.tensor(atv.generator.encode(QUERIES[:1])))
-    torch.testing.assert_close(state_of(atv, QUERIES[0]), captured[0][0, -1])
-
-
-def test_the_middle_is_the_default_and_the_layers_behind_it_are_not_run():
+def test_the_bottom_third_reads_and_the_layers_above_it_are_steered():
     atv = made()
+    assert (atv.generator.index, atv.layers) == (0, decoder_layers(atv.llm)[1:])
+    assert ATVConfig(generator="self").layer_indices(30) == list(range(10, 30))
     hooks = [len(module._forward_hooks) for module in atv.llm.modules()]
     with capture_outputs(decoder_layers(atv.llm)) as ran:
-        atv.task_vectors(QUERIES)
-    assert sorted(ran) == [0, 1]
-    assert "self: the LLM's own state after decoder layer 1" in model_summary(atv)
+        atv.task_vectors(PROMPTS)
+    assert sorted(ran) == [0]
+    assert "self: the LLM's own state after decoder layer 0" in model_summary(atv)
     assert [len(module._forward_hooks) for module in atv.llm.modules()] == hooks
-    torch.testing.assert_close(state_of(atv, QUERIES[0]), plain_states(atv, QUERIES[0], 1)[-1])
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("pooling", ["last", "mean"])
-def test_a_query_has_the_same_vectors_alone_and_in_a_padded_batch(name, pooling):
-    atv = made(name, pooling=pooling)
-    together = atv.task_vectors(QUERIES)
-    for index, query in enumerate(QUERIES):
-        torch.testing.assert_close(made(name, pooling=pooling).task_vectors([query])[0], together[index])
 
 
 def test_a_bfloat16_llm_reads_in_bfloat16_and_the_state_is_float32():
     llm = make_llm(dtype=torch.bfloat16)
     atv = ATVModel(llm, ATVConfig(generator="self"), tokenizer=byte_level_tokenizer()).eval()
-    expected = plain_states(atv, QUERIES[0], 1)[-1]
+    ids = torch.tensor(atv.generator.encode(PROMPTS[:1]))
+    expected = plain_state(atv, ids[0].tolist(), 0)
     assert expected.dtype == torch.bfloat16
-    assert torch.equal(state_of(atv, QUERIES[0]), expected.float())
+    assert torch.equal(atv.generator(ids, torch.ones_like(ids))[0], expected.float())
 
 
 # ---- steering ----
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("positions", ["last", "all"])
-def test_a_steered_llm_still_reads_queries_unsteered(name, positions):
-    atv = made(name, dtype=torch.float32, positions=positions)
-    expected = made(name, dtype=torch.float32, positions=positions).task_vectors(QUERIES)
-    inputs = atv.encode_prompts([f"{query}\nA:" for query in QUERIES])
-    atv.vector_cache.limit = 0
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_generation_is_that_of_vectors_made_from_the_prompt_beforehand(name, positions, use_cache):
+    atv = made(name, positions=positions, scale=1.0)
+    base_llm(atv.llm).generation_config.eos_token_id = None
+    by_hand = [recomputed(atv, prompt, prompt) for prompt in PROMPTS]
+    assert generated(atv, PROMPTS, PROMPTS, do_sample=False, use_cache=use_cache) == by_hand
+    plain = made(name, positions=positions, scale=0.0)
+    assert generated(plain, PROMPTS, PROMPTS, do_sample=False) != by_hand
+
+
+def passes(atv):
+    """Counts calls of the LLM's layers."""
+    counts = [0] * len(decoder_layers(atv.llm))
+    for index, layer in enumerate(decoder_layers(atv.llm)):
+        layer.register_forward_hook(lambda *_, index=index: counts.__setitem__(index, counts[index] + 1))
+    return counts
+
+
+def test_nothing_is_read_twice():
+    atv = made()
+    inputs = atv.encode_prompts(PROMPTS)
+    counts = passes(atv)
+    with torch.no_grad(), atv.steer(PROMPTS):
+        atv.llm(**inputs)
+    assert counts == [1, 1, 1]
+    atv.generate(PROMPTS, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
+    assert counts == [1 + NEW] * 3
+
+
+@pytest.mark.parametrize("positions", ["last", "answer"])
+def test_beams_and_returned_sequences_have_the_vectors_of_their_prompt(positions):
+    atv = made(positions=positions, scale=1.0)
+    base_llm(atv.llm).generation_config.eos_token_id = None
+    options = {"num_beams": 3, "num_return_sequences": 2, "do_sample": False}
+    together = generated(atv, PROMPTS, PROMPTS, **options)
+    alone = [row for prompt in PROMPTS for row in generated(atv, [prompt], [prompt], **options)]
+    assert together == alone
+    vectors = atv.task_vectors(PROMPTS)
+    inputs = atv.encode_prompts(PROMPTS)
+    width = inputs.pop("position_ids").shape[1]
+    with atv.steer(PROMPTS, vectors=vectors):
+        out = atv.llm.generate(**inputs, max_new_tokens=NEW, min_new_tokens=NEW, pad_token_id=0, **options)
+    assert out[:, width:].tolist() == together
+
+
+@torch.no_grad()
+def test_prompts_padded_on_the_right_and_given_as_embeddings_end_where_their_mask_ends():
+    atv = made(positions="last:2")
+    encoded = atv.tokenizer(PROMPTS)["input_ids"]
+    ids, mask = pad(encoded, 0, "right")
+    with atv.steer(PROMPTS):
+        found = atv.llm(input_ids=ids, attention_mask=mask).logits
+        embedded = atv.llm(inputs_embeds=atv.llm.get_input_embeddings()(ids), attention_mask=mask).logits
+    torch.testing.assert_close(found, embedded)
+    for row, prompt in enumerate(encoded):
+        with atv.steer(["one"], vectors=vectors_by_hand(atv, [prompt])):
+            alone = atv.llm(input_ids=torch.tensor([prompt])).logits[0, -1]
+        torch.testing.assert_close(found[row, len(prompt) - 1], alone)
+
+
+def test_a_static_cache_and_a_prompt_after_another_are_read_at_their_ends():
+    atv = made(positions="answer", scale=1.0)
+    llm = base_llm(atv.llm)
+    llm.generation_config.eos_token_id = None
+    expected = generated(atv, PROMPTS, PROMPTS, do_sample=False)
+    cache = StaticCache(config=llm.config, max_cache_len=80)
+    assert generated(atv, PROMPTS, PROMPTS, do_sample=False, past_key_values=cache) == expected
+    other = atv.encode_prompts(["of another length"] * 3)
+    inputs = atv.encode_prompts(PROMPTS)
+    with torch.no_grad(), atv.steer(PROMPTS):
+        once = atv.llm(**inputs).logits
+        assert not torch.equal(atv.llm(**other).logits[0, -1], once[0, -1])
+        assert torch.equal(atv.llm(**inputs).logits, once)
+
+
+def test_ready_vectors_are_used_as_they_are():
+    atv = made()
+    inputs = atv.encode_prompts(PROMPTS)
+    vectors = atv.task_vectors(["something else"]).expand(3, -1, -1)
     with torch.no_grad():
-        with atv.steer(QUERIES):
-            once = atv.llm(**inputs).logits
-        with atv.steer(QUERIES):
-            assert torch.equal(atv.task_vectors(QUERIES), expected)
-            assert torch.equal(atv.llm(**inputs).logits, once)
-            torch.testing.assert_close(atv.task_vectors(["of another length"]), atv.task_vectors(["of another length"]))
-            with atv.steer(QUERIES[::-1]):
-                pass
-            assert torch.equal(atv.llm(**inputs).logits, once)
-        assert not torch.equal(atv.llm(**inputs).logits, once)
-
-
-def test_a_generation_that_makes_other_vectors_between_its_steps_is_the_same():
-    atv = made(dtype=torch.float32, positions="answer")
-    prompts = [f"{query}\nA:" for query in QUERIES]
-    expected = atv.generate(prompts, QUERIES, max_new_tokens=5, do_sample=False)
-
-    def meanwhile(_, scores):
-        atv.task_vectors([f"a new one {len(atv.vector_cache)}"])
-        return scores
-
-    assert atv.generate(prompts, QUERIES, max_new_tokens=5, do_sample=False, logits_processor=[meanwhile]) == expected
-    assert len(atv.vector_cache) == 3 + 5
+        with atv.steer(PROMPTS):
+            own = atv.llm(**inputs).logits
+        with atv.steer(PROMPTS, vectors=vectors):
+            given = atv.llm(**inputs).logits
+            torch.testing.assert_close(atv.task_vectors(PROMPTS), made().task_vectors(PROMPTS))
+        with atv.steer(PROMPTS, scale=0.0):
+            assert torch.equal(atv.llm(**inputs).logits, atv.llm(**inputs).logits)
+    assert not torch.allclose(own[:, -1], given[:, -1])
 
 
 # ---- training ----
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "tuple"])
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_loss_and_gradients_are_those_of_the_full_pass_and_reach_the_expansion_alone(name, positions):
     atv = made(name, positions=positions).train()
     batch = batch_of(atv)
     assert {key.split(".")[0] for key, _ in atv.named_parameters()} == {"expansion"}
     parameters = list(atv.parameters())
-    split, full = atv(**batch).loss, full_pass_loss(atv, batch)
+    answers = batch["labels"].shape[1] - 1
+    width = batch["input_ids"].shape[1] - answers
+    prompts = [
+        [i for i, kept in zip(ids[:width].tolist(), mask[:width].tolist(), strict=True) if kept]
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+    split, full = atv(**batch).loss, full_pass_loss(atv, batch, vectors_by_hand(atv, prompts))
     assert split.item() == pytest.approx(full.item(), abs=1e-9)
     for ours, theirs in zip(torch.autograd.grad(split, parameters), torch.autograd.grad(full, parameters), strict=True):
         assert ours.abs().max() > 1e-4
@@ -140,73 +192,69 @@ def test_loss_and_gradients_are_those_of_the_full_pass_and_reach_the_expansion_a
     assert not any(p.requires_grad or p.grad is not None for p in base_llm(atv.llm).parameters())
 
 
-def test_no_dropout_of_the_llm_reaches_a_state():
-    atv = made("gpt2").train()
-    assert atv.llm.config.resid_pdrop > 0
-    batch = batch_of(atv)
-    states = [atv.generator(batch["query_input_ids"], batch["query_attention_mask"]) for _ in range(2)]
-    assert torch.equal(*states)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_the_wiring_is_right(name):
     assert [check for check in check_wiring(made(name, dtype=torch.float32)) if not check.passed] == []
 
 
-def test_training_reads_each_query_once_and_learns(tmp_path, monkeypatch):
+def test_training_learns_without_a_pass_of_its_own(tmp_path, monkeypatch):
     atv, task = made(dtype=torch.float32, scale=0.5), toy_task(rows=24)
     frozen = {name: p.clone() for name, p in atv.llm.named_parameters()}
-    read = []
-    states = type(atv.generator).states
-
-    def watched(self, ids, mask):
-        read.extend(tuple(row[:length]) for row, length in zip(ids.tolist(), mask.sum(1).tolist(), strict=True))
-        return states(self, ids, mask)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("atv.training.require_wiring", lambda atv: None)
-        patch.setattr(type(atv.generator), "states", watched)
-        result = train(atv, [task], tmp_path / "out", TrainConfig(epochs=4, batch_size=4, learning_rate=5e-3))
-    queries = {row.input for row in (*task.train, *task.valid)}
-    assert sorted(read) == sorted(tuple(ids) for ids in atv.generator.encode(sorted(queries)))
+    monkeypatch.setattr("atv.training.require_wiring", lambda atv: None)
+    monkeypatch.setattr(type(atv.generator), "states", None)  # whoever reads anything apart fails
+    result = train(atv, [task], tmp_path / "out", TrainConfig(epochs=12, batch_size=4, learning_rate=5e-3))
     losses = [entry["eval_loss"] for entry in result.record["history"] if "eval_loss" in entry]
     assert losses[-1] < 0.6 * losses[0]
     assert all(torch.equal(p, frozen[name]) for name, p in atv.llm.named_parameters())
-    assert atv.generator._read == {}
 
 
-def test_a_trained_generator_is_read_anew_in_each_step(tmp_path):
-    from conftest import make_atv
+# ---- measuring ----
 
-    atv = make_atv(dtype=torch.float32)
-    batch = batch_of(atv)
-    queries = {tuple(row[:length]) for row, length in zip(batch["query_input_ids"].tolist(),
-               batch["query_attention_mask"].sum(1).tolist(), strict=True)}  # fmt: skip
-    with atv.generator.read_ahead(queries):
-        atv(**batch).loss.backward()
-    assert all(p.grad is not None for p in atv.generator.parameters())
+
+def test_measured_with_shared_instructions_it_answers_as_each_prompt_alone(tmp_path):
+    """What prompts begin with is read once by the evaluation; behind demonstrations the state is of all of them."""
+    task = toy_task()
+    atv = made(dtype=torch.float32, scale=1.0)
+    atv.save_pretrained(tmp_path / "adapter")
+    llm = make_llm(dtype=torch.float32)
+    for number, (method, shots) in enumerate(((ATV, None), (ICLWithATV, 2))):
+        loaded = method.load(llm, atv.tokenizer, tmp_path / "adapter", shots=shots)
+        run = RunWriter(tmp_path / str(number), {})
+        evaluate(loaded, [task], run, variants="first", batch_size=3)
+        variant = task.variants("first")[0]
+        for row in run.rows:
+            prompt = loaded.prompts(task, task.test, variant)[row["example"]].ids
+            with torch.no_grad(), loaded.atv.steer(["x"], vectors=vectors_by_hand(loaded.atv, [prompt])):
+                logits = llm(input_ids=torch.tensor([prompt])).logits[0, -1]
+            assert atv.tokenizer.decode([int(logits.argmax())]) == row["prediction"]
+
+
+def test_its_analysis_is_of_prompts(monkeypatch):
+    pytest.importorskip("sklearn")
+    atv, task = made(dtype=torch.float32), toy_task()
+    asked = []
+    monkeypatch.setattr(
+        ATVModel, "_make_vectors", lambda self, texts: asked.extend(texts) or torch.randn(len(texts), 2, 32)
+    )
+    analyse(atv, [task], rows=6)
+    assert all(text.startswith(task.templates[0].split("{")[0]) and text.endswith("A:") for text in asked)
 
 
 # ---- the artifact ----
 
 
 def test_a_saved_one_is_its_expansion_alone_and_gives_the_same_vectors(tmp_path):
-    atv = made(dtype=torch.float32, generator_layer=0, pooling="mean")
+    atv = made(dtype=torch.float32, generator_layer=1)
     atv.save_pretrained(tmp_path / "adapter")
     assert [file.name for file in tmp_path.rglob("*.safetensors")] == ["expansion.safetensors"]
     assert {name: tuple(t.shape) for name, t in load_file(tmp_path / "adapter" / "expansion.safetensors").items()} == {
-        "map.weight": (3 * 32, 32), "map.bias": (3 * 32,),
+        "map.weight": (32, 32), "map.bias": (32,),
     }  # fmt: skip
     again = ATVModel.from_pretrained(make_llm(dtype=torch.float32), tmp_path, tokenizer=atv.tokenizer)
     assert again.config == atv.config
-    assert torch.equal(again.task_vectors(QUERIES), atv.task_vectors(QUERIES))
-    assert (
-        "A generator (self: the LLM's own state after decoder layer 0) reads"
-        in (tmp_path / "adapter" / "README.md").read_text()
-    )
-    method = ATV.load(make_llm(dtype=torch.float32), atv.tokenizer, tmp_path)
-    with torch.no_grad(), method.steer(None, toy_task().test[:1]):
-        assert method.llm(**atv.encode_prompts(["x"])).logits.isfinite().all()
+    assert torch.equal(again.task_vectors(PROMPTS), atv.task_vectors(PROMPTS))
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert "A generator (self: the LLM's own state after decoder layer 1) reads" in card
 
 
 # ---- what is refused ----
@@ -220,7 +268,7 @@ def test_it_is_never_trained():
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        ({"generator": "self", "pooling": "cls"}, ["pooling is 'cls'", "Expected last or mean"]),
+        ({"generator": "self", "pooling": "mean"}, ["pooling is 'mean'", "Expected last"]),
         ({"generator": "self", "generator_layer": -1}, ["generator_layer is -1", "a whole number from 0"]),
         ({"generator": "self", "generator_layer": 1.5}, ["generator_layer is 1.5"]),
         ({"generator_layer": 1}, ["generator_layer is 1", "openai-community/gpt2", "leave it out"]),
@@ -231,6 +279,15 @@ def test_what_cannot_be_meant_is_refused(options, parts):
         ATVConfig(**options)
 
 
-def test_a_layer_that_the_llm_does_not_have_is_refused():
-    with refused("generator_layer is 3", "layers 0 to 2"):
-        made(generator_layer=3)
+@pytest.mark.parametrize(
+    "options", [{"generator_layer": 3}, {"generator_layer": 2}, {"layers": "bottom"}, {"layers": [0, 2]}]
+)
+def test_layers_that_are_not_above_the_one_that_is_read_are_refused(options):
+    with refused("layers is", "none but those above layer", "layers 0 to 2"):
+        made(**options)
+
+
+def test_queries_that_are_empty_are_refused():
+    atv = made()
+    with refused("A query is ''"), atv.steer(["", "x"]):
+        pass

@@ -81,22 +81,24 @@ class ATVConfig(Checked):
     """The shape of an ATV. The defaults are the paper's (section 3 of its text)."""
 
     generator: str = "openai-community/gpt2"
-    """Hugging Face id or folder of the model that reads the query (any encoder or decoder); `self`: the LLM itself;
-    `random:LAYERSxWIDTH`: a new small decoder."""
+    """Hugging Face id or folder of the model that reads the query (any encoder or decoder); `self`: the LLM's own lower
+    layers, while they read the prompt; `random:LAYERSxWIDTH`: a new small decoder."""
     generator_revision: str | None = None
     """Commit, tag or branch of the generator on the hub."""
     generator_layer: int | None = None
-    """Of the generator `self`: index of the decoder layer whose output is the state; none: the middle one."""
+    """Of the generator `self`: index of the decoder layer whose output is the state, below all steered ones; none: the
+    last of the bottom third."""
     pooling: Literal["last", "mean", "cls"] = "last"
     """How the generator's hidden states become one vector: its last token (the paper), their mean, or the first."""
     train_generator: bool = True
     """Train generator and expansion together (the paper), or keep the generator frozen; of `self` always false."""
     query_template: str = "Q: {query}\nA:"
-    """What the generator reads, in training and in use alike; must hold {query}."""
+    """What the generator reads, in training and in use alike; must hold {query}. `self` reads the prompt as it is."""
     expansion_rank: int | None = None
     """None: one full linear map (the paper). A number: the product of two maps through that many dimensions."""
     layers: str | list[int] = "all"
-    """Decoder layers that receive a vector: all, a third of them (bottom, middle, top), or a list of indices."""
+    """Decoder layers that receive a vector: all (with the generator `self`: all above the one that is read), a third of
+    them (bottom, middle, top), or a list of indices."""
     layer_path: str | None = None
     """Name of the LLM's list of decoder layers, for a model where it cannot be found by structure."""
     positions: str = "last"
@@ -131,6 +133,11 @@ class ATVConfig(Checked):
         """Refuse what does not go with the generator that is named."""
         if self.generator == SELF:
             self.train_generator = False  # the LLM is frozen
+            if self.pooling != "last":
+                raise ATVError(
+                    f"pooling is {self.pooling!r} and the generator {SELF}: its state is that of the prompt's last "
+                    "token, which has read all the others. Expected last."
+                )
             if self.generator_layer is not None and not _is_whole(self.generator_layer, 0):
                 raise ATVError(f"generator_layer is {self.generator_layer!r}; expected a whole number from 0, or none.")
         elif self.generator_layer is not None:
@@ -144,23 +151,34 @@ class ATVConfig(Checked):
                 f"The generator {self.generator} begins with random weights and train_generator is false: it would "
                 "never learn to read. Train it, or name a model that can read."
             )
-        if self.pooling == "cls" and (new or self.generator == SELF):
+        if self.pooling == "cls" and new:
             raise ATVError(
                 f"pooling is 'cls' and the generator {self.generator}: a decoder reads its first token before the "
                 "query, so that its state is the same for every query. Expected last or mean."
             )
 
+    def read_layer(self, num_layers: int) -> int | None:
+        """Index of the layer that the generator `self` reads, in an LLM with `num_layers`; None of any other."""
+        if self.generator != SELF:
+            return None
+        return max(0, round(num_layers / 3) - 1) if self.generator_layer is None else self.generator_layer
+
     def layer_indices(self, num_layers: int) -> list[int]:
         """The chosen layers of an LLM with `num_layers` of them, in ascending order."""
-        if isinstance(self.layers, str):
+        read = self.read_layer(num_layers)
+        lowest = 0 if read is None else read + 1
+        if self.layers == "all":
+            chosen = list(range(lowest, num_layers))
+        elif isinstance(self.layers, str):
             third = REGIONS.index(self.layers)
-            ends = (round((third - 1) * num_layers / 3), round(third * num_layers / 3)) if third else (0, num_layers)
-            chosen = list(range(*ends))
+            chosen = list(range(round((third - 1) * num_layers / 3), round(third * num_layers / 3)))
         else:
             chosen = sorted(set(self.layers))
-        if not chosen or chosen[-1] >= num_layers:
+        if not chosen or chosen[0] < lowest or chosen[-1] >= num_layers:
+            above = "" if read is None else f", and none but those above layer {read}, which the generator {SELF} reads"
             raise ATVError(
-                f"layers is {self.layers!r}; this LLM has layers 0 to {num_layers - 1}: name at least one of them."
+                f"layers is {self.layers!r}; this LLM has layers 0 to {num_layers - 1}: name at least one of them"
+                f"{above}."
             )
         return chosen
 

@@ -158,7 +158,7 @@ def _scale_zero(atv: ATVModel) -> tuple[bool, str]:
     plain = _plain(atv, inputs)
     vectors = _test_vectors(atv, len(PROMPTS))
     everywhere = inputs["attention_mask"].bool()
-    with inject(atv.layers, vectors, 0.0, lambda: everywhere):
+    with inject(atv.layers, lambda: vectors, 0.0, lambda: everywhere):
         zero = _plain(atv, inputs)
     different = int((plain != zero).sum())
     return different == 0, f"{different} of {plain.numel()} logits differ"
@@ -216,7 +216,7 @@ def _split(atv: ATVModel) -> tuple[bool, str]:
     with torch.enable_grad():
         logits = steered_logits(
             atv.llm,
-            lambda where: inject(atv.layers, learnt, 1.0, lambda: where),
+            lambda where: inject(atv.layers, lambda: learnt, 1.0, lambda: where),
             *(ids, mask, places, edit_mask(mask, atv.positions)),
             keep=1,
         )

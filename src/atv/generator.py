@@ -1,6 +1,6 @@
 """The generator: a small language model that reads the query and gives back one hidden state."""
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Self, cast
@@ -12,7 +12,7 @@ from transformers import AutoModel, LlamaConfig
 from atv.batching import encode_prompt, like_lengths, pad, pad_id, position_ids
 from atv.config import SELF, ATVConfig, random_sizes
 from atv.errors import ATVError
-from atv.hooks import decoder_layers, read_up_to, text_config
+from atv.hooks import decoder_layers, edit_outputs, read_up_to, text_config
 from atv.models import context_length, load_encoder, load_tokenizer
 from atv.progress import bar, note
 
@@ -184,11 +184,12 @@ class Constant(Generator):
 
 
 class Itself(Generator):
-    """The frozen LLM itself, up to one of its decoder layers: there is no second model.
+    """The frozen LLM's own lower layers: there is no second model, and nothing is read twice.
 
-    It reads the query alone, unsteered, in its own dtype and with its own tokenizer; the state is what that layer
-    returns, before any later norm. Nothing of it is trained or saved. Its last token suits it: many LLMs' first token
-    has a state many times as large as the others' and the same for every query, which rules their mean.
+    Its state is what one decoder layer returns for the prompt's last token. That layer and those below it are not
+    steered, so that one pass over the prompt gives the state and is steered by it above (`ATVModel.steer`, `forward`).
+    Called by itself, as for `ATVModel.task_vectors`, it takes prompts and runs the LLM up to that layer. Nothing of it
+    is trained or saved.
 
     Args:
         llm: the frozen LLM.
@@ -199,14 +200,12 @@ class Itself(Generator):
     def __init__(self, llm: nn.Module, tokenizer: Any, config: ATVConfig) -> None:
         nn.Module.__init__(self)
         layers = decoder_layers(llm, config.layer_path)
-        self.index = (len(layers) - 1) // 2 if config.generator_layer is None else config.generator_layer
-        if self.index >= len(layers):
-            raise ATVError(f"generator_layer is {self.index}; this LLM has layers 0 to {len(layers) - 1}.")
+        self.index = cast(int, config.read_layer(len(layers)))  # below a steered one: config.layer_indices saw to that
         object.__setattr__(self, "encoder", llm)  # no submodule: its weights are the LLM's, not the adapter's
         object.__setattr__(self, "layer", layers[self.index])
         self.register_buffer("like", torch.empty(0), persistent=False)  # has the dtype and device that states get
         self.hidden_size = text_config(llm).hidden_size
-        self.tokenizer, self.pooling, self.query_template = tokenizer, config.pooling, config.query_template
+        self.tokenizer, self.pooling, self.query_template = tokenizer, "last", "{query}"
         self.name_or_path, self.revision = SELF, None
         self.trainable, self.bf16, self._told_of_cut, self._read = False, False, False, {}
 
@@ -222,6 +221,26 @@ class Itself(Generator):
     def describe(self) -> str:
         """What it is, in words."""
         return f"{SELF}: the LLM's own state after decoder layer {self.index}"
+
+    @contextmanager
+    def reading(self, ends: Callable[[], Tensor | None], take: Callable[[Tensor], None]) -> Iterator[None]:
+        """Hand on the states of prompts from the LLM's own passes over them while the context lasts.
+
+        Args:
+            ends: called in each pass; the column of each row's last prompt token, (rows,), counted from either end;
+                None: there is no prompt in it.
+            take: is given the states of such a pass, (rows, hidden), float32.
+        """
+
+        def look(_: int, hidden: Tensor) -> Tensor:
+            columns = ends()
+            if columns is not None:
+                rows = torch.arange(len(hidden), device=hidden.device)
+                take(hidden.detach()[rows, columns.to(hidden.device)].to(self.like))
+            return hidden
+
+        with edit_outputs([self.layer], look):
+            yield
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         return [encode_prompt(self.tokenizer, text) for text in texts]

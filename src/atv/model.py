@@ -5,7 +5,7 @@ prompt --frozen LLM, with  h~_l = h_l + scale * v_l  at the chosen tokens of eve
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -17,7 +17,7 @@ from atv.batching import Collator, EncodedRow, Row, pad, pad_id
 from atv.cache import AdapterHash, VectorCache
 from atv.config import ATVConfig, Positions, TrainConfig
 from atv.errors import ATVError
-from atv.generator import Generator, check_queries, load_generator
+from atv.generator import Generator, Itself, check_queries, load_generator
 from atv.hooks import around_calls, base_llm, decoder_layers, edit_outputs, input_device, text_config
 from atv.models import load_llm
 from atv.prefix import ReadPrefix, first_edited, steered_logits
@@ -69,14 +69,14 @@ def add_vectors(hidden: Tensor, vectors: Tensor, mask: Tensor, scale: float) -> 
 
 @contextmanager
 def inject(
-    layers: Sequence[nn.Module], vectors: Tensor, scale: float, mask: Callable[[], Tensor | None]
+    layers: Sequence[nn.Module], vectors: Callable[[], Tensor], scale: float, mask: Callable[[], Tensor | None]
 ) -> Iterator[None]:
     """Add each query's vectors to the outputs of `layers` while the context lasts.
 
     Args:
         layers: the steered decoder layers.
-        vectors: (queries, layers, hidden). A batch may hold several rows per query, one query after the other
-            (templates, beams, returned sequences): they share its vector.
+        vectors: called at every layer; (queries, layers, hidden). A batch may hold several rows per query, one query
+            after the other (templates, beams, returned sequences): they share its vector.
         scale: lambda.
         mask: called at every layer; the tokens of this call that receive the vector, (rows, seq) bool, or None.
     """
@@ -85,13 +85,14 @@ def inject(
         where = mask()
         if where is None:
             return hidden
-        rows_per_query, rest = divmod(len(hidden), len(vectors))
+        made = vectors()
+        rows_per_query, rest = divmod(len(hidden), len(made))
         if where.shape != hidden.shape[:2] or rest:
             raise ATVError(
                 f"A layer returned {tuple(hidden.shape[:2])} tokens; the edit mask has {tuple(where.shape)} and there "
-                f"are {len(vectors)} task vectors. Expected a mask of that shape and a whole number of rows per vector."
+                f"are {len(made)} task vectors. Expected a mask of that shape and a whole number of rows per vector."
             )
-        row_vectors = vectors[:, index].repeat_interleave(rows_per_query, dim=0)  # (rows, hidden)
+        row_vectors = made[:, index].repeat_interleave(rows_per_query, dim=0)  # (rows, hidden)
         start = first_edited(where) if where.shape[1] > 1 else 0  # one column: no need to ask the device
         if start == 0:
             return add_vectors(hidden, row_vectors, where, scale)
@@ -103,10 +104,9 @@ def inject(
         yield
 
 
-@contextmanager
 def steering(
     llm: nn.Module, layers: Sequence[nn.Module], vectors: Tensor, scale: float, positions: Positions
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Add each query's vectors at `positions` of its prompts, in any call of the LLM while the context lasts.
 
     Args:
@@ -116,11 +116,31 @@ def steering(
         scale: lambda.
         positions: the tokens that receive a vector.
     """
-    tracker = PromptTracker(len(vectors), positions)
+    return editing(
+        llm, len(vectors), positions, lambda tracker: inject(layers, lambda: vectors, scale, lambda: tracker.mask)
+    )
+
+
+@contextmanager
+def editing(
+    llm: nn.Module,
+    prompts: int,
+    positions: Positions,
+    edits: Callable[[PromptTracker], AbstractContextManager[None]],
+) -> Iterator[None]:
+    """Run every call of the LLM that holds tokens to edit inside what `edits` makes, while the context lasts.
+
+    Args:
+        llm: the frozen LLM, or a PEFT model around it.
+        prompts: how many the LLM is called with; each may have several rows (beams, returned sequences).
+        positions: the tokens that receive a vector.
+        edits: given the tracker that knows where those tokens and the prompts' ends are in the current call.
+    """
+    tracker = PromptTracker(prompts, positions)
 
     def steered(call: Mapping[str, Any]) -> AbstractContextManager[None] | None:
         tracker.observe(call)
-        return None if tracker.mask is None else inject(layers, vectors, scale, lambda: tracker.mask)
+        return None if tracker.mask is None else edits(tracker)
 
     with around_calls(base_llm(llm), steered):
         yield
@@ -165,6 +185,11 @@ class ATVModel(Trainable):
     method = "atv"
     layers: list[nn.Module]
 
+    @property
+    def own(self) -> Itself | None:
+        """The generator, if it is the LLM itself: what it reads are prompts, in the LLM's own pass over them."""
+        return self.generator if isinstance(self.generator, Itself) else None
+
     def describe(self) -> dict[str, Any]:
         """Its configuration."""
         return self.config.to_dict()
@@ -185,8 +210,9 @@ class ATVModel(Trainable):
         """As every `Trainable`, the generator in bfloat16 if `config` says so; a frozen one reads each query once."""
         self.generator.bf16 = config.bf16
         queries = {tuple(row.query) for row in rows}
+        ahead = nullcontext() if self.own else self.generator.read_ahead(queries)
         try:
-            with super().in_training(config, read, rows), self.generator.read_ahead(queries):
+            with super().in_training(config, read, rows), ahead:
                 yield
         finally:
             self.generator.bf16 = False
@@ -208,24 +234,57 @@ class ATVModel(Trainable):
         labels: Tensor,
     ) -> AnswerLoss:
         """The loss of the steered LLM's answers; see `Trainable.forward`."""
-        vectors = self.vectors(query_input_ids, query_attention_mask)  # (queries, layers, hidden)
+        scale, keep = self.config.scale, labels.shape[1]
+        ends = labels.new_full((len(labels),), -keep)  # a prompt's last column predicts the answer's first token
+        made = [] if self.own else [self.vectors(query_input_ids, query_attention_mask)]  # (queries, layers, hidden)
+
+        def steered(mask: Tensor) -> AbstractContextManager[None]:
+            if self.own:
+                return self.inject_own(made, lambda: ends, scale, lambda: mask)
+            return inject(self.layers, lambda: made[0], scale, lambda: mask)
+
         logits = steered_logits(
             self.llm,
-            lambda mask: inject(self.layers, vectors, self.config.scale, lambda: mask),
+            steered,
             input_ids,
             attention_mask,
             position_ids,
             edit_mask,
-            keep=labels.shape[1],
+            keep=keep,
             read=self.read_prefix,
         )  # (batch, answer, vocabulary)
         return answer_loss(logits, labels)
 
+    @contextmanager
+    def inject_own(
+        self,
+        made: list[Tensor],
+        ends: Callable[[], Tensor | None],
+        scale: float,
+        mask: Callable[[], Tensor | None],
+    ) -> Iterator[None]:
+        """As `inject`, with vectors that the generator `self` makes in the very pass that they steer.
+
+        Args:
+            made: holds the vectors of the latest prompts, (rows, layers, hidden): later passes over their answers have
+                them too.
+            ends: as in `Itself.reading`.
+            scale: lambda.
+            mask: as in `inject`.
+        """
+
+        def take(states: Tensor) -> None:
+            made[:] = [self.expansion(states)]
+
+        own = cast(Itself, self.generator)
+        with own.reading(ends, take), inject(self.layers, lambda: made[0], scale, mask):
+            yield
+
     # ---- texts to tensors ----
 
     def encode_query(self, row: Row) -> list[int]:
-        """What the generator reads of a row, as its token ids."""
-        return self.generator.encode([row.query])[0]
+        """What the generator reads of a row beside its prompts, as its token ids."""
+        return super().encode_query(row) if self.own else self.generator.encode([row.query])[0]
 
     def collator(self) -> Collator:
         """Makes the batches that `forward` takes from `encode_row`'s rows."""
@@ -237,8 +296,8 @@ class ATVModel(Trainable):
     def task_vectors(self, queries: Sequence[str]) -> Tensor:
         """Task vectors of queries: (queries, layers, hidden), float32; dropout off. An empty query raises ATVError.
 
-        In eval mode the vectors of queries that came before are taken from `vector_cache`; they are of the weights as
-        they are now.
+        With the generator `self` a query is a whole prompt. In eval mode the vectors of queries that came before are
+        taken from `vector_cache`; they are of the weights as they are now.
         """
         if isinstance(queries, str):
             raise ATVError("queries is one text; expected a list of texts: put it into brackets.")
@@ -268,19 +327,32 @@ class ATVModel(Trainable):
         (a static cache, which keeps its length on the device, is asked for it).
 
         Args:
-            queries: one per prompt, in the order of the prompts. The LLM may be called with several rows per prompt
-                (beams, returned sequences), with or without a cache, as often as one likes; prompts may be padded on
-                either side if `attention_mask` is given. A prompt read in chunks (`prefill_chunk_size`) is not
-                supported, since its end cannot be told from its first chunk.
+            queries: one per prompt, in the order of the prompts; the generator `self` reads the prompts instead, in
+                the same pass, and only their number counts. The LLM may be called with several rows per prompt (beams,
+                returned sequences), with or without a cache, as often as one likes; prompts may be padded on either
+                side if `attention_mask` is given. A prompt read in chunks (`prefill_chunk_size`) is not supported,
+                since its end cannot be told from its first chunk.
             vectors: ready task vectors (queries, layers, hidden) to use instead of making them from the queries.
             scale: strength for this context; by default the configuration's.
 
         Raises:
             ATVError: a number of rows that is no multiple of the number of queries, or an empty query.
         """
-        vectors = self.task_vectors(queries) if vectors is None else vectors  # (queries, layers, hidden)
         scale = self.config.scale if scale is None else scale
-        with steering(self.llm, self.layers, vectors, scale, self.positions):
+        steered: AbstractContextManager[None]
+        if self.own and vectors is None:
+            check_queries(queries)
+            made: list[Tensor] = []
+            steered = editing(
+                self.llm,
+                len(queries),
+                self.positions,
+                lambda tracker: self.inject_own(made, tracker.prompt_ends, scale, lambda: tracker.mask),
+            )
+        else:
+            vectors = self.task_vectors(queries) if vectors is None else vectors  # (queries, layers, hidden)
+            steered = steering(self.llm, self.layers, vectors, scale, self.positions)
+        with steered:
             yield self
 
     def generate(

@@ -42,6 +42,7 @@ class PromptTracker:
         self._prompt_mask: Tensor | None = None  # (rows, prompt)
         self._prompt_ids: Tensor | None = None
         self._start = 0
+        self._call_start = 0
 
     def observe(self, call: Mapping[str, Any]) -> None:
         """Look at the named arguments of a forward call that is about to run."""
@@ -55,6 +56,7 @@ class PromptTracker:
         if not self._goes_on(ids, start, rows):
             self._begin(tokens, call.get("attention_mask"), ids, start)
         assert self._prompt_mask is not None
+        self._call_start = start
         prompt = self._prompt_mask.shape[1]
         if start >= prompt:  # answer tokens alone: known from shapes, so that a decoding step waits for no device
             answer = self.positions.answer
@@ -63,6 +65,14 @@ class PromptTracker:
         known = self._prompt_mask[:, start : start + width]  # columns of the prompt in this call
         mask = torch.nn.functional.pad(known, (0, width - known.shape[1]), value=self.positions.answer)
         self.mask = mask if bool(mask.any()) else None
+
+    def prompt_ends(self) -> Tensor | None:
+        """The column of this call where each row's prompt ends, (rows,); None when the call holds no prompt."""
+        prompt = self._prompt_mask
+        if prompt is None or self._call_start >= prompt.shape[1]:
+            return None
+        from_end = prompt.flip(-1).int().argmax(-1)  # a prompt's last token is edited wherever vectors are added
+        return prompt.shape[1] - 1 - from_end - self._call_start
 
     def _goes_on(self, ids: Tensor | None, start: int, rows: int) -> bool:
         prompt = self._prompt_mask

@@ -63,12 +63,14 @@ def analyse(
     entries = None if elicit is None else _entries(elicit, atv, tasks)
     one = Example(query, "") if query is not None else asked[0][1]
     neighbours = [(task, example) for task in drawn for example in task.train]
-    texts = [example.input for _, example in asked]
+    texts = [_read(atv, task, example) for task, example in asked]
     with bar("analysis", 2 * len(asked) + len(neighbours) + 2) as progress:
         progress.describe("analysis: vectors")
-        vectors = _gathered(atv, [*texts, one.input], progress)  # (queries + 1, layers, hidden), the last one's: `one`
+        vectors = _gathered(
+            atv, [*texts, _read(atv, tasks[0], one)], progress
+        )  # (queries + 1, layers, hidden), the last one's: `one`
         progress.describe("analysis: training queries")
-        cosines = _cosines(atv, vectors, [example.input for _, example in neighbours], progress)
+        cosines = _cosines(atv, vectors, [_read(atv, *row) for row in neighbours], progress)
         progress.describe("analysis: residual stream")
         prompts = [_prompt(task, example) for task, example in asked]
         beside = beside_residual(atv, prompts, vectors[:-1], progress)
@@ -102,6 +104,11 @@ def analyse(
 
 def _prompt(task: Task, example: Example) -> str:
     return task.prompt(example.input, Variant(0, TRAIN_PREFIX))
+
+
+def _read(atv: ATVModel, task: Task, example: Example) -> str:
+    """What the generator reads of an example."""
+    return _prompt(task, example) if atv.own else example.input
 
 
 def _about(task: Task, atv: ATVModel) -> dict[str, Any]:

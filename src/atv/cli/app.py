@@ -68,8 +68,8 @@ def train(
     generator: Annotated[
         str,
         typer.Option(
-            help="Model that reads the query: Hugging Face id, folder or embedded name; self: the LLM itself; "
-            "random:LAYERSxWIDTH: a new decoder."
+            help="Model that reads the query: Hugging Face id, folder or embedded name; self: the LLM's own lower "
+            "layers; random:LAYERSxWIDTH: a new decoder."
         ),
     ] = "openai-community/gpt2",
     task: opt.TaskNames = None,
@@ -257,7 +257,7 @@ def doctor(
     positions: Annotated[str, typer.Option(help="last, last:K, answer or all.")] = "last",
     layers: Annotated[str, typer.Option(help="all, bottom, middle, top, or indices.")] = "all",
     layer_path: Annotated[str | None, typer.Option(help="Name of the list of decoder layers, if not found.")] = None,
-    pooling: Annotated[str, typer.Option(help="last, mean or cls.")] = "mean",
+    pooling: Annotated[str | None, typer.Option(help="last, mean or cls. Default: mean; last with self.")] = None,
     dtype: opt.Dtype = "bfloat16",
     device: opt.Device = None,
     quantization: opt.Quantization = None,

@@ -11,7 +11,7 @@ from atv import artifact
 from atv.batching import encode_prompt, pad_id
 from atv.cli.options import EMBEDDED_GENERATOR, EMBEDDED_LLM, parse_layers
 from atv.cli.show import output, print_lines
-from atv.config import ATVConfig
+from atv.config import SELF, ATVConfig
 from atv.doctor import check_wiring, model_summary
 from atv.errors import ATVError, unknown
 from atv.evaluation import first_answer_token
@@ -34,8 +34,13 @@ def frozen(options: Mapping[str, Any], llm: str | None = None) -> Frozen:
 
 
 def recipe_for(llm: str, generator: str | None = None) -> dict[str, dict[str, Any]]:
-    """Settings that suit the embedded models; none for another LLM or generator."""
-    return recipe() if llm.startswith("embedded:") and generator in (None, EMBEDDED_GENERATOR) else {}
+    """Settings that suit the embedded models; none for another LLM, or for a generator that is neither's."""
+    if not llm.startswith("embedded:") or generator not in (None, EMBEDDED_GENERATOR, SELF):
+        return {}
+    known = recipe()
+    if generator == SELF:
+        del known["atv"]["pooling"]  # that of the embedded generator
+    return known
 
 
 def named_tasks(options: Mapping[str, Any]) -> list[Task]:
@@ -157,7 +162,7 @@ def examine(options: Mapping[str, Any]) -> bool:
     """`atv doctor`: print every check; true if all passed."""
     config = ATVConfig(
         generator=options["generator"],
-        pooling=options["pooling"],
+        pooling=options["pooling"] or ("last" if options["generator"] == SELF else "mean"),
         layers=parse_layers(options["layers"]),
         layer_path=options["layer_path"],
         positions=options["positions"],

@@ -108,7 +108,7 @@ def layer_scores(
         """Of vectors (some, 1, hidden), each (some,)."""
         logits = steered_logits(
             llm,
-            lambda mask: inject([layer], vectors, scale, lambda: mask),
+            lambda mask: inject([layer], lambda: vectors, scale, lambda: mask),
             **{name: tensor.repeat(len(vectors), 1) for name, tensor in inputs.items()},
             keep=1,
             read=read,
