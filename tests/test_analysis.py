@@ -37,8 +37,9 @@ def counting_task(name="count | five"):
 TASKS = [toy_task(), counting_task()]
 ASKED = [(task, row) for task in TASKS for row in task.test[:ROWS]]
 TITLES = [
-    "Vectors in short", "Norms per layer", "How much vectors differ", "Nearest training queries",
-    "Neighbours of single queries", "One query layer by layer", "Tokens that vectors promote", "Map of vectors",
+    "Vectors in short", "Answers with other vectors", "Norms per layer", "How much vectors differ",
+    "Nearest training queries", "Neighbours of single queries",
+    "One query layer by layer", "Tokens that vectors promote", "Map of vectors",
 ]  # fmt: skip
 NEIGHBOURS = [(task, row) for task in TASKS for row in task.train]
 
@@ -298,7 +299,7 @@ def test_an_llm_whose_head_reads_something_else_has_no_lens_and_the_record_says_
     assert "model.norm > lm_head" in " ".join(capsys.readouterr().err.split())
     tables = analysis_tables(found)
     assert found["no_lens"] in tables[0].note
-    assert len(tables) == 6
+    assert len(tables) == 7
 
 
 # ---- The record, its tables and its plots ----
@@ -319,6 +320,81 @@ def test_a_query_of_one_s_own_is_asked_in_the_first_task_s_template(atv):
     logits = atv.llm.lm_head(atv.llm.model.norm(lone[1]))
     assert found["lens"][1][0][1] == pytest.approx(float(logits.max()))
     assert len(found["nearest"]) == 3
+
+
+def answer_with(atv, task, row, vectors):
+    """The LLM's logits (vocabulary,) for one prompt, alone, with hooks by hand that add `vectors` (layers, hidden)."""
+    ids = prompt_ids(atv, task, row)
+
+    def added(vector):
+        def hook(_, __, output):
+            output = output[0] if isinstance(output, tuple) else output
+            output[:, -2:] += vector  # positions last:2
+
+        return hook
+
+    hooks = [
+        layer.register_forward_hook(added(vector))
+        for layer, vector in zip(decoder_layers(atv.llm), vectors, strict=False)
+    ]
+    try:
+        return atv.llm(ids).logits[0, -1].detach()
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def test_answers_with_other_vectors_are_those_of_hooks_by_hand():
+    atv = make_atv(**CONFIG, scale=3.0)
+    record = analyse(atv, TASKS, rows=ROWS)
+    vectors = torch.cat([3.0 * atv.task_vectors([row.input]) for _, row in ASKED])
+    tables = {table.title.split(":")[0]: table for table in analysis_tables(record)}
+    shown = {row[0]: row[1:] for row in tables["Answers with other vectors"].rows}
+    given = {
+        "its own": lambda q: vectors[q],
+        "the mean of its task": lambda q: vectors[ROWS * (q // ROWS) : ROWS * (q // ROWS) + ROWS].mean(0),
+        "the mean of all queries": lambda q: vectors.mean(0),
+        "of another query of its task": lambda q: vectors[ROWS * (q // ROWS) + (q + 1) % ROWS],
+        "of a query of another task": lambda q: vectors[(q + ROWS) % (2 * ROWS)],
+        "none": lambda q: torch.zeros_like(vectors[q]),
+    }
+    assert list(record["queries"][0]["vectors"]) == list(shown) == list(given)
+    own = []
+    for kind, of in given.items():
+        expected = []
+        for query, (task, row) in enumerate(ASKED):
+            logits = answer_with(atv, task, row, of(query))
+            first = {option: atv.tokenizer(f": {option}")["input_ids"][1] for option in task.options}
+            likeliest = int(logits.argmax())
+            if kind == "its own":
+                own.append(likeliest)
+            expected.append(
+                {
+                    "correct": likeliest == first[row.output],
+                    "correct_among_options": max(first.values(), key=lambda token: logits[token]) == first[row.output],
+                    "other": likeliest != own[query],
+                }
+            )
+        assert [row["vectors"][kind] for row in record["queries"]] == expected
+        values = [
+            100 * np.mean([row[name] for row in expected]) for name in ("correct", "correct_among_options", "other")
+        ]
+        shares = (shown[kind][0], shown[kind][1], shown[kind][-1] if kind != "its own" else "0")
+        assert [float(cell) for cell in shares] == pytest.approx(values, abs=0.051)
+    assert any(row["vectors"]["none"]["other"] for row in record["queries"])
+    assert any(row["vectors"]["of a query of another task"]["other"] for row in record["queries"])
+
+
+def test_what_is_lost_is_a_paired_difference_and_kinds_that_cannot_be_are_left_out(atv):
+    found = analyse(atv, [toy_task()], rows=6)
+    assert "of a query of another task" not in found["queries"][0]["vectors"]
+    pair = [{"correct": right, "correct_among_options": right, "other": False} for right in (True, False)]
+    for place, row in enumerate(found["queries"]):
+        row["vectors"] = {"its own": pair[place >= 4], "none": pair[place >= 1]}
+    (_, line) = analysis_tables(found)[1].rows
+    assert line[:4] == ["none", "16.7", "16.7", "50.0"]
+    draws = np.random.default_rng(1).choice([0, 1, 1, 1, 0, 0], size=(10_000, 6)).mean(1) * 100
+    assert [float(cell) for cell in line[4:6]] == pytest.approx(np.percentile(draws, [2.5, 97.5]), abs=0.1)
 
 
 def test_tables_say_what_the_record_says(record):
@@ -439,7 +515,7 @@ def test_the_command_writes_record_tables_and_plots_and_reports_show_them(run, w
     assert record["settings"]["adapter"] != record["settings"]["elicit"]
     assert record["versions"]["scikit-learn"]
     assert record["seconds"] > 0
-    assert (out / "analysis.md").read_text().count("\n# ") == 7
+    assert (out / "analysis.md").read_text().count("\n# ") == 8
     assert len(list((out / "plots").iterdir())) == 6
     code, _, err = run(*command, "--query", "it leaks", "--out", out)  # written anew, as atv theory does
     assert code == 0, err
@@ -464,7 +540,7 @@ def test_the_command_writes_record_tables_and_plots_and_reports_show_them(run, w
     assert code == 0, err
     assert "16 predictions of 1 run and the vectors of 1 adapter" in (tmp_path / "both.html").read_text()
     code, said, err = run("report", tmp_path / "runs", "--out", tmp_path / "both.md")
-    assert (tmp_path / "both.md").read_text().count("# ") == 1 + 8
+    assert (tmp_path / "both.md").read_text().count("# ") == 1 + 9
 
 
 def test_what_does_not_fit_is_one_line(run, world, tmp_path, monkeypatch):

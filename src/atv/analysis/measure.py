@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atv.analysis.exchange import KINDS, exchanged
 from atv.analysis.geometry import LEAST, map_of, nearest, require_sklearn, variation
 from atv.analysis.lens import Readout, layer_by_layer, top_tokens
 from atv.analysis.norms import beside_residual, scaled_vectors
@@ -64,7 +65,7 @@ def analyse(
     one = Example(query, "") if query is not None else asked[0][1]
     neighbours = [(task, example) for task in drawn for example in task.train]
     texts = [_read(atv, task, example) for task, example in asked]
-    with bar("analysis", 2 * len(asked) + len(neighbours) + 2) as progress:
+    with bar("analysis", (2 + len(KINDS)) * len(asked) + len(neighbours) + 2) as progress:
         progress.describe("analysis: vectors")
         vectors = _gathered(
             atv, [*texts, _read(atv, tasks[0], one)], progress
@@ -74,8 +75,10 @@ def analyse(
         progress.describe("analysis: residual stream")
         prompts = [_prompt(task, example) for task, example in asked]
         beside = beside_residual(atv, prompts, vectors[:-1], progress)
-        progress.describe("analysis: map and tokens")
+        progress.describe("analysis: other vectors")
         own = vectors[:-1]
+        answers = exchanged(atv, asked, prompts, own, progress)
+        progress.describe("analysis: map and tokens")
         places = map_of([part.flatten(1) for part in ([own, entries[1]] if entries else [own])], seed)
         record = {
             "llm": base_llm(atv.llm).name_or_path,
@@ -84,7 +87,7 @@ def analyse(
             "tasks": {task.name: _about(task, atv) for task in drawn},
             "norms": {"vector": _spread(own.norm(dim=-1))} | {name: _spread(part) for name, part in beside.items()},
             "variation": variation(own.flatten(1), [task.name for task, _ in asked]),
-            "queries": _queries(asked, neighbours, cosines[:-1], places),
+            "queries": _queries(asked, neighbours, cosines[:-1], places, answers),
             "explained": places["explained"],
             "elicit": None,
             **_lens(atv, drawn, asked, vectors, one),
@@ -181,8 +184,9 @@ def _queries(
     neighbours: Sequence[tuple[Task, Example]],
     cosines: Tensor,
     places: dict[str, Any],
+    answers: Sequence[dict[str, dict[str, bool]]],
 ) -> list[dict[str, Any]]:
-    """One row for each test query: its place on the map, its neighbours, and the nearest one of its own task."""
+    """One row for each test query: its place on the map, its neighbours, and what is answered with which vectors."""
     found = []
     for number, near in enumerate(_nearest(cosines, neighbours)):
         task, example = asked[number]
@@ -201,6 +205,7 @@ def _queries(
                 "same_answer_by_chance": sum(neighbours[p][1].output == example.output for p in own) / len(own),
                 "shared_words": shared[first],
                 "shared_words_by_chance": sum(shared.values()) / len(own),
+                "vectors": answers[number],
             }
         )
     return found
