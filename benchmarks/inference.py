@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from atv.batching import edit_mask, left_padded, pad_id
+from atv.config import SELF
 from atv.model import ATVModel, inject
 from atv.prefix import call_llm, steered_logits
 from benchmarks.common import Figure, Record, in_turn, parse_options, ratio, times
 from benchmarks.subjects import large_llm, make_atv, rows_of, small_llm, tasks
 
 STEERED, PLAIN, MANY, OWN = "steered", "zero-shot", "16 demonstrations", "generator and expansion alone"
+ITSELF = "steered, generator self"
 APART = "steered, prefix beside generator"
 DEMONSTRATIONS, NEW_TOKENS = 16, 16
 
@@ -30,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     tokens = 24 if options.tiny else 110
     llm, tokenizer = large_llm(options) if on_gpu else small_llm(options)
     atv = make_atv(options, llm, tokenizer, "gpt2" if on_gpu else "minilm").eval()
+    itself = make_atv(options, llm, tokenizer, SELF).eval()
     named = (
         ("Llama 3 8B's shape, random weights, bfloat16", "GPT-2-sized")
         if on_gpu
@@ -49,12 +52,14 @@ def main(argv: Sequence[str] | None = None) -> Path:
         rows = rows_of(atv, (DEMONSTRATIONS + 1) * batch, tokens, templates=1)
         prompts = [row.pairs[0][0] for row in rows[:batch]]
         reads = {PLAIN: partial(first_token, atv, prompts), STEERED: partial(first_token, atv, prompts, queries)}
+        reads[ITSELF] = partial(first_token, itself, prompts, queries)
         reads[APART] = partial(first_token_apart, atv, prompts, queries)
         if batch == 1 or on_gpu or options.tiny:  # 30,000 tokens at once are too slow on a CPU
             shown = [_with_demonstrations(rows, index, batch) for index in range(batch)]
             reads[MANY] = partial(first_token, atv, shown)
         texts = [tokenizer.decode(prompt) for prompt in prompts]
         writes = {PLAIN: partial(_write, atv, texts), STEERED: partial(_write, atv, texts, queries)}
+        writes[ITSELF] = partial(_write, itself, texts, queries)
         for what, sides in (("first token", reads), (f"{NEW_TOKENS} tokens", writes)):
             both: dict[str, Callable[[], object]] = {**sides, OWN: partial(atv.task_vectors, queries)}
             seconds = in_turn(f"inference, {what}, batch {batch}", both, options)
@@ -67,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
                     plots.setdefault(what, {}).setdefault(side, {})[f"batch {batch}"] = figure
             limit = ("at most", 1.08) if on_gpu else None
             record.measure(f"{title}: {STEERED} / {PLAIN}", "x", ratio(seconds[STEERED], seconds[PLAIN]), limit)
+            record.measure(f"{title}: {ITSELF} / {PLAIN}", "x", ratio(seconds[ITSELF], seconds[PLAIN]))
             share = ratio(times(100, seconds[OWN]), seconds[STEERED])
             record.measure(f"{title}: generator's share", "%", share)
             if MANY in sides:

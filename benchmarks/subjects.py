@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from atv.batching import EncodedRow, encode_pair
-from atv.config import ATVConfig
-from atv.generator import Generator
+from atv.config import SELF, ATVConfig
+from atv.generator import Generator, load_generator
 from atv.model import ATVModel
 from atv.models import EMBEDDED_GENERATOR, EMBEDDED_LLM, load_llm, load_tokenizer
 from atv.sampling import training_rows
@@ -96,12 +96,14 @@ def _random_llm(config: LlamaConfig, options: Options, dtype: torch.dtype) -> tu
 def make_atv(
     options: Options, llm: nn.Module, tokenizer: Any, generator: str = "minilm", positions: str = "last"
 ) -> ATVModel:
-    """An ATV in training mode with the generator `minilm`, or `gpt2`: GPT-2's shape with random weights."""
+    """An ATV in training mode with the generator `minilm`, `self`, or `gpt2`: GPT-2's shape with random weights."""
     config = ATVConfig(generator=generator, pooling="mean" if generator == "minilm" else "last", positions=positions)
     words = tokenizer if tokenizer is memory_tokenizer() else load_tokenizer(EMBEDDED_GENERATOR)
     if generator == "minilm" and not options.tiny:
         config.generator = EMBEDDED_GENERATOR
         made = Generator.load(config)
+    elif generator == SELF:
+        made = load_generator(config, llm, tokenizer)
     elif generator == "minilm":
         encoder: nn.Module = BertModel(BertConfig(**TINY, intermediate_size=48))
         made = Generator(encoder, words, config.pooling, config.query_template)
