@@ -81,19 +81,19 @@ def _exchange_table(record: Record) -> Table:
         return _interval(record, lambda row: row["vectors"][own][what] - row["vectors"][kind][what])
 
     right = ("correct", "correct_among_options")
-    rows = [[own, *(share(own, what) for what in right), *["–"] * 7]]
-    for kind in kinds:
-        accuracy = [share(kind, what) for what in right]
-        rows.append([kind, *accuracy, *lost(kind, right[0]), *lost(kind, right[1]), share(kind, "other")])
+    rows = []
+    for kind in (own, *kinds):
+        both = [[share(kind, what), *(["–"] * 3 if kind == own else lost(kind, what))] for what in right]
+        rows.append([kind, *both[0], *both[1], "–" if kind == own else share(kind, "other")])
     note = (
         f"{_measured(record)} Each prompt is answered with {own} vectors, then with others in their place. Right: over "
-        "the whole vocabulary, and among the task's options; means over tasks. Lost: accuracy with its own less that "
-        f"with these, in percentage points, with a 95% percentile bootstrap interval from {RESAMPLES:,} draws of "
-        "queries within each task. Says something else: the likeliest token is another than with its own. Where a mean "
-        "loses nothing, what is adapted to a query or a task decides no more answers than these queries can show."
+        "the whole vocabulary; options: right among the task's options; means over tasks. Lost: the accuracy before it "
+        f"with {own} less that with these, in percentage points, with a 95% percentile bootstrap interval from "
+        f"{RESAMPLES:,} draws of queries within each task. Changed: the likeliest token is another than with its own. "
+        "Where a mean loses nothing, what is adapted to a query or a task decides no more answers than these queries "
+        "can show."
     )
-    columns = ["vectors", "right, %", "among options, %", "lost", "from", "to", "lost among options", "from", "to",
-               "says something else, %"]  # fmt: skip
+    columns = ["vectors", "right, %", "lost", "from", "to", "options, %", "lost", "from", "to", "changed, %"]
     return _table(record, "Answers with other vectors", columns, rows, note, text=1)
 
 
