@@ -107,7 +107,7 @@ def test_the_llm_itself_may_read_the_query(atv, world, tmp_path):
     assert code == 0, err
     code, said, err = atv("doctor", *models(world), "--generator", "self")
     assert code == 0, err
-    assert "All 7 checks passed." in said
+    assert "All 8 checks passed." in said
 
 
 def test_another_method_is_trained_with_its_own_settings_and_known_by_its_adapter(atv, world, tmp_path):

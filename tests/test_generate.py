@@ -5,8 +5,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 from conftest import ARCHITECTURES, make_atv
+from refusals import refused
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import StaticCache, TextStreamer
+from transformers import CompileConfig, StaticCache, TextStreamer
 
 from atv.batching import edit_mask
 from atv.errors import ATVError
@@ -285,3 +286,33 @@ def test_hooks_are_gone_after_an_exception_in_the_middle_of_a_call():
             after = atv.llm(**atv.encode_prompts(PROMPTS)).logits  # and the next call is steered once all the same
     with atv.steer(QUERIES):
         assert torch.equal(atv.llm(**atv.encode_prompts(PROMPTS)).logits, after)
+
+
+@pytest.mark.parametrize("positions", ["last", "last:3", "answer"])
+def test_assisted_decoding_is_refused_where_a_prompts_end_cannot_be_told(positions):
+    atv = make_atv(positions=positions)
+    prompt = "one two three four one two three four one two three four one two"
+    with refused("prompt_lookup_num_tokens", "Leave it out"):
+        atv.generate([prompt], [prompt], max_new_tokens=4, prompt_lookup_num_tokens=3)
+    inputs = atv.encode_prompts([prompt])
+    del inputs["position_ids"]
+    with refused("cut back into", "assisted decoding"), atv.steer([prompt]):
+        atv.llm.generate(**inputs, max_new_tokens=10, do_sample=False, pad_token_id=0, prompt_lookup_num_tokens=3)
+
+
+@pytest.mark.parametrize("positions", ["last", "answer", "all"])
+def test_decoding_steps_that_were_compiled_unsteered_are_steered(positions):
+    """transformers compiles them by itself on a GPU; torch would run what it compiled whatever hooks there are now."""
+    atv = make_atv(positions=positions, scale=1.0)
+    base_llm(atv.llm).generation_config.eos_token_id = None
+    expected = generated(atv, PROMPTS, QUERIES, do_sample=False)
+    compiled = CompileConfig(backend="eager")
+    compiled._compile_all_devices = True
+    options = {"do_sample": False, "cache_implementation": "static", "compile_config": compiled}
+    inputs = atv.encode_prompts(PROMPTS)
+    width = inputs.pop("position_ids").shape[1]
+    with torch.no_grad():
+        plain = atv.llm.generate(**inputs, max_new_tokens=NEW, min_new_tokens=NEW, pad_token_id=0, **options)
+    assert plain[:, width:].tolist() != expected
+    for _ in range(2):
+        assert generated(atv, PROMPTS, QUERIES, **options) == expected

@@ -18,7 +18,9 @@ from atv.hooks import base_llm, capture_outputs, decoder_layers
 from atv.methods.atv import ATV
 from atv.methods.icl_atv import ICLWithATV
 from atv.model import ATVModel
+from atv.protocol import method_settings, recipe
 from atv.records import RunWriter
+from atv.steering import PromptTracker
 from atv.training import train
 
 PROMPTS = ["the kettle leaks and the lid sticks, yes or no?\nA:", "quiet\nA:", "a quiet harbour before the first boats"]
@@ -168,6 +170,25 @@ def test_ready_vectors_are_used_as_they_are():
     assert not torch.allclose(own[:, -1], given[:, -1])
 
 
+@pytest.mark.parametrize("positions", ["last", "answer", "all"])
+def test_a_steered_call_has_no_gradient(positions):
+    atv = made(positions=positions)
+    with atv.steer(PROMPTS):
+        output = atv.llm(**atv.encode_prompts(PROMPTS), use_cache=True)
+    assert not output.logits.requires_grad
+    assert not any(layer.keys.requires_grad for layer in output.past_key_values.layers)
+
+
+@pytest.mark.parametrize("break_it", [False, True])
+def test_the_doctor_sees_a_state_of_the_wrong_token(monkeypatch, break_it):
+    atv = made(dtype=torch.float32)
+    if break_it:
+        ends = PromptTracker.prompt_ends
+        monkeypatch.setattr(PromptTracker, "prompt_ends", lambda self: ends(self) - 1)
+    failed = [check.name for check in check_wiring(atv) if not check.passed]
+    assert failed == (["vectors made in the pass = made beforehand"] if break_it else [])
+
+
 # ---- training ----
 
 
@@ -254,7 +275,8 @@ def test_a_saved_one_is_its_expansion_alone_and_gives_the_same_vectors(tmp_path)
     assert again.config == atv.config
     assert torch.equal(again.task_vectors(PROMPTS), atv.task_vectors(PROMPTS))
     card = (tmp_path / "adapter" / "README.md").read_text()
-    assert "A generator (self: the LLM's own state after decoder layer 1) reads" in card
+    assert "A generator (self: the LLM's own state after decoder layer 1) reads the prompt;" in card
+    assert "queries=" not in card
 
 
 # ---- what is refused ----
@@ -269,6 +291,7 @@ def test_it_is_never_trained():
     ("options", "parts"),
     [
         ({"generator": "self", "pooling": "mean"}, ["pooling is 'mean'", "Expected last"]),
+        ({"generator": "self", "query_template": "{query}"}, ["query_template is '{query}'", "Leave", "out"]),
         ({"generator": "self", "generator_layer": -1}, ["generator_layer is -1", "a whole number from 0"]),
         ({"generator": "self", "generator_layer": 1.5}, ["generator_layer is 1.5"]),
         ({"generator_layer": 1}, ["generator_layer is 1", "openai-community/gpt2", "leave it out"]),
@@ -279,15 +302,29 @@ def test_what_cannot_be_meant_is_refused(options, parts):
         ATVConfig(**options)
 
 
-@pytest.mark.parametrize(
-    "options", [{"generator_layer": 3}, {"generator_layer": 2}, {"layers": "bottom"}, {"layers": [0, 2]}]
-)
-def test_layers_that_are_not_above_the_one_that_is_read_are_refused(options):
-    with refused("layers is", "none but those above layer", "layers 0 to 2"):
-        made(**options)
+@pytest.mark.parametrize("layers", ["bottom", [0, 2]])
+def test_layers_that_are_not_above_the_one_that_is_read_are_refused(layers):
+    with refused("layers is", "none but those above layer 0", "layers 0 to 2"):
+        made(layers=layers)
 
 
-def test_queries_that_are_empty_are_refused():
+@pytest.mark.parametrize("layer", [2, 3])
+def test_a_layer_that_leaves_none_to_steer_is_refused(layer):
+    with refused(f"read layer {layer}", "layers 0 to 2", "generator_layer"):
+        made(generator_layer=layer)
+
+
+def test_queries_that_are_empty_or_no_list_are_refused():
     atv = made()
     with refused("A query is ''"), atv.steer(["", "x"]):
         pass
+    with refused("one text", "brackets"), atv.steer("one text"):
+        pass
+
+
+def test_what_suits_another_generator_is_no_setting_of_this_one():
+    tables = [recipe(), {"all": {"epochs": 2}}, {"atv": {"generator": "self"}}]
+    config, train = method_settings("atv", tables, 42)
+    assert (config.pooling, config.scale, train.epochs) == ("last", 0.1, 2)
+    with refused("pooling is 'mean'"):
+        method_settings("atv", [recipe(), {"atv": {"generator": "self", "pooling": "mean"}}], 42)

@@ -94,6 +94,8 @@ def model_card(model: "ATVModel", llm: dict[str, Any]) -> str:
         layers=llm["num_layers"],
         hidden=llm["hidden_size"],
         generator=model.generator.describe(),
+        reads="prompt" if model.own else "query",
+        queries="" if model.own else ', queries=["the query in it"]',
         config=model.config,
         tasks=", ".join(model.training_summary.get("tasks", {})) or "not recorded",
     )])  # fmt: skip
@@ -102,7 +104,7 @@ def model_card(model: "ATVModel", llm: dict[str, Any]) -> str:
 _CARD = """
 # Adaptive Task Vector for {name}
 
-A generator ({generator}) reads the query; a linear expansion turns its state into one vector per layer; the vectors
+A generator ({generator}) reads the {reads}; a linear expansion turns its state into one vector per layer; the vectors
 are added inside the frozen LLM (arXiv 2506.03426). No weight of the LLM is changed.
 
 | | |
@@ -117,7 +119,7 @@ are added inside the frozen LLM (arXiv 2506.03426). No weight of the LLM is chan
 from atv import ATVModel
 
 atv = ATVModel.from_pretrained("{name}", "PATH_OR_ID_OF_THIS_ADAPTER")
-print(atv.generate(["a prompt"], queries=["the query in it"], max_new_tokens=8))
+print(atv.generate(["a prompt"]{queries}, max_new_tokens=8))
 ```
 
 What it is good for is what it was measured on; it inherits the LLM's licence, faults and limits.

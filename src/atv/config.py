@@ -12,6 +12,7 @@ REGIONS = ("all", "bottom", "middle", "top")
 POSITIONS = ("last", "last:K", "answer", "all")
 SELF = "self"
 """Names the generator that is the frozen LLM itself."""
+QUERY_TEMPLATE = "Q: {query}\nA:"
 
 
 class Positions(NamedTuple):
@@ -92,8 +93,8 @@ class ATVConfig(Checked):
     """How the generator's hidden states become one vector: its last token (the paper), their mean, or the first."""
     train_generator: bool = True
     """Train generator and expansion together (the paper), or keep the generator frozen; of `self` always false."""
-    query_template: str = "Q: {query}\nA:"
-    """What the generator reads, in training and in use alike; must hold {query}. `self` reads the prompt as it is."""
+    query_template: str = QUERY_TEMPLATE
+    """What the generator reads, in training and in use alike; must hold {query}. Of no use to `self`."""
     expansion_rank: int | None = None
     """None: one full linear map (the paper). A number: the product of two maps through that many dimensions."""
     layers: str | list[int] = "all"
@@ -138,6 +139,11 @@ class ATVConfig(Checked):
                     f"pooling is {self.pooling!r} and the generator {SELF}: its state is that of the prompt's last "
                     "token, which has read all the others. Expected last."
                 )
+            if self.query_template != QUERY_TEMPLATE:
+                raise ATVError(
+                    f"query_template is {self.query_template!r} and the generator {SELF}: it reads the prompt as it "
+                    "is. Leave the query template out."
+                )
             if self.generator_layer is not None and not _is_whole(self.generator_layer, 0):
                 raise ATVError(f"generator_layer is {self.generator_layer!r}; expected a whole number from 0, or none.")
         elif self.generator_layer is not None:
@@ -161,7 +167,13 @@ class ATVConfig(Checked):
         """Index of the layer that the generator `self` reads, in an LLM with `num_layers`; None of any other."""
         if self.generator != SELF:
             return None
-        return max(0, round(num_layers / 3) - 1) if self.generator_layer is None else self.generator_layer
+        index = max(0, round(num_layers / 3) - 1) if self.generator_layer is None else self.generator_layer
+        if index > num_layers - 2:
+            raise ATVError(
+                f"The generator {SELF} is to read layer {index}; this LLM has layers 0 to {num_layers - 1}. Expected a "
+                "generator_layer that leaves at least one layer above it to steer."
+            )
+        return index
 
     def layer_indices(self, num_layers: int) -> list[int]:
         """The chosen layers of an LLM with `num_layers` of them, in ascending order."""
@@ -204,7 +216,8 @@ class TrainConfig(Checked):
     bf16: bool = False
     """The generator's matrix products in bfloat16 while it is trained: faster, its states differ by less than 1%."""
     templates_per_row: int = 3
-    """Prompts that share a row's vector in a step: 3 is every template (the paper's code), 1 takes them in turn."""
+    """Prompts of a row in a step: 3 is every template (the paper's code), 1 takes them in turn. They share the row's
+    vector; `self` makes one of each."""
     seed: int = 42
     """Seed of initialisation, order and dropout."""
 

@@ -44,7 +44,8 @@ def check_wiring(atv: ATVModel) -> list[Check]:
     was_training = atv.training
     atv.eval()
     try:
-        return [_run(name, check, atv) for name, check in CHECKS]
+        checks = CHECKS if atv.own is None else (*CHECKS, OWN_CHECK)
+        return [_run(name, check, atv) for name, check in checks]
     finally:
         atv.train(was_training)
         torch.set_rng_state(state)
@@ -223,6 +224,20 @@ def _split(atv: ATVModel) -> tuple[bool, str]:
     return _close(atv, logits[:, -1].detach().float(), _steered(atv, PROMPTS, vectors), _plain(atv, inputs))
 
 
+def _own(atv: ATVModel) -> tuple[bool, str]:
+    """Vectors made of states in the pass that they steer against the same made beforehand, of a padded batch."""
+    inputs = atv.encode_prompts(PROMPTS)
+    plain, sizes = _plain(atv, inputs), _test_vectors(atv, 1).norm()
+    made = atv.task_vectors(PROMPTS)
+    scale = float(sizes / made[0].norm())
+    with torch.no_grad():
+        with atv.steer(PROMPTS, scale=scale):
+            in_pass = _plain(atv, inputs)
+        with atv.steer(PROMPTS, vectors=made, scale=scale):
+            beforehand = _plain(atv, inputs)
+    return _close(atv, in_pass, beforehand, plain)
+
+
 CHECKS: tuple[tuple[str, Callable[[ATVModel], tuple[bool, str]]], ...] = (
     ("gradient reaches generator and expansion, and no LLM weight", _gradient),
     ("the tokens that changed are those asked for", _positions),
@@ -232,6 +247,8 @@ CHECKS: tuple[tuple[str, Callable[[ATVModel], tuple[bool, str]]], ...] = (
     ("cached = recomputed", _cached),
     ("training step = full pass", _split),
 )
+OWN_CHECK = ("vectors made in the pass = made beforehand", _own)
+"""Of the generator `self` alone."""
 
 
 def model_summary(atv: ATVModel) -> str:

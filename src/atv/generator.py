@@ -23,7 +23,9 @@ READ_TOKENS = 2048
 
 
 def check_queries(queries: Sequence[str]) -> None:
-    """Raise ATVError if there is no query, or one without text."""
+    """Raise ATVError if there is no query, one without text, or one text instead of a list of them."""
+    if isinstance(queries, str):
+        raise ATVError("queries is one text; expected a list of texts: put it into brackets.")
     if not queries:
         raise ATVError("There is no query; expected at least one.")
     for query in queries:

@@ -142,7 +142,10 @@ def editing(
         tracker.observe(call)
         return None if tracker.mask is None else edits(tracker)
 
-    with around_calls(base_llm(llm), steered):
+    # transformers compiles the decoding steps of a static cache on a GPU, and torch looks for no change of hooks when
+    # it runs what it has compiled: where such steps are edited too, they are run as they are written.
+    eager = torch.compiler.set_stance("force_eager") if positions.answer else nullcontext()
+    with eager, around_calls(base_llm(llm), steered):
         yield
 
 
@@ -207,7 +210,10 @@ class ATVModel(Trainable):
 
     @contextmanager
     def in_training(self, config: TrainConfig, read: ReadPrefix, rows: Sequence[EncodedRow]) -> Iterator[None]:
-        """As every `Trainable`, the generator in bfloat16 if `config` says so; a frozen one reads each query once."""
+        """As every `Trainable`, the generator in bfloat16 if `config` says so; a frozen one reads each query once.
+
+        `self` reads none ahead: it reads prompts, in the LLM's own passes.
+        """
         self.generator.bf16 = config.bf16
         queries = {tuple(row.query) for row in rows}
         ahead = nullcontext() if self.own else self.generator.read_ahead(queries)
@@ -240,7 +246,7 @@ class ATVModel(Trainable):
 
         def steered(mask: Tensor) -> AbstractContextManager[None]:
             if self.own:
-                return self.inject_own(made, lambda: ends, scale, lambda: mask)
+                return self.inject_own(made, lambda: ends, scale, lambda: mask, learn=True)
             return inject(self.layers, lambda: made[0], scale, lambda: mask)
 
         logits = steered_logits(
@@ -262,6 +268,7 @@ class ATVModel(Trainable):
         ends: Callable[[], Tensor | None],
         scale: float,
         mask: Callable[[], Tensor | None],
+        learn: bool = False,
     ) -> Iterator[None]:
         """As `inject`, with vectors that the generator `self` makes in the very pass that they steer.
 
@@ -271,10 +278,12 @@ class ATVModel(Trainable):
             ends: as in `Itself.reading`.
             scale: lambda.
             mask: as in `inject`.
+            learn: with gradient.
         """
 
         def take(states: Tensor) -> None:
-            made[:] = [self.expansion(states)]
+            with torch.set_grad_enabled(learn and torch.is_grad_enabled()):
+                made[:] = [self.expansion(states)]
 
         own = cast(Itself, self.generator)
         with own.reading(ends, take), inject(self.layers, lambda: made[0], scale, mask):
@@ -299,8 +308,6 @@ class ATVModel(Trainable):
         With the generator `self` a query is a whole prompt. In eval mode the vectors of queries that came before are
         taken from `vector_cache`; they are of the weights as they are now.
         """
-        if isinstance(queries, str):
-            raise ATVError("queries is one text; expected a list of texts: put it into brackets.")
         check_queries(queries)
         if self.training or not self.vector_cache.limit:
             return self._make_vectors(queries)
@@ -362,9 +369,10 @@ class ATVModel(Trainable):
 
         Args:
             prompts: what the LLM reads, of any mixed lengths.
-            queries: what the generator reads, one per prompt; by default the prompts themselves.
+            queries: what the generator reads, one per prompt; by default the prompts themselves, which `self` reads in
+                any case.
             generate_options: for transformers' `generate`: `max_new_tokens`, `do_sample`, `num_beams`,
-                `num_return_sequences`, `streamer` and so on.
+                `num_return_sequences`, `streamer` and so on; no assisted decoding.
 
         Returns:
             The new text of each sequence; `num_return_sequences` per prompt, one prompt after the other.
@@ -372,6 +380,12 @@ class ATVModel(Trainable):
         queries = prompts if queries is None else queries
         if isinstance(prompts, str) or isinstance(queries, str) or len(prompts) != len(queries) or not prompts:
             raise ATVError("generate takes a list of prompts, not empty, and as many queries (or none).")
+        for option in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
+            if generate_options.get(option) is not None:
+                raise ATVError(
+                    f"{option} has guessed answer tokens read together with the prompt, whose end cannot be told then: "
+                    "vectors would be added elsewhere. Leave it out."
+                )
         inputs = self.encode_prompts(prompts)
         width = inputs.pop("position_ids").shape[1]  # generate counts positions from the mask itself
         generate_options.setdefault("pad_token_id", pad_id(self.tokenizer))

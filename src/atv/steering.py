@@ -67,7 +67,7 @@ class PromptTracker:
         self.mask = mask if bool(mask.any()) else None
 
     def prompt_ends(self) -> Tensor | None:
-        """The column of this call where each row's prompt ends, (rows,); None when the call holds no prompt."""
+        """The column of this call where each row's prompt ends, (rows,); None when the call holds no prompt's end."""
         prompt = self._prompt_mask
         if prompt is None or self._call_start >= prompt.shape[1]:
             return None
@@ -78,8 +78,14 @@ class PromptTracker:
         prompt = self._prompt_mask
         if prompt is None or rows != prompt.shape[0]:
             return False
+        if self._start < start < prompt.shape[1] and self.positions.prompt_tokens is not None:
+            raise ATVError(
+                "The LLM's cache was cut back into what looked like the prompt, as assisted decoding does "
+                "(assistant_model, prompt_lookup_num_tokens): it reads guessed answer tokens together with the prompt, "
+                "and nothing tells one from the other. Generate without it."
+            )
         if start > self._start:
-            return True  # the cache has grown since the prompt began: a decoding step, or the prompt's next chunk
+            return True  # the cache has grown since the prompt began: a decoding step
         seen = self._prompt_ids
         if ids is None or seen is None or start != self._start or ids.shape[1] <= seen.shape[1]:
             return False

@@ -102,4 +102,5 @@ def exchanged(
                     "other": likeliest != said[index],
                 }
             progress.advance(len(batch))
+    progress.advance((len(KINDS) - len(kinds)) * len(asked))
     return found

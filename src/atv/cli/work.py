@@ -34,13 +34,9 @@ def frozen(options: Mapping[str, Any], llm: str | None = None) -> Frozen:
 
 
 def recipe_for(llm: str, generator: str | None = None) -> dict[str, dict[str, Any]]:
-    """Settings that suit the embedded models; none for another LLM, or for a generator that is neither's."""
-    if not llm.startswith("embedded:") or generator not in (None, EMBEDDED_GENERATOR, SELF):
-        return {}
-    known = recipe()
-    if generator == SELF:
-        del known["atv"]["pooling"]  # that of the embedded generator
-    return known
+    """Settings that suit the embedded models; none for another LLM or generator."""
+    embedded = llm.startswith("embedded:") and generator in (None, EMBEDDED_GENERATOR, SELF)
+    return recipe() if embedded else {}
 
 
 def named_tasks(options: Mapping[str, Any]) -> list[Task]:

@@ -18,7 +18,7 @@ from atv.tasks import Example, Task
 
 
 class ATV(Method):
-    """A trained adapter. The generator reads the example's input, never the template."""
+    """A trained adapter. The generator reads the example's input, never the template; `self` reads the whole prompt."""
 
     name = "atv"
     config_class: ClassVar[type[Checked] | None] = ATVConfig
@@ -71,6 +71,6 @@ class ATV(Method):
         return {"config": self.atv.config.to_dict(), "training": self.atv.training_summary}
 
     def steer(self, task: Task, examples: Sequence[Example]) -> AbstractContextManager[Any]:
-        """Vectors made from the inputs of `examples`."""
+        """Vectors made from the inputs of `examples`, or by the generator `self` from their prompts."""
         del task
         return self.atv.steer([example.input for example in examples])

@@ -9,8 +9,9 @@ from atv.methods.icl import ICL
 class ICLWithATV(ICL, ATV):
     """The prompts of ICL, read by an LLM that an ATV steers. The generator reads the query, no demonstration.
 
-    The adapter is an ATV's, trained without demonstrations. What stands before its edited tokens depends on no vector:
-    with positions `last` and `last:K` the demonstrations are still read once for all queries.
+    The adapter is an ATV's, trained without demonstrations; the generator `self` reads them with the prompt anyway.
+    What stands before the edited tokens depends on no vector: with positions `last` and `last:K` the demonstrations are
+    still read once for all queries.
     """
 
     name = "icl+atv"

@@ -6,7 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from atv.config import TrainConfig
+from atv.config import SELF, TrainConfig
 from atv.errors import ATVError, unknown
 from atv.methods import METHODS
 
@@ -50,8 +50,11 @@ def method_settings(name: str, tables: Sequence[Tables], seed: int) -> Settings:
         raise ATVError(f"The method {name} learns nothing: measure it with atv eval --method {name}.")
     values: dict[str, Any] = dict(method.train_defaults or {})
     for table in tables:
-        values |= {key: value for key, value in table.get(ALL, {}).items() if key in own | loop}
-        values |= table.get(name, {})
+        given = {key: value for key, value in table.get(ALL, {}).items() if key in own | loop}
+        given |= table.get(name, {})
+        if given.get("generator") == SELF:  # it has one pooling and no template: those before were another generator's
+            values = {key: value for key, value in values.items() if key not in ("pooling", "query_template")}
+        values |= given
     for key in values:
         if key not in own | loop:
             raise unknown(f"option of the method {name}:", key, sorted(own | loop))

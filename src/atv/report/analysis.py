@@ -29,7 +29,7 @@ def analysis_tables(record: Record) -> list[Table]:
     lens = [_layers_table(record), _lens_table(record)] if record["lens"] else []
     return [
         _short_table(record),
-        _exchange_table(record),
+        *([_exchange_table(record)] if "vectors" in record["queries"][0] else []),  # those of older records know none
         _norms_table(record),
         _variation_table(record),
         _neighbours_table(record),
