@@ -41,6 +41,20 @@ def barrier() -> None:
     distributed.all_reduce(torch.zeros(1))  # through gloo: a barrier that needs no GPU
 
 
+def leave() -> None:
+    """At the end of a process: end what it has in common with the others.
+
+    Left to the interpreter's exit, the group's threads are sometimes still running when their memory goes, and the
+    process aborts after all its work is done.
+    """
+    if world_size() == 1:
+        return
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 def wait_turn_to_fail() -> None:
     """Before a process says what is wrong and ends: let the main one do so.
 

@@ -10,7 +10,7 @@ import typer
 
 from atv.cli import options as opt
 from atv.errors import ATVError
-from atv.processes import is_main, wait_turn_to_fail
+from atv.processes import is_main, leave, wait_turn_to_fail
 
 app = typer.Typer(
     name="atv",
@@ -26,6 +26,10 @@ def main() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of a cast at every call of every layer
     try:
         app()
+    except SystemExit as end:
+        if not end.code:
+            leave()
+        raise
     except ATVError as error:
         wait_turn_to_fail()
         print(f"atv: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
