@@ -7,6 +7,7 @@ at each call's own arguments and says which of its columns receive a vector.
 
 from collections.abc import Mapping
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ class PromptTracker:
         self._prompt_ids: Tensor | None = None
         self._start = 0
         self._call_start = 0
+        self._cache: ref[Any] | None = None  # of the latest call
 
     def observe(self, call: Mapping[str, Any]) -> None:
         """Look at the named arguments of a forward call that is about to run."""
@@ -53,7 +55,9 @@ class PromptTracker:
         rows, width = tokens.shape[:2]
         past = call.get("past_key_values")
         start = int(past.get_seq_length()) if past is not None else 0
-        if not self._goes_on(ids, start, rows):
+        same_cache = past is not None and self._cache is not None and self._cache() is past
+        self._cache = None if past is None else ref(past)
+        if not self._goes_on(ids, start, rows, same_cache):
             self._begin(tokens, call.get("attention_mask"), ids, start)
         assert self._prompt_mask is not None
         self._call_start = start
@@ -74,11 +78,13 @@ class PromptTracker:
         from_end = prompt.flip(-1).int().argmax(-1)  # a prompt's last token is edited wherever vectors are added
         return prompt.shape[1] - 1 - from_end - self._call_start
 
-    def _goes_on(self, ids: Tensor | None, start: int, rows: int) -> bool:
+    def _goes_on(self, ids: Tensor | None, start: int, rows: int, same_cache: bool) -> bool:
         prompt = self._prompt_mask
         if prompt is None or rows != prompt.shape[0]:
             return False
         if self._start < start < prompt.shape[1] and self.positions.prompt_tokens is not None:
+            if not same_cache:
+                return False  # another prompt, whose beginning was read before
             raise ATVError(
                 "The LLM's cache was cut back into what looked like the prompt, as assisted decoding does "
                 "(assistant_model, prompt_lookup_num_tokens): it reads guessed answer tokens together with the prompt, "
