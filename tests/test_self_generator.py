@@ -165,8 +165,9 @@ def test_ready_vectors_are_used_as_they_are():
         with atv.steer(PROMPTS, vectors=vectors):
             given = atv.llm(**inputs).logits
             torch.testing.assert_close(atv.task_vectors(PROMPTS), made().task_vectors(PROMPTS))
+        plain = atv.llm(**inputs).logits
         with atv.steer(PROMPTS, scale=0.0):
-            assert torch.equal(atv.llm(**inputs).logits, atv.llm(**inputs).logits)
+            assert torch.equal(atv.llm(**inputs).logits, plain)
     assert not torch.allclose(own[:, -1], given[:, -1])
 
 
@@ -258,6 +259,7 @@ def test_its_analysis_is_of_prompts(monkeypatch):
         ATVModel, "_make_vectors", lambda self, texts: asked.extend(texts) or torch.randn(len(texts), 2, 32)
     )
     analyse(atv, [task], rows=6)
+    assert len(asked) == len(task.train) + 6  # the one query is the first, whose vectors are kept
     assert all(text.startswith(task.templates[0].split("{")[0]) and text.endswith("A:") for text in asked)
 
 

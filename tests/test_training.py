@@ -250,3 +250,21 @@ def test_it_runs_in_a_plain_trainer_too(tmp_path):
     before = atv.expansion.map.weight.clone()
     Trainer(model=atv, args=arguments, train_dataset=rows, data_collator=atv.collator()).train()
     assert not torch.equal(atv.expansion.map.weight, before)
+
+
+def test_a_frozen_generator_reads_each_query_once_and_a_trained_one_anew(tmp_path, monkeypatch):
+    for trained in (False, True):
+        atv, task, read = make_atv(dtype=torch.float32, train_generator=trained), toy_task(rows=24), []
+        states = type(atv.generator).states
+
+        def watched(self, ids, mask, states=states, read=read):
+            read.extend(tuple(row[:length]) for row, length in zip(ids.tolist(), mask.sum(1).tolist(), strict=True))
+            return states(self, ids, mask)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("atv.training.require_wiring", lambda atv: None)
+            patch.setattr(type(atv.generator), "states", watched)
+            train(atv, [task], tmp_path / str(trained), TrainConfig(epochs=3, batch_size=4))
+        queries = sorted(tuple(ids) for ids in atv.generator.encode([row.input for row in (*task.train, *task.valid)]))
+        assert sorted(read) == sorted(3 * queries if trained else queries)
+        assert atv.generator._read == {}

@@ -30,7 +30,7 @@ def others(vectors: Tensor, tasks: Sequence[str]) -> dict[str, Tensor]:
     """For each kind but none the vectors that each query is answered with.
 
     Another query is the next one of the task, the last one's the first; that of another task has the same place in the
-    next task, or one place further round if that has fewer. Where there is no such query the kind is left out.
+    next task, counted round if that has fewer. Where there is no such query the kind is left out.
 
     Args:
         vectors: (queries, layers, hidden), each query's own.
