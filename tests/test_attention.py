@@ -1,8 +1,10 @@
 """Grouped and shared attention against the library's own, and the switch to them."""
 
+from threading import Thread
+
 import pytest
 import torch
-from conftest import ARCHITECTURES, make_atv
+from conftest import ARCHITECTURES, make_atv, make_llm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_model import batch_of
@@ -126,3 +128,27 @@ def test_values_may_be_narrower_than_keys():
     ours, _ = grouped_attention(module, query, key, value, seen)
     theirs, _ = sdpa_attention_forward(module, query, key, value, seen)
     torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
+
+
+def test_other_threads_keep_their_attention():
+    """`shared` is right for prompts that begin alike, and wrong for all others."""
+    llm = make_llm("llama", torch.float32)
+    ids = torch.randint(4, 400, (3, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, -1] = 0
+    former, found = ALL_ATTENTION_FUNCTIONS["sdpa"], []
+
+    def read():
+        with torch.no_grad():
+            past = llm(ids[:, :8]).past_key_values
+            found.append(llm(ids[:, 8:], attention_mask=mask, past_key_values=past).logits)
+
+    read()
+    with shared(8):
+        thread = Thread(target=read)
+        thread.start()
+        thread.join()
+        read()
+    assert torch.equal(found[0], found[1])
+    assert not torch.allclose(found[0], found[2])
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is former

@@ -7,7 +7,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "atv"
 LEVELS = [
-    ("floor", {"errors", "files", "processes", "progress"}),
+    ("floor", {"calls", "errors", "files", "processes", "progress"}),
     ("ground", {"config", "hooks", "batching", "tasks", "records", "models"}),
     (
         "engine",
@@ -44,6 +44,7 @@ WITHIN = {
     "prefix": {"attention"},
     "store": {"artifact", "prefix"},
     "training": {"attention", "doctor", "model", "sampling", "store", "trainable"},
+    "calls": {"errors"},
     "files": {"errors"},
     "progress": {"processes"},
     "__main__": {"cli"},

@@ -22,6 +22,7 @@ _HOME = {
     "load_runs": "atv.records",
     "load_tasks": "atv.tasks",
     "train": "atv.training",
+    "unsteered": "atv.calls",
 }
 
 __all__ = [
@@ -37,9 +38,11 @@ __all__ = [
     "load_runs",
     "load_tasks",
     "train",
+    "unsteered",
 ]
 
 if TYPE_CHECKING:
+    from atv.calls import unsteered
     from atv.config import ATVConfig, TrainConfig
     from atv.doctor import check_wiring
     from atv.errors import ATVError

@@ -8,9 +8,11 @@ of it for prompts of 500 tokens and more (docs/lab-notes.md).
 Where the cached tokens are the same in all rows of a batch, as demonstrations are, `shared_attention` reads them once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from functools import partial
+from threading import Lock
 from typing import Any
 
 import torch
@@ -113,25 +115,43 @@ def shared_attention(
     return merged.reshape(batch, heads, new, width).transpose(1, 2).contiguous(), None
 
 
-@contextmanager
-def _meanwhile(function: Any) -> Iterator[None]:
-    """Let models that attend through transformers' `sdpa` function use another one meanwhile.
+_CHOSEN: ContextVar[Callable[..., Any] | None] = ContextVar("atv_attention", default=None)
+"""What attends instead of `sdpa` in this thread or task."""
+_LOCK = Lock()
+_replaced: list[Callable[..., Any]] = []
+"""What the table had under `sdpa`, once for each context that is open."""
 
-    The function is exchanged and not the models' setting: some build their mask and choose their code by that name.
+
+def _chosen_attention(*args: Any, **options: Any) -> Any:
+    return (_CHOSEN.get() or (_replaced or [sdpa_attention_forward])[0])(*args, **options)
+
+
+@contextmanager
+def _instead_of_sdpa(function: Callable[..., Any]) -> Iterator[None]:
+    """Let models that attend through transformers' `sdpa` function use another one inside this context.
+
+    The function is replaced and not the models' setting: some build their mask and choose their code by that name. It
+    is one table for all threads; those that did not ask for another function keep `sdpa`.
     """
-    former = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = function
+    with _LOCK:
+        _replaced.append(_replaced[0] if _replaced else ALL_ATTENTION_FUNCTIONS["sdpa"])
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = _chosen_attention
+    token = _CHOSEN.set(function)
     try:
         yield
     finally:
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = former
+        _CHOSEN.reset(token)
+        with _LOCK:
+            former = _replaced.pop()
+            if not _replaced:
+                ALL_ATTENTION_FUNCTIONS["sdpa"] = former
 
 
 def grouped() -> AbstractContextManager[None]:
-    """`grouped_attention` in the models meanwhile."""
-    return _meanwhile(grouped_attention)
+    """`grouped_attention` in the models inside this context."""
+    return _instead_of_sdpa(grouped_attention)
 
 
 def shared(columns: int) -> AbstractContextManager[None]:
-    """`shared_attention` in the models meanwhile; their cache begins with `columns` that are the same in all rows."""
-    return _meanwhile(partial(shared_attention, columns))
+    """`shared_attention` in the models inside this context; the first `columns` of a cache are alike in all rows."""
+    return _instead_of_sdpa(partial(shared_attention, columns))

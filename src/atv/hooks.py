@@ -6,7 +6,7 @@ as they are, and the hooks are gone when the context ends, after an exception to
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from typing import Any, cast
@@ -14,15 +14,21 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from atv.calls import eager, hooked, scope, unsteered
 from atv.errors import ATVError
 
 Edit = Callable[[int, Tensor], Tensor]
 
 
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module that ``torch.compile(module)`` was given; any other module as it is."""
+    return cast(nn.Module, getattr(module, "_orig_mod", module))
+
+
 def base_llm(llm: nn.Module) -> nn.Module:
     """The Hugging Face model inside a PEFT wrapper (its `generate` calls that one), or the model itself."""
     unwrap = getattr(llm, "get_base_model", None)
-    return unwrap() if callable(unwrap) else llm
+    return uncompiled(unwrap() if callable(unwrap) else llm)
 
 
 def input_device(llm: nn.Module) -> torch.device:
@@ -141,15 +147,16 @@ def edit_outputs(modules: Sequence[nn.Module], edit: Edit) -> Iterator[None]:
     """
 
     def hook(index: int, module: nn.Module, _: Any, output: Any) -> Any:
+        if not here():
+            return None
         hidden = _hidden(module, output)
         edited = edit(index, hidden)
         if edited is hidden:
             return None  # nothing replaced
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
-    with ExitStack() as hooks:
-        for index, module in enumerate(modules):
-            hooks.callback(module.register_forward_hook(partial(hook, index), prepend=True).remove)
+    register = (partial(m.register_forward_hook, partial(hook, i), prepend=True) for i, m in enumerate(modules))
+    with scope() as here, eager(), hooked(*register):
         yield
 
 
@@ -159,11 +166,11 @@ def capture_outputs(modules: Sequence[nn.Module]) -> Iterator[dict[int, Tensor]]
     captured: dict[int, Tensor] = {}
 
     def keep(index: int, module: nn.Module, _: Any, output: Any) -> None:
-        captured[index] = _hidden(module, output).detach()
+        if here():
+            captured[index] = _hidden(module, output).detach()
 
-    with ExitStack() as hooks:
-        for index, module in enumerate(modules):
-            hooks.callback(module.register_forward_hook(partial(keep, index)).remove)
+    register = (partial(module.register_forward_hook, partial(keep, index)) for index, module in enumerate(modules))
+    with scope() as here, eager(), hooked(*register):
         yield captured
 
 
@@ -180,8 +187,7 @@ def accepted(llm: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
 def read_up_to(llm: nn.Module, layer: nn.Module, **inputs: Any) -> Tensor:
     """Hidden states (batch, seq, hidden) that a decoder layer returns, from a pass that ends there.
 
-    The layers behind it and the head are not run. It is the LLM's `forward` that runs, not a call: who steers calls
-    (`around_calls`) does not see this one.
+    The layers after it and the head are not run, and nobody steers this pass.
 
     Args:
         llm: a Hugging Face causal LM, PEFT-wrapped or not.
@@ -190,46 +196,15 @@ def read_up_to(llm: nn.Module, layer: nn.Module, **inputs: Any) -> Tensor:
     """
 
     def stop(module: nn.Module, _: Any, output: Any) -> None:
-        raise _Reached(_hidden(module, output))
+        if here():
+            raise _Reached(_hidden(module, output))
 
-    handle = layer.register_forward_hook(stop)
-    try:
-        cast(Any, base_llm(llm)).forward(**accepted(llm, inputs))
-    except _Reached as reached:
-        return cast(Tensor, reached.args[0])
-    finally:
-        handle.remove()
-    raise ATVError(f"{type(llm).__name__} did not call its decoder layer {type(layer).__name__} in a forward pass.")
-
-
-@contextmanager
-def around_calls(
-    module: nn.Module, enter: Callable[[Mapping[str, Any]], AbstractContextManager[Any] | None]
-) -> Iterator[None]:
-    """Run each forward call of `module` inside the context that `enter` makes from the call's named arguments.
-
-    Where `enter` gives None the call runs as if nothing were here, but for that look at its arguments: what a
-    context put into the module, its hooks above all, is gone when its call has ended.
-    """
-    signature = inspect.signature(module.forward)
-    with ExitStack() as context, ExitStack() as ending:  # of the current call; the hook that closes it
-
-        def before(_: nn.Module, args: Any, kwargs: Any) -> None:
-            context.close()  # open still if the last call ended by no Exception (Ctrl-C)
-            ending.close()  # only now: torch goes through these hooks without a copy when a call has failed
-            entered = enter(signature.bind_partial(*args, **kwargs).arguments)
-            if entered is not None:
-                context.enter_context(entered)
-                ending.callback(module.register_forward_hook(after, always_call=True).remove)
-
-        def after(*_: Any) -> None:
-            context.close()
-
-        handle = module.register_forward_pre_hook(before, with_kwargs=True)
+    with scope() as here, eager(), unsteered(), hooked(partial(layer.register_forward_hook, stop)):
         try:
-            yield
-        finally:
-            handle.remove()
+            base_llm(llm)(**accepted(llm, inputs))
+        except _Reached as reached:
+            return cast(Tensor, reached.args[0])
+    raise ATVError(f"{type(llm).__name__} did not call its decoder layer {type(layer).__name__} in a forward pass.")
 
 
 @contextmanager
@@ -244,15 +219,16 @@ def flat_head(llm: nn.Module) -> Iterator[None]:
     shapes: list[Any] = []
 
     def before(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if not here():
+            return args
         shapes.append(args[0].shape[:-1])
         return (args[0].flatten(0, -2), *args[1:])
 
     def after(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        return cast(Tensor, output.unflatten(0, shapes.pop()))
+        return output.unflatten(0, shapes.pop()) if here() else output
 
-    handles = [head.register_forward_pre_hook(before), head.register_forward_hook(after)] if head is not None else []
-    try:
+    register = [] if head is None else [
+        partial(head.register_forward_pre_hook, before), partial(head.register_forward_hook, after)
+    ]  # fmt: skip
+    with scope() as here, hooked(*register):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from atv import adapter, artifact
 from atv.batching import Collator, EncodedRow, Row, pad, pad_id
 from atv.cache import AdapterHash, VectorCache
+from atv.calls import Calls, around_methods, eager
 from atv.config import ATVConfig, Positions, TrainConfig
 from atv.errors import ATVError
 from atv.generator import Generator, Itself, check_queries, load_generator
-from atv.hooks import around_calls, base_llm, decoder_layers, edit_outputs, input_device, text_config
+from atv.hooks import base_llm, decoder_layers, edit_outputs, input_device, text_config
 from atv.models import load_llm
 from atv.prefix import ReadPrefix, first_edited, steered_logits
-from atv.steering import PromptTracker
+from atv.steering import GENERATES, PromptTracker, refuse_untracked
 from atv.trainable import AnswerLoss, Trainable, answer_loss
 
 
@@ -117,35 +118,52 @@ def steering(
         positions: the tokens that receive a vector.
     """
     return editing(
-        llm, len(vectors), positions, lambda tracker: inject(layers, lambda: vectors, scale, lambda: tracker.mask)
+        llm, layers, len(vectors), positions, lambda t: inject(layers, lambda: vectors, scale, lambda: t.mask)
     )
 
 
 @contextmanager
 def editing(
     llm: nn.Module,
+    layers: Sequence[nn.Module],
     prompts: int,
     positions: Positions,
     edits: Callable[[PromptTracker], AbstractContextManager[None]],
 ) -> Iterator[None]:
     """Run every call of the LLM that holds tokens to edit inside what `edits` makes, while the context lasts.
 
+    Other threads and asyncio tasks are not steered by it: their contexts on the same LLM are their own, and a call in
+    one that opened none is refused.
+
     Args:
-        llm: the frozen LLM, or a PEFT model around it.
+        llm: the frozen LLM, or a PEFT model around it; put into eval mode.
+        layers: its edited modules, in the order in which they run.
         prompts: how many the LLM is called with; each may have several rows (beams, returned sequences).
         positions: the tokens that receive a vector.
         edits: given the tracker that knows where those tokens and the prompts' ends are in the current call.
     """
-    tracker = PromptTracker(prompts, positions)
+    tracker, base = PromptTracker(prompts, positions), base_llm(llm)
+    llm.eval()
 
     def steered(call: Mapping[str, Any]) -> AbstractContextManager[None] | None:
         tracker.observe(call)
+        if tracker.finished:
+            calls.pause()  # until `generate` ends: its decoding steps are those of the plain LLM
         return None if tracker.mask is None else edits(tracker)
 
-    # transformers compiles the decoding steps of a static cache on a GPU, and torch looks for no change of hooks when
-    # it runs what it has compiled: where such steps are edited too, they are run as they are written.
-    eager = torch.compiler.set_stance("force_eager") if positions.answer else nullcontext()
-    with eager, around_calls(base_llm(llm), steered):
+    @contextmanager
+    def generating(method: str, arguments: Mapping[str, Any]) -> Iterator[None]:
+        refuse_untracked(base, method, arguments)
+        # transformers compiles the decoding steps of a static cache on a GPU, which are edited with `answer` and `all`.
+        steps = nullcontext() if positions.answer else eager.released()
+        try:
+            with tracker.generating(), steps:
+                yield
+        finally:
+            calls.resume()
+
+    calls = Calls(base, steered, inner=next(iter(layers), None))
+    with eager(), calls.watched(), around_methods(base, GENERATES, generating):
         yield
 
 
@@ -352,6 +370,7 @@ class ATVModel(Trainable):
             made: list[Tensor] = []
             steered = editing(
                 self.llm,
+                self.layers,
                 len(queries),
                 self.positions,
                 lambda tracker: self.inject_own(made, tracker.prompt_ends, scale, lambda: tracker.mask),
@@ -380,12 +399,6 @@ class ATVModel(Trainable):
         queries = prompts if queries is None else queries
         if isinstance(prompts, str) or isinstance(queries, str) or len(prompts) != len(queries) or not prompts:
             raise ATVError("generate takes a list of prompts, not empty, and as many queries (or none).")
-        for option in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
-            if generate_options.get(option) is not None:
-                raise ATVError(
-                    f"{option} has guessed answer tokens read together with the prompt, whose end cannot be told then: "
-                    "vectors would be added elsewhere. Leave it out."
-                )
         inputs = self.encode_prompts(prompts)
         width = inputs.pop("position_ids").shape[1]  # generate counts positions from the mask itself
         generate_options.setdefault("pad_token_id", pad_id(self.tokenizer))

@@ -194,6 +194,7 @@ def steered_logits(
     Returns:
         Logits (batch, keep, vocabulary).
     """
+    llm.eval()  # whoever put it into training mode
     # The columns whose logits are wanted must be read now, edited or not.
     split = min(first_edited(edit_mask), input_ids.shape[1] - keep)
     past = None

@@ -14,7 +14,7 @@ from transformers.utils.generic import ModelOutput
 from atv.batching import IGNORED, Collator, EncodedRow, Row, encode_pair, encode_prompt, left_padded, pad_id
 from atv.config import Positions, TrainConfig
 from atv.errors import ATVError
-from atv.hooks import base_llm, input_device, keep_differentiable
+from atv.hooks import base_llm, input_device, keep_differentiable, uncompiled
 from atv.models import context_length, load_tokenizer
 from atv.prefix import ReadPrefix, call_llm, read_prefix
 
@@ -87,6 +87,7 @@ class Trainable(nn.Module, ABC):
 
     def __init__(self, llm: nn.Module, tokenizer: Any = None) -> None:
         super().__init__()
+        llm = uncompiled(llm)  # what torch has compiled takes no notice of hooks
         object.__setattr__(self, "llm", llm.eval().requires_grad_(False))
         keep_differentiable(llm)
         self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(str(base_llm(llm).name_or_path))
@@ -135,6 +136,7 @@ class Trainable(nn.Module, ABC):
     def in_training(self, config: TrainConfig, read: ReadPrefix, rows: Sequence[EncodedRow]) -> Iterator[None]:
         """While it is trained and validated on `rows` as `config` says, `forward` takes prefixes from `read`."""
         del config, rows
+        self.llm.eval()  # whoever called its `train` in between
         self.read_prefix = read
         try:
             yield

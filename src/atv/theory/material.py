@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from atv.batching import encode_prompt
+from atv.calls import Calls
 from atv.errors import ATVError
-from atv.hooks import around_calls, attention_and_mlp, base_llm, input_device, text_config
+from atv.hooks import attention_and_mlp, base_llm, input_device, text_config
 from atv.tasks import load_tasks
 from atv.theory.prefix import Three
 
@@ -140,6 +141,6 @@ def _inputs(llm: nn.Module, modules: list[nn.Module], ids: list[int]) -> Tensor:
     seen: list[Tensor] = []
     with ExitStack() as stack:
         for module in modules:
-            stack.enter_context(around_calls(module, lambda named: seen.append(named["input"][0].double().cpu())))
+            stack.enter_context(Calls(module, lambda named: seen.append(named["input"][0].double().cpu())).watched())
         base_llm(llm).base_model(input_ids=torch.tensor([ids], device=input_device(llm)), use_cache=False)  # type: ignore[operator]
     return torch.stack(seen)
