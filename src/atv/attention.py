@@ -136,15 +136,16 @@ def _instead_of_sdpa(function: Callable[..., Any]) -> Iterator[None]:
     with _LOCK:
         _replaced.append(_replaced[0] if _replaced else ALL_ATTENTION_FUNCTIONS["sdpa"])
         ALL_ATTENTION_FUNCTIONS["sdpa"] = _chosen_attention
-    token = _CHOSEN.set(function)
+    chosen_before = _CHOSEN.get()
+    _CHOSEN.set(function)
     try:
         yield
     finally:
-        _CHOSEN.reset(token)
+        _CHOSEN.set(chosen_before)
         with _LOCK:
-            former = _replaced.pop()
+            replaced = _replaced.pop()
             if not _replaced:
-                ALL_ATTENTION_FUNCTIONS["sdpa"] = former
+                ALL_ATTENTION_FUNCTIONS["sdpa"] = replaced
 
 
 def grouped() -> AbstractContextManager[None]:

@@ -54,11 +54,12 @@ def scope(module: nn.Module | None = None) -> Iterator[Callable[[], bool]]:
 @contextmanager
 def unsteered() -> Iterator[None]:
     """Calls of any LLM inside this context run as if nobody steered it, whatever contexts are open around it."""
-    token = _UNSTEERED.set(True)
+    former = _UNSTEERED.get()
+    _UNSTEERED.set(True)
     try:
         yield
     finally:
-        _UNSTEERED.reset(token)
+        _UNSTEERED.set(former)  # not `reset`: a generator may be closed in another context than it was begun in
 
 
 @contextmanager

@@ -41,11 +41,12 @@ def continuing() -> Iterator[None]:
 
     Outside `generate` several tokens after a cached prompt are refused: they could as well be another turn.
     """
-    token = _CONTINUING.set(True)
+    former = _CONTINUING.get()
+    _CONTINUING.set(True)
     try:
         yield
     finally:
-        _CONTINUING.reset(token)
+        _CONTINUING.set(former)
 
 
 def refuse_untracked(llm: Any, method: str, arguments: Mapping[str, Any]) -> None:
