@@ -54,7 +54,7 @@ def place(world, tmp_path, monkeypatch):
     embedded = {LLM: str(world / "llm"), GENERATOR: str(world / "generator")}
     monkeypatch.setattr("atv.models.resolve", lambda name: embedded.get(name, name))
     monkeypatch.setattr(
-        "atv.tasks.folder.builtin_task", lambda name: builtin_task(name).limited(train=6, valid=2, test=4)
+        "atv.tasks.folder.builtin_task", lambda name: builtin_task(name).drawn(6, 2, 42, test=4)
     )
     monkeypatch.setattr("atv.training.train", one_epoch)
     monkeypatch.setattr("os.fsync", lambda file: None)  # nobody pulls the plug here, and disks take their time

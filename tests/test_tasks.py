@@ -231,19 +231,56 @@ def test_the_variants_are_every_template_with_each_of_the_three_prefixes(count):
     assert variants == list(product(range(count), ("A:", "Answer:", "The answer is")))
 
 
-def test_a_limited_task_has_the_first_rows_of_each_split_and_all_of_its_options():
-    task = make_task().limited(train=1, valid=1, test=2)
-    assert (task.train, task.valid, task.test) == (examples("a=yes"), examples("d=no"), examples("e=yes", "f=no"))
-    assert [len(split) for split in splits(make_task().limited(test=3))] == [3, 2, 3]
-    assert task.options == ("maybe", "no", "yes")
-    assert make_task().limited() == make_task().limited(train=99, valid=99, test=99) == make_task()
+def sorted_task(rows: int = 400) -> Task:
+    """As a file is that was written one class after the other."""
+    made = [examples(*(f"{split} {row}={'no' if row < rows // 2 else 'yes'}" for row in range(rows))) for split in SPLITS]
+    return make_task(**dict(zip(SPLITS, made, strict=True)))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_of_a_sorted_file_are_drawn_and_hold_every_answer(seed):
+    task = sorted_task().drawn(16, 8, seed, test=16)
+    assert [len(split) for split in splits(task)] == [16, 8, 16]
+    assert [{row.output for row in split} for split in splits(task)] == [{"no", "yes"}] * 3
+    assert all(set(some) < set(every) for some, every in zip(splits(task), splits(sorted_task()), strict=True))
+    assert task.options == ("no", "yes")
+
+
+def test_the_seed_draws_training_rows_and_none_changes_the_test_rows():
+    task = sorted_task()
+    one, same, other = (task.drawn(16, 8, seed, test=16) for seed in (1, 1, 2))
+    assert one == same
+    assert set(one.train) != set(other.train)
+    assert set(one.valid) != set(other.valid)
+    assert one.test == other.test == task.drawn(None, None, 7, test=16).test
+    assert [task.test.index(row) for row in one.test] == sorted(task.test.index(row) for row in one.test)
+
+
+def test_what_is_not_limited_keeps_its_rows_and_their_order():
+    assert make_task().drawn(None, None, 1) == make_task() == make_task().drawn(None, None, 1, test=99)
+    assert set(make_task().drawn(99, 99, 1).train) == set(make_task().train)
+
+
+def test_the_rows_of_a_reproduction_are_those_that_the_recorded_results_were_made_with():
+    """Digests of the rows drawn when docs/results was written; other ones would need all of it measured again."""
+    drawn = load_task("topic").first_test_rows(16).drawn(90, 8, 42)
+    assert [drawn.digest(split) for split in SPLITS] == ["2dca6b6413be636c", "7530b8f5a5196323", "11c28073e0f2a6c8"]
 
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("count", [0, -1])
 def test_a_limit_below_one_is_refused(split, count):
     with refused(f"{split} rows is {count}", "expected a whole number from 1"):
-        make_task().limited(**{split: count})
+        make_task().drawn(**{"train": None, "valid": None, "seed": 1, split: count})
+
+
+def test_the_first_test_rows_of_a_sorted_file_are_refused_and_those_of_a_shuffled_one_are_not():
+    with refused("Task toy", "none of the first 100 test rows is answered 'yes', and 200 of all 400", "Shuffle"):
+        sorted_task().first_test_rows(100)
+    assert sorted_task().first_test_rows(1000) == sorted_task()
+    for name in KNOWN:
+        for count in (16, 20, 100):
+            assert load_task(name).first_test_rows(count).test == load_task(name).test[:count]
 
 
 TOY = {

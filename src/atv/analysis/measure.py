@@ -54,7 +54,7 @@ def analyse(
     if query is not None and not query.strip():
         raise ATVError("The query is empty; expected some text.")
     require_sklearn()
-    drawn = [task.drawn(NEIGHBOURS, 1, seed).limited(test=rows) for task in tasks]
+    drawn = [task.drawn(NEIGHBOURS, 1, seed).first_test_rows(rows) for task in tasks]
     asked = [(task, example) for task in drawn for example in task.test]
     if len(asked) < LEAST:
         raise ATVError(

@@ -68,7 +68,7 @@ def train_adapter(options: Mapping[str, Any], given: Mapping[str, Any]) -> Path:
             note(f"Not trained on, since their category is {UNSEEN}: {', '.join(left_out)} (--task names tasks)")
         if not tasks:
             raise ATVError(f"All tasks are of the category {UNSEEN}, which is not trained on; name them with --task.")
-    tasks = [task.limited(train=options["train_rows"], valid=options["valid_rows"]) for task in tasks]
+    tasks = [task.drawn(options["train_rows"], options["valid_rows"], options["seed"]) for task in tasks]
     llm, tokenizer = frozen(options).load()
     rows = sum(len(task.train) for task in tasks)
     note(f"{name}: {rows} training rows of {', '.join(task.name for task in tasks)}")
@@ -93,7 +93,8 @@ def evaluate_method(options: Mapping[str, Any]) -> Path:
     saved = artifact.read(artifact.locate(adapter)) if adapter else None
     name = options["method"] or (saved.method if saved else "zero-shot")
     out = Path(options["out"] or Path("runs") / name)
-    tasks = [task.limited(train=options["train_rows"], test=options["test_rows"]) for task in named_tasks(options)]
+    rows, seed = (options["train_rows"], options["test_rows"]), options["seed"]
+    tasks = [task.drawn(rows[0], None, seed, test=rows[1]) for task in named_tasks(options)]
     llm = frozen(options, options["llm"] or (saved.base_llm["name"] if saved else EMBEDDED_LLM))
     how = {key: options[key] for key in ("adapter", "shots", "seed", "variants", "batch_size", "force")}
     if measure(name, llm, tasks, out, **how):

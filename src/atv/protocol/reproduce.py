@@ -104,7 +104,7 @@ def chosen_tasks(profile: Profile, tasks: Sequence[Task]) -> list[Task]:
         )
     kept: dict[str, list[Task]] = {}
     for task in named:
-        kept.setdefault(task.category, []).append(task.limited(test=profile.test_rows))
+        kept.setdefault(task.category, []).append(task.first_test_rows(profile.test_rows))
     if profile.tasks_per_category is not None:
         kept = {name: sorted(alike, key=_length)[: profile.tasks_per_category] for name, alike in kept.items()}
     chosen = [task for alike in kept.values() for task in alike]

@@ -78,7 +78,7 @@ class Task:
         if len(self.test) >= ENOUGH_TO_JUDGE and len({row.output for row in self.test}) == 1:
             raise ATVError(
                 f"Task {self.name}: all {len(self.test)} test answers are {self.test[0].output!r}; expected at least "
-                "two different ones (a hidden-label split looks like this)."
+                "two different ones (a hidden-label split looks like this, and so do the first rows of a sorted one)."
             )
         if not self.options:
             answers = {row.output for split in SPLITS for row in getattr(self, split)}
@@ -113,18 +113,42 @@ class Task:
         rows = [row for split in splits for row in getattr(self, split)]
         return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
 
-    def drawn(self, train: int, valid: int, seed: int) -> "Task":
-        """The same task with at most that many training and validation rows, drawn by `seed` and the task's name."""
-        draw = random.Random(f"{seed} {self.name}")
+    def drawn(self, train: int | None, valid: int | None, seed: int, test: int | None = None) -> "Task":
+        """The same task with at most that many rows in each split, drawn at random; None keeps a split as it is.
+
+        Training and validation rows are drawn by `seed` and the task's name. Test rows are drawn by the name alone and
+        keep the order of the split: whatever the seed, every method is asked the same ones.
+        """
+        _refuse_none(train=train, valid=valid, test=test)
+        draw, kept = random.Random(f"{seed} {self.name}"), random.Random(f"test {self.name}")
         return replace(
             self,
-            train=tuple(draw.sample(self.train, min(train, len(self.train)))),
-            valid=tuple(draw.sample(self.valid, min(valid, len(self.valid)))),
+            train=self.train if train is None else tuple(draw.sample(self.train, min(train, len(self.train)))),
+            valid=self.valid if valid is None else tuple(draw.sample(self.valid, min(valid, len(self.valid)))),
+            test=self.test
+            if test is None or test >= len(self.test)
+            else tuple(self.test[row] for row in sorted(kept.sample(range(len(self.test)), test))),
         )
 
-    def limited(self, train: int | None = None, valid: int | None = None, test: int | None = None) -> "Task":
-        """The same task with at most that many rows in each split, from the start of the split."""
-        for name, count in (("train", train), ("valid", valid), ("test", test)):
-            if count is not None and count < 1:
-                raise ATVError(f"{name} rows is {count}; expected a whole number from 1.")
-        return replace(self, train=self.train[:train], valid=self.valid[:valid], test=self.test[:test])
+    def first_test_rows(self, count: int) -> "Task":
+        """The same task with the first `count` test rows, for tables whose rows are fixed by the order of the file.
+
+        Raises:
+            ATVError: an answer that `count` rows should have ten times or more is not among them: the file is sorted.
+        """
+        _refuse_none(test=count)
+        first = self.test[:count]
+        taken = {row.output for row in first}
+        for answer, times in Counter(row.output for row in self.test).items():
+            if answer not in taken and times * count >= ENOUGH_TO_JUDGE * len(self.test):
+                raise ATVError(
+                    f"Task {self.name}: none of the first {count} test rows is answered {answer!r}, and {times} of all "
+                    f"{len(self.test)} are; expected rows in random order. Shuffle the test split."
+                )
+        return replace(self, test=first)
+
+
+def _refuse_none(**counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ATVError(f"{name} rows is {count}; expected a whole number from 1.")
