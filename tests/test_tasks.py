@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import unicodedata
 from collections import Counter
 from datetime import datetime
 from itertools import combinations, product
@@ -402,11 +403,14 @@ def without(key: str) -> dict[str, object]:
         (without("test"), ("the split 'test' is missing", "expected a list of rows")),
         (TOY | {"valid": []}, ("the split 'valid' is empty", "expected a list of rows")),
         (TOY | {"test": {"input": "d", "output": "no"}}, ("the split 'test' is a JSON dict", "expected a list")),
-        (TOY | {"train": [TOY["train"][0], {"input": "b"}]}, ("train row 1 has output None", "texts input and output")),
-        (TOY | {"valid": [{"output": "no"}]}, ("valid row 0 has input None", "texts input and output")),
-        (TOY | {"valid": [{"input": "c", "output": 1}]}, ("valid row 0 has output 1", "texts input and output")),
-        (TOY | {"valid": [{"input": "c", "output": " "}]}, ("valid row 0 has output ' '", "texts input and output")),
-        (TOY | {"valid": ["c"]}, ("valid row 0 has input None", "expected an object")),
+        (TOY | {"train": [TOY["train"][0], {"input": "b"}]}, ("train row 1 has output None", "an object with input and output")),
+        (TOY | {"valid": [{"output": "no"}]}, ("valid row 0 has input None", "an object with input and output")),
+        (TOY | {"valid": [{"input": "c", "output": 1.5}]}, ("valid row 0 has output 1.5", "whole number")),
+        (TOY | {"valid": [{"input": "c", "output": True}]}, ("valid row 0 has output True", "whole number")),
+        (TOY | {"valid": [{"input": "c", "output": float("nan")}]}, ("valid row 0 has output nan", "whole number")),
+        (TOY | {"valid": [{"input": "c", "output": ["a"]}]}, ("valid row 0 has output ['a']", "whole number")),
+        (TOY | {"valid": [{"input": "c", "output": " "}]}, ("valid row 0 has output ' '", "an object with input and output")),
+        (TOY | {"valid": ["c"]}, ("valid row 0 has input None", "an object with input")),
         (TOY | {"test": TOY["test"] + TOY["train"]}, ("Task toy", "'a' is in train and in test")),
         (TOY | {"test": TOY["test"][:1] * 10}, ("Task toy", "all 10 test answers are 'yes'", "hidden-label")),
     ],
@@ -441,3 +445,73 @@ def test_wrong_templates_are_refused_and_the_message_says_what_to_do(data, conte
 def test_a_given_template_without_a_place_for_the_input_is_refused(data):
     with refused("Task toy: the template 'yes?' has no {input}", "put {input} where the input goes"):
         load_task("toy", data, ["yes?"])
+
+
+def test_whole_numbers_are_texts_and_a_column_of_a_table_just_works():
+    import numpy as np
+
+    task = make_task(train=(Example("a", 1), Example(2, np.int64(0))), valid=[("d", "1")], test=examples("e=0", "f=1"))
+    assert task.train == (("a", "1"), ("2", "0"))
+    assert task.valid == (Example("d", "1"),)
+    assert task.options == ("0", "1")
+    assert isinstance(task.train[1].output, str)
+
+
+ODD = [None, float("nan"), 1.0, True, ["yes"], {"a": 1}, b"yes"]
+
+
+@pytest.mark.parametrize("value", ODD, ids=repr)
+@pytest.mark.parametrize("place", ["input", "output"])
+def test_what_is_neither_text_nor_a_whole_number_is_refused_with_its_row(place, value):
+    row = Example("c", "no")._replace(**{place: value})
+    with refused(f"Task toy: valid row 1 has {place} {value!r}", "expected a text or a whole number"):
+        make_task(valid=(Example("d", "no"), row))
+
+
+def test_a_row_that_is_no_pair_is_refused():
+    with refused("Task toy: train row 0 is 'ab'", "expected an input and an output"):
+        make_task(train=("ab",))
+    with refused("Task toy: train row 0 is ('a', 'b', 'c')", "expected an input and an output"):
+        make_task(train=(("a", "b", "c"),))
+
+
+def test_whole_numbers_in_a_file_are_texts(data):
+    write(place(data) / "toy.json", TOY | {"valid": [{"input": 7, "output": 1}]})
+    task = load_task("toy", data)
+    assert task.valid == (("7", "1"),)
+    assert task.options == ("1", "no", "yes")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_files_that_begin_with_a_byte_order_mark_are_read(data, encoding):
+    for file in (place(data) / "toy.json", data / "templates.json"):
+        file.write_text(file.read_text(), encoding=encoding)
+    task = load_task("toy", data)
+    assert (task.templates, task.train[0]) == (TEMPLATES, ("a", "yes"))
+
+
+@pytest.mark.parametrize("written", ["NFC", "NFD"])
+@pytest.mark.parametrize("asked", ["NFC", "NFD"])
+@pytest.mark.parametrize("listed", ["NFC", "NFD"])
+def test_a_name_with_accents_is_found_however_it_is_composed(tmp_path, written, asked, listed):
+    name = unicodedata.normalize("NFC", "métier")
+    write(tmp_path / f"{unicodedata.normalize(written, name)}.json", TOY)
+    write(tmp_path / "templates.json", {unicodedata.normalize(listed, name): TEMPLATES})
+    assert available_tasks(tmp_path) == [name]
+    (task,) = load_tasks([unicodedata.normalize(asked, name)], tmp_path)
+    assert (task.name, task.templates) == (name, TEMPLATES)
+    assert make_task().drawn(2, 1, 1).name == "toy"
+
+
+def test_two_files_whose_names_differ_in_composition_alone_are_refused(tmp_path):
+    for form in ("NFC", "NFD"):
+        write(tmp_path / f"{unicodedata.normalize(form, 'métier')}.json", TOY)
+    with refused("two files", "métier.json", "rename one"):
+        available_tasks(tmp_path)
+
+
+def test_a_folder_may_be_a_text_and_below_the_home_folder(data, monkeypatch):
+    monkeypatch.setenv("HOME", str(data.parent))
+    assert load_task("toy", "~/data") == load_tasks(data=str(data))[0] == load_task("toy", data)
+    with refused("No folder", "nowhere"):
+        load_tasks(data="~/nowhere")

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,14 +14,29 @@ from uuid import uuid4
 from atv.errors import ATVError
 
 
+def local(path: str | Path) -> Path:
+    """A path that a user gave, with `~` as the home folder."""
+    return Path(os.path.expanduser(path))
+
+
 def read_json(path: Path, expected: str) -> Any:
-    """Parse a JSON file; `expected` says in the error what the file should have been."""
+    """Parse a JSON file, with or without a byte order mark; `expected` says in the error what it should have been."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ATVError(f"No file {path}; expected {expected}.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ATVError(f"{path} is not valid JSON ({error}); expected {expected}.") from None
+
+
+def read_toml(path: Path, expected: str) -> dict[str, Any]:
+    """Parse a TOML file, with or without a byte order mark; `expected` says in the error what it should have been."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise ATVError(f"No file {path}; expected {expected}.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ATVError(f"{path} is not a TOML file ({error}); expected {expected}.") from None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -2,9 +2,11 @@
 
 import hashlib
 import random
+import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import NamedTuple
 
 from atv.errors import ATVError, unknown
@@ -30,6 +32,25 @@ class Example(NamedTuple):
     """The answer that a model should give."""
 
 
+def composed(name: str) -> str:
+    """A name in NFC: file systems, keyboards and clipboards differ in how they write accents and Hangul."""
+    return unicodedata.normalize("NFC", name)
+
+
+def text_of(value: object) -> str | None:
+    """A text as it is, a whole number as its digits; None for anything else, whose text would be a guess."""
+    if isinstance(value, str):
+        return value
+    return str(int(value)) if isinstance(value, Integral) and not isinstance(value, bool) else None
+
+
+def not_text(where: str, key: str, value: object) -> ATVError:
+    """The error for an input or output of which `text_of` knows no text."""
+    return ATVError(
+        f"{where} has {key} {value!r}; expected a text or a whole number. Write it as the text that the LLM should read."
+    )
+
+
 class Variant(NamedTuple):
     """One way to ask: the number of a template and an answer prefix."""
 
@@ -41,8 +62,10 @@ class Variant(NamedTuple):
 class Task:
     """Examples, templates and options of one task, checked when it is made.
 
+    A whole number as input or output becomes its digits; the name is kept in Unicode's composed form, NFC.
+
     Raises:
-        ATVError: a split is empty, a template has no {input}, an input is in two splits, or all test answers are
+        ATVError: a split is empty, an input or output is neither text nor a whole number, a template has no {input}, an input is in two splits, or all test answers are
             the same (a constant answer would then score 100).
     """
 
@@ -64,9 +87,11 @@ class Task:
                 raise ATVError(
                     f"Task {self.name}: the template {template!r} has no {{input}}; put {{input}} where the input goes."
                 )
+        object.__setattr__(self, "name", composed(self.name))
         seen: dict[str, str] = {}
         for split in SPLITS:
-            rows: Sequence[Example] = getattr(self, split)
+            rows = _checked(getattr(self, split), f"Task {self.name}: {split}")
+            object.__setattr__(self, split, rows)
             if not rows:
                 raise ATVError(f"Task {self.name}: the split {split!r} is empty; expected at least one row.")
             for row in rows:
@@ -146,6 +171,19 @@ class Task:
                     f"{len(self.test)} are; expected rows in random order. Shuffle the test split."
                 )
         return replace(self, test=first)
+
+
+def _checked(rows: Iterable[object], where: str) -> tuple[Example, ...]:
+    """Rows as pairs of texts; ATVError names the first that is none."""
+    checked = []
+    for index, row in enumerate(rows):
+        if not isinstance(row, Sequence) or isinstance(row, str) or len(row) != 2:
+            raise ATVError(f"{where} row {index} is {row!r}; expected an input and an output, as Example makes them.")
+        for key, value in zip(Example._fields, row, strict=True):
+            if text_of(value) is None:
+                raise not_text(f"{where} row {index}", key, value)
+        checked.append(Example(*map(text_of, row)))
+    return tuple(checked)
 
 
 def _refuse_none(**counts: int | None) -> None:

@@ -6,36 +6,44 @@ its templates. A task that has the name of one of the paper's has its category a
 says otherwise.
 """
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from atv.errors import ATVError, unknown
-from atv.files import read_json
-from atv.tasks.base import SPLITS, Example, Task
+from atv.files import local, read_json
+from atv.tasks.base import SPLITS, Example, Task, composed, not_text, text_of
 from atv.tasks.builtin import BUILTIN, builtin_task
 from atv.tasks.paper import PAPER, paper_templates
 
 TEMPLATES_FILE = "templates.json"
 
 
-def _task_folder(folder: Path) -> Path:
-    return folder / "tasks" if (folder / "tasks").is_dir() else folder
-
-
-def available_tasks(data: Path | None = None) -> list[str]:
-    """Names of the tasks in a folder, or of the built-in ones."""
-    if data is None:
-        return list(BUILTIN)
+def _task_files(data: Path) -> dict[str, Path]:
+    """Names of the tasks in a folder, in NFC, and their files."""
     if not data.is_dir():
         raise ATVError(f"No folder {data}; expected one with TASK.json files and {TEMPLATES_FILE}.")
-    named_otherwise = {TEMPLATES_FILE, "answer_prefixes.json"}
-    return sorted(file.stem for file in _task_folder(data).glob("*.json") if file.name not in named_otherwise)
+    folder = data / "tasks" if (data / "tasks").is_dir() else data
+    found: dict[str, Path] = {}
+    for file in sorted(folder.glob("*.json")):
+        if file.name not in (TEMPLATES_FILE, "answer_prefixes.json"):
+            name = composed(file.stem)
+            if name in found:
+                raise ATVError(
+                    f"{folder} holds two files {name}.json, whose names differ in how accents are composed alone; "
+                    "rename one of them."
+                )
+            found[name] = file
+    return found
+
+
+def available_tasks(data: str | Path | None = None) -> list[str]:
+    """Names of the tasks in a folder, or of the built-in ones."""
+    return list(BUILTIN) if data is None else sorted(_task_files(local(data)))
 
 
 def load_tasks(
-    names: Sequence[str] | None = None, data: Path | None = None, templates: Sequence[str] | None = None
+    names: Sequence[str] | None = None, data: str | Path | None = None, templates: Sequence[str] | None = None
 ) -> list[Task]:
     """Tasks by name, each once; all that there are when no name is given.
 
@@ -44,21 +52,23 @@ def load_tasks(
         data: folder of task files; None: the built-in tasks.
         templates: used instead of the folder's own.
     """
-    wanted = list(names) if names else available_tasks(data)
+    wanted = [composed(name) for name in names] if names else available_tasks(data)
     if not wanted:
         raise ATVError(f"{data} holds no TASK.json; expected at least one.")
     return [load_task(name, data, templates) for name in dict.fromkeys(wanted)]
 
 
-def load_task(name: str, data: Path | None = None, templates: Sequence[str] | None = None) -> Task:
+def load_task(name: str, data: str | Path | None = None, templates: Sequence[str] | None = None) -> Task:
     """One task, built in or from a folder; ATVError says what is wrong with its file."""
-    if name not in (known := available_tasks(data)):
-        where = "Give --data DIR for your own tasks." if data is None else f"Tasks are the JSON files in {data}."
+    name, folder = composed(name), None if data is None else local(data)
+    files = None if folder is None else _task_files(folder)
+    known = BUILTIN if files is None else files
+    if name not in known:
+        where = "Give --data DIR for your own tasks." if folder is None else f"Tasks are the JSON files in {folder}."
         raise unknown("task", name, known, where)
-    if data is None:
+    if folder is None or files is None:
         return builtin_task(name)
-    assert re.fullmatch(r"[^/\\]+", name)  # a file's stem, since it is one of the known names
-    file = _task_folder(data) / f"{name}.json"
+    file = files[name]
     found = read_json(file, 'an object {"train": [...], "valid": [...], "test": [...]}')
     if not isinstance(found, dict):
         raise ATVError(f"{file} holds a JSON {type(found).__name__}; expected an object with {', '.join(SPLITS)}.")
@@ -66,7 +76,7 @@ def load_task(name: str, data: Path | None = None, templates: Sequence[str] | No
     category = found.get("category", PAPER[name].category if name in PAPER else "other")
     if not isinstance(category, str) or not category.strip():
         raise ATVError(f"{file} has category {category!r}; expected some text, or no category.")
-    return Task(name, tuple(templates or _templates(name, data)), **splits, category=category)
+    return Task(name, tuple(templates or _templates(name, folder)), **splits, category=category)
 
 
 def _rows(rows: Any, split: str, file: Path) -> tuple[Example, ...]:
@@ -75,14 +85,18 @@ def _rows(rows: Any, split: str, file: Path) -> tuple[Example, ...]:
         raise ATVError(f"{file}: the split {split!r} is {what}; expected a list of rows.")
     examples = []
     for index, row in enumerate(rows):
-        for key in ("input", "output"):
+        texts = []
+        for key in Example._fields:
             value = row.get(key) if isinstance(row, dict) else None
-            if not isinstance(value, str) or not value.strip():
+            text = text_of(value)
+            if value is None or (text is not None and not text.strip()):
                 raise ATVError(
-                    f"{file}: {split} row {index} has {key} {value!r}; expected an object with the texts "
-                    "input and output."
+                    f"{file}: {split} row {index} has {key} {value!r}; expected an object with input and output."
                 )
-        examples.append(Example(row["input"], row["output"].strip()))
+            if text is None:
+                raise not_text(f"{file}: {split} row {index}", key, value)
+            texts.append(text)
+        examples.append(Example(texts[0], texts[1].strip()))
     return tuple(examples)
 
 
@@ -93,7 +107,8 @@ def _templates(name: str, data: Path) -> list[str]:
     found = read_json(file, "an object of task names, each with its templates (or give --template three times)")
     if name in PAPER and isinstance(found, dict) and name not in found:
         return paper_templates()[name]
-    templates = found.get(name) if isinstance(found, dict) else None
+    listed = {composed(key): value for key, value in found.items()} if isinstance(found, dict) else {}
+    templates = listed.get(name)
     if not isinstance(templates, list) or not all(isinstance(template, str) for template in templates):
         raise ATVError(f"{file} has no list of templates for {name}; add one, or give --template three times.")
     return templates
