@@ -12,7 +12,6 @@ from conftest import byte_level_tokenizer, make_atv, make_llm, toy_task
 
 from atv.cli import app as command_line
 from atv.cli import main
-from atv.cli.options import parse_layers
 
 
 @pytest.fixture(scope="module")
@@ -335,13 +334,6 @@ def test_help_answers_in_under_half_a_second():
         subprocess.run([sys.executable, "-m", "atv", "--help"], check=True, capture_output=True, env=dict(os.environ))
         times.append(time.perf_counter() - began)
     assert min(times) < 0.5
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"), [("all", "all"), ("0,2", [0, 2]), ("0-3,7", [0, 1, 2, 3, 7]), ("1-2-3", "1-2-3")]
-)
-def test_layers_are_read_as_a_region_or_indices(text, expected):
-    assert parse_layers(text) == expected
 
 
 def test_every_option_of_every_command_is_explained():

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -51,12 +52,17 @@ def test_the_defaults_of_the_training_are_those_of_the_paper():
         ("pooling", None, ("pooling None", "cls, last, mean")),
         ("positions", "first", ("positions 'first'", "all, answer, last, last:K", "as in last:4")),
         ("positions", 4, ("positions 4", "last:K")),
-        ("layers", "botom", ("layer region 'botom'", "Did you mean 'bottom'?", "list of indices, as in 0,1,2")),
-        ("layers", None, ("layers is None", "all, bottom, middle, top, or a list of whole numbers from 0")),
-        ("layers", ["0"], ("layers is ['0']", "a list of whole numbers from 0")),
-        ("layers", [0, -1], ("layers is [0, -1]", "a list of whole numbers from 0")),
-        ("layers", [1.5], ("layers is [1.5]", "a list of whole numbers from 0")),
-        ("layers", [True], ("layers is [True]", "a list of whole numbers from 0")),
+        ("layers", "botom", ("layer region 'botom'", "Did you mean 'bottom'?", "Or give indices, as in 0,1,2 or 0-9.")),
+        ("layers", None, ("layers is None", "all, bottom, middle, top, or whole numbers from 0")),
+        ("layers", ["0"], ("layers is ['0']", "whole numbers from 0, as in 0,1,2 or 0-9")),
+        ("layers", [0, -1], ("layers is [0, -1]", "whole numbers from 0, as in 0,1,2 or 0-9")),
+        ("layers", [1.5], ("layers is [1.5]", "whole numbers from 0, as in 0,1,2 or 0-9")),
+        ("layers", [True], ("layers is [True]", "whole numbers from 0, as in 0,1,2 or 0-9")),
+        ("layers", "9-0", ("layer region '9-0'", "as in 0,1,2 or 0-9")),
+        ("layers", "1-2-3", ("layer region '1-2-3'", "as in 0,1,2 or 0-9")),
+        ("layers", "0,,1", ("layer region '0,,1'", "as in 0,1,2 or 0-9")),
+        ("layers", "²", ("layer region '²'", "as in 0,1,2 or 0-9")),
+        ("layers", 3, ("layers is 3", "whole numbers from 0, as in 0,1,2 or 0-9")),
         ("scale", math.nan, ("scale is nan", "expected a finite number, such as 0.05")),
         ("scale", math.inf, ("scale is inf", "expected a finite number")),
         ("scale", "0.1", ("scale is '0.1'", "expected a finite number")),
@@ -210,6 +216,28 @@ def test_the_thirds_of_common_depths_are_those_counted_by_hand(count, bottom, mi
     for region, (first, last) in zip(THIRDS, (bottom, middle, top), strict=True):
         found = ATVConfig(layers=region).layer_indices(count)
         assert (found[0], found[-1]) == (first, last)
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("all", "all"),
+        ("top", "top"),
+        ("7", [7]),
+        ("0,2", [0, 2]),
+        ("0, 2 ", [0, 2]),
+        ("0-9", list(range(10))),
+        ("0 - 3,7", [0, 1, 2, 3, 7]),
+        (range(10), list(range(10))),
+        (range(9, 0, -3), [9, 6, 3]),
+        ((4, 2), [4, 2]),
+        (np.arange(3), [0, 1, 2]),
+    ],
+)
+def test_layers_are_read_as_a_region_or_indices_and_kept_as_json_has_them(given, kept):
+    config = ATVConfig(layers=given)
+    assert config.layers == kept
+    assert json.loads(json.dumps(config.to_dict()))["layers"] == kept
 
 
 @pytest.mark.parametrize(("region", "count"), [("bottom", 1), ("top", 1), ("middle", 2)])

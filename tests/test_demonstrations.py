@@ -5,14 +5,19 @@ import math
 import random
 import re
 import time
+import unicodedata
 
+import bm25s
 import pytest
 import torch
 from conftest import byte_level_tokenizer, make_llm, toy_task
+from hypothesis import given
+from hypothesis import strategies as st
 from refusals import refused
 
 from atv.evaluation import evaluate
 from atv.methods import METHODS
+from atv.methods.bm25 import words
 from atv.methods.demonstrations import Demonstrated
 from atv.prefix import SharedPrefix
 from atv.records import RunWriter
@@ -240,3 +245,60 @@ def test_a_run_from_before_demonstrations_goes_on(tmp_path):
     again, read = asked(load("zero-shot"), [task], tmp_path)
     assert read
     assert [row["prediction"] for row in again] == [row["prediction"] for row in rows]
+
+
+SENTENCES = {
+    "Chinese": (
+        "这部电影非常好看,演员也很出色。",
+        "昨天的股票市场大幅下跌了。",
+        "火锅里的牛肉又辣又香。",
+        "他们家的牛肉火锅怎么样?",
+    ),
+    "Japanese": (
+        "この映画はとても面白かった。",
+        "株価が昨日大きく下がった。",
+        "ラーメンのスープがおいしい。",
+        "おいしいスープはどれ?",
+    ),
+    "Thai": ("หนังเรื่องนี้สนุกมาก", "ตลาดหุ้นร่วงหนักเมื่อวานนี้", "ก๋วยเตี๋ยวร้านนี้อร่อยดี", "ร้านไหนอร่อย"),
+    "Khmer": ("ភាពយន្តនេះល្អណាស់", "ទីផ្សារភាគហ៊ុនធ្លាក់ចុះ", "អាហារនៅទីនេះឆ្ងាញ់ណាស់", "អាហារឆ្ងាញ់"),
+    "Korean": ("이 영화 정말 재미있다", "어제 주식 시장이 내렸다", "여기 냉면 국물 맛있다", "냉면 국물 어때"),
+    "Hindi": ("यह फ़िल्म अच्छी थी", "कल शेयर बाज़ार गिरा", "यहाँ का खाना स्वादिष्ट है", "खाना कैसा है"),
+    "mixed": ("GPT模型真的很好用", "TCP协议是一种网络协议", "我的iPhone屏幕碎了", "iPhone 屏幕怎么修?"),
+}
+
+
+@pytest.mark.parametrize("language", SENTENCES)
+def test_bm25_finds_what_is_alike_in_scripts_with_and_without_spaces(language):
+    *train, query = SENTENCES[language]
+    plain = toy_task()
+    task = Task("t", plain.templates, tuple(Example(text, "yes") for text in train), plain.valid, plain.test)
+    shown = load("bm25", shots=3).demonstrations(task, [Example(query, "no")])[0]
+    assert shown[-1].input == train[2]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The kettle's LID, 7 not_A x²", ["the", "kettle", "s", "lid", "7", "not_a", "x²"]),
+        ("牛肉", ["牛", "牛肉", "肉"]),
+        ("好", ["好"]),
+        ("GPT模型2号", ["gpt", "模", "模型", "型", "2", "号"]),
+        ("ラーメン", ["ラ", "ラー", "ー", "ーメ", "メ", "メン", "ン"]),
+        ("ดีที่", ["ดี", "ดีที่", "ที่"]),
+        ("์", []),
+        ("नमस्ते जी", ["नमस्ते", "जी"]),
+        ("cafe\u0301", ["café"]),
+        ("냉면 맛", ["냉면", "맛"]),
+        ("?! … \u200d\ufe0f", []),
+    ],
+)
+def test_words_are_cut_by_script(text, expected):
+    assert sorted(words(text)) == sorted(expected)
+
+
+@given(st.text(st.characters(max_codepoint=0x2FF)) | st.text("aZ é²½ßЖж_'-.\n7٣", max_size=30))
+def test_words_of_alphabets_are_those_that_bm25s_finds(text):
+    how = {"token_pattern": r"(?u)\b\w+\b", "stopwords": None, "return_ids": False, "show_progress": False}
+    text = unicodedata.normalize("NFC", text)
+    assert words(text) == bm25s.tokenize([text], **how)[0]

@@ -53,9 +53,7 @@ def place(world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     embedded = {LLM: str(world / "llm"), GENERATOR: str(world / "generator")}
     monkeypatch.setattr("atv.models.resolve", lambda name: embedded.get(name, name))
-    monkeypatch.setattr(
-        "atv.tasks.folder.builtin_task", lambda name: builtin_task(name).drawn(6, 2, 42, test=4)
-    )
+    monkeypatch.setattr("atv.tasks.folder.builtin_task", lambda name: builtin_task(name).drawn(6, 2, 42, test=4))
     monkeypatch.setattr("atv.training.train", one_epoch)
     monkeypatch.setattr("os.fsync", lambda file: None)  # nobody pulls the plug here, and disks take their time
     before = set(METHODS)  # a page may add one, for itself

@@ -234,7 +234,9 @@ def test_the_variants_are_every_template_with_each_of_the_three_prefixes(count):
 
 def sorted_task(rows: int = 400) -> Task:
     """As a file is that was written one class after the other."""
-    made = [examples(*(f"{split} {row}={'no' if row < rows // 2 else 'yes'}" for row in range(rows))) for split in SPLITS]
+    made = [
+        examples(*(f"{split} {row}={'no' if row < rows // 2 else 'yes'}" for row in range(rows))) for split in SPLITS
+    ]
     return make_task(**dict(zip(SPLITS, made, strict=True)))
 
 
@@ -403,13 +405,19 @@ def without(key: str) -> dict[str, object]:
         (without("test"), ("the split 'test' is missing", "expected a list of rows")),
         (TOY | {"valid": []}, ("the split 'valid' is empty", "expected a list of rows")),
         (TOY | {"test": {"input": "d", "output": "no"}}, ("the split 'test' is a JSON dict", "expected a list")),
-        (TOY | {"train": [TOY["train"][0], {"input": "b"}]}, ("train row 1 has output None", "an object with input and output")),
+        (
+            TOY | {"train": [TOY["train"][0], {"input": "b"}]},
+            ("train row 1 has output None", "an object with input and output"),
+        ),
         (TOY | {"valid": [{"output": "no"}]}, ("valid row 0 has input None", "an object with input and output")),
         (TOY | {"valid": [{"input": "c", "output": 1.5}]}, ("valid row 0 has output 1.5", "whole number")),
         (TOY | {"valid": [{"input": "c", "output": True}]}, ("valid row 0 has output True", "whole number")),
         (TOY | {"valid": [{"input": "c", "output": float("nan")}]}, ("valid row 0 has output nan", "whole number")),
         (TOY | {"valid": [{"input": "c", "output": ["a"]}]}, ("valid row 0 has output ['a']", "whole number")),
-        (TOY | {"valid": [{"input": "c", "output": " "}]}, ("valid row 0 has output ' '", "an object with input and output")),
+        (
+            TOY | {"valid": [{"input": "c", "output": " "}]},
+            ("valid row 0 has output ' '", "an object with input and output"),
+        ),
         (TOY | {"valid": ["c"]}, ("valid row 0 has input None", "an object with input")),
         (TOY | {"test": TOY["test"] + TOY["train"]}, ("Task toy", "'a' is in train and in test")),
         (TOY | {"test": TOY["test"][:1] * 10}, ("Task toy", "all 10 test answers are 'yes'", "hidden-label")),

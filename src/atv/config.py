@@ -2,7 +2,9 @@
 
 import math
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
+from numbers import Integral
 from typing import Any, Literal, NamedTuple, Self
 
 from atv.errors import ATVError, unknown
@@ -36,6 +38,29 @@ class Positions(NamedTuple):
         if match is None:
             raise unknown("positions", name, POSITIONS, "K is a whole number from 1, as in last:4.")
         return cls(int(match[1] or 1), False)
+
+
+def parse_layers(layers: object) -> str | list[int]:
+    """Read `all`, `bottom`, `middle`, `top`, or indices: `0,1,2` and `0-9`, or whole numbers in any collection.
+
+    Raises:
+        ATVError: it is none of these.
+    """
+    if isinstance(layers, str):
+        if layers in REGIONS:
+            return layers
+        parts = [re.fullmatch(r" *([0-9]+)(?: *- *([0-9]+))? *", part) for part in layers.split(",")]
+        ranges = [range(int(part[1]), int(part[2] or part[1]) + 1) for part in parts if part is not None]
+        if len(ranges) < len(parts) or not all(ranges):
+            raise unknown("layer region", layers, REGIONS, "Or give indices, as in 0,1,2 or 0-9.")
+        return [index for indices in ranges for index in indices]
+    found = list(layers) if isinstance(layers, Iterable) else [None]
+    indices = [int(index) for index in found if isinstance(index, Integral) and not isinstance(index, bool)]
+    if len(indices) < len(found) or any(index < 0 for index in indices):
+        raise ATVError(
+            f"layers is {layers!r}; expected {', '.join(REGIONS)}, or whole numbers from 0, as in 0,1,2 or 0-9."
+        )
+    return indices
 
 
 def _is_whole(value: object, least: int) -> bool:
@@ -97,9 +122,9 @@ class ATVConfig(Checked):
     """What the generator reads, in training and in use alike; must hold {query}. Of no use to `self`."""
     expansion_rank: int | None = None
     """None: one full linear map (the paper). A number: the product of two maps through that many dimensions."""
-    layers: str | list[int] = "all"
+    layers: str | Sequence[int] = "all"
     """Decoder layers that receive a vector: all (with the generator `self`: all above the one that is read), a third of
-    them (bottom, middle, top), or a list of indices."""
+    them (bottom, middle, top), or indices: as text (`0,1,2`, `0-9`), a list or a range; kept as a list."""
     layer_path: str | None = None
     """Name of the LLM's list of decoder layers, for a model where it cannot be found by structure."""
     positions: str = "last"
@@ -112,14 +137,7 @@ class ATVConfig(Checked):
         Positions.parse(self.positions)
         if self.pooling not in POOLINGS:
             raise unknown("pooling", self.pooling, POOLINGS)
-        if isinstance(self.layers, str) and self.layers not in REGIONS:
-            raise unknown("layer region", self.layers, REGIONS, "Or give a list of indices, as in 0,1,2.")
-        if not isinstance(self.layers, str) and not (
-            isinstance(self.layers, list) and all(_is_whole(index, 0) for index in self.layers)
-        ):
-            raise ATVError(
-                f"layers is {self.layers!r}; expected {', '.join(REGIONS)}, or a list of whole numbers from 0."
-            )
+        self.layers = parse_layers(self.layers)
         if not _is_finite(self.scale):
             raise ATVError(f"scale is {self.scale!r}; expected a finite number, such as 0.05.")
         if not isinstance(self.query_template, str) or "{query}" not in self.query_template:

@@ -1,6 +1,5 @@
 """All of it for one adapter, as a record ready for JSON."""
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from atv.analysis.lens import Readout, layer_by_layer, top_tokens
 from atv.analysis.norms import beside_residual, scaled_vectors
 from atv.errors import ATVError
 from atv.hooks import base_llm, decoder_layers
+from atv.methods.bm25 import words
 from atv.methods.elicit import Elicit
 from atv.model import ATVModel
 from atv.progress import Bar, bar, note
@@ -213,8 +213,8 @@ def _queries(
 
 def shared_words(one: str, other: str) -> float:
     """Words that two texts share, as a share of those in either."""
-    words, others = (set(re.findall(r"\w+", text.lower())) for text in (one, other))
-    return len(words & others) / len(words | others) if words | others else 0.0
+    these, others = set(words(one)), set(words(other))
+    return len(these & others) / len(these | others) if these | others else 0.0
 
 
 def _placed(names: Sequence[str], places: dict[str, Any], start: int) -> list[dict[str, Any]]:

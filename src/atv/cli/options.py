@@ -55,8 +55,6 @@ def given_settings(context: typer.Context) -> dict[str, Any]:
     }
     if "train_generator" in given:
         given["train_generator"] = not given["train_generator"]
-    if "layers" in given:
-        given["layers"] = parse_layers(given["layers"])
     for text in context.params["set"] or ():
         name, is_there, value = text.partition("=")
         if not is_there:
@@ -140,14 +138,3 @@ Force = Annotated[bool, typer.Option("--force", help="Begin anew, even if the fo
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the LLM. Only for one that you trust.")
 ]
-
-
-def parse_layers(text: str) -> str | list[int]:
-    """`all`, `bottom`, `middle`, `top`, or indices as in `0,1,2` and `0-9`."""
-    indices: list[int] = []
-    for part in text.split(","):
-        ends = part.strip().split("-")
-        if not all(end.strip().isdigit() for end in ends) or len(ends) > 2:
-            return text  # a region, or a mistake that the configuration names
-        indices.extend(range(int(ends[0]), int(ends[-1]) + 1))
-    return indices

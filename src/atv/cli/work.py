@@ -9,7 +9,7 @@ from accelerate.utils import set_seed  # that of transformers imports peft, whic
 
 from atv import artifact
 from atv.batching import encode_prompt, pad_id
-from atv.cli.options import EMBEDDED_GENERATOR, EMBEDDED_LLM, parse_layers
+from atv.cli.options import EMBEDDED_GENERATOR, EMBEDDED_LLM
 from atv.cli.show import output, print_lines
 from atv.config import SELF, ATVConfig
 from atv.doctor import check_wiring, model_summary
@@ -160,7 +160,7 @@ def examine(options: Mapping[str, Any]) -> bool:
     config = ATVConfig(
         generator=options["generator"],
         pooling=options["pooling"] or ("last" if options["generator"] == SELF else "mean"),
-        layers=parse_layers(options["layers"]),
+        layers=options["layers"],
         layer_path=options["layer_path"],
         positions=options["positions"],
     )

@@ -1,6 +1,9 @@
 """BM25: demonstrations whose inputs have most words in common with the query."""
 
+import unicodedata
 from collections.abc import Sequence
+from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -9,6 +12,37 @@ from torch import nn
 from atv.errors import ATVError
 from atv.methods.demonstrations import Demonstrated
 from atv.tasks import Example, Task
+
+UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Yi}\p{Line_Break=SA}ーｰ"
+"""Characters of scripts that put no spaces between words: Chinese, Japanese, Yi, and those of South-East Asia, as Thai,
+Lao, Khmer and Burmese, which Unicode's line breaking calls SA."""
+
+
+@cache
+def _patterns() -> tuple[Any, Any]:
+    """Runs of characters without spaces, or words of letters, digits and _ with their accents; and one character."""
+    import regex  # here: other methods need not wait for it
+
+    marks = r"\p{M}\p{Join_Control}"
+    letters = rf"[[\w\p{{N}}]--[{UNSPACED}{marks}]--[\p{{Pc}}--_]]"
+    run, word = rf"[{UNSPACED}][{UNSPACED}{marks}]*", rf"{letters}(?:{letters}|[{marks}])*"
+    return regex.compile(rf"(?V1)(?P<run>{run})|{word}"), regex.compile(r"\X")
+
+
+def words(text: str) -> list[str]:
+    """Words in lower case; none is too common or too short, since `not`, `A` or `7` may be all that differs.
+
+    Where a script puts no spaces between words, its characters and pairs of neighbours stand for them.
+    """
+    pattern, character = _patterns()
+    found = []
+    for match in pattern.finditer(unicodedata.normalize("NFC", text.lower())):
+        if not match["run"]:
+            found.append(match[0])
+            continue
+        letters = [part for part in character.findall(match[0]) if any(map(str.isalnum, part))]
+        found += letters + [one + after for one, after in pairwise(letters)]
+    return found
 
 
 class BM25(Demonstrated):
@@ -27,20 +61,14 @@ class BM25(Demonstrated):
         self._bm25s: Any = bm25s
         self._indexed: tuple[Task, Any] | None = None
 
-    def _words(self, texts: Sequence[str]) -> list[list[str]]:
-        """Words in lower case; none is too common or too short, since `not`, `A` or `7` may be all that differs."""
-        how = {"token_pattern": r"(?u)\b\w+\b", "stopwords": None, "return_ids": False, "show_progress": False}
-        found: list[list[str]] = self._bm25s.tokenize(list(texts), **how)
-        return found
-
     def _index(self, task: Task) -> Any:
         """The index of a task's training inputs; the last task's is kept for its other variants."""
         if self._indexed is None or self._indexed[0] is not task:
-            words = self._words([row.input for row in task.train])
-            if not any(words):
+            indexed = [words(row.input) for row in task.train]
+            if not any(indexed):
                 raise ATVError(f"Task {task.name}: no training input has a word to retrieve it by; use --method icl.")
             index = self._bm25s.BM25(dtype="float64")
-            index.index(words, show_progress=False)
+            index.index(indexed, show_progress=False)
             self._indexed = task, index
         return self._indexed[1]
 
@@ -48,8 +76,8 @@ class BM25(Demonstrated):
         """The most relevant training rows for each of `examples`, the most relevant last."""
         index = self._index(task)
         chosen = []
-        for words in self._words([example.input for example in examples]):
-            known = index.get_tokens_ids(words)
+        for example in examples:
+            known = index.get_tokens_ids(words(example.input))
             # Rounded, since equal scores may be sums in another order; bm25s' own selection leaves ties to chance.
             scores = index.get_scores_from_ids(known).round(9) if known else np.zeros(len(task.train))  # (train rows,)
             best = np.argsort(-scores, kind="stable")[: self.shots]

@@ -47,7 +47,8 @@ def text_of(value: object) -> str | None:
 def not_text(where: str, key: str, value: object) -> ATVError:
     """The error for an input or output of which `text_of` knows no text."""
     return ATVError(
-        f"{where} has {key} {value!r}; expected a text or a whole number. Write it as the text that the LLM should read."
+        f"{where} has {key} {value!r}; expected a text or a whole number. Write it as the text that "
+        "the LLM should read."
     )
 
 
@@ -65,8 +66,8 @@ class Task:
     A whole number as input or output becomes its digits; the name is kept in Unicode's composed form, NFC.
 
     Raises:
-        ATVError: a split is empty, an input or output is neither text nor a whole number, a template has no {input}, an input is in two splits, or all test answers are
-            the same (a constant answer would then score 100).
+        ATVError: a split is empty, an input or output is neither text nor a whole number, a template has no {input}, an
+            input is in two splits, or all test answers are the same (a constant answer would then score 100).
     """
 
     name: str
@@ -179,10 +180,12 @@ def _checked(rows: Iterable[object], where: str) -> tuple[Example, ...]:
     for index, row in enumerate(rows):
         if not isinstance(row, Sequence) or isinstance(row, str) or len(row) != 2:
             raise ATVError(f"{where} row {index} is {row!r}; expected an input and an output, as Example makes them.")
+        texts = []
         for key, value in zip(Example._fields, row, strict=True):
-            if text_of(value) is None:
+            if (text := text_of(value)) is None:
                 raise not_text(f"{where} row {index}", key, value)
-        checked.append(Example(*map(text_of, row)))
+            texts.append(text)
+        checked.append(Example(*texts))
     return tuple(checked)
 
 
