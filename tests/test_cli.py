@@ -1,17 +1,25 @@
 """The command line: the whole path on tiny models, wrong input as one line with exit code 2, and how fast help is."""
 
+import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import Annotated, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
 from conftest import byte_level_tokenizer, make_atv, make_llm, toy_task
+from transformers import LlamaForCausalLM
+from typer.main import get_command
 
 from atv.cli import app as command_line
 from atv.cli import main
+from atv.config import TrainConfig
+from atv.methods import METHODS
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +63,15 @@ def train_options(world):
             "--scale", "0.5", "--epochs", "2", "--batch-size", "4", "--lr", "5e-3"]  # fmt: skip
 
 
-def test_train_eval_report_generate_on_ones_own_models_and_data(atv, world, tmp_path):
+def counted(function, calls):
+    def wrapper(*args, **kwargs):
+        calls.append(kwargs)
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+def test_train_eval_report_generate_on_ones_own_models_and_data(atv, world, tmp_path, monkeypatch):
     out = tmp_path / "a run"
     code, said, err = atv("train", *train_options(world), "--out", out)
     assert code == 0, err
@@ -87,10 +103,17 @@ def test_train_eval_report_generate_on_ones_own_models_and_data(atv, world, tmp_
     assert len(list(tmp_path.glob("tables-*.csv"))) == 4  # per task, in-domain by both accuracies, comparison
     check_refused(*atv("report", tmp_path, "--out", tmp_path / "table.txt"), ["'.txt'", ".md, .tex, .csv or .html"])
 
-    code, said, err = atv("generate", "--adapter", out, "--dtype", "float32", "--compare", "the harbour leaks")
+    calls = []
+    monkeypatch.setattr(LlamaForCausalLM, "generate", counted(LlamaForCausalLM.generate, calls))
+    ask = ["generate", "--adapter", out, "--dtype", "float32", "the harbour leaks"]
+    code, alone, err = atv(*ask)
     assert code == 0, err
-    assert "unsteered:" in said
-    assert "steered:" in said
+    assert len(calls) == 1
+    code, said, err = atv(*ask, "--compare")
+    assert code == 0, err
+    assert len(calls) == 3
+    assert "unsteered: " in said
+    assert f"steered:   {alone.strip()!r}" in said
 
 
 def test_the_llm_itself_may_read_the_query(atv, world, tmp_path):
@@ -197,6 +220,157 @@ def test_a_config_file_holds_options_and_flags_win(atv, world, tmp_path):
     assert settings["train"]["epochs"] == 1
 
 
+def test_a_config_file_may_begin_with_a_byte_order_mark_spell_options_as_flags_and_name_the_home_folder(
+    atv, world, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(world))
+    lines = ["[train]", *(f'{name} = "~/{name}"' for name in ("llm", "generator", "data")), 'out = "~/below home"',
+             "lr = 0.25", "generator-lr = 0.5", "epochs = 1", 'dtype = "float32"', 'pooling = "mean"']  # fmt: skip
+    (world / "run.toml").write_text("\n".join(lines), encoding="utf-8-sig")
+    code, said, err = atv("train", "--config", "~/run.toml")
+    assert code == 0, err
+    assert f"Adapter: {world / 'below home' / 'adapter'}" in said
+    settings = json.loads((world / "below home" / "train.json").read_text())["settings"]
+    assert (settings["train"]["learning_rate"], settings["train"]["generator_learning_rate"]) == (0.25, 0.5)
+    (world / "run.toml").write_text("[train]\nlr = 0.5\nlearning-rate = 0.25")
+    check_refused(*atv("train", "--config", "~/run.toml"), ["learning_rate stands twice under [train]"])
+    (world / "run.toml").write_text("[train]\nlearnign_rate = 0.25")
+    check_refused(*atv("train", "--config", "~/run.toml"), ["'learnign_rate'", "Did you mean 'learning_rate'?"])
+
+
+def test_every_path_and_model_of_every_command_may_begin_with_the_home_folder(monkeypatch):
+    """Where no shell expands it: after `=`, between quotes, in a config file."""
+    monkeypatch.setenv("HOME", "/home/mine")
+    named = ("llm", "generator", "out", "adapter", "data", "settings", "config", "elicit", "runs")
+    found = set()
+    for command in command_line.app.registered_commands:
+        for name, hint in get_type_hints(command.callback, include_extras=True).items():
+            kinds = (hint.__origin__, *get_args(hint.__origin__)) if get_origin(hint) is Annotated else ()
+            if name in named or Path in kinds:
+                found.add(name)
+                assert str(hint.__metadata__[0].parser("~/x")) == "/home/mine/x", (command.callback, name)
+    assert found == set(named)
+
+
+def test_limited_rows_of_a_sorted_file_are_drawn_by_seed(atv, world, tmp_path, monkeypatch):
+    words = {"no": "leaks", "yes": "quiet"}
+
+    def rows(split):
+        return [{"input": f"{split} {words[a]} {i}", "output": a} for a in ("no", "yes") for i in range(30)]
+
+    data = task_file(world, tmp_path / "data", lambda _: {split: rows(split) for split in ("train", "valid", "test")})
+    fitted = []
+    monkeypatch.setattr(METHODS["atv"], "fit", lambda llm, tokenizer, tasks, *_, **__: fitted.extend(tasks))
+    options = ["train", *train_options(world), "--data", data, "--train-rows", "12", "--valid-rows", "12"]
+    for seed in ("1", "1", "2"):
+        code, _, err = atv(*options, "--seed", seed, "--out", tmp_path / "out")
+        assert code == 0, err
+    one, same, other = fitted
+    assert (len(one.train), len(one.valid), len(one.test)) == (12, 12, 60)
+    assert {row.output for row in one.train} == {row.output for row in one.valid} == {"no", "yes"}
+    assert (one.train, one.valid) == (same.train, same.valid)
+    assert set(one.train) != set(other.train)
+
+    eval_options = [*models(world), "--data", data, "--variants", "first", "--test-rows", "12", "--train-rows", "9"]
+    asked = {}
+    for name, more in {"zero-shot": [], "icl": ["--shots", "2"], "bm25": ["--shots", "2", "--seed", "7"]}.items():
+        code, _, err = atv("eval", "--method", name, *eval_options, *more, "--out", tmp_path / name)
+        assert code == 0, err
+        run = json.loads((tmp_path / name / "run.json").read_text())
+        lines = (tmp_path / name / "predictions.jsonl").read_text().splitlines()
+        asked[name] = (run["settings"]["tasks"], [json.loads(line)["target"] for line in lines])
+    assert asked["zero-shot"] == asked["icl"] == asked["bm25"]
+    assert set(asked["icl"][1]) == {"no", "yes"}
+    again = ["eval", "--method", "icl", *eval_options, "--shots", "2", "--out", tmp_path / "icl"]
+    check_refused(*atv(*again, "--seed", "7"), ["made with other settings", "demonstrations from.toy"])
+
+
+def test_report_writes_nothing_without_out(atv, world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "report.md").write_text("mine")
+    assert atv("eval", *models(world), "--data", world / "data", "--variants", "first", "--out", "run")[0] == 0
+    before = sorted(tmp_path.iterdir())
+    code, said, err = atv("report", "run")
+    assert code == 0, err
+    assert "toy" in said
+    assert "--out report.html" in said
+    assert sorted(tmp_path.iterdir()) == before
+    assert (tmp_path / "report.md").read_text() == "mine"
+    code, _, err = atv("report", "run", "--out", "report.md")
+    assert code == 0, err
+    assert "| toy |" in (tmp_path / "report.md").read_text()
+
+
+def test_theory_writes_nothing_without_out(atv, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("atv.cli.theory._tables", lambda *_: [])
+    assert atv("theory")[0] == 0
+    assert not list(tmp_path.iterdir())
+
+
+SLOWLY = """
+import sys, time
+import atv.evaluation, atv.training
+def wait(*args, **kwargs):
+    print("waiting", flush=True)
+    time.sleep(60)
+atv.evaluation._ask = wait
+atv.training.require_wiring = wait
+from atv.cli import main
+sys.argv = ["atv", *sys.argv[1:]]
+main()
+"""
+
+
+@pytest.mark.parametrize("command", ["eval", "train", "generate"])
+def test_ctrl_c_is_one_line_that_says_how_to_resume(world, tmp_path, command):
+    """Sent as a terminal sends it, while the command does its work."""
+    program = [sys.executable, "-c", SLOWLY, command]
+    if command == "generate":
+        make_atv(dtype=torch.float32).save_pretrained(tmp_path / "adapter")
+        program[2] = SLOWLY.replace(
+            "from atv.cli", "import atv.model; atv.model.ATVModel.generate = wait; from atv.cli"
+        )
+        options = ["--adapter", tmp_path, *models(world), "a query"]
+    elif command == "train":
+        options = [*train_options(world), "--out", tmp_path / "out"]
+    else:
+        options = [*models(world), "--data", world / "data", "--out", tmp_path / "out"]
+    process = subprocess.Popen(
+        [*program, *map(str, options)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "waiting\n", process.communicate()[1]
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130, err
+    resumed = "" if command == "generate" else "; run the same command again to resume"
+    assert err.splitlines()[-1] == f"atv: interrupted{resumed}."
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("--learning-rates", "--learning-rate"),
+        ("--learning_rate", "--learning-rate"),
+        ("--generator-learning-rat", "--generator-learning-rate"),
+        ("--max-gradient-norm", "--max-grad-norm"),
+        ("--train-row", "--train-rows"),
+    ],
+)
+def test_a_mistyped_option_is_answered_with_the_one_that_was_meant(atv, typed, meant):
+    code, _, err = atv("train", typed, "1")
+    assert code == 2
+    said = " ".join(err.replace("│", " ").split())
+    assert f"{meant}" in said.partition("Did you mean")[2] or f"{meant}" in said.partition("Possible options:")[2], said
+
+
+def test_options_that_are_settings_are_called_as_in_the_configuration():
+    options = {spelled for p in get_command(command_line.app).commands["train"].params for spelled in p.opts}
+    for field in dataclasses.fields(TrainConfig):
+        assert f"--{field.name.replace('_', '-')}" in options
+
+
 def task_file(world, folder, change):
     rows = json.loads((world / "data" / "toy.json").read_text())
     folder.mkdir()
@@ -226,7 +400,8 @@ def task_file(world, folder, change):
         (["--query-template", "no place"], ["has no {query}"]),
         (["--template", "no place"], ["has no {input}"]),
         (["--train-rows", "0"], ["train rows is 0"]),
-        (["--config", "nothing.toml"], ["No config file nothing.toml"]),
+        (["--config", "nothing.toml"], ["No file nothing.toml", "a table [train]"]),
+        (["--layers", "9-0"], ["Unknown layer region '9-0'", "0-9"]),
     ],
 )
 def test_a_wrong_option_is_one_line_and_exit_code_2(atv, world, tmp_path, monkeypatch, options, named):
@@ -337,16 +512,12 @@ def test_help_answers_in_under_half_a_second():
 
 
 def test_every_option_of_every_command_is_explained():
-    from typer.main import get_command
-
     for name, command in get_command(command_line.app).commands.items():
         for parameter in command.params:
             assert parameter.help, f"{name} {parameter.name}"
 
 
 def test_every_setting_that_train_has_an_option_for_is_one_of_the_method():
-    from typer.main import get_command
-
     from atv.cli.options import SETTINGS
     from atv.protocol import method_settings
 

@@ -17,7 +17,7 @@ from accelerate.utils import align_module_device
 from torch import nn
 
 from atv.errors import ATVError
-from atv.files import occupied, read_json, recover_folder, replace_folder, sha256, write_json
+from atv.files import local, occupied, read_json, recover_folder, replace_folder, sha256, write_json
 from atv.hooks import base_llm, decoder_layers, quantization, text_config
 
 FORMAT = 1
@@ -85,6 +85,7 @@ def save(
         write: writes the weights, as safetensors, and what else belongs there into the folder that it is given.
         about: more to be kept in `atv_config.json`.
     """
+    path = local(path)
     if occupied(path) and not (path / CONFIG_FILE).exists():
         raise ATVError(f"{path} exists and is not an adapter; choose a new folder, so that nothing there is lost.")
     with replace_folder(path) as part:
@@ -98,7 +99,7 @@ def save(
 
 def locate(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
     """The local folder of an adapter: as named, the `adapter` folder of a training, or downloaded from the hub."""
-    path = Path(path_or_hub_id)
+    path = local(path_or_hub_id)
     for folder in (path, path / "adapter"):
         recover_folder(folder)
         if (folder / CONFIG_FILE).exists():

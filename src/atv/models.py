@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from transformers.utils import logging as transformers_logging
 
 from atv.errors import ATVError, unknown
-from atv.files import recover_folder, replace_folder, sha256, write_text
+from atv.files import local, recover_folder, replace_folder, sha256, write_text
 from atv.processes import local_rank, world_size
 from atv.progress import note
 
@@ -68,7 +68,7 @@ EMBEDDED = (*_LLMS, EMBEDDED_GENERATOR)
 def cache_folder() -> Path:
     """Where converted embedded models are kept: $ATV_CACHE, else the user's cache folder."""
     base = os.environ.get("ATV_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "atv"
-    return Path(base)
+    return local(base)
 
 
 def _package_folder(package: str, name: str, install: str) -> Path:
@@ -88,7 +88,7 @@ def resolve(name: str) -> str:
         return str(_converted(name))
     if name.startswith("embedded:"):
         raise unknown("embedded model", name, EMBEDDED)
-    return name
+    return os.path.expanduser(name)
 
 
 def _converted(name: str) -> Path:

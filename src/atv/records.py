@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from atv.errors import ATVError
-from atv.files import occupied, read_json, same_settings, write_json, write_text
+from atv.files import local, occupied, read_json, same_settings, write_json, write_text
 from atv.processes import barrier, is_main, rank, world_size
 
 SCHEMA = 1
@@ -99,8 +99,8 @@ class RunWriter:
         force: begin anew, even if the folder holds a run.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any], force: bool = False) -> None:
-        self.folder = folder
+    def __init__(self, folder: str | Path, settings: dict[str, Any], force: bool = False) -> None:
+        self.folder = folder = local(folder)
         self.run: dict[str, Any] = {"schema": SCHEMA, "finished": False, "settings": settings, "seconds": 0.0}
         self.rows: list[dict[str, Any]] = []
         self._file = folder / (ROWS_FILE if is_main() else OTHERS_FILES.replace("*", str(rank())))
@@ -220,7 +220,7 @@ def load_runs(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
         folders: of runs, or folders that hold runs at any depth; a run that is found twice is read once.
     """
     flat: list[dict[str, Any]] = []
-    for folder in dict.fromkeys(run for name in folders for run in _runs_below(Path(name))):
+    for folder in dict.fromkeys(run for name in folders for run in _runs_below(local(name))):
         run = read_run(folder)
         settings = run.get("settings", {})
         about = {key: settings.get(key) for key in ("llm", "seed")} | {"run": str(folder)}
@@ -234,7 +234,7 @@ def load_runs(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
 
 def load_analyses(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
     """What `atv analysis` wrote into these folders or below, each with its `file` in it, and read once."""
-    found = dict.fromkeys(place / ANALYSIS_FILE for name in folders for place in _below(Path(name), ANALYSIS_FILE))
+    found = dict.fromkeys(place / ANALYSIS_FILE for name in folders for place in _below(local(name), ANALYSIS_FILE))
     return [_of_schema(file, "what atv analysis wrote") | {"file": str(file)} for file in found]
 
 

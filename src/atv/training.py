@@ -18,7 +18,7 @@ from atv.batching import IGNORED, EncodedRow
 from atv.config import TrainConfig
 from atv.doctor import require_wiring
 from atv.errors import ATVError
-from atv.files import occupied, read_json, same_settings, write_json
+from atv.files import local, occupied, read_json, same_settings, write_json
 from atv.hooks import base_llm, input_device, quantization
 from atv.model import ATVModel
 from atv.processes import barrier, is_main, local_rank, rank, world_size
@@ -187,7 +187,7 @@ def train(
             wiring self-test failed; or the loss became NaN or infinite: then `out/adapter` holds the best epoch
             before it, if there was one.
     """
-    config, out = config or TrainConfig(), Path(out)
+    config, out = config or TrainConfig(), local(out)
     config.rows_per_call(world_size())
     device = input_device(model.llm)
     if device.type == "cuda" and (device.index or 0) != local_rank():

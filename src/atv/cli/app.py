@@ -4,16 +4,38 @@ import logging
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from atv.cli import options as opt
 from atv.errors import ATVError
 from atv.processes import is_main, leave, wait_turn_to_fail
 
+RESUMED = ("demo", "train", "eval", "reproduce", "sweep", "prepare")
+"""Commands that keep what is done when they are interrupted."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C, which typer would turn into a silent exit."""
+
+
+class Commands(TyperGroup):
+    """The subcommands; one that is interrupted says so."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the subcommand that was named."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            resumed = ctx.invoked_subcommand in RESUMED
+            raise Interrupted("; run the same command again to resume." if resumed else ".") from None
+
+
 app = typer.Typer(
     name="atv",
+    cls=Commands,
     help="Adaptive Task Vectors: adapt a frozen large language model to each query.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -34,9 +56,9 @@ def main() -> None:
         wait_turn_to_fail()
         print(f"atv: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (Interrupted, KeyboardInterrupt) as error:
         if is_main():
-            print("\natv: interrupted; the same command goes on where it stopped.", file=sys.stderr)  # noqa: T201
+            print(f"\natv: interrupted{str(error) or '.'}", file=sys.stderr)  # noqa: T201
         sys.exit(130)
 
 
@@ -46,7 +68,9 @@ def _say(text: str) -> None:
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the adapter and the runs.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(parser=opt.path, help="Folder for the adapter and the runs.")] = Path(
+        "runs/demo"
+    ),
     force: opt.Force = False,
 ) -> None:
     """Train on the built-in tasks with the embedded models, measure beside zero-shot, answer three queries."""
@@ -58,9 +82,9 @@ def demo(
 @app.command()
 def train(
     context: typer.Context,
-    out: Annotated[Path, typer.Option(help="Folder for the adapter, the record and the checkpoints.")] = Path(
-        "runs/train"
-    ),
+    out: Annotated[
+        Path, typer.Option(parser=opt.path, help="Folder for the adapter, the record and the checkpoints.")
+    ] = Path("runs/train"),
     method: Annotated[
         str, typer.Option(help="atv, fixed, elicit, i2cl, lora, prefix or full; the options below are those of atv.")
     ] = "atv",
@@ -72,8 +96,9 @@ def train(
     generator: Annotated[
         str,
         typer.Option(
+            parser=opt.model,
             help="Model that reads the query: Hugging Face id, folder or embedded name; self: the LLM's own lower "
-            "layers; random:LAYERSxWIDTH: a new decoder."
+            "layers; random:LAYERSxWIDTH: a new decoder.",
         ),
     ] = "openai-community/gpt2",
     task: opt.TaskNames = None,
@@ -91,16 +116,23 @@ def train(
     gradient_accumulation_steps: Annotated[
         int, typer.Option(help="Parts that each process reads its share of a batch in, for less memory.")
     ] = 1,
-    lr: Annotated[float, typer.Option(help="Learning rate, constant.")] = 5e-4,
-    generator_lr: Annotated[float | None, typer.Option(help="Learning rate of the generator, if another.")] = None,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr", help="Learning rate, constant.")] = 5e-4,
+    generator_learning_rate: Annotated[
+        float | None,
+        typer.Option("--generator-learning-rate", "--generator-lr", help="Learning rate of the generator, if another."),
+    ] = None,
     weight_decay: Annotated[float, typer.Option(help="Adam's coupled L2 penalty.")] = 1e-5,
     max_grad_norm: Annotated[float | None, typer.Option(help="Clip the gradient to this norm.")] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="The generator's matrix products in bfloat16.")] = False,
     templates_per_row: Annotated[
         int, typer.Option(help="Prompts that share a row's vector in a step; 1 takes the templates in turn.")
     ] = 3,
-    train_rows: Annotated[int | None, typer.Option(help="At most so many training rows per task (paper: 90).")] = None,
-    valid_rows: Annotated[int | None, typer.Option(help="At most so many validation rows per task.")] = None,
+    train_rows: Annotated[
+        int | None, typer.Option(help="At most so many training rows per task, drawn by the seed (paper: 90).")
+    ] = None,
+    valid_rows: Annotated[
+        int | None, typer.Option(help="At most so many validation rows per task, drawn likewise.")
+    ] = None,
     prefix_memory: Annotated[
         float | None,
         typer.Option(
@@ -138,19 +170,29 @@ def evaluate(
             "adapter's method, without one zero-shot."
         ),
     ] = "",
-    adapter: Annotated[Path | None, typer.Option(help="Folder that atv train wrote.")] = None,
+    adapter: Annotated[Path | None, typer.Option(parser=opt.path, help="Folder that atv train wrote.")] = None,
     shots: Annotated[int | None, typer.Option(help="Demonstrations, for methods with some; by default 16.")] = None,
-    llm: Annotated[str, typer.Option(help="Frozen LLM; by default the adapter's, else the embedded one.")] = "",
+    llm: Annotated[
+        str, typer.Option(parser=opt.model, help="Frozen LLM; by default the adapter's, else the embedded one.")
+    ] = "",
     task: opt.TaskNames = None,
     data: opt.Data = None,
     template: opt.Templates = None,
-    test_rows: Annotated[int | None, typer.Option(help="At most so many test rows per task (paper: 100).")] = None,
+    test_rows: Annotated[
+        int | None,
+        typer.Option(
+            help="At most so many test rows per task, drawn, the same for every method and seed (paper: 100)."
+        ),
+    ] = None,
     train_rows: Annotated[
-        int | None, typer.Option(help="Demonstrations come from so many training rows per task (paper: 90).")
+        int | None,
+        typer.Option(help="Demonstrations come from so many training rows per task, drawn by the seed (paper: 90)."),
     ] = None,
     variants: opt.Variants = "all",
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per call of the LLM.")] = 16,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/METHOD.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(parser=opt.path, help="Folder of the run; by default runs/METHOD.")
+    ] = None,
     seed: opt.Seed = 42,
     dtype: opt.Dtype = "bfloat16",
     device: opt.Device = None,
@@ -169,7 +211,9 @@ def evaluate(
 @app.command()
 def reproduce(
     context: typer.Context,
-    out: Annotated[Path, typer.Option(help="Folder for adapters, runs and tables.")] = Path("runs/reproduce"),
+    out: Annotated[Path, typer.Option(parser=opt.path, help="Folder for adapters, runs and tables.")] = Path(
+        "runs/reproduce"
+    ),
     profile: opt.ProfileName = "small",
     experiment: Annotated[
         list[str] | None,
@@ -202,7 +246,9 @@ def reproduce(
 @app.command()
 def sweep(
     context: typer.Context,
-    out: Annotated[Path, typer.Option(help="Folder for the trials and settings.toml.")] = Path("runs/sweep"),
+    out: Annotated[Path, typer.Option(parser=opt.path, help="Folder for the trials and settings.toml.")] = Path(
+        "runs/sweep"
+    ),
     profile: opt.ProfileName = "small",
     method: opt.MethodNames = None,
     trials: Annotated[int, typer.Option(min=1, help="Settings to try, as many for every method.")] = 4,
@@ -233,13 +279,13 @@ def sweep(
 def generate(
     context: typer.Context,
     query: Annotated[list[str], typer.Argument(help="One or more queries.")],
-    adapter: Annotated[Path, typer.Option(help="Folder that atv train wrote.")],
+    adapter: Annotated[Path, typer.Option(parser=opt.path, help="Folder that atv train wrote.")],
     task: Annotated[str | None, typer.Option(help="Put the query into this task's first template.")] = None,
     template: Annotated[str | None, typer.Option(help="What the LLM reads, with {input} where the query goes.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens of answer.")] = 16,
     temperature: Annotated[float, typer.Option(help="0 is greedy; above 0 samples.")] = 0.0,
     compare: Annotated[bool, typer.Option("--compare", help="Show the answer without steering beside it.")] = False,
-    llm: Annotated[str, typer.Option(help="Frozen LLM; by default the adapter's.")] = "",
+    llm: Annotated[str, typer.Option(parser=opt.model, help="Frozen LLM; by default the adapter's.")] = "",
     dtype: opt.Dtype = "bfloat16",
     device: opt.Device = None,
     quantization: opt.Quantization = None,
@@ -257,7 +303,9 @@ def generate(
 def doctor(
     context: typer.Context,
     llm: opt.LLM = opt.EMBEDDED_LLM,
-    generator: Annotated[str, typer.Option(help="Model that reads the query, as for train.")] = "embedded:minilm-l6",
+    generator: Annotated[
+        str, typer.Option(parser=opt.model, help="Model that reads the query, as for train.")
+    ] = "embedded:minilm-l6",
     positions: Annotated[str, typer.Option(help="last, last:K, answer or all.")] = "last",
     layers: Annotated[str, typer.Option(help="all, bottom, middle, top, or indices.")] = "all",
     layer_path: Annotated[str | None, typer.Option(help="Name of the list of decoder layers, if not found.")] = None,
@@ -278,9 +326,12 @@ def doctor(
 @app.command()
 def analysis(
     context: typer.Context,
-    adapter: Annotated[Path, typer.Option(help="Folder that atv train wrote, of the method atv.")],
+    adapter: Annotated[Path, typer.Option(parser=opt.path, help="Folder that atv train wrote, of the method atv.")],
     elicit: Annotated[
-        Path | None, typer.Option(help="Folder that atv train --method elicit wrote for the same LLM, to show beside.")
+        Path | None,
+        typer.Option(
+            parser=opt.path, help="Folder that atv train --method elicit wrote for the same LLM, to show beside."
+        ),
     ] = None,
     task: opt.TaskNames = None,
     data: opt.Data = None,
@@ -290,8 +341,10 @@ def analysis(
         str | None,
         typer.Option(help="Looked at layer by layer, as one of the first task; by default its first test row."),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for analysis.json, analysis.md and plots.")] = Path("runs/analysis"),
-    llm: Annotated[str, typer.Option(help="Frozen LLM; by default the adapter's.")] = "",
+    out: Annotated[Path, typer.Option(parser=opt.path, help="Folder for analysis.json, analysis.md and plots.")] = Path(
+        "runs/analysis"
+    ),
+    llm: Annotated[str, typer.Option(parser=opt.model, help="Frozen LLM; by default the adapter's.")] = "",
     seed: opt.Seed = 42,
     dtype: opt.Dtype = "bfloat16",
     device: opt.Device = None,
@@ -309,11 +362,15 @@ def analysis(
 @app.command()
 def theory(
     llm: Annotated[
-        str | None, typer.Option(help="Try them on this LLM's weights and hidden states too; by default random ones.")
+        str | None,
+        typer.Option(
+            parser=opt.model, help="Try them on this LLM's weights and hidden states too; by default random ones."
+        ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="File to write: .md, .tex, or .csv, one file per table.")] = Path(
-        "theory.md"
-    ),
+    out: Annotated[
+        Path | None,
+        typer.Option(parser=opt.path, help="Write the tables to this file: .md, .tex, or .csv, one file per table."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of random matrices, prefixes and starts.")] = 42,
 ) -> None:
     """The paper's theorems in numbers: what holds, under which conditions, and what does not."""
@@ -332,7 +389,8 @@ def tasks(
         bool, typer.Option("--audit", help="Look for what makes a number dishonest or in need of a word beside it.")
     ] = False,
     llm: Annotated[
-        str | None, typer.Option(help="With --audit: look at first answer tokens and lengths for this LLM too.")
+        str | None,
+        typer.Option(parser=opt.model, help="With --audit: look at first answer tokens and lengths for this LLM too."),
     ] = None,
 ) -> None:
     """List tasks with their sizes, options and majority rate; --audit says what to know about them."""
@@ -343,7 +401,9 @@ def tasks(
 
 @app.command()
 def prepare(
-    out: Annotated[Path, typer.Option(help="Folder for the TASK.json files; give it to the others as --data.")],
+    out: Annotated[
+        Path, typer.Option(parser=opt.path, help="Folder for the TASK.json files; give it to the others as --data.")
+    ],
     task: Annotated[list[str] | None, typer.Argument(help="Tasks of the paper by name; by default all 25.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the splits.")] = 42,
     revision: Annotated[
@@ -360,30 +420,38 @@ def prepare(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or folders that hold runs at any depth.")],
+    runs: Annotated[
+        list[Path], typer.Argument(parser=opt.path, help="Folders of runs, or folders that hold runs at any depth.")
+    ],
     out: Annotated[
-        Path,
+        Path | None,
         typer.Option(
-            help="File to write: .md, .tex (for booktabs), .csv (one file per table), or .html (one page with plots)."
+            parser=opt.path,
+            help="Write the tables to this file: .md, .tex (for booktabs), .csv (one file per table), or .html (one "
+            "page with plots).",
         ),
-    ] = Path("report.md"),
+    ] = None,
 ) -> None:
-    """Print the tables of runs and write them: accuracy per task; of several methods averages and differences too.
+    """Print the tables of runs: accuracy per task; of several methods averages and differences too.
 
     Runs of an experiment, in a folder with its record, have the experiment's tables. What atv analysis found about
-    adapters in these folders comes after; its long tables are only written.
+    adapters in these folders comes after; its long tables are only written, with --out.
     """
     from atv.cli.show import print_table
     from atv.records import load_analyses
     from atv.report import FORMATS, analysis_tables, check_format, report_tables, write_page, write_tables
     from atv.report.analysis import SHORT
 
-    check_format(out, page=True)
+    if out is not None:
+        check_format(out, page=True)
     analyses = load_analyses(runs)
     rows, tables = report_tables(runs)
     found = [analysis_tables(record) for record in analyses]
     for table in [*tables, *(table for some in found for table in some[:SHORT])]:
         print_table(table)
+    if out is None:
+        _say("Write the tables to a file with --out report.html, or .md, .tex or .csv.")
+        return
     tables += [table for some in found for table in some]
     command = shlex.join(["atv", "report", *map(str, runs), "--out", str(out)])
     written = write_tables(tables, out) if out.suffix in FORMATS else write_page(rows, tables, out, command, analyses)

@@ -6,7 +6,7 @@ from typing import Any
 from atv.artifact import read
 from atv.cli.options import EMBEDDED_LLM
 from atv.cli.show import print_lines, print_table
-from atv.cli.work import answers, evaluate_method, train_adapter
+from atv.cli.work import evaluate_method, prompts_of, train_adapter, unsteered
 from atv.files import write_text
 from atv.model import ATVModel
 from atv.progress import note
@@ -66,7 +66,8 @@ def _show_queries(adapter: Path) -> None:
     llm, tokenizer = Frozen(EMBEDDED_LLM).load()
     atv = ATVModel.from_pretrained(llm, adapter, tokenizer=tokenizer)
     for task, query in QUERIES:
-        plain, steered = answers(atv, [query], templates[task][0], max_new_tokens=6, do_sample=False)
+        prompts, how = prompts_of([query], templates[task][0]), {"max_new_tokens": 6, "do_sample": False}
+        steered, plain = atv.generate(prompts, [query], **how), unsteered(atv, prompts, **how)
         expected = ", ".join(builtin_task(task).options)
         lines = [f"  without steering: {plain[0].strip()!r}", f"  with steering:    {steered[0].strip()!r}", ""]
         print_lines([f"{task} ({expected}): {query}", *lines])

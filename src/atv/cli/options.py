@@ -1,5 +1,6 @@
 """Options that several subcommands share, and the config file that may hold them."""
 
+import os
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,36 +8,51 @@ from typing import Annotated, Any
 import typer
 
 from atv.errors import ATVError, unknown
+from atv.files import local, read_toml
 
 EMBEDDED_LLM = "embedded:smollm2-135m"
 EMBEDDED_GENERATOR = "embedded:minilm-l6"
 
 
-def read_config(path: Path, command: str, known: list[str]) -> dict[str, Any]:
-    """The table `[command]` of a TOML file, as option values; a key that is no option raises ATVError."""
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ATVError(f"No config file {path}; expected a TOML file with a table [{command}].") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise ATVError(f"{path} is not a TOML file ({error}); expected a table [{command}].") from None
-    for name in tables:
-        if not isinstance(tables[name], dict):
-            raise ATVError(f"{path}: {name} stands outside a table; put it under [{command}].")
-    options = {key.replace("-", "_"): value for key, value in tables.get(command, {}).items()}
-    for key in options:
-        if key not in known:
-            raise unknown(f"option in [{command}] of {path}:", key, known)
-    return options
+def path(text: str) -> Path:
+    """A path, with `~` as the home folder in a config file too, where no shell expands it."""
+    return local(str(text))
+
+
+def model(text: str) -> str:
+    """A model's name, which may be a folder below `~`."""
+    return os.path.expanduser(str(text))
+
+
+def read_config(file: Path, command: str, options: dict[str, str]) -> dict[str, Any]:
+    """The table `[command]` of a TOML file, as option values; a key that is no option raises ATVError.
+
+    Args:
+        file: in TOML.
+        command: names the table.
+        options: every way to spell an option, and its name.
+    """
+    tables = read_toml(file, f"a TOML file with a table [{command}]")
+    for table in tables:
+        if not isinstance(tables[table], dict):
+            raise ATVError(f"{file}: {table} stands outside a table; put it under [{command}].")
+    values: dict[str, Any] = {}
+    for key, value in tables.get(command, {}).items():
+        spelled = key.replace("-", "_")
+        if spelled not in options:
+            raise unknown(f"option in [{command}] of {file}:", key, options)
+        if (name := options[spelled]) in values:
+            raise ATVError(f"{file}: {name} stands twice under [{command}], the second time as {key}; leave one out.")
+        values[name] = value
+    return values
 
 
 SETTINGS = {
     **{name: name for name in ("generator", "positions", "layers", "scale", "pooling", "expansion_rank")},
     **{name: name for name in ("query_template", "epochs", "batch_size", "gradient_accumulation_steps")},
-    **{name: name for name in ("weight_decay", "max_grad_norm", "bf16", "templates_per_row")},
+    **{name: name for name in ("learning_rate", "generator_learning_rate", "weight_decay", "max_grad_norm")},
+    **{name: name for name in ("bf16", "templates_per_row")},
     "freeze_generator": "train_generator",
-    "lr": "learning_rate",
-    "generator_lr": "generator_learning_rate",
 }
 """Options of `atv train` that are settings of a method or of its training, and the fields that they set."""
 
@@ -71,25 +87,27 @@ def _value(text: str) -> Any:
         return text
 
 
-def _from_file(context: typer.Context, path: Path | None) -> Path | None:
+def _from_file(context: typer.Context, file: Path | None) -> Path | None:
     """Make the file's options the command's defaults, so that flags win."""
-    if path is not None and not context.resilient_parsing:
-        known = [str(p.name) for p in context.command.params if p.name not in ("config", "help")]
-        values = read_config(path, str(context.info_name), known)
+    if file is not None and not context.resilient_parsing:
+        given = [p for p in context.command.params if p.name not in ("config", "help")]
+        known = {spelled.lstrip("-").replace("-", "_"): str(p.name) for p in given for spelled in (p.name, *p.opts)}
+        values = read_config(file, str(context.info_name), known)
         context.default_map = {**(context.default_map or {}), **values}
-    return path
+    return file
 
 
 Config = Annotated[
     Path | None,
     typer.Option(
         "--config",
+        parser=path,
         callback=_from_file,
         is_eager=True,
         help="TOML file with the options of this command in a table of its name; flags win.",
     ),
 ]
-LLM = Annotated[str, typer.Option(help="Frozen LLM: Hugging Face id, local folder, or an embedded name.")]
+LLM = Annotated[str, typer.Option(parser=model, help="Frozen LLM: Hugging Face id, local folder, or an embedded name.")]
 Dtype = Annotated[str, typer.Option(help="dtype of the frozen LLM: bfloat16, float16 or float32.")]
 Device = Annotated[
     str | None,
@@ -102,7 +120,8 @@ Quantization = Annotated[
 ]
 Revision = Annotated[str | None, typer.Option(help="Commit, tag or branch of the LLM on the hub.")]
 Data = Annotated[
-    Path | None, typer.Option(help="Folder of TASK.json files and templates.json; by default the built-in tasks.")
+    Path | None,
+    typer.Option(parser=path, help="Folder of TASK.json files and templates.json; by default the built-in tasks."),
 ]
 TaskNames = Annotated[
     list[str] | None,
@@ -131,7 +150,9 @@ MethodNames = Annotated[
 ]
 SettingsFile = Annotated[
     Path | None,
-    typer.Option(help="TOML file with settings of methods, as atv sweep writes; stronger than the profile's."),
+    typer.Option(
+        parser=path, help="TOML file with settings of methods, as atv sweep writes; stronger than the profile's."
+    ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of initialisation, order, dropout and of what is drawn.")]
 Force = Annotated[bool, typer.Option("--force", help="Begin anew, even if the folder holds this already.")]

@@ -25,9 +25,10 @@ from atv.theory import (
 quiet_transformers()
 
 
-def show_theorems(llm: str | None, out: Path, seed: int) -> None:
-    """Try every statement on random matrices, and on an LLM if one is named; print and write the tables."""
-    check_format(out)
+def show_theorems(llm: str | None, out: Path | None, seed: int) -> None:
+    """Try every statement on random matrices, and on an LLM if one is named; print the tables, maybe write them."""
+    if out is not None:
+        check_format(out)
     draw = torch.Generator().manual_seed(seed)
     materials = [random_material(draw)]
     if llm is not None:
@@ -38,7 +39,7 @@ def show_theorems(llm: str | None, out: Path, seed: int) -> None:
         tables += _tables(material, draw, made)
     for table in tables:
         print_table(table)
-    for path in write_tables(tables, out):
+    for path in write_tables(tables, out) if out is not None else ():
         print_lines([f"Written to {path}"])
 
 

@@ -1,6 +1,6 @@
 """The work behind the subcommands; imported when one of them runs, since it loads torch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from atv.processes import world_size
 from atv.progress import note
 from atv.protocol import Frozen, measure, method_settings, recipe
 from atv.store import PrefixStore
-from atv.tasks import TRAIN_PREFIX, UNSEEN, Task, findings, load_tasks, long_prompts, refuse_shared_inputs
+from atv.tasks import TRAIN_PREFIX, UNSEEN, Task, composed, findings, load_tasks, long_prompts, refuse_shared_inputs
 
 quiet_transformers()
 
@@ -112,6 +112,7 @@ def prompt_template(saved: artifact.Saved, task: str | None, template: str | Non
             raise ATVError(f"The template {template!r} has no {{input}}; put {{input}} where the query goes.")
         return template
     if task is not None:
+        task = composed(task)
         if task not in trained:
             raise unknown("task", task, trained, "These are the tasks that the adapter was trained on.")
         return trained[task][0]
@@ -121,16 +122,18 @@ def prompt_template(saved: artifact.Saved, task: str | None, template: str | Non
     return "{input}"
 
 
-def answers(atv: ATVModel, queries: list[str], template: str, **options: Any) -> tuple[list[str], list[str]]:
-    """Answers to queries without and with steering."""
-    prompts = [f"{template.replace('{input}', query)}\n{TRAIN_PREFIX}" for query in queries]
-    set_seed(options.pop("seed", 42))
-    steered = atv.generate(prompts, queries, **options)
-    inputs = atv.encode_prompts(prompts)
+def prompts_of(queries: Sequence[str], template: str) -> list[str]:
+    """What the LLM reads of queries, in a template with {input}."""
+    return [f"{template.replace('{input}', query)}\n{TRAIN_PREFIX}" for query in queries]
+
+
+def unsteered(atv: ATVModel, prompts: Sequence[str], **options: Any) -> list[str]:
+    """Answers of the frozen LLM alone."""
+    inputs = atv.encode_prompts(list(prompts))
     width = inputs.pop("position_ids").shape[1]
     llm: Any = atv.llm
     plain = llm.generate(**inputs, **options, pad_token_id=pad_id(atv.tokenizer))
-    return atv.tokenizer.batch_decode(plain[:, width:], skip_special_tokens=True), steered
+    return atv.tokenizer.batch_decode(plain[:, width:], skip_special_tokens=True)  # type: ignore[no-any-return]
 
 
 def answer(options: Mapping[str, Any]) -> None:
@@ -147,12 +150,14 @@ def answer(options: Mapping[str, Any]) -> None:
     how: dict[str, Any] = {"max_new_tokens": options["max_new_tokens"], "do_sample": options["temperature"] > 0}
     if options["temperature"] > 0:
         how["temperature"] = options["temperature"]
-    plain, steered = answers(atv, queries, template, seed=options["seed"], **how)
-    for query, without, given in zip(queries, plain, steered, strict=True):
-        if options["compare"]:
-            print_lines([f"query:     {query}", f"unsteered: {without.strip()!r}", f"steered:   {given.strip()!r}", ""])
-        else:
-            print_lines([given.strip()])
+    prompts = prompts_of(queries, template)
+    set_seed(options["seed"])
+    steered = [answer.strip() for answer in atv.generate(prompts, queries, **how)]
+    if not options["compare"]:
+        print_lines(steered)
+        return
+    for query, without, given in zip(queries, unsteered(atv, prompts, **how), steered, strict=True):
+        print_lines([f"query:     {query}", f"unsteered: {without.strip()!r}", f"steered:   {given!r}", ""])
 
 
 def examine(options: Mapping[str, Any]) -> bool:

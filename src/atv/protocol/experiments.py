@@ -1,13 +1,13 @@
 """Experiments: conditions that are trained and measured on the same rows, from TOML files."""
 
 import re
-import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from atv.errors import ATVError, unknown
+from atv.files import local, read_toml
 from atv.methods import METHODS
 from atv.protocol.settings import Tables, method_settings
 
@@ -80,15 +80,10 @@ def read_experiment(name: str) -> Experiment:
     `method`, maybe `shots` (of a method with demonstrations) and `train_rows`, and settings of the method.
     """
     own = name.endswith(".toml")
-    path = Path(name) if own else FOLDER / f"{name}.toml"
+    path = local(name) if own else FOLDER / f"{name}.toml"
     if not own and name not in known_experiments():
         raise unknown("experiment", name, known_experiments(), "Or give a TOML file of your own.")
-    try:
-        text = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ATVError(f"No file {path}; expected a TOML file that describes an experiment.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise ATVError(f"{path} is not a TOML file ({error}); expected title, asks, reference, conditions.") from None
+    text = read_toml(path, "a TOML file that describes an experiment, with title, asks, reference, conditions")
     for key in text.keys() - _WORDS:
         raise unknown(f"key in {path}:", key, sorted(_WORDS))
     found = text.get("conditions")

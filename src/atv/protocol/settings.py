@@ -1,6 +1,5 @@
 """What a method is trained with: the paper's defaults, then what tables of settings say, the later the stronger."""
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any, NamedTuple
 
 from atv.config import SELF, TrainConfig
 from atv.errors import ATVError, unknown
+from atv.files import read_toml
 from atv.methods import METHODS
 
 Tables = Mapping[str, Mapping[str, Any]]
@@ -65,12 +65,7 @@ def method_settings(name: str, tables: Sequence[Tables], seed: int) -> Settings:
 
 def read_settings(path: Path) -> dict[str, dict[str, Any]]:
     """Tables of settings from a TOML file: `[all]`, and one named after each method; a wrong name raises ATVError."""
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ATVError(f"No file {path}; expected a TOML file with tables of settings, as atv sweep writes.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise ATVError(f"{path} is not a TOML file ({error}); expected tables as [{ALL}] and [atv].") from None
+    tables = read_toml(path, f"a TOML file with tables of settings as [{ALL}] and [atv], as atv sweep writes")
     trained = [name for name in METHODS if any(_options(name))]
     everything = set().union(*(own | loop for own, loop in map(_options, trained)))
     read = {}

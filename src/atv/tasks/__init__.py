@@ -1,7 +1,7 @@
 """Tasks: data, templates and judging. A task knows no model."""
 
 from atv.tasks.audit import findings, long_prompts, refuse_shared_inputs
-from atv.tasks.base import ANSWER_PREFIXES, TRAIN_PREFIX, UNSEEN, Example, Task, Variant
+from atv.tasks.base import ANSWER_PREFIXES, TRAIN_PREFIX, UNSEEN, Example, Task, Variant, composed
 from atv.tasks.builtin import BUILTIN, builtin_task
 from atv.tasks.folder import available_tasks, load_task, load_tasks
 from atv.tasks.paper import PAPER, PaperTask, paper_templates
@@ -18,6 +18,7 @@ __all__ = [
     "Variant",
     "available_tasks",
     "builtin_task",
+    "composed",
     "findings",
     "load_task",
     "load_tasks",
