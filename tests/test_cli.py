@@ -348,6 +348,21 @@ def test_ctrl_c_is_one_line_that_says_how_to_resume(world, tmp_path, command):
     assert "Traceback" not in err
 
 
+def test_ctrl_c_on_several_processes_is_said_once(world, tmp_path):
+    (tmp_path / "slowly.py").write_text(SLOWLY)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", tmp_path / "slowly.py"]
+    options = ["eval", *models(world), "--data", world / "data", "--out", tmp_path / "out"]
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    process = subprocess.Popen(
+        [*map(str, launch), *map(str, options)], env=os.environ | {"OMP_NUM_THREADS": "1"}, **how
+    )
+    assert [process.stdout.readline() for _ in range(2)] == ["waiting\n"] * 2, process.communicate()[1]
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the launcher and all that it started
+    _, err = process.communicate(timeout=60)
+    assert err.count("atv: interrupted; run the same command again to resume.") == 1
+    assert "atv/cli/app.py" not in err  # the launcher shows where it was itself; no process of ours does
+
+
 @pytest.mark.parametrize(
     ("typed", "meant"),
     [

@@ -39,6 +39,7 @@ class Prediction:
     template: int
     answer_prefix: str
     example: int
+    """Its place among the task's test rows, or among those that `--test-rows` drew, in the order of the file."""
     target: str
     prediction: str
     """The most likely next token over the whole vocabulary, as text."""

@@ -2,6 +2,7 @@
 
 import logging
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -57,8 +58,10 @@ def main() -> None:
         print(f"atv: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
         sys.exit(2)
     except (Interrupted, KeyboardInterrupt) as error:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends a second one
         if is_main():
             print(f"\natv: interrupted{str(error) or '.'}", file=sys.stderr)  # noqa: T201
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         sys.exit(130)
 
 

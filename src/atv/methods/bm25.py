@@ -49,7 +49,7 @@ class BM25(Demonstrated):
     """Demonstrations retrieved for each query from the task's training split.
 
     The score is what bm25s computes by default, Lucene's variant with k1 = 1.5 and b = 0.75; a word that comes twice in
-    a query counts twice. Of equal scores the earlier row of the split is the more relevant.
+    a query counts twice; `words` says what one is. Of equal scores the earlier row of the split is the more relevant.
     """
 
     name = "bm25"

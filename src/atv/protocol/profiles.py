@@ -19,7 +19,7 @@ class Profile:
     valid_rows: int = 30
     """Per task, to choose the epoch and ELICIT's layers; the paper does not say how many it had."""
     test_rows: int = 100
-    """Per task, the first ones of the split for every seed."""
+    """Per task, the first ones of the split for every seed; a split sorted by answer is refused."""
     seeds: tuple[int, ...] = (42, 100, 10)
     variants: str = "all"
     shots: int = 16
