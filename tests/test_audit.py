@@ -7,8 +7,8 @@ import pytest
 from conftest import byte_level_tokenizer, make_llm, sentencepiece_tokenizer, toy_task
 from refusals import refused
 
-from atv.batching import encode_prompt
-from atv.evaluation import evaluate, first_answer_token
+from atv.batching import encode_answers, encode_prompt
+from atv.evaluation import evaluate
 from atv.methods import METHODS
 from atv.records import RunWriter
 from atv.tasks import Example, Task, Variant, findings, load_tasks, long_prompts, refuse_shared_inputs
@@ -64,8 +64,8 @@ def test_options_that_begin_with_one_token_are_found_for_this_tokenizer(make):
     task = replace(toy_task(), options=words)
     variant = Variant(0, "A:")
 
-    def first_token(prompt: str, answer: str) -> int:
-        return first_answer_token(tokenizer, prompt, answer)
+    def encode(asked: Variant) -> list[list[int]]:
+        return encode_answers(tokenizer, asked.answer_prefix, words)[1]
 
     # Independently: the tokens of the whole text, where they depart from those of the prompt.
     prompt = encode_prompt(tokenizer, "A:")
@@ -73,13 +73,21 @@ def test_options_that_begin_with_one_token_are_found_for_this_tokenizer(make):
     groups = {token: [word for word in words if firsts[word] == token] for token in firsts.values()}
     expected = [
         f"toy: the answers {', '.join(map(repr, group))} begin with the same token after 'A:'; the first token cannot "
-        "tell them apart."
+        "tell them apart. They are judged by their tokens up to where they differ, and the accuracy over the whole "
+        "vocabulary, which is of the first token, is left out."
         for group in groups.values()
         if len(group) > 1
     ]
     assert expected
-    assert findings(task, first_token, [variant])[1:] == expected
-    assert not findings(replace(task, options=("yes", "no")), first_token)[1:]
+    assert findings(task, encode, [variant])[1:] == expected
+    assert not findings(replace(task, options=("yes", "no")), lambda _: [[1, 2], [2, 1]])[1:]
+
+
+def test_of_many_options_the_first_ones_are_named():
+    task = replace(toy_task(), options=tuple(f"answer {number}" for number in range(500)))
+    (line,) = findings(task, lambda _: [[1, 2]] * 500, [Variant(0, "A:")])[1:]
+    assert "'answer 7' and 492 others begin with the same token" in line
+    assert "answer 8'" not in line
 
 
 def test_test_rows_with_too_long_a_prompt_are_counted_in_their_longest_variant():

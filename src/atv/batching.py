@@ -37,16 +37,33 @@ def encode_pair(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], li
     Raises:
         ATVError: prompt or answer is empty, or no place was found where the answer starts with a fresh token.
     """
-    if not prompt.strip() or not answer.strip():
-        raise ATVError(f"Prompt {prompt!r} with answer {answer!r}; expected both to have text.")
-    prompt_ids = encode_prompt(tokenizer, prompt)
-    # Behind the prompt itself if a token begins at the seam, else behind a neutral ending that no token reaches over.
-    for before in (prompt, ":", "\n", "a"):
-        before_ids = encode_prompt(tokenizer, before)
-        joint = encode_prompt(tokenizer, f"{before} {answer}")
-        if joint[: len(before_ids)] == before_ids and len(joint) > len(before_ids):
-            return prompt_ids, joint[len(before_ids) :]
-    raise ATVError(f"This tokenizer ({type(tokenizer).__name__}) merges the answer {answer!r} into what precedes it.")
+    prompt_ids, (answer_ids,) = encode_answers(tokenizer, prompt, [answer])
+    return prompt_ids, answer_ids
+
+
+def encode_answers(tokenizer: Any, prompt: str, answers: Sequence[str]) -> tuple[list[int], list[list[int]]]:
+    """As `encode_pair` for each of several answers to one prompt, which is encoded once."""
+    encoded: dict[str, list[int]] = {}
+
+    def ids(before: str) -> list[int]:
+        if before not in encoded:
+            encoded[before] = encode_prompt(tokenizer, before)
+        return encoded[before]
+
+    def following(answer: str) -> list[int]:
+        if not prompt.strip() or not answer.strip():
+            raise ATVError(f"Prompt {prompt!r} with answer {answer!r}; expected both to have text.")
+        # Behind the prompt itself if a token begins at the seam, else behind a neutral ending that no token spans.
+        for before in (prompt, ":", "\n", "a"):
+            before_ids, joint = ids(before), encode_prompt(tokenizer, f"{before} {answer}")
+            if joint[: len(before_ids)] == before_ids and len(joint) > len(before_ids):
+                return joint[len(before_ids) :]
+        raise ATVError(
+            f"This tokenizer ({type(tokenizer).__name__}) merges the answer {answer!r} into what precedes it."
+        )
+
+    found = [following(answer) for answer in answers]
+    return ids(prompt), found
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, side: str) -> tuple[Tensor, Tensor]:
@@ -122,6 +139,8 @@ class EncodedRow:
 
     query: list[int]
     pairs: list[tuple[list[int], list[int]]]
+    judged: int = 1
+    """How many of the answer's first tokens must be right for the answer to be (`Options.judged`)."""
 
 
 @dataclass

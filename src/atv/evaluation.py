@@ -4,15 +4,15 @@ import time
 from collections.abc import Iterator, Sequence, Set
 from functools import partial
 from itertools import cycle
-from typing import Any
 
 import torch
 
-from atv.batching import encode_pair, pad_id
+from atv.batching import pad_id
 from atv.errors import ATVError
 from atv.hooks import input_device
 from atv.methods.base import Method
 from atv.models import context_length
+from atv.options import likeliest, option_ids, reader, task_options
 from atv.prefix import SharedPrefix, call_llm
 from atv.processes import rank, world_size
 from atv.progress import Bar, bar, note, note_once
@@ -31,7 +31,8 @@ def evaluate(
     """Ask every test example of every task in every variant, and write one row for each.
 
     A prediction is right when the most likely next token over the whole vocabulary is the first token of " " + answer
-    (section 3 of the paper); beside it stands the likeliest among the first tokens of the task's options.
+    (section 3 of the paper), which is not defined where first tokens do not tell a task's options apart; beside it
+    stands the likeliest of the options, judged by their tokens up to where they differ (`atv.options`).
 
     Where a launcher has started several processes, all of them call this, and each asks every n-th batch of those
     that one process would ask.
@@ -46,14 +47,15 @@ def evaluate(
         batch_size: prompts per call of the LLM.
 
     Raises:
-        ATVError: a task's training inputs are test inputs of another, and nothing is asked; or a prompt is longer than
-            the LLM's context, and nothing of that task and variant is asked.
+        ATVError: a task's training inputs are test inputs of another, or two of its options are the same tokens, and
+            nothing is asked; or a prompt is longer than the LLM's context, and nothing of that task and variant is
+            asked.
     """
     if batch_size < 1:
         raise ATVError(f"batch_size is {batch_size}; expected a whole number from 1.")
     refuse_shared_inputs(tasks)
     for task in tasks:
-        for finding in findings(task, partial(first_answer_token, method.tokenizer), task.variants(variants)):
+        for finding in findings(task, partial(option_ids, method.tokenizer, task), task.variants(variants)):
             note_once(finding)
     done = {row_key(row) for row in run.rows}
     work = [(task, variant) for task in tasks for variant in task.variants(variants)]
@@ -82,11 +84,6 @@ def _tell_of_dropped(method: Method, run: RunWriter) -> None:
         )
 
 
-def first_answer_token(tokenizer: Any, prompt: str, answer: str) -> int:
-    """The token that the LLM should put after the prompt."""
-    return encode_pair(tokenizer, prompt, answer)[1][0]
-
-
 @torch.no_grad()
 def _ask(
     method: Method,
@@ -108,12 +105,14 @@ def _ask(
     prompts = method.prompts(task, task.test, variant)
     encoded = [prompt.ids for prompt in prompts]
     seconds_before = time.perf_counter() - began
+    options = task_options(method.tokenizer, task, variant)
     limit = context_length(method.llm)
     for index, ids in enumerate(encoded):
-        if limit is not None and len(ids) > limit:
+        if limit is not None and len(ids) + options.longest > limit:
+            behind = f", {options.longest} of an option are read behind it," if options.longest else ""
             raise ATVError(
-                f"Task {task.name}: test row {index} makes a prompt of {len(ids)} tokens and the LLM's context is "
-                f"{limit}; shorten or drop the row."
+                f"Task {task.name}: test row {index} makes a prompt of {len(ids)} tokens{behind} and the LLM's context "
+                f"is {limit}; shorten or drop the row."
             )
     device = input_device(method.llm)
     by_length = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))  # equal lengths: little padding
@@ -127,28 +126,27 @@ def _ask(
             continue
         began = time.perf_counter()
         inputs, past = shared.inputs([encoded[index] for index in batch], pad_id(method.tokenizer))
+        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
         with method.steer(task, [task.test[index] for index in batch]), shared.attention():
             output = call_llm(
                 method.llm,
                 keep=1,
-                input_ids=inputs["input_ids"][:, shared.length :].to(device),
-                attention_mask=inputs["attention_mask"].to(device),
-                position_ids=inputs["position_ids"][:, shared.length :].to(device),
+                input_ids=inputs["input_ids"][:, shared.length :],
+                attention_mask=inputs["attention_mask"],
+                position_ids=inputs["position_ids"][:, shared.length :],
                 past_key_values=past,
-                use_cache=past is not None,
+                use_cache=past is not None or not options.told_apart,
             )
-        logits = output.logits[:, -1].float().cpu()  # (batch, vocabulary)
+            logits = output.logits[:, -1].float().cpu()  # (batch, vocabulary)
+            best = likeliest([options] * len(batch), logits, reader(method.llm, inputs, output))
         seconds = (time.perf_counter() - began) / len(batch) + shared_seconds
-        likeliest = logits.argmax(-1).tolist()
+        tokens = logits.argmax(-1).tolist()
         rows = []
         for place, index in enumerate(batch):
             if index in asked:
                 continue
             example = task.test[index]
-            plain = task.prompt(example.input, variant)  # demonstrations before it change no token of the answer
-            options = {option: first_answer_token(method.tokenizer, plain, option) for option in task.options}
-            target = options[example.output]
-            best = max(options, key=lambda option: logits[place, options[option]].item())
+            first = options.ids[options.texts.index(example.output)][0]
             rows.append(
                 Prediction(
                     task=task.name,
@@ -158,10 +156,10 @@ def _ask(
                     answer_prefix=variant.answer_prefix,
                     example=index,
                     target=example.output,
-                    prediction=method.tokenizer.decode([likeliest[place]]),
-                    correct=likeliest[place] == target,
-                    prediction_among_options=best,
-                    correct_among_options=options[best] == target,
+                    prediction=method.tokenizer.decode([tokens[place]]),
+                    correct=tokens[place] == first if options.told_apart else None,
+                    prediction_among_options=best[place],
+                    correct_among_options=best[place] == example.output,
                     prompt_tokens=len(encoded[index]),
                     seconds=seconds,
                     demonstrations=prompts[index].demonstrations,

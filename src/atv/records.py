@@ -43,11 +43,13 @@ class Prediction:
     target: str
     prediction: str
     """The most likely next token over the whole vocabulary, as text."""
-    correct: bool
-    """It is the first token of the answer (the paper's score)."""
+    correct: bool | None
+    """It is the first token of the answer (the paper's score). None: not defined, since first tokens do not tell the
+    task's options apart. (Runs made before that was recorded say true or false there too.)"""
     prediction_among_options: str
+    """The likeliest of the task's options, judged by their tokens up to where they differ."""
     correct_among_options: bool
-    """The likeliest of the first tokens of the task's options is the answer's."""
+    """It is the answer."""
     prompt_tokens: int
     seconds: float
     """Prompt to prediction, everything that the method does included; a batch's time shared by its rows."""

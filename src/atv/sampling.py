@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator, Sequence
 from copy import copy
+from dataclasses import replace
 from itertools import chain
 
 from torch.utils.data import Dataset, Sampler
@@ -30,13 +31,13 @@ class Rows(Dataset[EncodedRow]):
         """The row with the prompts that are its turn in this epoch; for `PADDING` a row without an answer."""
         if index == PADDING:
             row = self[0]
-            return EncodedRow(row.query, [(prompt, [IGNORED]) for prompt, _ in row.pairs])
+            return replace(row, pairs=[(prompt, [IGNORED]) for prompt, _ in row.pairs])
         row = self.rows[index]
         count = len(row.pairs)
         if self.templates_per_row is None or self.templates_per_row >= count:
             return row
         first = index + self.epoch * self.templates_per_row
-        return EncodedRow(row.query, [row.pairs[(first + step) % count] for step in range(self.templates_per_row)])
+        return replace(row, pairs=[row.pairs[(first + step) % count] for step in range(self.templates_per_row)])
 
     def of_epochs(self, epochs: int) -> Iterator[EncodedRow]:
         """The rows with the prompts that are asked in the first `epochs` epochs, as often as they are."""

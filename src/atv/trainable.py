@@ -27,8 +27,8 @@ class AnswerLoss(ModelOutput):
     """Scalar float32: mean over a row's answer tokens, then over rows (Eq. 7)."""
     losses: Tensor | None = None
     """(batch,) float32: each row's own loss, 0 for a row without labels."""
-    correct: Tensor | None = None
-    """(batch,) bool: the most likely first token, over the whole vocabulary, is the answer's."""
+    right: Tensor | None = None
+    """(batch, answer) bool: the token is the most likely one, over the whole vocabulary; false without a label."""
 
 
 def answer_loss(logits: Tensor, labels: Tensor) -> AnswerLoss:
@@ -44,7 +44,7 @@ def answer_loss(logits: Tensor, labels: Tensor) -> AnswerLoss:
         wide.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
     ).view_as(labels)  # (batch, answer), 0 where ignored
     losses = token_loss.sum(1) / (labels != IGNORED).sum(1).clamp(min=1)  # (batch,)
-    return AnswerLoss(loss=losses.mean(), losses=losses, correct=logits[:, 0].argmax(-1) == labels[:, 0])
+    return AnswerLoss(loss=losses.mean(), losses=losses, right=logits.argmax(-1) == labels)
 
 
 def plain_loss(
@@ -125,7 +125,7 @@ class Trainable(nn.Module, ABC):
             labels: (batch, answer), answer tokens, -100 where there is none.
 
         Returns:
-            `loss`, `losses` and `correct`; in training only `loss` is used.
+            `loss`, `losses` and `right`; in training only `loss` is used.
         """
 
     @abstractmethod

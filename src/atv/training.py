@@ -4,7 +4,7 @@ import math
 import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,13 +14,14 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from atv.attention import grouped
-from atv.batching import IGNORED, EncodedRow
+from atv.batching import IGNORED, Collator, EncodedRow
 from atv.config import TrainConfig
 from atv.doctor import require_wiring
 from atv.errors import ATVError
 from atv.files import local, occupied, read_json, same_settings, write_json
 from atv.hooks import base_llm, input_device, quantization
 from atv.model import ATVModel
+from atv.options import answers_right, note_shared, training_options
 from atv.processes import barrier, is_main, local_rank, rank, world_size
 from atv.progress import Bar, bar, note
 from atv.records import provenance
@@ -30,6 +31,8 @@ from atv.tasks import Task
 from atv.trainable import Trainable
 
 RECORD_FILE = "train.json"
+JUDGED = "judged"
+"""In a batch beside what the model takes: how many tokens tell each answer apart, (batch,)."""
 COMPLETE = "complete"
 """Empty file in a checkpoint folder whose writing has ended."""
 
@@ -93,6 +96,7 @@ class ATVTrainer(Trainer):
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The model's loss, weighted; NonFiniteLoss in every process before it can reach a weight in any."""
+        inputs.pop(JUDGED)
         loss, outputs = super().compute_loss(model, inputs, True)
         if num_items_in_batch is not None:
             loss = loss * num_items_in_batch
@@ -103,10 +107,12 @@ class ATVTrainer(Trainer):
     def prediction_step(self, model: nn.Module, inputs: Any, *_: Any, **__: Any) -> tuple[None, Tensor, Tensor]:
         """Loss and score of every row, both (rows, prompts), so that their means do not depend on the batches."""
         inputs = self._prepare_inputs(inputs)
+        judged = inputs.pop(JUDGED)
         with torch.no_grad():
             output = model(**inputs)
         shape = (len(inputs["query_input_ids"]), -1)
-        return None, output.losses.view(shape), output.correct.view(shape)
+        correct = answers_right(output.right, judged.to(output.right.device))
+        return None, output.losses.view(shape), correct.view(shape)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Weights as safetensors and nothing else: the Trainer's own version also pickles its arguments."""
@@ -118,6 +124,16 @@ class ATVTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: t.contiguous() for name, t in (state_dict or cast(Trainable, self.model).state_dict()).items()}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@dataclass
+class _JudgedCollator:
+    """A model's batches, and what `ATVTrainer` judges their answers by."""
+
+    collate: Collator
+
+    def __call__(self, rows: Sequence[EncodedRow]) -> dict[str, Tensor]:
+        return self.collate(rows) | {JUDGED: torch.tensor([row.judged for row in rows for _ in row.pairs])}
 
 
 class _Progress(TrainerCallback):
@@ -203,6 +219,7 @@ def train(
         note(f"{out} holds this training already, finished; nothing to do (train it anew with --force).")
         return TrainResult(out / "adapter", record)
     rows = Rows(_encoded(model, tasks, "train"), config.templates_per_row)
+    note_shared(model.tokenizer, tasks)
     valid = Rows(_encoded(model, tasks, "valid"), config.templates_per_row)
     _require_gradient(model, rows[0])
     barrier()  # nothing is written before everything that can be checked has been, by every process
@@ -297,14 +314,14 @@ def former_record(out: Path, settings: dict[str, Any], force: bool) -> dict[str,
 
 
 def _encoded(model: Trainable, tasks: Sequence[Task], split: str) -> list[EncodedRow]:
+    judged = {task.name: training_options(model.tokenizer, task).judged for task in tasks}
     rows = [row for task in tasks for row in training_rows(task, split)]
-    if len(rows) < 2000:
-        return [model.encode_row(row) for row in rows]
     encoded = []
-    with bar(f"tokenise {split}", len(rows)) as progress:
+    with bar(f"tokenise {split}", len(rows)) if len(rows) >= 2000 else nullcontext() as progress:
         for row in rows:
-            encoded.append(model.encode_row(row))
-            progress.advance()
+            encoded.append(replace(model.encode_row(row), judged=judged[row.task][row.answer]))
+            if progress is not None:
+                progress.advance()
     return encoded
 
 
@@ -372,7 +389,7 @@ def _trainer(
     trainer = ATVTrainer(
         model=model,
         args=arguments,
-        data_collator=model.collator(),
+        data_collator=_JudgedCollator(model.collator()),
         train_dataset=rows,
         eval_dataset=valid,
         compute_metrics=_means,

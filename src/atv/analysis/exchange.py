@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from atv.analysis.norms import batches
-from atv.batching import encode_pair
 from atv.model import ATVModel
+from atv.options import likeliest, reader, training_options
 from atv.prefix import call_llm
 from atv.progress import Bar
 from atv.tasks import Example, Task
@@ -62,7 +62,7 @@ def others(vectors: Tensor, tasks: Sequence[str]) -> dict[str, Tensor]:
 @torch.no_grad()
 def exchanged(
     atv: ATVModel, asked: Sequence[tuple[Task, Example]], prompts: Sequence[str], vectors: Tensor, progress: Bar
-) -> list[dict[str, dict[str, bool]]]:
+) -> list[dict[str, dict[str, bool | None]]]:
     """Answer each query with its own vectors, with others, and with none.
 
     Args:
@@ -73,33 +73,34 @@ def exchanged(
         progress: advances by one for each answer.
 
     Returns:
-        For each query and kind whether the LLM is right over the whole vocabulary (`correct`) and among the task's
-        options (`correct_among_options`), as `atv eval` judges it, and whether it says something else over the
-        vocabulary than with the query's own vectors (`other`).
+        For each query and kind whether the LLM is right over the whole vocabulary (`correct`; None where that is not
+        defined) and among the task's options (`correct_among_options`), as `atv eval` judges it, and whether it says
+        something else over the vocabulary than with the query's own vectors, or where options begin alike another
+        option (`other`).
     """
-    options = [
-        {option: encode_pair(atv.tokenizer, prompt, option)[1][0] for option in task.options}
-        for (task, _), prompt in zip(asked, prompts, strict=True)
-    ]
-    found: list[dict[str, dict[str, bool]]] = [{} for _ in asked]
-    said: dict[int, int] = {}  # with a query's own vectors, which come first
+    options = [training_options(atv.tokenizer, task) for task, _ in asked]
+    found: list[dict[str, dict[str, bool | None]]] = [{} for _ in asked]
+    said: dict[int, int | str] = {}  # with a query's own vectors, which come first
     kinds: dict[str, Any] = others(vectors, [task.name for task, _ in asked]) | {NONE: None}
     for kind, made in kinds.items():
         for batch in batches(prompts):
             inputs = atv.encode_prompts([prompts[index] for index in batch])
             queries = [prompts[index] for index in batch]
             steer = nullcontext() if made is None else atv.steer(queries, vectors=made[batch], scale=1.0)
+            own = [options[index] for index in batch]
+            on = not all(each.told_apart for each in own)
             with steer:
-                logits = call_llm(atv.llm, keep=1, **inputs, use_cache=False).logits[:, -1].float()
-            for index, row in zip(batch, logits, strict=True):
-                likeliest, target = int(row.argmax()), options[index][asked[index][1].output]
-                scores = row[list(options[index].values())]  # (options,)
-                best = list(options[index].values())[int(scores.argmax())]
-                said.setdefault(index, likeliest)
+                output = call_llm(atv.llm, keep=1, **inputs, use_cache=on)
+                logits = output.logits[:, -1].float().cpu()  # (batch, vocabulary)
+                best = likeliest(own, logits, reader(atv.llm, inputs, output))
+            for place, index in enumerate(batch):
+                token, answer = int(logits[place].argmax()), asked[index][1].output
+                first = own[place].ids[own[place].texts.index(answer)][0]
+                says = token if own[place].told_apart else best[place]
                 found[index][kind] = {
-                    "correct": likeliest == target,
-                    "correct_among_options": best == target,
-                    "other": likeliest != said[index],
+                    "correct": token == first if own[place].told_apart else None,
+                    "correct_among_options": best[place] == answer,
+                    "other": says != said.setdefault(index, says),
                 }
             progress.advance(len(batch))
     progress.advance((len(KINDS) - len(kinds)) * len(asked))

@@ -184,7 +184,7 @@ def _queries(
     neighbours: Sequence[tuple[Task, Example]],
     cosines: Tensor,
     places: dict[str, Any],
-    answers: Sequence[dict[str, dict[str, bool]]],
+    answers: Sequence[dict[str, dict[str, bool | None]]],
 ) -> list[dict[str, Any]]:
     """One row for each test query: its place on the map, its neighbours, and what is answered with which vectors."""
     found = []

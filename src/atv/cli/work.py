@@ -14,10 +14,10 @@ from atv.cli.show import output, print_lines
 from atv.config import SELF, ATVConfig
 from atv.doctor import check_wiring, model_summary
 from atv.errors import ATVError, unknown
-from atv.evaluation import first_answer_token
 from atv.methods import METHODS
 from atv.model import ATVModel
 from atv.models import load_context_length, load_tokenizer, quiet_transformers
+from atv.options import option_ids
 from atv.processes import world_size
 from atv.progress import note
 from atv.protocol import Frozen, measure, method_settings, recipe
@@ -206,8 +206,7 @@ def _audit(tasks: list[Task], llm: str | None) -> None:
     refuse_shared_inputs(tasks)
     tokenizer = None if llm is None else load_tokenizer(llm)
     limit = None if llm is None else load_context_length(llm)
-    first_token = None if tokenizer is None else partial(first_answer_token, tokenizer)
     for task in tasks:
-        print_lines(findings(task, first_token))
+        print_lines(findings(task, None if tokenizer is None else partial(option_ids, tokenizer, task)))
         if limit is not None:
             print_lines(long_prompts(task, lambda prompt: len(encode_prompt(tokenizer, prompt)), limit))

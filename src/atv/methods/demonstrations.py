@@ -10,6 +10,7 @@ from torch import nn
 from atv.batching import encode_prompt
 from atv.methods.base import Method, Prompt
 from atv.models import context_length
+from atv.options import task_options
 from atv.tasks import Example, Task, Variant
 
 
@@ -28,9 +29,11 @@ def fitted(
         text = with_demonstrations(task, shown[len(shown) - kept :], example.input, variant)
         return Prompt(encode_prompt(tokenizer, text), kept)
 
-    limit = context_length(llm)
-    whole = prompt(len(shown))
-    if limit is None or len(whole.ids) <= limit:
+    whole, limit = prompt(len(shown)), context_length(llm)
+    if limit is None:
+        return whole
+    limit -= task_options(tokenizer, task, variant).longest  # read behind the prompt where options begin alike
+    if len(whole.ids) <= limit:
         return whole
     # Each demonstration makes a prompt longer: few of the counts need to be tried.
     return prompt(bisect_right(range(1, len(shown)), limit, key=lambda kept: len(prompt(kept).ids)))

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from atv.batching import edit_mask, encode_pair, left_padded, pad_id
+from atv.batching import IGNORED, Collator, EncodedRow, encode_pair, left_padded, pad_id
 from atv.config import Positions
 from atv.errors import ATVError
 from atv.hooks import capture_outputs, decoder_layers, input_device
@@ -14,6 +14,7 @@ from atv.methods.base import Prompt
 from atv.methods.demonstrations import fitted
 from atv.model import inject
 from atv.models import context_length
+from atv.options import answers_right, training_options
 from atv.prefix import ReadPrefix, as_cache, call_llm, full_sides, read_prefix, steered_logits
 from atv.tasks import TRAIN_PREFIX, Task, Variant
 
@@ -79,7 +80,8 @@ def layer_scores(
 ) -> tuple[Tensor, Tensor]:
     """How well validation rows are answered with a state added at one layer, for every state and layer.
 
-    What stands before the last token of a plain prompt depends on no state, and is read once for all of them.
+    An answer is judged by its tokens up to where it differs from the task's other options: mostly the first. What
+    stands before the last token of a plain prompt depends on no state, and is read once for all of them.
 
     Args:
         llm: the frozen LLM.
@@ -90,19 +92,20 @@ def layer_scores(
         rows: at most so many validation rows.
 
     Returns:
-        Share of right answers over the whole vocabulary and mean log-probability of the right token, both
+        Share of right answers over the whole vocabulary and mean log-probability of the right tokens, both
         (exemplars, layers) float32, on the CPU.
     """
-    pairs = []
+    told_apart, asked = training_options(tokenizer, task).judged, []
     for number, row in enumerate(task.valid[:rows]):
-        variant = Variant(number % len(task.templates), TRAIN_PREFIX)
-        pairs.append(encode_pair(tokenizer, task.prompt(row.input, variant), row.output))
-        _check_length(llm, task, "validation", pairs[-1][0])
-    inputs = left_padded([prompt for prompt, _ in pairs], pad_id(tokenizer))  # each (rows, seq)
-    inputs |= {"edit_mask": edit_mask(inputs["attention_mask"], Positions.parse("last"))}
-    inputs = {name: tensor.to(input_device(llm)) for name, tensor in inputs.items()}
-    targets = torch.tensor([answer[0] for _, answer in pairs])  # (rows,)
-    read = _read_once(llm, inputs)
+        variant, tokens = Variant(number % len(task.templates), TRAIN_PREFIX), told_apart[row.output]
+        prompt, answer = encode_pair(tokenizer, task.prompt(row.input, variant), row.output)
+        asked.append(EncodedRow([0], [(prompt, answer[:tokens])], tokens))
+        _check_length(llm, task, "validation", prompt + answer[: tokens - 1])
+    inputs = Collator(Positions.parse("last"), pad_id(tokenizer), 0)(asked)  # each (rows, seq)
+    targets, judged = inputs.pop("labels"), torch.tensor([row.judged for row in asked])  # (rows, answer), (rows,)
+    steered = ("input_ids", "attention_mask", "position_ids", "edit_mask")
+    inputs = {name: inputs[name].to(input_device(llm)) for name in steered}
+    read = _read_once(llm, inputs, targets.shape[1])
 
     def scores(layer: nn.Module, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Of vectors (some, 1, hidden), each (some,)."""
@@ -110,16 +113,16 @@ def layer_scores(
             llm,
             lambda mask: inject([layer], lambda: vectors, scale, lambda: mask),
             **{name: tensor.repeat(len(vectors), 1) for name, tensor in inputs.items()},
-            keep=1,
+            keep=targets.shape[1],
             read=read,
-        )  # (some * rows, 1, vocabulary)
-        wide = logits[:, -1].float().cpu().unflatten(0, (len(vectors), -1))  # (some, rows, vocabulary)
-        answers = targets.expand(len(vectors), -1)[..., None]
-        likely = wide.log_softmax(-1).gather(-1, answers)[..., 0]  # (some, rows)
-        return (wide.argmax(-1) == targets).float().mean(1), likely.mean(1)
+        )  # (some * rows, answer, vocabulary)
+        wide = logits.float().cpu().unflatten(0, (len(vectors), -1))  # (some, rows, answer, vocabulary)
+        answers = targets.clamp(min=0).expand(len(vectors), -1, -1)[..., None]
+        likely = wide.log_softmax(-1).gather(-1, answers)[..., 0].masked_fill(targets == IGNORED, 0).sum(-1)
+        return answers_right(wide.argmax(-1) == targets, judged).float().mean(1), likely.mean(1)
 
     right, likely = torch.empty(2, *states.shape[:2]).unbind()
-    at_once = max(1, AT_ONCE // len(pairs))
+    at_once = max(1, AT_ONCE // len(asked))
     for start in range(0, len(states), at_once):
         some = slice(start, start + at_once)
         for index, layer in enumerate(decoder_layers(llm)):
@@ -127,9 +130,9 @@ def layer_scores(
     return right, likely
 
 
-def _read_once(llm: nn.Module, inputs: dict[str, Tensor]) -> ReadPrefix:
-    """What gives the keys and values of the prompts' tokens but the last, for any number of copies of the prompts."""
-    before = [inputs[name][:, :-1] for name in ("input_ids", "attention_mask", "position_ids")]
+def _read_once(llm: nn.Module, inputs: dict[str, Tensor], keep: int) -> ReadPrefix:
+    """What gives the keys and values of all columns but the last `keep`, for any number of copies of the rows."""
+    before = [inputs[name][:, :-keep] for name in ("input_ids", "attention_mask", "position_ids")]
     rows, width = before[0].shape
     sides = full_sides(read_prefix(llm, *before), width) if width else None
 

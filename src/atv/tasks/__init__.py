@@ -1,6 +1,6 @@
 """Tasks: data, templates and judging. A task knows no model."""
 
-from atv.tasks.audit import findings, long_prompts, refuse_shared_inputs
+from atv.tasks.audit import findings, long_prompts, refuse_shared_inputs, shared_beginnings
 from atv.tasks.base import ANSWER_PREFIXES, TRAIN_PREFIX, UNSEEN, Example, Task, Variant, composed
 from atv.tasks.builtin import BUILTIN, builtin_task
 from atv.tasks.folder import available_tasks, load_task, load_tasks
@@ -25,4 +25,5 @@ __all__ = [
     "long_prompts",
     "paper_templates",
     "refuse_shared_inputs",
+    "shared_beginnings",
 ]

@@ -24,16 +24,16 @@ def refuse_shared_inputs(tasks: Sequence[Task]) -> None:
             )
 
 
-def findings(
-    task: Task,
-    first_token: Callable[[str, str], int] | None = None,
-    variants: Iterable[Variant] | None = None,
-) -> list[str]:
+Encode = Callable[[Variant], Sequence[Sequence[int]]]
+"""The token ids of each of a task's options, as they follow its prompts in a variant."""
+
+
+def findings(task: Task, encode: Encode | None = None, variants: Iterable[Variant] | None = None) -> list[str]:
     """What is no mistake but should be known beside the task's numbers, a line each.
 
     Args:
         task: what is looked at.
-        first_token: of a prompt and an answer, the token that the answer begins with; None: not looked at.
+        encode: encodes its options; None: their tokens are not looked at.
         variants: templates and answer prefixes that will be asked; None: all of the task's.
     """
     found = [f"{task.name}: the most frequent answer alone scores {100 * task.majority():.1f}%."]
@@ -41,23 +41,25 @@ def findings(
     others = [option for option in task.options if known is not None and option not in known]
     if known is not None and others:
         found.append(f"{task.name}: answers {_listed(others)}, where the paper's task has {_listed(known)}.")
-    if first_token is None:
-        return found
+    return found if encode is None else found + shared_beginnings(task, encode, variants)
+
+
+def shared_beginnings(task: Task, encode: Encode, variants: Iterable[Variant] | None = None) -> list[str]:
+    """A line for each group of options that begin with one token; the arguments are those of `findings`."""
     shared: dict[tuple[str, ...], str] = {}
     for variant in task.variants() if variants is None else variants:
-        prompt = task.prompt(task.test[0].input, variant)
         groups: dict[int, list[str]] = {}
-        for option in task.options:
-            groups.setdefault(first_token(prompt, option), []).append(option)
+        for option, ids in zip(task.options, encode(variant), strict=True):
+            groups.setdefault(ids[0], []).append(option)
         for group in groups.values():
             if len(group) > 1:
                 shared.setdefault(tuple(group), variant.answer_prefix)
-    for options, prefix in shared.items():
-        found.append(
-            f"{task.name}: the answers {_listed(options)} begin with the same token after {prefix!r}; the first token "
-            "cannot tell them apart."
-        )
-    return found
+    return [
+        f"{task.name}: the answers {_listed(options)} begin with the same token after {prefix!r}; the first token "
+        "cannot tell them apart. They are judged by their tokens up to where they differ, and the accuracy over the "
+        "whole vocabulary, which is of the first token, is left out."
+        for options, prefix in shared.items()
+    ]
 
 
 def long_prompts(task: Task, count_tokens: Callable[[str], int], limit: int) -> list[str]:
@@ -72,5 +74,7 @@ def long_prompts(task: Task, count_tokens: Callable[[str], int], limit: int) -> 
     ]
 
 
-def _listed(options: Iterable[str]) -> str:
-    return ", ".join(map(repr, options))
+def _listed(options: Sequence[str], most: int = 8) -> str:
+    """Options as words, the first ones if they are many."""
+    rest = f" and {len(options) - most} others" if len(options) > most else ""
+    return ", ".join(map(repr, options[:most])) + rest
