@@ -41,7 +41,7 @@ def make_run(folder, method, seed, marks):
         run["method"] = {"config": {"positions": "last", "scale": 0.1, "expansion_rank": None}}
     (folder / "run.json").write_text(json.dumps(run))
     rows = [
-        {"task": task, "category": TASKS[task], "split": "test", "template": 0, "answer_prefix": "A:",
+        {"task": task, "category": TASKS.get(task, "Safety"), "split": "test", "template": 0, "answer_prefix": "A:",
          "example": example, "target": "A", "prediction": "A", "correct": mark == "x",
          "prediction_among_options": "A", "correct_among_options": mark != "-",
          "prompt_tokens": 900 if method == "icl" else 50, "seconds": 0.25}
@@ -424,3 +424,19 @@ def test_paper_tables_say_which_runs_are_behind_what_is_drawn(folder):
     rows = load_runs([folder / "runs"])
     assert [table.plots for table in paper_tables(rows)] == [
         ("scores", "cost"), ("scores",), ("scores", "cost"), ("scores",), (), ("differences",)]  # fmt: skip
+
+
+def test_a_page_shows_the_mark_and_its_footnote_and_draws_without_what_is_not_defined(tmp_path):
+    for method, marks in (("zero-shot", "x---"), ("atv", "xx-x")):
+        make_run(tmp_path / method, method, 1, {"arc": marks, "other": marks})
+    for file in tmp_path.glob("*/predictions.jsonl"):
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        rows = [row | {"correct": None} if row["task"] == "other" else row for row in rows]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = load_runs([tmp_path])
+    page = atv.report.write_page(rows, all_tables(rows), tmp_path / "page.html", "atv report")[0]
+    text = page.read_text(encoding="utf-8")
+    assert "–†</td>" in text
+    assert re.search(r'<td data-value="75.0"[^>]*>(<strong>)?75.0†', text)
+    assert text.count("†: accuracy over the whole vocabulary is of an answer") == 3
+    assert "apart in other: it is not defined there" in text

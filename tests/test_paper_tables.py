@@ -99,6 +99,71 @@ def test_the_comparison_shows_what_paired_gives_and_says_why_it_has_a_dash():
     assert lines["accuracy", "unseen", "mine"][0] == "+50.00"
 
 
+UNTOLD = [row | {"correct": None} if row["task"] in ("c", "e") else row for row in ROWS]
+
+
+def test_tasks_whose_options_the_first_token_does_not_tell_apart_are_left_out_and_marked():
+    """Every number is that of rows without these tasks, with the mark wherever they would have had a part."""
+    table, without = in_domain_table(UNTOLD), in_domain_table([row for row in ROWS if row["task"] not in ("c", "e")])
+    for method, line in lines_of(table).items():
+        bare = lines_of(without)[method]
+        assert line["NLU"] == f"{bare['NLU']}†"
+        assert line["Avg"] == f"{bare['Avg']}†"
+        assert line["Handwork"] == bare["Handwork"]
+        assert line["tokens"] == lines_of(in_domain_table(ROWS))[method]["tokens"]
+    assert lines_of(table)["atv"]["Avg"] == "62.5†"
+    assert bold_of(table) == bold_of(without)
+    assert table.footnote.endswith("apart in c: it is not defined there, and means leave that out.")
+    lines = lines_of(unseen_table(UNTOLD))
+    assert lines["atv"] == {"tokens": "20", "s/query": "0.5000", "e": "–†", "f": "100.0", "Avg": "100.0†"}
+    assert lines["zero-shot"] == {"tokens": "–", "s/query": "–", "e": "–†", "f": "–", "Avg": "–†"}
+    summary = summary_table(UNTOLD)
+    assert lines_of(summary)["atv"] == {"in-domain": "62.5†", "unseen": "100.0†", "Avg": "81.2†"} | {
+        f"{name} among options": lines_of(summary_table(ROWS))["atv"][f"{name} among options"]
+        for name in ("in-domain", "unseen", "Avg")
+    }
+    assert "apart in c, e: it" in summary.footnote
+    options = in_domain_table(UNTOLD, "correct_among_options")
+    assert options == in_domain_table(ROWS, "correct_among_options")
+    assert not options.footnote
+    rest = "".join(map(markdown, all_tables(ROWS)))
+    assert "†" not in rest
+
+
+def test_a_category_and_an_average_of_nothing_else_are_marked_dashes():
+    rows = [row | {"correct": None} for row in ROWS if row["task"] in ("d", "f")]
+    assert lines_of(in_domain_table(rows))["atv"] == {
+        "tokens": "20",
+        "s/query": "0.5000",
+        "Handwork": "–†",
+        "Avg": "–†",
+    }
+    lines = lines_of(summary_table(rows))
+    assert [lines["atv"][name] for name in ("in-domain", "unseen", "Avg")] == ["–†"] * 3
+    found = comparison_table(rows)
+    assert [line[3:] for line in found.rows if line[0] == "accuracy"] == [["–†", "–", "–", "–"]] * 4
+    assert "were not asked in-domain tasks" not in found.note
+
+
+def test_a_comparison_is_of_the_tasks_that_are_left_and_says_so():
+    table, expected = comparison_table(UNTOLD), paired([row for row in ROWS if row["task"] != "c"], "atv", "zero-shot")
+    lines = {tuple(line[:3]): line[3:] for line in table.rows}
+    value, low, high = (f"{100 * part:+.2f}" for part in expected[:3])
+    assert lines["accuracy", "in-domain", "zero-shot"] == [f"{value}†", low, high, f"{expected.p:.4f}"]
+    assert lines["accuracy among options", "in-domain", "zero-shot"][0] == "-31.25"
+    assert "apart in c, e" in table.footnote
+
+
+def test_the_paper_s_numbers_do_not_stand_beside_fewer_tasks():
+    rows = [row | {"correct": None} if row["task"] == "glue_sst2" else row for row in paper_rows("elicit", "icl")]
+    line = lines_of(in_domain_table(rows))["paper, LLaMA3-8B: icl"]
+    assert (line["NLU"], line["Avg"]) == ("–", "–")
+    assert line["Reasoning"] == "56.0 ± 0.4"
+    summary = lines_of(summary_table(rows))
+    assert summary["icl"]["in-domain"].endswith("†")
+    assert {line["in-domain"] for name, line in summary.items() if name.startswith("paper")} <= {"–"}
+
+
 def test_methods_stand_in_the_paper_s_order_and_each_llm_has_tables_of_its_own():
     others = ("own", "icl+atv", "atv", "fixed", "full", "prefix", "lora", "i2cl", "elicit", "bm25", "icl", "zero-shot")
     rows = [row for method in others for row in rows_of(method, "d", "x-")]

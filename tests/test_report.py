@@ -1,5 +1,6 @@
 """Tables from rows: against means worked out by hand, against exact fractions, and as golden text."""
 
+import csv
 import subprocess
 import sys
 from fractions import Fraction
@@ -8,7 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from atv.cli.show import print_table
 from atv.report import accuracy_table, markdown
+from atv.report.formats import comma_separated, latex
+from atv.report.tables import marked, number
 
 CATEGORY = {"sentiment": "NLU", "outlook": "Unseen", "topic": "NLU"}
 
@@ -163,9 +167,83 @@ def test_a_table_as_markdown_is_this_text():
         "| mean of 2 tasks |  | atv |  | – | – | – | – |\n"
         "\n"
         "Accuracy in percent: the most likely next token over the whole vocabulary is the first token of the answer; "
-        "among options: the likeliest of the first tokens of the task's options is. Tokens: prompt tokens per query. "
-        "Seconds per query include everything that the method does for it.\n"
+        "among options: the likeliest of the task's options, by their tokens up to where they differ, is the answer. "
+        "Tokens: prompt tokens per query. Seconds per query include everything that the method does for it.\n"
     )
+
+
+UNTOLD = [part | {"correct": None} for part in rows_of("zero-shot", "sentiment", "xx--", "x---", tokens=21)]
+UNTOLD_ATV = [part | {"correct": None} for part in rows_of("atv", "sentiment", "xxxx", "xx--", tokens=21)]
+WHY = (
+    "accuracy over the whole vocabulary is of an answer's first token, which does not tell all options of a task apart "
+    "in sentiment: it is not defined there, and means leave that out."
+)
+
+
+def test_where_the_first_token_tells_nothing_a_marked_dash_stands_and_means_are_without_it():
+    table = accuracy_table([*UNTOLD, *UNTOLD_ATV, *TOPIC, *TOPIC_ATV])
+    found = cells(table)
+    assert found["sentiment", "zero-shot", "accuracy"] == found["sentiment", "atv", "accuracy"] == "–†"
+    assert found["sentiment", "zero-shot", "among options"] == "25.0"
+    assert found["sentiment", "atv", "tokens"] == "21"
+    assert found["mean of 2 tasks", "zero-shot", "accuracy"] == "100.0†"
+    assert found["mean of 2 tasks", "zero-shot", "among options"] == "37.5"
+    assert table.footnote == WHY
+    assert table.notes.endswith(f"does for it. †: {WHY}")
+    assert "†" not in accuracy_table([*TOPIC, *TOPIC_ATV]).notes
+
+
+def test_a_mean_of_tasks_that_are_all_untold_is_a_marked_dash_and_a_task_not_asked_a_plain_one():
+    also = [part | {"correct": None} for part in TOPIC]
+    assert cells(accuracy_table([*UNTOLD, *also]))["mean of 2 tasks", "zero-shot", "accuracy"] == "–†"
+    found = cells(accuracy_table([*UNTOLD, *UNTOLD_ATV, *TOPIC]))
+    assert found["topic", "atv", "accuracy"] == "–"
+    assert found["mean of 2 tasks", "atv", "accuracy"] == "–†"
+
+
+def test_a_row_without_the_score_takes_it_from_its_task():
+    mixed = [ROWS[0], ROWS[1] | {"correct": None}]
+    assert cells(accuracy_table(mixed))["sentiment", "zero-shot", "accuracy"] == "–†"
+
+
+def test_of_two_llms_the_footnote_names_the_one_that_cannot_tell():
+    other = [part | {"llm": "large"} for part in rows_of("zero-shot", "sentiment", "xx--", "x---")]
+    table = accuracy_table([*UNTOLD, *other])
+    found = cells(table)
+    assert found["sentiment", "zero-shot, small", "accuracy"] == "–†"
+    assert found["sentiment", "zero-shot, large", "accuracy"] == "50.0"
+    assert "apart in sentiment (small): it" in table.footnote
+
+
+def test_marks_and_footnote_in_markdown_latex_csv_and_terminal(capsys):
+    table = accuracy_table([*UNTOLD, *TOPIC])
+    text = markdown(table)
+    assert "| sentiment | NLU | zero-shot | 4 | –† | 25.0 | 21 | 0.0100 |" in text
+    assert "| mean of 2 tasks |  | zero-shot |  | 100.0† | 37.5 | 31 | 0.0200 |" in text
+    assert text.endswith(f"†: {WHY}\n")
+    text = latex(table)
+    assert r"sentiment & NLU & zero-shot & 4 & --$\dagger$ & 25.0" in text
+    assert r"$\dagger$: accuracy over the whole vocabulary" in text
+    text = list(csv.reader(comma_separated(table).splitlines()))
+    assert text[0][-1] == "note"
+    assert text[1][4:] == ["", "25.0", "21", "0.0100", WHY]
+    assert text[2][4:] == ["100.0", "50.0", "41", "0.0300", ""]
+    assert text[3][4:6] == ["100.0", "37.5"]
+    assert text[3][-1] == WHY
+    assert "note" not in comma_separated(accuracy_table(TOPIC)).splitlines()[0]
+    print_table(table)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "–†" in said
+    assert f"†: {WHY}" in said
+
+
+@pytest.mark.parametrize(("cell", "value"), [("–†", None), ("62.5†", 62.5), ("62.5† ± 1.0", 62.5), ("–", None)])
+def test_what_a_marked_cell_says(cell, value):
+    assert number(cell) == value
+
+
+def test_a_mark_stands_before_the_spread():
+    assert [marked(cell) for cell in ("–", "62.5", "62.5 ± 1.0")] == ["–†", "62.5†", "62.5† ± 1.0"]
 
 
 def test_reports_records_and_tasks_are_read_without_loading_torch():

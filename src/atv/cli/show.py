@@ -28,7 +28,7 @@ def print_table(table: Table) -> None:
         styles = ("bold" if (number, index) in table.bold else "" for index in range(len(cells)))
         grid.add_row(*(Text(cell, style) for cell, style in zip(cells, styles, strict=True)))
     output.print(grid)
-    output.print(f"\n{table.note}\n", style="dim", highlight=False, markup=False)
+    output.print(f"\n{table.notes}\n", style="dim", highlight=False, markup=False)
 
 
 def print_lines(lines: Sequence[str]) -> None:

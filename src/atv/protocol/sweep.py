@@ -129,11 +129,16 @@ def _try(
     for row in rows:
         by_task.setdefault(row["task"], []).append(row)
     means = {
-        said: fmean(fmean(row[key] for row in alike) for alike in by_task.values())
+        said: fmean(fmean(_judged(row, key) for row in alike) for alike in by_task.values())
         for said, key in (("accuracy", "correct"), ("among_options", "correct_among_options"))
     }
     note(f"    accuracy {100 * means['accuracy']:.1f}, among options {100 * means['among_options']:.1f}")
     return means
+
+
+def _judged(row: Mapping[str, Any], key: str) -> bool:
+    """Whether a row is right, among options where only that is defined: every task has a part in the choice."""
+    return bool(row["correct_among_options"] if row[key] is None else row[key])
 
 
 def _toml(tables: Mapping[str, Mapping[str, Any]]) -> str:

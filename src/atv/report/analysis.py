@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from atv.report.statistics import RESAMPLES, bootstrap
-from atv.report.tables import Table
+from atv.report.tables import MISSING, Table, footnote, marked, undefined
 
 SHORT = 5
 """Tables of an analysis that a screen has room for, the first ones; those after them are long."""
@@ -73,28 +73,41 @@ def _short_table(record: Record) -> Table:
 
 def _exchange_table(record: Record) -> Table:
     own, *kinds = record["queries"][0]["vectors"]  # a query's own come first
+    left = undefined({"task": row["task"]} | row["vectors"][own] for row in record["queries"])
+    kept = record | {
+        "tasks": {task: about for task, about in record["tasks"].items() if task not in left},
+        "queries": [row for row in record["queries"] if row["task"] not in left],
+    }
+    right = {"correct": kept, "correct_among_options": record}
 
     def share(kind: str, what: str) -> str:
-        return _interval(record, lambda row: row["vectors"][kind][what])[0]
+        return _interval(right.get(what, record), lambda row: row["vectors"][kind][what])[0]
 
     def lost(kind: str, what: str) -> list[str]:
-        return _interval(record, lambda row: row["vectors"][own][what] - row["vectors"][kind][what])
+        return _interval(right[what], lambda row: row["vectors"][own][what] - row["vectors"][kind][what])
 
-    right = ("correct", "correct_among_options")
     rows = []
     for kind in (own, *kinds):
-        both = [[share(kind, what), *(["–"] * 3 if kind == own else lost(kind, what))] for what in right]
+        both = [
+            [share(kind, what), *([MISSING] * 3 if kind == own else lost(kind, what))]
+            if right[what]["tasks"]
+            else [MISSING] * 4
+            for what in right
+        ]
+        if left:
+            both[0][0] = marked(both[0][0])
         rows.append([kind, *both[0], *both[1], "–" if kind == own else share(kind, "other")])
     note = (
         f"{_measured(record)} Each prompt is answered with {own} vectors, then with others in their place. Right: over "
         "the whole vocabulary; options: right among the task's options; means over tasks. Lost: the accuracy before it "
         f"with {own} less that with these, in percentage points, with a 95% percentile bootstrap interval from "
-        f"{RESAMPLES:,} draws of queries within each task. Changed: the likeliest token is another than with its own. "
-        "Where a mean loses nothing, what is adapted to a query or a task decides no more answers than these queries "
-        "can show."
+        f"{RESAMPLES:,} draws of queries within each task. Changed: the likeliest token, or where first tokens do not "
+        "tell options apart the likeliest option, is another than with its own. Where a mean loses nothing, what is "
+        "adapted to a query or a task decides no more answers than these queries can show."
     )
     columns = ["vectors", "right, %", "lost", "from", "to", "options, %", "lost", "from", "to", "changed, %"]
-    return _table(record, "Answers with other vectors", columns, rows, note, text=1)
+    why = footnote([{"task": task, "llm": record["llm"], "correct": None} for task in left])
+    return _table(record, "Answers with other vectors", columns, rows, note, text=1, footnote=why)
 
 
 def _norms_table(record: Record) -> Table:

@@ -8,9 +8,19 @@ from typing import Any
 
 from atv.files import read_json
 from atv.records import load_runs
-from atv.report.paper_tables import ACCURACY, all_tables, comparison_table, in_domain_table, runs_of, shown
+from atv.report.paper_tables import (
+    ACCURACY,
+    all_tables,
+    averages_of,
+    comparison_table,
+    defined,
+    in_domain_table,
+    left_out,
+    runs_of,
+    shown,
+)
 from atv.report.statistics import Row, scores, tasks_of
-from atv.report.tables import Table
+from atv.report.tables import Table, footnote, marked
 
 FOLDER = "experiments"
 """In a reproduction's folder: one record for each experiment."""
@@ -87,17 +97,22 @@ def _overview(found: Found, rows: Sequence[Row]) -> Table:
             "s/query": scores(own, "seconds", tasks).in_domain,
         }
         for key, end in ends.items():
-            averages = scores(own, key, tasks)
+            left, judged = left_out(rows, key)
+            averages = scores(defined(own, left), key, judged)
             values |= {f"in-domain{end}": averages.in_domain, f"unseen{end}": averages.unseen}
         costs = [_mean(found.trained.get(label, ()), "trainable_parameters"), _mean(found.trained[label], "seconds")]
-        lines.append([label, *costs, *(shown(values[column], column) for column in columns)])
+        cells = {column: shown(values[column], column) for column in columns}
+        cells |= {part: marked(cells[part]) for part in averages_of(left_out(rows, "correct")[0])}
+        lines.append([label, *costs, *cells.values()])
     note = (
         f"{found.asks} Reference: {found.reference}. In-domain: mean of the categories; unseen: mean of the unseen "
         f"tasks, in percent; {ACCURACY['correct']} over the whole vocabulary, and among the task's options. Training: "
         "its seconds, without those of reading prompts ahead, which conditions share. A dash: nothing is trained by a "
         "training loop."
     )
-    return Table(f"Conditions: {rows[0]['llm']}", ["condition", *_COSTS, *columns], lines, note, text=1)
+    return Table(
+        f"Conditions: {rows[0]['llm']}", ["condition", *_COSTS, *columns], lines, note, text=1, footnote=footnote(rows)
+    )
 
 
 def _mean(records: Sequence[Mapping[str, Any]], key: str) -> str:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from atv.errors import ATVError
 from atv.files import write_text
-from atv.report.tables import Table
+from atv.report.tables import MARK, MISSING, Table
 
 _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "–": "--",
-          "<": "$<$", ">": "$>$"} | {mark: f"\\{mark}" for mark in "&%$#_{}"}  # fmt: skip
+          "<": "$<$", ">": "$>$", MARK: r"$\dagger$"} | {mark: f"\\{mark}" for mark in "&%$#_{}"}  # fmt: skip
 
 
 def markdown(table: Table) -> str:
@@ -21,7 +21,7 @@ def markdown(table: Table) -> str:
     aligned = (" --- " if index < table.text else " ---: " for index in range(len(table.columns)))
     lines.append("|" + "|".join(aligned) + "|")
     lines += ["| " + " | ".join(row) + " |" for row in _cells(table, "**{}**", _unbroken)]
-    return "\n".join([*lines, "", table.note, ""])
+    return "\n".join([*lines, "", table.notes, ""])
 
 
 def latex(table: Table) -> str:
@@ -31,7 +31,7 @@ def latex(table: Table) -> str:
         [
             r"\begin{table}",
             r"\centering",
-            rf"\caption{{{_escaped(table.title)}. {_escaped(table.note)}}}",
+            rf"\caption{{{_escaped(table.title)}. {_escaped(table.notes)}}}",
             rf"\begin{{tabular}}{{{columns}}}",
             r"\toprule",
             " & ".join(_escaped(column) for column in table.columns) + r" \\",
@@ -46,13 +46,18 @@ def latex(table: Table) -> str:
 
 
 def comma_separated(table: Table) -> str:
-    """A table as CSV: bare numbers, a standard deviation in a column of its own, nothing for a dash."""
+    """A table as CSV: bare numbers, a standard deviation in a column of its own, nothing for a dash.
+
+    Marked cells have a footnote: it stands in a last column, in the lines that have such cells.
+    """
     spread = [any(" ± " in row[index] for row in table.rows) for index in range(len(table.columns))]
     names = [[name, f"{name} std"] if wide else [name] for name, wide in zip(table.columns, spread, strict=True)]
-    lines = [[part for parts in names for part in parts]]
+    lines = [[part for parts in names for part in parts] + ["note"] * bool(table.footnote)]
     for row in table.rows:
         parts = [[*cell.split(" ± "), ""][:2] if wide else [cell] for cell, wide in zip(row, spread, strict=True)]
-        lines.append(["" if part == "–" else part for pair in parts for part in pair])
+        note = table.footnote if any(MARK in cell for cell in row[table.text :]) else ""
+        bare = [part.rstrip(MARK) for pair in parts for part in pair]
+        lines.append(["" if part == MISSING else part for part in bare] + [note] * bool(table.footnote))
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(lines)
     return text.getvalue()

@@ -1,7 +1,7 @@
 """The paper's Tables 1, 2 and 5 from recorded rows, and what they lack: paired differences from ATV."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib.resources import files
@@ -9,7 +9,7 @@ from typing import Any
 
 from atv.errors import ATVError
 from atv.report.statistics import RESAMPLES, Row, Score, paired, scores, tasks_of
-from atv.report.tables import Table, accuracy_table
+from atv.report.tables import MISSING, Table, accuracy_table, footnote, marked, undefined
 from atv.tasks import PAPER, UNSEEN
 
 ATV = "atv"
@@ -23,7 +23,8 @@ _COSTS = {"tokens": ("prompt_tokens", 0), "s/query": ("seconds", 4)}  # what is 
 
 _RIGHT = {
     "correct": "Accuracy: the most likely next token over the whole vocabulary is the first token of the answer.",
-    "correct_among_options": "Among options: the likeliest of the first tokens of the task's options is the answer's.",
+    "correct_among_options": "Among options: the likeliest of the task's options, by their tokens up to where they "
+    "differ, is the answer.",
 }
 _SPREAD = (
     "All this in percent and for each seed; shown: mean over seeds ± sample standard deviation, none with one seed. "
@@ -67,18 +68,20 @@ def in_domain_table(rows: Sequence[Row], key: str = "correct") -> Table:
     rows = _of(rows, unseen=False)
     tasks = tasks_of(rows)
     lines: dict[str, Line] = {}
+    left, judged = left_out(rows, key)
     for method, asked in _by_method(rows).items():
-        found = scores(asked, key, tasks)
+        found = scores(defined(asked, left), key, judged)
         costs = {name: scores(asked, source, tasks).in_domain for name, (source, _) in _COSTS.items()}
         lines[method] = costs | found.categories | {"Avg": found.in_domain}
-    paper = _paper_lines("in-domain", lines, _as_in_paper(tasks, unseen=False)) if key == "correct" else {}
+    paper = _paper_lines("in-domain", lines, _as_in_paper(judged, unseen=False)) if key == "correct" else {}
     note = (
         f"{_measured(rows)} {_RIGHT[key]} A task's score is the mean over its rows and variants, a category's that of "
         f"its tasks, Avg that of the categories. {_SPREAD} {_COST}"
     )
     columns = [*_COSTS, *_ordered(tasks.values(), CATEGORIES), "Avg"]
-    table = _table(f"In-domain {ACCURACY[key]}: {rows[0]['llm']}", columns, lines, paper, note)
-    return replace(table, plots=_PLOTS[key], runs=runs_of(rows))
+    without = {*left.values(), *(["Avg"] if left else [])}
+    table = _table(f"In-domain {ACCURACY[key]}: {rows[0]['llm']}", columns, lines, paper, note, without)
+    return replace(table, plots=_PLOTS[key], runs=runs_of(rows), footnote=footnote(rows) if left else "")
 
 
 def unseen_table(rows: Sequence[Row], key: str = "correct") -> Table:
@@ -91,41 +94,47 @@ def unseen_table(rows: Sequence[Row], key: str = "correct") -> Table:
     rows = _of(rows, unseen=True)
     tasks = tasks_of(rows)
     lines: dict[str, Line] = {}
+    left, judged = left_out(rows, key)
     for method, asked in _by_method(rows).items():
-        found = scores(asked, key, tasks)
+        found = scores(defined(asked, left), key, judged)
         costs = {name: scores(asked, source, tasks).unseen for name, (source, _) in _COSTS.items()}
         lines[method] = costs | found.tasks | {"Avg": found.unseen}
-    paper = _paper_lines("unseen", lines, _as_in_paper(tasks, unseen=True)) if key == "correct" else {}
+    paper = _paper_lines("unseen", lines, _as_in_paper(judged, unseen=True)) if key == "correct" else {}
     note = (
         f"{_measured(rows)} {_RIGHT[key]} A task's score is the mean over rows and variants, Avg that of the tasks. "
         f"{_SPREAD} {_COST}"
     )
     columns = [*_COSTS, *_ordered(tasks, tuple(PAPER)), "Avg"]
-    table = _table(f"Unseen {ACCURACY[key]}: {rows[0]['llm']}", columns, lines, paper, note)
-    return replace(table, plots=_PLOTS[key], runs=runs_of(rows))
+    without = {*left, *(["Avg"] if left else [])}
+    table = _table(f"Unseen {ACCURACY[key]}: {rows[0]['llm']}", columns, lines, paper, note, without)
+    return replace(table, plots=_PLOTS[key], runs=runs_of(rows), footnote=footnote(rows) if left else "")
 
 
 def summary_table(rows: Sequence[Row]) -> Table:
     """In-domain average, unseen average and the mean of both by both accuracies: the paper's Table 5."""
-    tasks = tasks_of(rows)
     ends = {"correct": "", "correct_among_options": " among options"}
+    (left, judged), (_, tasks) = (left_out(rows, key) for key in ends)
     lines: dict[str, Line] = {}
     for method, asked in _by_method(rows).items():
-        found = {end: scores(asked, key, tasks) for key, end in ends.items()}
+        found = {"": scores(defined(asked, left), "correct", judged)}
+        found[" among options"] = scores(asked, "correct_among_options", tasks)
         lines[method] = {
             f"{name}{end}": score
             for end, each in found.items()
             for name, score in (("in-domain", each.in_domain), ("unseen", each.unseen), ("Avg", each.both))
         }
     parts = {"in-domain": False, "unseen": True}
-    same = {part for part, unseen in parts.items() if "Avg" in _as_in_paper(tasks_of(_of(rows, unseen)), unseen)}
+    there = defined(rows, left)
+    same = {part for part, unseen in parts.items() if "Avg" in _as_in_paper(tasks_of(_of(there, unseen)), unseen)}
     paper = _paper_lines("summary", lines, same | ({"Avg"} if len(same) == 2 else set()))
     note = (
         f"{_measured(rows)} In-domain: mean of the categories; unseen: mean of the unseen tasks; Avg: mean of both. "
         f"{' '.join(_RIGHT.values())} {_SPREAD}"
     )
     columns = [f"{name}{end}" for end in ends.values() for name in (*parts, "Avg")]
-    return _table(f"In-domain and unseen: {rows[0]['llm']}", columns, lines, paper, note)
+    without = averages_of(left) | ({"Avg"} if left else set())
+    table = _table(f"In-domain and unseen: {rows[0]['llm']}", columns, lines, paper, note, without)
+    return replace(table, footnote=footnote(rows) if left else "")
 
 
 def comparison_table(rows: Sequence[Row], reference: str = ATV) -> Table:
@@ -139,14 +148,18 @@ def comparison_table(rows: Sequence[Row], reference: str = ATV) -> Table:
     others = [method for method in _by_method(rows) if method != reference]
     lines, reasons = [], dict[str, None]()
     for key, accuracy in ACCURACY.items():
+        left, judged = left_out(rows, key)
         for unseen in sorted(kinds):
+            without = any((category == UNSEEN) == unseen for category in left.values())
             for other in others:
                 try:
-                    found = paired(rows, reference, other, key, unseen=unseen)
+                    found = paired(defined(rows, left), reference, other, key, unseen=unseen)
                     cells = [f"{100 * value:+.2f}" for value in found[:3]] + [f"{found.p:.4f}"]
                 except ATVError as error:
-                    cells = ["–"] * 4
-                    reasons[str(error)] = None
+                    cells = [MISSING] * 4
+                    if any((category == UNSEEN) == unseen for category in judged.values()):
+                        reasons[str(error)] = None
+                cells[0] = marked(cells[0]) if without else cells[0]
                 lines.append([accuracy, "unseen" if unseen else "in-domain", other, *cells])
     note = (
         f"{_measured(rows)} The average of {reference} minus that of the other method, in percentage points, on the "
@@ -158,7 +171,8 @@ def comparison_table(rows: Sequence[Row], reference: str = ATV) -> Table:
     )
     columns = ["score", "tasks", f"{reference} minus", "difference", "from", "to", "p"]
     title = f"{reference} against each other: {rows[0]['llm']}"
-    return Table(title, columns, lines, " ".join([note, *reasons]), plots=("differences",), runs=runs_of(rows))
+    note = " ".join([note, *reasons])
+    return Table(title, columns, lines, note, plots=("differences",), runs=runs_of(rows), footnote=footnote(rows))
 
 
 @cache
@@ -204,6 +218,23 @@ def _of(rows: Sequence[Row], unseen: bool) -> list[Row]:
     return [row for row in rows if (row["category"] == UNSEEN) == unseen]
 
 
+def left_out(rows: Sequence[Row], key: str) -> tuple[dict[str, str], dict[str, str]]:
+    """The tasks for which an accuracy is not defined, and the others, each with their categories."""
+    names = undefined(rows, key)
+    tasks = tasks_of(rows)
+    return {task: tasks[task] for task in names}, {task: its for task, its in tasks.items() if task not in names}
+
+
+def averages_of(tasks: Mapping[str, str]) -> set[str]:
+    """The averages that tasks with these categories are part of."""
+    return {"unseen" if category == UNSEEN else "in-domain" for category in tasks.values()}
+
+
+def defined(rows: Sequence[Row], left: Container[str]) -> list[Row]:
+    """The rows without those of the tasks that are left out."""
+    return [row for row in rows if row["task"] not in left]
+
+
 def runs_of(rows: Sequence[Row]) -> tuple[str, ...]:
     """The folders of the runs that rows are of."""
     return tuple(dict.fromkeys(row["run"] for row in rows))
@@ -222,9 +253,22 @@ def _ordered(names: Iterable[str], order: Sequence[str]) -> list[str]:
     return [*(name for name in order if name in found), *(name for name in found if name not in order)]
 
 
-def _table(title: str, columns: list[str], ours: Mapping[str, Line], paper: Mapping[str, Line], note: str) -> Table:
-    lines = [*ours.items(), *paper.items()]
-    cells = [[name, *(shown(line.get(column), column) for column in columns)] for name, line in lines]
+def _table(
+    title: str,
+    columns: list[str],
+    ours: Mapping[str, Line],
+    paper: Mapping[str, Line],
+    note: str,
+    without: Container[str],
+) -> Table:
+    """A table of lines; ours are marked in the columns that are without some task."""
+    cells = [
+        [name, *(marked(cell) if column in without else cell for column, cell in zip(columns, own, strict=True))]
+        for name, own in (
+            (name, [shown(line.get(column), column) for column in columns]) for name, line in ours.items()
+        )
+    ]
+    cells += [[name, *(shown(line.get(column), column) for column in columns)] for name, line in paper.items()]
     if paper:
         note += (
             f" Lines marked 'paper' are other LLMs' numbers, where the tasks are the same: {paper_results()['source']}."
@@ -235,7 +279,7 @@ def _table(title: str, columns: list[str], ours: Mapping[str, Line], paper: Mapp
 def shown(score: Score | None, column: str) -> str:
     """A cell of a table: accuracies in percent, costs as they are, a dash for what is missing."""
     if score is None:
-        return "–"
+        return MISSING
     if column in _COSTS:
         return f"{score.mean:.{_COSTS[column][1]}f}"
     return f"{100 * score.mean:.1f}" + ("" if score.std is None else f" ± {100 * score.std:.1f}")

@@ -132,7 +132,7 @@ def _differences(table: Table) -> Drawn:
         for index, kind in enumerate(kinds):
             lines = [row for row in rows if row[:2] == [accuracy, kind]]
             at = [others.index(row[2]) + 0.24 * (index - (len(kinds) - 1) / 2) for row in lines]
-            value, low, high = ([float(row[column]) for row in lines] for column in (3, 4, 5))
+            value, low, high = ([number(row[column]) or 0.0 for row in lines] for column in (3, 4, 5))
             axes.hlines(at, low, high, color=COLOURS[index], linewidth=1.6)
             axes.plot(value, at, label=kind, **mark(index))
         axes.set_title(accuracy, fontsize=9, loc="left")
