@@ -397,6 +397,26 @@ def test_what_is_lost_is_a_paired_difference_and_kinds_that_cannot_be_are_left_o
     assert [float(cell) for cell in line[3:5]] == pytest.approx(np.percentile(draws, [2.5, 97.5]), abs=0.1)
 
 
+def test_tasks_whose_first_tokens_say_nothing_are_left_out_of_what_is_right_and_marked(record):
+    queries = json.loads(json.dumps(record["queries"]))
+    for row in queries:
+        if row["task"] == TASKS[0].name:
+            row["vectors"] = {kind: found | {"correct": None} for kind, found in row["vectors"].items()}
+    table, plain = (analysis_tables(made)[1] for made in (record | {"queries": queries}, record))
+    alone = record | {"tasks": {TASKS[1].name: record["tasks"][TASKS[1].name]}}
+    alone |= {"queries": [row for row in record["queries"] if row["task"] == TASKS[1].name]}
+    for line, whole, own in zip(table.rows, plain.rows, analysis_tables(alone)[1].rows, strict=True):
+        assert line[:2] == [own[0], f"{own[1]}†"]
+        assert line[2:5] == own[2:5]
+        assert line[5:] == whole[5:]
+    assert f"apart in {TASKS[0].name}: it is not defined there" in table.footnote
+    assert not plain.footnote
+    for row in queries:
+        row["vectors"] = {kind: found | {"correct": None} for kind, found in row["vectors"].items()}
+    for line in analysis_tables(record | {"queries": queries})[1].rows:
+        assert line[1:5] == ["–†", "–", "–", "–"]
+
+
 def test_tables_say_what_the_record_says(record):
     tables = {table.title.split(":")[0]: table for table in analysis_tables(record)}
     assert list(tables) == TITLES

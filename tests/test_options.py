@@ -18,13 +18,15 @@ from transformers import MambaConfig, MambaForCausalLM, set_seed
 
 from atv.analysis.exchange import OWN, exchanged
 from atv.batching import encode_pair, left_padded
-from atv.config import Positions, TrainConfig
+from atv.config import ATVConfig, Positions, TrainConfig
 from atv.evaluation import evaluate
 from atv.methods import METHODS, library
 from atv.methods.atv import ATV
 from atv.methods.i2cl import I2CL, I2CLConfig, I2CLModel
-from atv.methods.prefix_tuning import PrefixConfig, PrefixTuning
-from atv.model import steering
+from atv.methods.lora import LoRA
+from atv.methods.peft_model import PEFTModel
+from atv.methods.prefix_tuning import PrefixTuning
+from atv.model import ATVModel, steering
 from atv.options import Options, answers_right, reader, task_options, training_options
 from atv.prefix import call_llm
 from atv.progress import bar
@@ -304,24 +306,39 @@ def test_what_prompts_share_is_read_once_here_too(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral"])
-def test_prefix_tuning_reads_options_behind_its_prefix(name, tmp_path):
-    from atv.methods.peft_model import PEFTModel
-
+@pytest.mark.parametrize("kind", [LoRA, PrefixTuning])
+def test_peft_adapters_read_options_too(kind, name, tmp_path):
     set_seed(4)
-    model = PEFTModel(make_llm(name), byte_level_tokenizer(), PrefixTuning, PrefixConfig(virtual_tokens=3))
+    model = PEFTModel(make_llm(name), byte_level_tokenizer(), kind, kind.config_class()).eval()
     with torch.no_grad():
-        for weight in model.learned.parameters():
-            weight.normal_()
-    method = PrefixTuning(model)
+        for weight in model.parameters():
+            weight.normal_(std=0.5)
+    method = kind(model)
 
     def read(_, prompt, answer):
         ids = torch.tensor([[*prompt, *answer]])
+        positions = torch.arange(ids.shape[1])[None]
         with torch.no_grad():
-            return method.llm(
-                input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=torch.arange(ids.shape[1])[None]
-            ).logits[0, -1]
+            return method.llm(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions).logits[0, -1]
 
     check(method, labelled(LABELS["nested"], rows=6), tmp_path, read)
+
+
+@pytest.mark.parametrize("positions", ["last", "all"])
+def test_the_llm_as_its_own_generator_steers_options_by_its_prompts(positions, tmp_path):
+    set_seed(3)
+    config = ATVConfig(generator="self", scale=1.0, positions=positions)
+    atv = ATVModel(make_llm(), config, tokenizer=byte_level_tokenizer()).double().eval()
+
+    def read(_, prompt, answer):
+        columns = [len(prompt) - 1] if positions == "last" else list(range(len(prompt) + len(answer)))
+        with torch.no_grad():
+            plain = atv.llm(input_ids=torch.tensor([prompt]), output_hidden_states=True)
+            vectors = atv.expansion(plain.hidden_states[atv.generator.index + 1][:, -1])[0]
+            with added(atv.layers, vectors, columns):
+                return atv.llm(input_ids=torch.tensor([[*prompt, *answer]])).logits[0, -1]
+
+    check(ATV(atv), labelled(LABELS["nested"], rows=6), tmp_path, read)
 
 
 def test_i2cl_mixes_into_option_tokens_too(tmp_path):

@@ -155,7 +155,7 @@ def option_ids(tokenizer: Any, task: Task, variant: Variant) -> list[Prefix]:
     return task_options(tokenizer, task, variant).ids
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _encoded(tokenizer: Any, texts: tuple[str, ...], answer_prefix: str) -> Options:
     # A prompt's last line alone: what stands before a line break changes no token of an answer after it.
     return Options(texts, encode_answers(tokenizer, f"\n{answer_prefix}", texts)[1])

@@ -22,6 +22,7 @@ from atv.methods.library import Exemplars, best_layers, exemplar_prompts, last_s
 from atv.methods.retriever import Retriever, embed, fit_classifier, load_encoder
 from atv.model import steering
 from atv.models import EMBEDDED_GENERATOR
+from atv.options import note_shared
 from atv.processes import barrier, is_main
 from atv.progress import Bar, bar, note
 from atv.records import provenance
@@ -115,6 +116,7 @@ class Elicit(Method):
         from atv import training  # the Trainer brings peft and bitsandbytes along: seconds that measuring saves
 
         del store
+        note_shared(tokenizer, tasks)
         settings = training.training_settings(llm, tasks, config.to_dict(), {"seed": train.seed})
         record = training.former_record(out, settings, force)
         adapter = out / "adapter"
