@@ -1,10 +1,10 @@
-# make setup | demo | check | test | bench | docs   (all of them work twice in a row and from a path with spaces)
+# make setup | demo | check | test | bench | sweep | docs   (all of them work twice in a row and from a path with spaces)
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 DOCS_STAMP := .venv/installed-docs
 
-.PHONY: setup demo check test bench docs clean
+.PHONY: setup demo check test bench sweep docs clean
 
 setup: $(STAMP)
 
@@ -31,6 +31,9 @@ test: setup
 
 bench: setup
 	@$(BIN)/python -m benchmarks.run_all
+
+sweep: setup
+	@PYTHONPATH=tests $(BIN)/python tests/sweep_architectures.py
 
 docs: $(DOCS_STAMP)
 	@$(BIN)/python docs/build.py

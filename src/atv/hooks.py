@@ -82,14 +82,14 @@ def decoder_layers(llm: nn.Module, path: str | None = None) -> list[nn.Module]:
         if path not in lists:
             raise ATVError(f"{type(llm).__name__} has no ModuleList named {path!r}; it has: {described}.")
         return list(lists[path])
-    count = text_config(llm).num_hidden_layers
+    count = getattr(text_config(llm), "num_hidden_layers", None)
     found = [name for name, module in lists.items() if len(module) == count]
     # A list inside another (experts inside a layer) is not the list of layers.
     found = [name for name in found if not any(name.startswith(outer + ".") for outer in found)]
     if len(found) != 1:
         raise ATVError(
-            f"{type(llm).__name__} has {len(found)} ModuleLists of {count} layers ({', '.join(found) or 'none'}); "
-            f"expected exactly one. Name it with layer_path; candidates: {described}."
+            f"{type(llm).__name__} has {len(found)} ModuleLists of {count or 'an unstated number of'} layers "
+            f"({', '.join(found) or 'none'}); expected exactly one. Name it with layer_path; candidates: {described}."
         )
     return list(lists[found[0]])
 
@@ -124,13 +124,49 @@ def attention_and_mlp(llm: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
 
 
 def _hidden(module: nn.Module, output: Any) -> Tensor:
-    hidden = output[0] if isinstance(output, tuple) else output
+    hidden = output[0] if isinstance(output, (tuple, list)) and output else output
     if not isinstance(hidden, Tensor):
         raise ATVError(
             f"{type(module).__name__} returned {type(output).__name__}; expected hidden states as a tensor, or a "
-            "tuple that begins with them."
+            "tuple or list that begins with them."
         )
     return hidden
+
+
+def _with_hidden(output: Any, hidden: Tensor) -> Any:
+    """What a module returned, with other hidden states in it; nothing is written to."""
+    if isinstance(output, Tensor):
+        return hidden
+    rest = (hidden, *output[1:])
+    return type(output)(*rest) if hasattr(output, "_fields") else type(output)(rest)  # a named tuple takes them singly
+
+
+def _streams(module: nn.Module, hidden: Tensor) -> tuple[Tensor, int] | None:
+    """A view of hidden states with parallel residual streams on an axis of their own, and that axis; None for one.
+
+    Gemma 3n's AltUp puts them before (batch, seq, hidden), the hyper-connections of DeepSeek V4 behind (batch, seq),
+    and those of Qwen 4 into the width.
+    """
+    config: Any = next((part.config for part in module.modules() if hasattr(part, "config")), None)
+    folded = getattr(config, "hc_count", None) or 1
+    if folded > 1 and hidden.shape[-1] == folded * config.hidden_size:
+        return hidden.unflatten(-1, (folded, -1)), 2
+    if hidden.dim() == 3:
+        return None
+    for count, axis in (("altup_num_inputs", 0), ("hc_mult", 2)):
+        if hidden.dim() == 4 and getattr(config, count, None) == hidden.shape[axis]:
+            return hidden, axis
+    raise ATVError(
+        f"{type(module).__name__} returned states of shape {tuple(hidden.shape)}; expected (batch, seq, hidden): where "
+        "the residual stream is in them is not known."
+    )
+
+
+def _read(module: nn.Module, output: Any) -> Tensor:
+    """Hidden states (batch, seq, hidden), of parallel streams their mean."""
+    hidden = _hidden(module, output)
+    streams = _streams(module, hidden)
+    return hidden if streams is None else streams[0].mean(streams[1])
 
 
 @contextmanager
@@ -141,19 +177,28 @@ def edit_outputs(modules: Sequence[nn.Module], edit: Edit) -> Iterator[None]:
     began to look.
 
     Args:
-        modules: modules that return hidden states (batch, seq, hidden), as a tensor or first in a tuple.
+        modules: modules that return hidden states (batch, seq, hidden), as a tensor or first in a tuple or list.
         edit: called with the module's place in `modules` and its hidden states; returns a new tensor of the same
-            shape, or the same tensor to leave it alone. It must not write into the tensor that it is given.
+            shape, or the same tensor to leave it alone. It must not write into the tensor that it is given. Where an
+            LLM keeps several residual streams beside each other, it is called for each of them.
+
+    Raises:
+        ATVError: in the call, from a module that returns anything else.
     """
 
     def hook(index: int, module: nn.Module, _: Any, output: Any) -> Any:
         if not here():
             return None
         hidden = _hidden(module, output)
-        edited = edit(index, hidden)
-        if edited is hidden:
-            return None  # nothing replaced
-        return (edited, *output[1:]) if isinstance(output, tuple) else edited
+        found = _streams(module, hidden)
+        if found is None:
+            edited = edit(index, hidden)
+            return None if edited is hidden else _with_hidden(output, edited)  # None: nothing replaced
+        streams = found[0].unbind(found[1])
+        changed = [edit(index, stream) for stream in streams]
+        if all(new is old for new, old in zip(changed, streams, strict=True)):
+            return None
+        return _with_hidden(output, torch.stack(changed, found[1]).view_as(hidden))
 
     register = (partial(m.register_forward_hook, partial(hook, i), prepend=True) for i, m in enumerate(modules))
     with scope() as here, eager(), hooked(*register):
@@ -162,16 +207,29 @@ def edit_outputs(modules: Sequence[nn.Module], edit: Edit) -> Iterator[None]:
 
 @contextmanager
 def capture_outputs(modules: Sequence[nn.Module]) -> Iterator[dict[int, Tensor]]:
-    """Collect each module's latest hidden states, edited ones as edited, detached, by its place in `modules`."""
+    """Collect each module's latest hidden states, edited ones as edited, detached, by its place in `modules`.
+
+    Each is (batch, seq, hidden), of parallel residual streams their mean.
+
+    Raises:
+        ATVError: when the context ends, if a module was not called: some LLMs leave layers out where a prompt has no
+            image.
+    """
     captured: dict[int, Tensor] = {}
 
     def keep(index: int, module: nn.Module, _: Any, output: Any) -> None:
         if here():
-            captured[index] = _hidden(module, output).detach()
+            captured[index] = _read(module, output).detach()
 
     register = (partial(module.register_forward_hook, partial(keep, index)) for index, module in enumerate(modules))
     with scope() as here, eager(), hooked(*register):
         yield captured
+    if left_out := [index for index in range(len(modules)) if index not in captured]:
+        names = ", ".join(sorted({type(modules[index]).__name__ for index in left_out}))
+        raise ATVError(
+            f"The LLM did not call {names} ({', '.join(map(str, left_out))} of those asked for, counted from 0) when "
+            "it read a text: a vector there would change nothing. Choose layers without them."
+        )
 
 
 class _Reached(Exception):
@@ -197,7 +255,7 @@ def read_up_to(llm: nn.Module, layer: nn.Module, **inputs: Any) -> Tensor:
 
     def stop(module: nn.Module, _: Any, output: Any) -> None:
         if here():
-            raise _Reached(_hidden(module, output))
+            raise _Reached(_read(module, output))
 
     with scope() as here, eager(), unsteered(), hooked(partial(layer.register_forward_hook, stop)):
         try:
