@@ -215,3 +215,38 @@ def test_recovery_of_what_was_never_there_or_is_whole_changes_nothing(adapter):
     recover_folder(adapter)
     assert list(adapter.parent.iterdir()) == [adapter]
     assert tree(adapter) == FIRST
+
+
+def test_a_folder_is_flushed_through_handles_that_can_write(tmp_path, monkeypatch):
+    """Windows refuses to flush a handle that was opened for reading."""
+    fcntl = pytest.importorskip("fcntl")
+    flushed, fsync = [], os.fsync
+
+    def as_on_windows(handle):
+        if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(9, "Bad file descriptor")
+        flushed.append(handle)
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", as_on_windows)
+    with replace_folder(tmp_path / "adapter") as part:
+        (part / "sub").mkdir()
+        (part / "sub" / "weights").write_bytes(b"whole")
+    assert (tmp_path / "adapter" / "sub" / "weights").read_bytes() == b"whole"
+    assert len(flushed) == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no modes")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664), (0o077, 0o600)])
+def test_files_of_a_folder_have_the_mode_that_the_umask_gives(tmp_path, umask, mode):
+    former = os.umask(umask)
+    try:
+        with replace_folder(tmp_path / "adapter") as part:
+            (part / "sub").mkdir()
+            (part / "sub" / "private").touch(0o600)
+            (part / "open").touch()
+            (part / "open").chmod(0o666)
+    finally:
+        os.umask(former)
+    found = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "adapter").rglob("*") if file.is_file()}
+    assert found == {"private": mode, "open": mode}

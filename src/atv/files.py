@@ -92,6 +92,14 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def follow_umask(folder: Path) -> None:
+    """Give the files in a folder the mode that the process creates files with: some libraries write them as 0600."""
+    mode = folder.stat().st_mode & 0o666  # the folder was made with the same umask; asking for it would set it
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(mode)
+
+
 def _former(path: Path) -> Path:
     return path.with_name(f".{path.name}.former")
 
@@ -115,9 +123,10 @@ def replace_folder(path: Path) -> Iterator[Path]:
     part.mkdir()
     try:
         yield part
+        follow_umask(part)
         for file in part.rglob("*"):
             if file.is_file():
-                with file.open("rb") as opened:
+                with file.open("r+b") as opened:  # Windows flushes nothing through a handle that cannot write
                     os.fsync(opened.fileno())
         shutil.rmtree(_former(path), ignore_errors=True)
         if path.exists():
