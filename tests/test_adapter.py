@@ -12,6 +12,7 @@ import torch
 from conftest import make_atv, make_llm
 
 from atv import artifact
+from atv.config import ATVConfig
 from atv.errors import ATVError
 from atv.model import ATVModel
 
@@ -45,7 +46,10 @@ def test_a_loaded_adapter_gives_the_same_vectors_bit_for_bit(tmp_path, options, 
 def test_a_frozen_generator_is_named_not_copied(tmp_path):
     source = make_atv(dtype=torch.float32).generator
     source.save(tmp_path / "generator")
-    atv, path = saved(tmp_path, train_generator=False, generator=str(tmp_path / "generator"))
+    config = ATVConfig(scale=0.3, pooling="mean", train_generator=False, generator=str(tmp_path / "generator"))
+    atv = ATVModel(make_llm(dtype=torch.float32), config, tokenizer=source.tokenizer).eval()
+    path = tmp_path / "adapter"
+    atv.save_pretrained(path)
     assert not (path / "generator").exists()
     assert torch.equal(load(path).task_vectors(QUERIES), atv.task_vectors(QUERIES))
 
@@ -69,8 +73,8 @@ def other(**changes):
         (lambda: other(num_hidden_layers=4), "num_layers 3 against 4"),
         (lambda: other(hidden_size=64), "hidden_size 32 against 64"),
         (lambda: make_llm("qwen2"), "model_type llama against qwen2"),
-        (lambda: other(vocab_size=500), "vocab_size 400 against 500"),
-        (lambda: other(initializer_range=0.3), "fingerprint"),
+        (lambda: other(vocab_size=500), "embeddings, weights"),
+        (lambda: other(initializer_range=0.3), "embeddings, weights"),
     ],
 )
 def test_another_llm_is_refused_and_both_are_named(tmp_path, llm, named):
@@ -117,7 +121,7 @@ def edit(**changes):
         (lambda path: (path / "expansion.safetensors").unlink(), "expansion.safetensors is missing"),
         (lambda path: (path / "atv_config.json").write_text("{"), "is not valid JSON"),
         (lambda path: (path / "atv_config.json").unlink(), "No adapter at"),
-        (edit(format=99), "has format 99; this version reads format 1"),
+        (edit(format=99), "has format 99; this version reads format 2"),
         (edit(config={"scale": "strong"}), "is damaged"),
         (edit(sha256={"../../etc/passwd": "0"}), "is not inside the folder"),
         (edit(sha256={}), "lists the weight files"),

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import byte_level_tokenizer, make_atv, make_generator, make_llm, toy_task
+from conftest import byte_level_tokenizer, make_generator, make_llm, toy_task
 from refusals import refused
 from torch import nn
 
@@ -80,6 +80,19 @@ class Same(nn.Module):
         return output
 
 
+class Reference(ATVModel):
+    """With parts of one's own in it, which no adapter can hold: it is trained and not saved."""
+
+    def require_savable(self):
+        pass
+
+    def save_pretrained(self, path):
+        pass
+
+    def load_weights(self, folder):
+        pass
+
+
 def losses(record):
     return [entry[key] for entry in record["history"] for key in ("loss", "eval_loss") if key in entry]
 
@@ -87,13 +100,13 @@ def losses(record):
 def test_it_trains_as_an_atv_with_a_real_generator_that_says_the_same_of_every_query(tmp_path):
     settings = TrainConfig(epochs=3, batch_size=4, learning_rate=0.5, weight_decay=0.01)
     config = ATVConfig(scale=0.5, pooling="mean", train_generator=False, generator=str(tmp_path / "stub"))
-    atv = make_atv(dtype=torch.float32, scale=0.5, train_generator=False)
+    llm, tokenizer = make_llm(dtype=torch.float32), byte_level_tokenizer()
+    atv = Reference(llm, config, tokenizer=tokenizer, generator=make_generator(config))
     atv.generator.encoder = Same(config)
     atv.generator.requires_grad_(False)
     atv.expansion.map = nn.Linear(atv.generator.hidden_size, 3 * 32, bias=False)
     nn.init.zeros_(atv.expansion.map.weight)
     expected = train(atv, [toy_task()], tmp_path / "atv", settings).record
-    llm, tokenizer = make_llm(dtype=torch.float32), byte_level_tokenizer()
     out = tmp_path / "fixed"
     adapter = Fixed.fit(llm, tokenizer, [toy_task()], out, FixedConfig(scale=0.5), settings)
     found = losses(json.loads((out / "train.json").read_text()))

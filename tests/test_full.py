@@ -101,9 +101,16 @@ def test_a_bfloat16_llm_is_trained_in_float32_and_saved_in_bfloat16(tmp_path):
     llm = make_llm(dtype=torch.bfloat16)
     model = FullModel(llm, byte_level_tokenizer())
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+    moved, save = [], model.save_pretrained
+
+    def look(path):
+        moved.append((model.tuned.model.layers[0].mlp.up_proj.weight - llm.model.layers[0].mlp.up_proj.weight).abs())
+        save(path)
+
+    model.save_pretrained = look
     result = training.train(model, [toy_task()], tmp_path, quick(epochs=4, learning_rate=1e-4))
-    moved = (model.tuned.model.layers[0].mlp.up_proj.weight - llm.model.layers[0].mlp.up_proj.weight).abs()
-    assert moved.median() > 2e-4
+    assert moved[0].median() > 2e-4
+    assert all(torch.equal(p, p.bfloat16().float()) for p in model.parameters())  # what is saved is what it has
     method = Full.load(llm, byte_level_tokenizer(), result.adapter)
     assert {p.dtype for p in method.llm.parameters()} == {torch.bfloat16}
     assert torch.equal(read(method.llm), read(model.tuned.bfloat16().eval()))

@@ -98,7 +98,11 @@ def test_an_adapter_says_on_what_it_was_made_and_fits_every_quantization(folder,
     make(llms["4bit"]).save_pretrained(tmp_path / "adapter")
     written = json.loads((tmp_path / "adapter" / "atv_config.json").read_text())
     assert written["base_llm"]["quantization"] == "4bit"
-    assert len({describe_llm(llm)["fingerprint"] for llm in llms.values()}) == 1
+    prints = [describe_llm(llm)["fingerprint"] for llm in llms.values()]
+    assert [len(each["weights"]) for each in prints] == [10, 3, 3]  # with matrices, and norms alone
+    for each in prints[1:]:
+        assert each["embeddings"] == prints[0]["embeddings"]
+        assert each["weights"].items() <= prints[0]["weights"].items()
     found = [ATVModel.from_pretrained(llm, tmp_path / "adapter").task_vectors(["quiet"]) for llm in llms.values()]
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])

@@ -263,6 +263,7 @@ def test_a_frozen_generator_reads_each_query_once_and_a_trained_one_anew(tmp_pat
 
         with monkeypatch.context() as patch:
             patch.setattr("atv.training.require_wiring", lambda atv: None)
+            patch.setattr("atv.adapter._require_read_back", lambda *_: None)  # reads queries of its own
             patch.setattr(type(atv.generator), "states", watched)
             train(atv, [task], tmp_path / str(trained), TrainConfig(epochs=3, batch_size=4))
         queries = sorted(tuple(ids) for ids in atv.generator.encode([row.input for row in (*task.train, *task.valid)]))

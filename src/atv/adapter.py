@@ -1,41 +1,135 @@
 """An ATV's saved adapter, beside what `artifact` keeps of every method's.
 
-`expansion.safetensors`, a model card and, if the generator was trained, a Hugging Face folder `generator/`.
+`expansion.safetensors`, a model card and, unless its name tells which generator it is, a Hugging Face folder
+`generator/`.
 """
 
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from atv import artifact
-from atv.config import ATVConfig
+from atv.batching import pad, pad_id
+from atv.config import SELF, ATVConfig
 from atv.errors import ATVError
-from atv.generator import Generator
+from atv.generator import CONSTANT, Constant, Generator, Itself
+from atv.hooks import decoder_layers
+from atv.models import ENCODER_FILE, new_model, reading_part
 
 if TYPE_CHECKING:
     from atv.model import ATVModel
 
 EXPANSION_FILE = "expansion.safetensors"
 GENERATOR_FOLDER = "generator"
+GENERATOR_FILE = f"{GENERATOR_FOLDER}/{ENCODER_FILE}"
+
+
+def require_savable(model: "ATVModel") -> None:
+    """Raise ATVError if what an adapter of `model` is read back as would be something else.
+
+    It is read back as the modules that the configuration names, so that one's own in their place would be lost.
+    """
+    config, generator = model.config, model.generator
+    kinds = {CONSTANT: Constant, SELF: Itself}
+    kind = kinds.get(config.generator, Generator)
+    if type(generator) is not kind:
+        raise _unsavable(f"the generator is a {type(generator).__name__}; expected a {kind.__name__}")
+    for name in ("pooling", "query_template"):
+        found, expected = getattr(generator, name), getattr(config, name)
+        if kind is Generator and found != expected:
+            raise _unsavable(f"the generator's {name} is {found!r}; the configuration says {expected!r}")
+    with torch.device("meta"):
+        parts: list[tuple[str, nn.Module, nn.Module]] = [("expansion", model.expansion, model.new_expansion())]
+        if kind is Generator:
+            whole = new_model(generator.model_config)
+            parts.append(("generator's encoder", generator.encoder, reading_part(whole)))
+    for name, found, expected in parts:
+        if (differs := _structure(found) ^ _structure(expected)) != set():
+            where, type_or_shape = min(differs)
+            raise _unsavable(f"the {name} is not a plain {type(expected).__name__} ({where or name}: {type_or_shape})")
+    layers = decoder_layers(model.llm, config.layer_path)
+    if list(map(id, model.layers)) != [id(layers[index]) for index in config.layer_indices(len(layers))]:
+        raise _unsavable("layers are not the LLM's decoder layers that the configuration names")
+
+
+def _unsavable(what: str) -> ATVError:
+    return ATVError(
+        f"An adapter of this model would be read back as another: {what}. Leave the parts as the configuration makes "
+        "them, or keep the model's state_dict() yourself and train it in a loop of your own."
+    )
+
+
+def _structure(module: nn.Module) -> set[tuple[str, str]]:
+    """Every part with its type, every weight with its shape."""
+    types = {(name, f"{type(part).__module__}.{type(part).__qualname__}") for name, part in module.named_modules()}
+    return types | {(name, str(tuple(tensor.shape))) for name, tensor in module.state_dict().items()}
 
 
 def save(model: "ATVModel", path: Path) -> None:
-    """Write the adapter; a kill at any moment leaves the former folder or the new one."""
+    """Write the adapter; a kill at any moment leaves the former folder or the new one.
+
+    The generator is part of it unless it is frozen and can be loaded by its name. What was written is read back before
+    it takes its place.
+
+    Raises:
+        ATVError: what would be read back is not the model.
+    """
+    require_savable(model)
     llm = artifact.describe_llm(model.llm, model.config.layer_path)
+    named = (model.config.generator, model.config.generator_revision)
+    kept = type(model.generator) is Generator and (model.config.train_generator or model.generator.loaded_by != named)
 
     def write(part: Path) -> None:
         tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model.expansion.state_dict().items()}
         save_file(tensors, part / EXPANSION_FILE, metadata={"format": "pt"})
-        if model.config.train_generator:
+        if kept:
             model.generator.save(part / GENERATOR_FOLDER)
-        (part / "README.md").write_text(model_card(model, llm), encoding="utf-8")
+        (part / artifact.CARD_FILE).write_text(model_card(model, llm), encoding="utf-8")
+        _require_read_back(model, part, kept)
 
-    generator = {"name": model.generator.name_or_path, "revision": model.generator.revision}
+    generator: dict[str, Any] = {"name": model.generator.name_or_path, "revision": model.generator.revision}
+    if type(model.generator) is Generator and not kept:
+        generator["weights"] = artifact.sample_weights(model.generator.encoder)
     config, training = model.config.to_dict(), model.training_summary
     artifact.save(path, model.method, llm, config, training, write, {"generator": generator})
+
+
+PROBES = ("The kettle leaks and the lid sticks.", "Harbour: 17 boats?")
+"""Queries whose vectors are compared."""
+
+
+@torch.no_grad()
+def _require_read_back(model: "ATVModel", folder: Path, kept: bool) -> None:
+    """Raise ATVError unless generator and expansion, read from a folder, make the vectors that those in memory make."""
+    own, config, weight = model.generator, model.config, next(model.expansion.parameters())
+    with torch.random.fork_rng(devices=[]):
+        expansion = model.new_expansion().to(weight)
+    load_expansion(expansion, folder)
+    was_training = model.training
+    model.eval()
+    try:
+        if type(own) is Generator:
+            read = Generator.load_saved(config, folder / GENERATOR_FOLDER) if kept else Generator.load(config)
+            states = [_states(each) for each in (own, read.to(next(own.encoder.parameters())).eval())]
+        else:  # there is no generator to read back
+            states = [torch.linspace(-1, 1, 2 * own.hidden_size).view(2, -1).to(weight)] * 2
+        made, again = model.expansion(states[0]), expansion(states[1])
+    finally:
+        model.train(was_training)
+    if not torch.allclose(made, again, rtol=1e-3, atol=1e-3 * float(made.abs().max()), equal_nan=True):
+        other = "" if kept else f", or {own.name_or_path} is another generator"
+        raise _unsavable(f"its vectors would be other ones (a hook on a part changes what it returns{other})")
+
+
+def _states(generator: Generator) -> torch.Tensor:
+    ids, mask = pad(generator.encode(PROBES), pad_id(generator.tokenizer), "right")
+    states: torch.Tensor = generator(ids.to(generator.device), mask.to(generator.device))
+    return states
 
 
 def read_config(saved: artifact.Saved, folder: Path) -> ATVConfig:
@@ -44,8 +138,8 @@ def read_config(saved: artifact.Saved, folder: Path) -> ATVConfig:
         config = ATVConfig.from_dict(saved.config)
     except (TypeError, ValueError) as error:
         raise ATVError(f"{folder / artifact.CONFIG_FILE} is damaged: {error}. Restore it or train again.") from error
-    expected = {EXPANSION_FILE} | ({f"{GENERATOR_FOLDER}/model.safetensors"} if config.train_generator else set())
-    if saved.weights != expected:
+    expected = {EXPANSION_FILE, GENERATOR_FILE} if config.train_generator else {EXPANSION_FILE}
+    if saved.weights not in (expected, {EXPANSION_FILE, GENERATOR_FILE}):
         raise ATVError(
             f"{folder / artifact.CONFIG_FILE} lists the weight files {sorted(saved.weights)}; expected "
             f"{sorted(expected)}."
@@ -53,18 +147,48 @@ def read_config(saved: artifact.Saved, folder: Path) -> ATVConfig:
     return config
 
 
-def load_generator(config: ATVConfig, folder: Path) -> Generator | None:
-    """The trained generator of an adapter; None if it is the frozen one that its configuration names."""
-    return Generator.load(config, str(folder / GENERATOR_FOLDER)) if config.train_generator else None
+def load_generator(saved: artifact.Saved, config: ATVConfig, folder: Path) -> Generator | None:
+    """The generator that is part of an adapter; None if it is the one that its configuration names."""
+    return Generator.load_saved(config, folder / GENERATOR_FOLDER) if GENERATOR_FILE in saved.weights else None
 
 
-def load_expansion(model: "ATVModel", folder: Path) -> None:
+def require_named_generator(saved: artifact.Saved, generator: Generator, folder: Path) -> None:
+    """Raise ATVError if the generator that an adapter only names has other weights than when the adapter was made."""
+    made = saved.about.get("generator", {}).get("weights")
+    if not made:
+        return
+    found = artifact.sample_weights(generator.encoder)
+    if made.keys() != found.keys() or not all(artifact.alike(made[name], found[name]) for name in made):
+        raise ATVError(
+            f"The adapter {folder} was made with a frozen generator named {generator.name_or_path}, and what has that "
+            "name now has other weights. Restore that model, or train the adapter again."
+        )
+
+
+def load_expansion(expansion: nn.Module, folder: Path) -> None:
     """Load the expansion's weights; shapes must fit exactly."""
     try:
-        model.expansion.load_state_dict(load_file(folder / EXPANSION_FILE))
+        expansion.load_state_dict(load_file(folder / EXPANSION_FILE))
     except (SafetensorError, RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ATVError(f"{folder / EXPANSION_FILE} does not fit: {reason}") from error
+
+
+def load_weights(model: "ATVModel", folder: Path) -> None:
+    """Put an adapter's weights into a model that was made alike."""
+    saved = artifact.read(folder, model.method)
+    artifact.check_llm(saved, model.llm, folder)
+    read = load_generator(saved, read_config(saved, folder), folder)
+    if read is None:
+        require_named_generator(saved, model.generator, folder)
+    else:
+        try:
+            model.generator.encoder.load_state_dict(read.encoder.state_dict())
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ATVError(f"{folder / GENERATOR_FILE} does not fit: {reason}") from error
+    load_expansion(model.expansion, folder)
+    model.training_summary = saved.training
 
 
 def push(model: "ATVModel", repo_id: str, *, private: bool | None, token: str | None) -> str:
@@ -85,7 +209,7 @@ def push(model: "ATVModel", repo_id: str, *, private: bool | None, token: str | 
 
 def model_card(model: "ATVModel", llm: dict[str, Any]) -> str:
     """The card that goes with an adapter: what it is, what it was trained on, how to use it."""
-    name = str(llm["name"])
+    name = artifact.public_name(str(llm["name"]))
     about = ["---", "library_name: adaptive-task-vectors", "tags: [adaptive-task-vectors, steering]"]
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         about.append(f"base_model: {name}")
@@ -93,7 +217,7 @@ def model_card(model: "ATVModel", llm: dict[str, Any]) -> str:
         name=name,
         layers=llm["num_layers"],
         hidden=llm["hidden_size"],
-        generator=model.generator.describe(),
+        generator=artifact.public_name(model.generator.describe()),
         reads="prompt" if model.own else "query",
         queries="" if model.own else ', queries=["the query in it"]',
         config=model.config,

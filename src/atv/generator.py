@@ -1,5 +1,6 @@
 """The generator: a small language model that reads the query and gives back one hidden state."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -13,7 +14,15 @@ from atv.batching import encode_prompt, like_lengths, pad, pad_id, position_ids
 from atv.config import SELF, ATVConfig, random_sizes
 from atv.errors import ATVError
 from atv.hooks import decoder_layers, edit_outputs, read_up_to, text_config
-from atv.models import context_length, load_encoder, load_tokenizer
+from atv.models import (
+    context_length,
+    load_encoder,
+    load_saved_encoder,
+    load_tokenizer,
+    read_sizes,
+    reading_part,
+    save_reading_part,
+)
 from atv.progress import bar, note
 
 CONSTANT = "constant"
@@ -48,30 +57,39 @@ class Generator(nn.Module):
         self, encoder: nn.Module, tokenizer: Any, pooling: str, query_template: str, trainable: bool = True
     ) -> None:
         super().__init__()
-        config: Any = encoder.config
-        self.encoder = cast(Any, encoder).get_encoder() if config.is_encoder_decoder else encoder
+        self.model_config: Any = copy.deepcopy(encoder.config)
+        """Of the whole model, where the encoder is a part of one."""
+        self.model_config.architectures = [type(encoder).__name__]  # some configurations serve several
+        self.encoder = reading_part(encoder)
         self.tokenizer = tokenizer
         self.pooling = pooling
         self.query_template = query_template
         self.trainable = trainable
-        self.hidden_size: int = config.get_text_config().hidden_size
         self.name_or_path: str = encoder.name_or_path  # type: ignore[assignment]
-        self.revision: str | None = getattr(config, "_commit_hash", None)
+        self.revision: str | None = getattr(self.model_config, "_commit_hash", None)
+        self.hidden_size, self.context = read_sizes(self.encoder, self.name_or_path or type(encoder).__name__)
+        self.loaded_by: tuple[str, str | None] | None = None
+        """Name and revision that the very same generator can be loaded by; None: nobody knows."""
         self.bf16 = False
         """Matrix products in bfloat16 (torch's autocast); weights, sums and what comes out stay as they are."""
         self._told_of_cut = False
         self._read: dict[tuple[int, ...], Tensor] = {}
         self.requires_grad_(trainable)
-        # A BERT pooler and its like feed nothing here; without a gradient they would only be dead weight to save.
-        if getattr(self.encoder, "pooler", None) is not None:
-            self.encoder.pooler = None
 
     @classmethod
-    def load(cls, config: ATVConfig, source: str | None = None) -> "Generator":
-        """Load the generator that `config` names; `source` names another place for the same model."""
-        revision = config.generator_revision if source is None else None
-        encoder = load_encoder(source or config.generator, revision)
-        tokenizer = load_tokenizer(source or config.generator, revision)
+    def load(cls, config: ATVConfig) -> "Generator":
+        """Load the generator that `config` names."""
+        encoder = load_encoder(config.generator, config.generator_revision)
+        tokenizer = load_tokenizer(config.generator, config.generator_revision)
+        generator = cls(encoder, tokenizer, config.pooling, config.query_template, config.train_generator)
+        generator.name_or_path = config.generator
+        generator.loaded_by = config.generator, config.generator_revision
+        return generator
+
+    @classmethod
+    def load_saved(cls, config: ATVConfig, folder: Path) -> "Generator":
+        """Load the generator that `save` wrote; `config` is that of the ATV which it is of."""
+        encoder, tokenizer = load_saved_encoder(folder), load_tokenizer(str(folder))
         generator = cls(encoder, tokenizer, config.pooling, config.query_template, config.train_generator)
         generator.name_or_path = config.generator
         return generator
@@ -98,7 +116,7 @@ class Generator(nn.Module):
         check_queries(queries)
         texts = [self.query_template.replace("{query}", query) for query in queries]
         encoded = self._tokenize(texts)
-        limit = context_length(self.encoder)
+        limit = self.context
         if limit is not None and not self._told_of_cut and any(len(ids) > limit for ids in encoded):
             self._told_of_cut = True
             note(f"Queries longer than the generator's context of {limit} tokens are cut to it (said once).")
@@ -152,8 +170,8 @@ class Generator(nn.Module):
         return states[rows, attention_mask.sum(1) - 1]
 
     def save(self, folder: Path) -> None:
-        """Write model and tokenizer as an ordinary Hugging Face folder."""
-        cast(Any, self.encoder).save_pretrained(folder)
+        """Write model and tokenizer as a Hugging Face folder; of an encoder-decoder it holds the encoder alone."""
+        save_reading_part(self.encoder, self.model_config, folder)
         self.tokenizer.save_pretrained(folder)
 
 
@@ -165,6 +183,7 @@ class Constant(Generator):
         self.register_buffer("state", torch.ones(1, 1), persistent=False)
         self.hidden_size, self.trainable, self.bf16, self._read = 1, False, False, {}
         self.name_or_path, self.revision, self.tokenizer = CONSTANT, None, None
+        self.context, self.loaded_by = None, None
         self.pooling, self.query_template = "last", "{query}"
 
     state: Tensor
@@ -209,6 +228,7 @@ class Itself(Generator):
         self.hidden_size = text_config(llm).hidden_size
         self.tokenizer, self.pooling, self.query_template = tokenizer, "last", "{query}"
         self.name_or_path, self.revision = SELF, None
+        self.context, self.loaded_by = context_length(llm), None
         self.trainable, self.bf16, self._told_of_cut, self._read = False, False, False, {}
 
     encoder: nn.Module

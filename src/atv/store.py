@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from atv.artifact import fingerprint
+from atv.artifact import llm_digest
 from atv.batching import left_padded, like_lengths
 from atv.files import write_bytes
 from atv.hooks import input_device
@@ -70,7 +70,7 @@ class PrefixStore:
             folder: where files go when main memory is used up; files that are there already are used. None: none.
         """
         rows = {tuple(prefix) for prefix in prefixes if prefix}
-        files = _Files(folder, fingerprint(llm), self.disk, self._share) if folder is not None else None
+        files = _Files(folder, llm_digest(llm), self.disk, self._share) if folder is not None else None
         if files is not None:
             self._kept |= files.found()
         room = True

@@ -132,6 +132,17 @@ class Trainable(nn.Module, ABC):
     def save_pretrained(self, path: str | Path) -> None:
         """Write what is learned to a folder, whole or not at all."""
 
+    @abstractmethod
+    def load_weights(self, folder: Path) -> None:
+        """Take what a model made alike has written to a folder, `training_summary` included.
+
+        Raises:
+            ATVError: it is damaged, of another method or LLM, or its weights have other names or shapes.
+        """
+
+    def require_savable(self) -> None:
+        """Raise ATVError if what `save_pretrained` would write cannot be read back as this model."""
+
     @contextmanager
     def in_training(self, config: TrainConfig, read: ReadPrefix, rows: Sequence[EncodedRow]) -> Iterator[None]:
         """While it is trained and validated on `rows` as `config` says, `forward` takes prefixes from `read`."""

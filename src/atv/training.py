@@ -18,7 +18,7 @@ from atv.batching import IGNORED, Collator, EncodedRow
 from atv.config import TrainConfig
 from atv.doctor import require_wiring
 from atv.errors import ATVError
-from atv.files import local, occupied, read_json, same_settings, write_json
+from atv.files import follow_umask, local, occupied, read_json, same_settings, write_json
 from atv.hooks import base_llm, input_device, quantization
 from atv.model import ATVModel
 from atv.options import answers_right, note_shared, training_options
@@ -33,6 +33,8 @@ from atv.trainable import Trainable
 RECORD_FILE = "train.json"
 JUDGED = "judged"
 """In a batch beside what the model takes: how many tokens tell each answer apart, (batch,)."""
+WEIGHTS_FILE = "model.safetensors"
+"""Of a checkpoint, as the Trainer names it."""
 COMPLETE = "complete"
 """Empty file in a checkpoint folder whose writing has ended."""
 
@@ -123,7 +125,8 @@ class ATVTrainer(Trainer):
         folder = Path(output_dir or cast(str, self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: t.contiguous() for name, t in (state_dict or cast(Trainable, self.model).state_dict()).items()}
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        follow_umask(folder)
 
 
 @dataclass
@@ -137,10 +140,23 @@ class _JudgedCollator:
 
 
 class _Progress(TrainerCallback):
-    """Turns the rows' templates, draws the bar, marks complete checkpoints."""
+    """Turns the rows' templates, draws the bar, marks complete checkpoints and finds the best one again."""
 
     def __init__(self, rows: Rows, progress: Bar, epochs: int) -> None:
         self.rows, self.progress, self.epochs = rows, progress, epochs
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The Trainer notes where the best checkpoint was; resumed, it is in the folder as that is named now."""
+        del control
+        if state.best_global_step is None:
+            return
+        best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
+        if not (best / WEIGHTS_FILE).is_file():
+            raise ATVError(
+                f"{best / WEIGHTS_FILE}, the best epoch so far, is missing: the training cannot be resumed. Restore "
+                "it, or start over with --force."
+            )
+        state.best_model_checkpoint = str(best)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         del args, control
@@ -190,6 +206,8 @@ def train(
     the store keeps every prompt; called again after the end it trains nothing. Where a launcher has started several
     processes, all of them call it, and share each batch.
 
+    However it ends, `model` then holds the weights of `out/adapter`, read back from there, and is in eval mode.
+
     Args:
         model: made under `set_seed(config.seed)` if the result is to be repeatable.
         tasks: trained on together, shuffled.
@@ -200,11 +218,13 @@ def train(
 
     Raises:
         ATVError: `out` holds another training; a prompt is too long; a batch cannot be split among the processes; the
-            wiring self-test failed; or the loss became NaN or infinite: then `out/adapter` holds the best epoch
-            before it, if there was one.
+            wiring self-test failed; a part of the model is not what the configuration makes, so that it cannot be
+            saved; or the loss became NaN or infinite: then `out/adapter` holds the best epoch before it, if there was
+            one.
     """
     config, out = config or TrainConfig(), local(out)
     config.rows_per_call(world_size())
+    model.require_savable()
     device = input_device(model.llm)
     if device.type == "cuda" and (device.index or 0) != local_rank():
         raise ATVError(
@@ -217,6 +237,8 @@ def train(
     record = former_record(out, settings, force)
     if record is not None and record["finished"]:
         note(f"{out} holds this training already, finished; nothing to do (train it anew with --force).")
+        model.load_weights(out / "adapter")
+        model.eval()
         return TrainResult(out / "adapter", record)
     rows = Rows(_encoded(model, tasks, "train"), config.templates_per_row)
     note_shared(model.tokenizer, tasks)
@@ -247,11 +269,14 @@ def train(
             if rank() > 0:
                 torch.manual_seed(config.seed + rank())  # dropout of its own for each process's rows
             trainer.train(resume_from_checkpoint=str(last) if last else None)
+            finite = True
         except NonFiniteLoss:
-            message = _after_non_finite(trainer, model, record, out)
-            shutil.rmtree(out / "prefixes" / str(rank()), ignore_errors=True)
-            barrier()  # the process that fails first must not take the one that writes with it
-            raise ATVError(message) from None
+            finite = False
+    if not finite:
+        message = _after_non_finite(trainer, model, record, out)
+        shutil.rmtree(out / "prefixes" / str(rank()), ignore_errors=True)
+        barrier()  # the process that fails first must not take the one that writes with it
+        raise ATVError(message)
     _finish(trainer, model, record, out)
     return TrainResult(out / "adapter", record)
 
@@ -428,6 +453,22 @@ def _save(trainer: ATVTrainer, model: Trainable, record: dict[str, Any], out: Pa
     model.eval()
     if is_main():
         model.save_pretrained(out / "adapter")
+    barrier()
+    _read_back(model, out / "adapter")
+
+
+def _read_back(model: Trainable, adapter: Path) -> None:
+    """Let a model have what it has saved; ATVError if that is not what it had, but for rounding to the LLM's dtype."""
+
+    def sample() -> list[Tensor]:
+        tensors = [*model.parameters(), *model.buffers()]
+        return [t.detach().flatten()[:: max(1, t.numel() // 1000)].float().cpu() for t in tensors]
+
+    had = sample()
+    model.load_weights(adapter)
+    for before, after in zip(had, sample(), strict=True):
+        if not torch.isclose(before, after, rtol=2**-7, atol=2**-23, equal_nan=True).all():
+            raise ATVError(f"{adapter} does not hold the weights that were saved there: the disk may be faulty.")
 
 
 def _finish(trainer: ATVTrainer, model: Trainable, record: dict[str, Any], out: Path) -> None:
@@ -435,7 +476,6 @@ def _finish(trainer: ATVTrainer, model: Trainable, record: dict[str, Any], out: 
     runtime = [entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry]
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     record |= {"finished": True, "seconds": runtime[-1] if runtime else None, "trainable_parameters": parameters}
-    barrier()  # every process has read the best checkpoint
     if is_main():
         write_json(out / RECORD_FILE, record)
         _clear(out)

@@ -9,7 +9,7 @@ from atv.config import ATVConfig
 from atv.errors import ATVError
 from atv.generator import CONSTANT
 from atv.methods.atv import ATV
-from atv.model import ATVModel
+from atv.model import ATVModel, Expansion
 
 
 @dataclass
@@ -49,9 +49,14 @@ class FixedModel(ATVModel):
 
     def __init__(self, llm: nn.Module, config: ATVConfig | None = None, **options: Any) -> None:
         super().__init__(llm, config or FixedConfig(), **options)
-        layers, hidden = self.expansion.shape
-        self.expansion.map = nn.Linear(1, layers * hidden, bias=False, device=self.generator.device)
-        nn.init.zeros_(self.expansion.map.weight)
+
+    def new_expansion(self) -> Expansion:
+        """Zeros."""
+        expansion = super().new_expansion()
+        layers, hidden = expansion.shape
+        expansion.map = nn.Linear(1, layers * hidden, bias=False)
+        nn.init.zeros_(expansion.map.weight)
+        return expansion
 
 
 class Fixed(ATV):

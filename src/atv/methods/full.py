@@ -8,8 +8,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from accelerate.utils import set_seed  # that of transformers imports peft, which takes seconds
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from atv import artifact
@@ -95,18 +94,18 @@ class FullModel(Trainable):
 
         artifact.save(Path(path), Full.name, artifact.describe_llm(self.llm), {}, self.training_summary, write)
 
+    def load_weights(self, folder: Path) -> None:
+        """Take the weights of an adapter, as they were rounded."""
+        saved = artifact.read(folder, Full.name)
+        artifact.check_llm(saved, self.llm, folder)
+        load_weights(self.tuned, folder / WEIGHTS_FILE)
+        self.training_summary = saved.training
+
 
 def load_weights(llm: nn.Module, file: Path) -> None:
     """Put the weights that `FullModel` saved into a copy of their LLM; names and shapes must fit exactly."""
-    try:
-        given = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise ATVError(f"{file} cannot be read: {' '.join(str(error).split())[:300]}") from error
     own = dict(llm.named_parameters())
-    expected, found = ({name: tuple(t.shape) for name, t in which.items()} for which in (own, given))
-    differing = sorted({name for name, _ in expected.items() ^ found.items()})
-    if differing:
-        raise ATVError(f"{file} does not fit: other names or shapes ({', '.join(differing)[:300]}).")
+    given = artifact.load_tensors(file, own)
     with torch.no_grad():
         for name, p in own.items():
             p.copy_(given[name])

@@ -229,22 +229,33 @@ class I2CLModel(Trainable):
         llm = artifact.describe_llm(self.llm)
         artifact.save(Path(path), I2CL.name, llm, self.config.to_dict(), self.training_summary, write)
 
+    def load_weights(self, folder: Path) -> None:
+        """Take coefficients, context vectors and states of queries from an adapter."""
+        saved = artifact.read(folder, I2CL.name)
+        artifact.check_llm(saved, self.llm, folder)
+        try:
+            tensors = load_file(folder / WEIGHTS_FILE)
+            self.load_state_dict({"coefficients": tensors.pop("coefficients")})
+            found = {name.split("/", 1)[1] for name in tensors}
+            names = self.tasks if found == set(self.tasks) else sorted(found)
+            self.hold(*({name: tensors[f"{kind}/{name}"] for name in names} for kind in ("context", "queries")))
+        except (SafetensorError, RuntimeError, OSError, KeyError, IndexError, TypeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ATVError(f"{folder} is no adapter of I2CL that fits this LLM: {reason}. Train it again.") from error
+        self.training_summary = saved.training
+
     @classmethod
     def from_pretrained(cls, llm: nn.Module, path: str | Path, *, tokenizer: Any = None) -> Self:
         """Load what `save_pretrained` wrote, onto the LLM that it was made for."""
         folder = artifact.locate(path)
         saved = artifact.read(folder, I2CL.name)
-        artifact.check_llm(saved, llm, folder)
+        artifact.check_llm(saved, llm, folder)  # before modules are looked for in it
         try:
-            model = cls(llm, I2CLConfig.from_dict(saved.config), tokenizer)
-            tensors = load_file(folder / WEIGHTS_FILE)
-            model.load_state_dict({"coefficients": tensors.pop("coefficients")})
-            names = sorted({name.split("/", 1)[1] for name in tensors})
-            model.hold(*({name: tensors[f"{kind}/{name}"] for name in names} for kind in ("context", "queries")))
-        except (SafetensorError, RuntimeError, OSError, KeyError, IndexError, TypeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ATVError(f"{folder} is no adapter of I2CL that fits this LLM: {reason}. Train it again.") from error
-        model.training_summary = saved.training
+            config = I2CLConfig.from_dict(saved.config)
+        except TypeError as error:
+            raise ATVError(f"{folder} is no adapter of I2CL that fits this LLM: {error}. Train it again.") from error
+        model = cls(llm, config, tokenizer)
+        model.load_weights(folder)
         return model.eval()
 
 

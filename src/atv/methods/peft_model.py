@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from accelerate.utils import set_seed  # that of transformers imports peft, which takes seconds
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from atv import artifact
@@ -119,18 +117,13 @@ class PEFTModel(Trainable):
         """Load an adapter's weights; names and shapes must fit exactly."""
         from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-        file, peft = folder / WEIGHTS_FILE, self.adapted.peft
+        saved = artifact.read(folder, self.method)
+        artifact.check_llm(saved, self.llm, folder)
+        peft = self.adapted.peft
         with self.adapted.inserted():
             own = get_peft_model_state_dict(peft, save_embedding_layers=False)
-            try:
-                given = load_file(file)
-            except (SafetensorError, OSError) as error:
-                raise ATVError(f"{file} cannot be read: {' '.join(str(error).split())[:300]}") from error
-            expected, found = ({name: tuple(t.shape) for name, t in which.items()} for which in (own, given))
-            differing = sorted({name for name, _ in expected.items() ^ found.items()})
-            if differing:
-                raise ATVError(f"{file} does not fit: other names or shapes ({', '.join(differing)[:300]}).")
-            set_peft_model_state_dict(peft, given)
+            set_peft_model_state_dict(peft, artifact.load_tensors(folder / WEIGHTS_FILE, own))
+        self.training_summary = saved.training
 
 
 class PEFTMethod(Method):
@@ -175,14 +168,13 @@ class PEFTMethod(Method):
         cls.wanted_shots(shots)
         folder = artifact.locate(cls.wanted_adapter(adapter))
         saved = artifact.read(folder, cls.name)
-        artifact.check_llm(saved, llm, folder)
+        artifact.check_llm(saved, llm, folder)  # before PEFT looks for modules in it
         try:
             config = cls.config_class.from_dict(saved.config)
         except TypeError as error:
             raise ATVError(f"{folder} is damaged: {error}. Restore it or train again.") from error
         model = PEFTModel(llm, tokenizer, cls, config)
         model.load_weights(folder)
-        model.training_summary = saved.training
         method = cls(model)
         method.seed = seed
         return method
