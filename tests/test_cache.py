@@ -1,14 +1,18 @@
 """The cache of task vectors: what it saves, what it keeps, and that no change to a weight is ever missed."""
 
 import copy
+import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import make_atv, toy_task
+from conftest import make_atv, make_llm, toy_task
 
 from atv.cache import VectorCache
 from atv.config import TrainConfig
 from atv.errors import ATVError
+from atv.model import ATVModel
 from atv.training import train
 
 QUERIES = ["the kettle leaks", "quiet", "one two three"]
@@ -82,7 +86,7 @@ def test_off_with_limit_0_and_in_training_mode(atv, read):
     assert atv.training
     assert read == [QUERIES, QUERIES]
     assert len(atv.vector_cache) == 0
-    assert atv._hash._signs is None  # nothing was hashed
+    assert atv._hash._known is None  # nothing was hashed
 
 
 def test_a_callers_own_edit_does_not_reach_the_cache(atv):
@@ -201,3 +205,58 @@ def test_wrong_queries_are_refused_with_and_without_a_cache(atv, queries):
         atv.vector_cache.limit = limit
         with pytest.raises(ATVError, match="query"):
             atv.task_vectors(queries)
+
+
+@pytest.mark.parametrize("built_inside", [True, False])
+@pytest.mark.parametrize("used_inside", [True, False])
+def test_inference_mode_around_loading_and_use_changes_nothing(atv, tmp_path, built_inside, used_inside):
+    expected = made(atv)
+    text = atv.generate(["the kettle leaks\nA:"], max_new_tokens=3, do_sample=False)
+    atv.save_pretrained(tmp_path / "adapter")
+    with torch.inference_mode(built_inside):
+        llm = make_llm(dtype=torch.float32)
+        again = ATVModel.from_pretrained(llm, tmp_path / "adapter", tokenizer=atv.tokenizer)
+    with torch.inference_mode(used_inside):
+        for _ in range(2):
+            torch.testing.assert_close(again.task_vectors(QUERIES), expected)
+        assert again.generate(["the kettle leaks\nA:"], max_new_tokens=3, do_sample=False) == text
+        again.load_weights(tmp_path / "adapter")
+    one_element(again)
+    torch.testing.assert_close(again.task_vectors(QUERIES), made(again))
+    assert not any(p.is_inference() for p in again.parameters())
+
+
+def test_a_generator_built_in_inference_mode_is_used(atv):
+    with torch.inference_mode():
+        inside = make_atv(dtype=torch.float32)
+    torch.testing.assert_close(inside.task_vectors(QUERIES), atv.task_vectors(QUERIES))
+    torch.testing.assert_close(inside.task_vectors(QUERIES), atv.task_vectors(QUERIES))
+
+
+@pytest.mark.parametrize("limit", [0, 2 * BYTES + 5, 10**6])
+@pytest.mark.parametrize("training", [False, True])
+def test_threads_get_the_vectors_of_their_queries_without_dropout(atv, limit, training):
+    """With room for two of six queries every thread takes vectors away that another one is about to read."""
+    queries = [f"{first} {second}" for first in ("kettle", "harbour") for second in ("one", "two", "three")]
+    expected = made(atv, queries)
+    atv.train(training)
+    atv.vector_cache.limit = limit
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            order = [[(turn + step) % 6 for step in range(1 + turn % 4)] for turn in range(120)]
+            found = list(pool.map(lambda rows: atv.task_vectors([queries[row] for row in rows]), order))
+    finally:
+        sys.setswitchinterval(interval)
+    for rows, vectors in zip(order, found, strict=True):
+        torch.testing.assert_close(vectors, expected[rows])
+    assert atv.training == training
+    kept = atv.vector_cache._kept.values()
+    assert atv.vector_cache.used == sum(vectors.nbytes for vectors in kept) <= max(limit, 0)
+
+
+def test_a_copy_of_a_model_is_a_model(atv):
+    again = pickle.loads(pickle.dumps(copy.deepcopy(atv.vector_cache)))
+    assert again.limit == atv.vector_cache.limit
+    assert torch.equal(copy.deepcopy(atv).task_vectors(QUERIES), atv.task_vectors(QUERIES))

@@ -65,7 +65,9 @@ def grouped_attention(
         scores = scores + attention_mask
     weights = scores.softmax(-1).view(*groups[:3], -1)
     attended = (weights @ value).view(batch, heads, new, -1)
-    if attention_mask is not None and attention_mask.dtype == torch.bool:  # padding that sees nothing attends to nothing
+    if (
+        attention_mask is not None and attention_mask.dtype == torch.bool
+    ):  # padding that sees nothing attends to nothing
         attended = attended * attention_mask.any(-1, keepdim=True)
     return attended.transpose(1, 2).contiguous(), None
 

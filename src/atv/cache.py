@@ -1,14 +1,32 @@
 """Task vectors of queries that come again: kept while they fit, and made again after a weight has changed."""
 
 import hashlib
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 SAMPLES = 16
 """Elements of each tensor that are compared at every call."""
+
+
+class Lock:
+    """A lock that may be taken again by the thread that has it; a copy of its owner gets one of its own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> Any:
+        return Lock, ()
 
 
 class AdapterHash:
@@ -22,17 +40,16 @@ class AdapterHash:
     """
 
     def __init__(self) -> None:
-        self._signs: tuple[object, ...] | None = None
-        self._hash = ""
+        self._known: tuple[tuple[object, ...], str] | None = None  # one value, so that no thread sees half of it
 
     @torch.no_grad()
     def of(self, module: nn.Module, about: str) -> str:
         """The hash of the weights that `module` has now, and of `about`."""
         signs = (about, *_signs(module))
-        if signs != self._signs:
-            self._hash = _hash(module, about)
-            self._signs = signs
-        return self._hash
+        known = self._known
+        if known is None or known[0] != signs:
+            known = self._known = signs, _hash(module, about)
+        return known[1]
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -43,7 +60,8 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _signs(module: nn.Module) -> Iterator[object]:
     samples = []
     for _, tensor in _tensors(module):
-        yield id(tensor), tensor.data_ptr(), tensor._version, tensor.dtype, tensor.shape
+        version = 0 if tensor.is_inference() else tensor._version  # torch counts no writes to inference tensors
+        yield id(tensor), tensor.data_ptr(), version, tensor.dtype, tensor.shape
         samples.append(tensor.reshape(-1)[:: max(1, tensor.numel() // SAMPLES)])
     yield torch.cat(samples).view(torch.uint8).cpu().numpy().tobytes()
 
@@ -57,7 +75,7 @@ def _hash(module: nn.Module, about: str) -> str:
 
 
 class VectorCache:
-    """Task vectors by adapter and query; those not asked for longest make room for new ones.
+    """Task vectors by adapter and query; those not asked for longest make room for new ones. Threads may share it.
 
     Args:
         limit: most bytes to keep; 0 turns the cache off. The vectors of one query take 4 bytes x layers x hidden.
@@ -67,6 +85,7 @@ class VectorCache:
         self.limit = limit
         self.used = 0
         self._kept: OrderedDict[tuple[str, str], Tensor] = OrderedDict()  # (layers, hidden) each
+        self._lock = Lock()
 
     def __len__(self) -> int:
         """Number of queries whose vectors are kept."""
@@ -80,11 +99,14 @@ class VectorCache:
             queries: texts; one that comes several times is made once.
             make: called once, with the queries that are not kept, unless there are none.
         """
-        missing = [query for query in dict.fromkeys(queries) if (adapter, query) not in self._kept]
-        found = {query: self._kept[adapter, query] for query in queries if (adapter, query) in self._kept}
-        for query in found:
-            self._kept.move_to_end((adapter, query))
-        if missing:
+        found = {}
+        with self._lock:
+            for query in queries:
+                if (adapter, query) in self._kept:
+                    self._kept.move_to_end((adapter, query))
+                    found[query] = self._kept[adapter, query]
+        missing = [query for query in dict.fromkeys(queries) if query not in found]
+        if missing:  # made without the lock: two threads may make the same vectors, and neither waits
             for query, vectors in zip(missing, make(missing), strict=True):
                 found[query] = vectors
                 self._keep((adapter, query), vectors)
@@ -92,12 +114,14 @@ class VectorCache:
 
     def clear(self) -> None:
         """Forget everything."""
-        self._kept.clear()
-        self.used = 0
+        with self._lock:
+            self._kept.clear()
+            self.used = 0
 
     def _keep(self, key: tuple[str, str], vectors: Tensor) -> None:
-        if vectors.nbytes <= self.limit:
-            self._kept[key] = vectors.clone()  # alone: a row of a batch would keep the whole batch in memory
-            self.used += vectors.nbytes
-        while self.used > self.limit:
-            self.used -= self._kept.popitem(last=False)[1].nbytes
+        with self._lock:
+            if vectors.nbytes <= self.limit and key not in self._kept:
+                self._kept[key] = vectors.clone()  # alone: a row of a batch would keep the whole batch in memory
+                self.used += vectors.nbytes
+            while self.used > self.limit:
+                self.used -= self._kept.popitem(last=False)[1].nbytes

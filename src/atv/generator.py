@@ -57,16 +57,17 @@ class Generator(nn.Module):
         self, encoder: nn.Module, tokenizer: Any, pooling: str, query_template: str, trainable: bool = True
     ) -> None:
         super().__init__()
-        self.model_config: Any = copy.deepcopy(encoder.config)
+        config: Any = copy.deepcopy(encoder.config)
+        config.architectures = [type(encoder).__name__]  # some configurations serve several
+        self.model_config = config
         """Of the whole model, where the encoder is a part of one."""
-        self.model_config.architectures = [type(encoder).__name__]  # some configurations serve several
         self.encoder = reading_part(encoder)
         self.tokenizer = tokenizer
         self.pooling = pooling
         self.query_template = query_template
         self.trainable = trainable
         self.name_or_path: str = encoder.name_or_path  # type: ignore[assignment]
-        self.revision: str | None = getattr(self.model_config, "_commit_hash", None)
+        self.revision: str | None = getattr(config, "_commit_hash", None)
         self.hidden_size, self.context = read_sizes(self.encoder, self.name_or_path or type(encoder).__name__)
         self.loaded_by: tuple[str, str | None] | None = None
         """Name and revision that the very same generator can be loaded by; None: nobody knows."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from atv import adapter, artifact
 from atv.batching import Collator, EncodedRow, Row, pad, pad_id
-from atv.cache import AdapterHash, VectorCache
+from atv.cache import AdapterHash, Lock, VectorCache
 from atv.calls import Calls, around_methods, eager
 from atv.config import ATVConfig, Positions, TrainConfig
 from atv.errors import ATVError
@@ -179,6 +179,7 @@ class ATVModel(Trainable):
         generator: a ready `Generator`; by default the one that `config` names is loaded.
     """
 
+    @torch.inference_mode(False)  # weights made inside inference mode could never be trained or loaded outside it
     def __init__(
         self,
         llm: nn.Module,
@@ -199,6 +200,7 @@ class ATVModel(Trainable):
         self.vector_cache = VectorCache()
         """Vectors of queries that came before, used outside training mode; `vector_cache.limit = 0` turns it off."""
         self._hash = AdapterHash()
+        self._making = Lock()
         self.to(input_device(llm))
 
     method = "atv"
@@ -336,14 +338,20 @@ class ATVModel(Trainable):
         return self.vector_cache.get(self._hash.of(self, about), queries, self._make_vectors)
 
     def _make_vectors(self, queries: Sequence[str]) -> Tensor:
+        if self.own:  # without a mode of its own; and who holds the LLM must not wait for who waits for the LLM
+            return self._read(queries)
+        with self._making:  # the mode is that of all threads
+            was_training = self.training
+            self.eval()
+            try:
+                return self._read(queries)
+            finally:
+                self.train(was_training)
+
+    def _read(self, queries: Sequence[str]) -> Tensor:
         ids, mask = pad(self.generator.encode(queries), pad_id(self.generator.tokenizer), "right")
         device = self.generator.device
-        was_training = self.training
-        self.eval()
-        try:
-            return self.vectors(ids.to(device), mask.to(device))
-        finally:
-            self.train(was_training)
+        return self.vectors(ids.to(device), mask.to(device))
 
     @contextmanager
     def steer(
@@ -429,6 +437,7 @@ class ATVModel(Trainable):
         return adapter.push(self, repo_id, private=private, token=token)
 
     @classmethod
+    @torch.inference_mode(False)
     def from_pretrained(
         cls,
         llm: nn.Module | str,
