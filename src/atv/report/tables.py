@@ -48,7 +48,7 @@ def undefined(rows: Iterable[Mapping[str, Any]], key: str = "correct") -> dict[s
 def footnote(rows: Sequence[Mapping[str, Any]]) -> str:
     """Why the accuracy over the whole vocabulary is not defined for some tasks of recorded rows; empty if it is."""
     several = len({row["llm"] for row in rows}) > 1
-    left = [row | {"task": f"{row['task']} ({row['llm']})"} if several else row for row in rows]
+    left = [{**row, "task": f"{row['task']} ({row['llm']})"} if several else row for row in rows]
     names = ", ".join(undefined(left))
     return names and (
         "accuracy over the whole vocabulary is of an answer's first token, which does not tell all options of a task "
