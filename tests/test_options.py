@@ -426,7 +426,7 @@ def test_hundreds_of_options_are_encoded_once_however_many_rows_are_asked(tmp_pa
     assert len(set(words)) == 500
     calls = []
     for rows in (4, 24):
-        task = labelled(words, rows=24).limited(test=rows)
+        task = labelled(words, rows=24).drawn(None, None, 0, test=rows)
         tokenizer = Counting(byte_level_tokenizer())
         method = METHODS["zero-shot"].load(make_llm(), tokenizer, None)
         assert len(run(method, task, tmp_path / str(rows), variants="all", batch_size=24)) == 9 * rows
