@@ -41,26 +41,26 @@ class Layer(nn.Module):
         self.kind = kind
 
     def forward(self, x):
-        return {"tensor": x, "tuple": (x, "cache"), "other": [x]}[self.kind]
+        return {"tensor": x, "tuple": (x, "cache"), "list": [x, "cache"], "other": {"states": x}}[self.kind]
 
 
-@pytest.mark.parametrize("kind", ["tensor", "tuple"])
+@pytest.mark.parametrize("kind", ["tensor", "tuple", "list"])
 def test_tensors_and_tuples_are_edited_alike_and_out_of_place(kind):
     layer, x = Layer(kind), torch.ones(1, 2, 3)
     with edit_outputs([layer], lambda index, hidden: hidden + index + 1), capture_outputs([layer]) as seen:
         out = layer(x)
-    edited = out[0] if kind == "tuple" else out
+    edited = out if kind == "tensor" else out[0]
     assert torch.equal(edited, torch.full((1, 2, 3), 2.0))
     assert torch.equal(seen[0], edited)
     assert torch.equal(x, torch.ones(1, 2, 3))
-    assert kind == "tensor" or out[1] == "cache"
+    assert kind == "tensor" or (type(out).__name__, out[1]) == (kind, "cache")
     assert layer(x) is x or layer(x)[0] is x
 
 
 def test_an_output_without_hidden_states_is_refused():
     layer = Layer("other")
     with (
-        pytest.raises(ATVError, match="Layer returned list; expected hidden states"),
+        pytest.raises(ATVError, match="Layer returned dict; expected hidden states"),
         edit_outputs([layer], lambda _, hidden: hidden),
     ):
         layer(torch.ones(1))

@@ -14,7 +14,7 @@ from atv.batching import pad
 from atv.config import ATVConfig, TrainConfig
 from atv.doctor import check_wiring, model_summary
 from atv.evaluation import evaluate
-from atv.hooks import base_llm, capture_outputs, decoder_layers
+from atv.hooks import base_llm, decoder_layers
 from atv.methods.atv import ATV
 from atv.methods.icl_atv import ICLWithATV
 from atv.model import ATVModel
@@ -59,9 +59,15 @@ def test_the_bottom_third_reads_and_the_layers_above_it_are_steered():
     assert (atv.generator.index, atv.layers) == (0, decoder_layers(atv.llm)[1:])
     assert ATVConfig(generator="self").layer_indices(30) == list(range(10, 30))
     hooks = [len(module._forward_hooks) for module in atv.llm.modules()]
-    with capture_outputs(decoder_layers(atv.llm)) as ran:
-        atv.task_vectors(PROMPTS)
-    assert sorted(ran) == [0]
+    ran = []
+    watch = [
+        layer.register_forward_pre_hook(lambda *_, i=i: ran.append(i))
+        for i, layer in enumerate(decoder_layers(atv.llm))
+    ]
+    atv.task_vectors(PROMPTS)
+    for handle in watch:
+        handle.remove()
+    assert ran == [0]
     assert "self: the LLM's own state after decoder layer 0" in model_summary(atv)
     assert [len(module._forward_hooks) for module in atv.llm.modules()] == hooks
 
