@@ -20,6 +20,7 @@ from atv.config import TrainConfig
 from atv.hooks import capture_outputs, decoder_layers
 from atv.methods.elicit import Elicit, ElicitConfig
 from atv.report import analysis_tables, markdown
+from atv.report.analysis import _exchange_table
 from atv.report.plots import draw
 from atv.tasks import Example, Task
 
@@ -405,7 +406,7 @@ def test_tasks_whose_first_tokens_say_nothing_are_left_out_of_what_is_right_and_
     table, plain = (analysis_tables(made)[1] for made in (record | {"queries": queries}, record))
     alone = record | {"tasks": {TASKS[1].name: record["tasks"][TASKS[1].name]}}
     alone |= {"queries": [row for row in record["queries"] if row["task"] == TASKS[1].name]}
-    for line, whole, own in zip(table.rows, plain.rows, analysis_tables(alone)[1].rows, strict=True):
+    for line, whole, own in zip(table.rows, plain.rows, _exchange_table(alone).rows, strict=True):
         assert line[:2] == [own[0], f"{own[1]}†"]
         assert line[2:5] == own[2:5]
         assert line[5:] == whole[5:]

@@ -30,6 +30,7 @@ from atv.model import ATVModel, steering
 from atv.options import Options, answers_right, reader, task_options, training_options
 from atv.prefix import call_llm
 from atv.progress import bar
+from atv.protocol.sweep import _judged
 from atv.records import RunWriter
 from atv.tasks import Example, Task, Variant
 from atv.training import train
@@ -518,3 +519,9 @@ def test_rows_hold_null_where_the_first_token_says_nothing(tmp_path):
     run(METHODS["zero-shot"].load(make_llm(), byte_level_tokenizer(), None), labelled(LABELS["tens"]), tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     assert {row["correct"] for row in rows} == {None}
+
+
+def test_a_sweep_takes_the_score_among_options_where_the_papers_is_not_defined():
+    row = {"correct": None, "correct_among_options": True}
+    assert [_judged(row | {"correct": said}, "correct") for said in (None, False, True)] == [True, False, True]
+    assert _judged(row, "correct_among_options")
