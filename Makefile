@@ -1,10 +1,15 @@
-# make setup | demo | check | test | bench | sweep | docs   (all of them work twice in a row and from a path with spaces)
+# make setup | demo | check | test | test-minimum | bench | sweep | docs   (all work twice in a row and from a path with spaces)
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 DOCS_STAMP := .venv/installed-docs
+MINIMUM := .venv-minimum
+EXTRAS := analysis data embedded quantized report
+# Tests of tools (of the site, of a browser, of ruff), and of what the embedded models and benchmarks say, not of the library
+NOT_CORE := benchmarks docs embedded page
+comma := ,
 
-.PHONY: setup demo check test bench sweep docs clean
+.PHONY: setup demo check test test-minimum bench sweep docs clean
 
 setup: $(STAMP)
 
@@ -29,6 +34,18 @@ check: setup
 test: setup
 	@$(BIN)/python -m pytest
 
+# The tests with the lowest version of each dependency that pyproject.toml allows. uv finds these versions. torch alone stays
+# at that of constraints.txt: older ones come without CUDA from PyTorch's own index only, so its lower bound is not tested.
+test-minimum:
+	@test -x $(MINIMUM)/bin/python || $(PYTHON) -m venv $(MINIMUM)
+	@grep '^torch==' constraints.txt > $(MINIMUM)/torch.txt
+	@$(MINIMUM)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
+	@$(MINIMUM)/bin/python -m uv pip compile --quiet --no-header --resolution lowest-direct --python $(MINIMUM)/bin/python \
+	  -c $(MINIMUM)/torch.txt $(EXTRAS:%=--extra %) pyproject.toml -o $(MINIMUM)/minimum.txt
+	@$(MINIMUM)/bin/python -m pip install --quiet --disable-pip-version-check -r $(MINIMUM)/torch.txt
+	@$(MINIMUM)/bin/python -m pip install --quiet --disable-pip-version-check -c $(MINIMUM)/minimum.txt -e ".[$(subst $() ,$(comma),$(EXTRAS))]" hypothesis pytest
+	@$(MINIMUM)/bin/python -m pytest $(patsubst %,--ignore tests/test_%.py,$(NOT_CORE))
+
 bench: setup
 	@$(BIN)/python -m benchmarks.run_all
 
@@ -45,4 +62,4 @@ $(DOCS_STAMP): $(STAMP)
 	@touch $(DOCS_STAMP)
 
 clean:
-	rm -rf .venv runs site
+	rm -rf .venv .venv-minimum runs site
