@@ -187,7 +187,7 @@ def flags(words: list[str]) -> list[str]:
 @cache
 def make_targets() -> set[str]:
     """What `make` can be asked for."""
-    return set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
 
 
 @cache

@@ -175,7 +175,7 @@ def test_the_page_of_the_command_line_is_that_of_the_commands(build):
     for name, command in COMMANDS.items():
         section = page.partition(f"\n## atv {name}\n")[2].partition("\n## ")[0]
         assert {flag for p in command.params if p.name != "help" for flag in p.opts if flag.startswith("--")} == set(
-            re.findall(r"^\| `(--[\w-]+)", section, re.M)
+            re.findall(r"(?:^\| `|, )(--[\w-]+)(?=[`, ])", section, re.M)
         )
 
 
