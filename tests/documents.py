@@ -20,7 +20,7 @@ from typer.main import get_command
 
 from atv.cli import main
 from atv.cli.app import app
-from atv.cli.options import read_config
+from atv.cli.options import read_config, spellings
 from atv.methods import METHODS
 from atv.protocol import PROFILES, read_settings
 from atv.tasks import load_tasks
@@ -176,7 +176,7 @@ def _check_toml(block: Block) -> None:
         return
     for name in tables:
         assert name in COMMANDS, f"{block}: [{name}] is no command"
-        read_config(Path(block.title), name, [str(p.name) for p in COMMANDS[name].params])
+        read_config(Path(block.title), name, spellings(COMMANDS[name]))
 
 
 def flags(words: list[str]) -> list[str]:

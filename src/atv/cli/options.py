@@ -24,13 +24,19 @@ def model(text: str) -> str:
     return os.path.expanduser(str(text))
 
 
+def spellings(command: Any) -> dict[str, str]:
+    """Every way to spell an option of a command in a config file, and the option's name."""
+    options = [p for p in command.params if p.name not in ("config", "help")]
+    return {spelled.lstrip("-").replace("-", "_"): str(p.name) for p in options for spelled in (p.name, *p.opts)}
+
+
 def read_config(file: Path, command: str, options: dict[str, str]) -> dict[str, Any]:
     """The table `[command]` of a TOML file, as option values; a key that is no option raises ATVError.
 
     Args:
         file: in TOML.
         command: names the table.
-        options: every way to spell an option, and its name.
+        options: from `spellings`.
     """
     tables = read_toml(file, f"a TOML file with a table [{command}]")
     for table in tables:
@@ -90,9 +96,7 @@ def _value(text: str) -> Any:
 def _from_file(context: typer.Context, file: Path | None) -> Path | None:
     """Make the file's options the command's defaults, so that flags win."""
     if file is not None and not context.resilient_parsing:
-        given = [p for p in context.command.params if p.name not in ("config", "help")]
-        known = {spelled.lstrip("-").replace("-", "_"): str(p.name) for p in given for spelled in (p.name, *p.opts)}
-        values = read_config(file, str(context.info_name), known)
+        values = read_config(file, str(context.info_name), spellings(context.command))
         context.default_map = {**(context.default_map or {}), **values}
     return file
 
