@@ -31,6 +31,18 @@ def test_bfloat16_passes_too():
     assert failed(check_wiring(atv)) == []
 
 
+@pytest.mark.parametrize("positions", ["last", "all"])
+def test_a_site_that_adds_little_to_the_stream_passes_in_bfloat16_too(positions):
+    """As the MLPs of small LLMs do: a vector of their own size would drown in the rounding of the stream."""
+    atv = make_atv(dtype=torch.float32, positions=positions)
+    sites = [mlp for _, mlp in hooks.attention_and_mlp(atv.llm)]
+    for site in sites:
+        site.down_proj.weight.mul_(0.003)
+    atv.llm.bfloat16()
+    object.__setattr__(atv, "layers", sites)
+    assert failed(check_wiring(atv)) == []
+
+
 def test_it_leaves_weights_gradients_modes_and_random_state_as_they_were():
     atv = make_atv(dtype=torch.float32).train()
     weights = {name: p.clone() for name, p in atv.named_parameters()}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from atv.batching import Row, edit_mask
 from atv.errors import ATVError
-from atv.hooks import base_llm, capture_outputs, quantization
+from atv.hooks import base_llm, capture_outputs, decoder_layers, quantization
 from atv.model import ATVModel, inject
 from atv.prefix import call_llm, steered_logits
 
@@ -71,9 +71,13 @@ def _run(name: str, check: Callable[[ATVModel], tuple[bool, str]], atv: ATVModel
 
 
 def _test_vectors(atv: ATVModel, queries: int) -> Tensor:
-    """Random vectors (queries, layers, hidden), each a tenth as large as its layer's states."""
+    """Random vectors (queries, layers, hidden), each a tenth as large as the residual stream there.
+
+    An attention module or an MLP may add little to the stream, in whose rounding a vector of that size would drown.
+    """
     inputs = atv.encode_prompts(PROMPTS[:1])
-    with capture_outputs(atv.layers) as states:
+    home = {part: layer for layer in decoder_layers(atv.llm, atv.config.layer_path) for part in layer.modules()}
+    with capture_outputs([home.get(site, site) for site in atv.layers]) as states:
         _plain(atv, inputs)
     sizes: Tensor = torch.stack([states[index].float().norm(dim=-1)[0, -1].cpu() for index in range(len(atv.layers))])
     noise = torch.randn(queries, len(atv.layers), atv.expansion.shape[1], generator=torch.Generator().manual_seed(0))

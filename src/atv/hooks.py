@@ -151,10 +151,10 @@ def _streams(module: nn.Module, hidden: Tensor) -> tuple[Tensor, int] | None:
     folded = getattr(config, "hc_count", None) or 1
     if folded > 1 and hidden.shape[-1] == folded * config.hidden_size:
         return hidden.unflatten(-1, (folded, -1)), 2
-    if hidden.dim() == 3:
+    if hidden.dim() < 4:  # some modules take (batch * seq, hidden)
         return None
     for count, axis in (("altup_num_inputs", 0), ("hc_mult", 2)):
-        if hidden.dim() == 4 and getattr(config, count, None) == hidden.shape[axis]:
+        if getattr(config, count, None) == hidden.shape[axis]:
             return hidden, axis
     raise ATVError(
         f"{type(module).__name__} returned states of shape {tuple(hidden.shape)}; expected (batch, seq, hidden): where "
