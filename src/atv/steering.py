@@ -160,7 +160,9 @@ class PromptTracker:
             self._begin(tokens, call.get("attention_mask"), ids, start or 0)
             place = self._start
         self._expected = None if self._expected is None else "answer"
-        self.finished = self._expected is not None and cache is not None and not self.positions.answer
+        # An LLM that is handed a cache which its signature does not name ignores it and reads the whole text again.
+        taken = any(call.get(name) is not None for name in CACHES)
+        self.finished = self._expected is not None and taken and not self.positions.answer
         self._cache = None if cache is None else _weak(cache)
         assert self._prompt_mask is not None
         self._call_start = place
