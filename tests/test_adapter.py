@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_atv, make_llm
+from conftest import make_atv, make_llm, toy_task
+from refusals import refused
 
 from atv import artifact
-from atv.config import ATVConfig
+from atv.config import ATVConfig, TrainConfig
 from atv.errors import ATVError
+from atv.generator import Generator
 from atv.model import ATVModel
+from atv.training import train
 
 QUERIES = ["the kettle leaks", "a quiet harbour"]
 
@@ -105,6 +108,14 @@ def alter(path):
     file.write_bytes(data)
 
 
+def change(name):
+    def apply(path):
+        with (path / name).open("a") as file:
+            file.write(" ")
+
+    return apply
+
+
 def edit(**changes):
     def apply(path):
         file = path / "atv_config.json"
@@ -125,6 +136,9 @@ def edit(**changes):
         (edit(config={"scale": "strong"}), "is damaged"),
         (edit(sha256={"../../etc/passwd": "0"}), "is not inside the folder"),
         (edit(sha256={}), "lists the weight files"),
+        (lambda path: (path / "generator" / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+        (change("generator/tokenizer.json"), "tokenizer.json is altered or truncated"),
+        (change("generator/config.json"), "config.json is altered or truncated"),
     ],
 )
 def test_damage_is_refused_and_named(tmp_path, damage, named):
@@ -221,3 +235,157 @@ def test_the_model_card_names_llm_generator_and_tasks(tmp_path):
     assert card.startswith("---\nlibrary_name: adaptive-task-vectors")
     for word in ("toy", "positions | last", "3 layers of width 32"):
         assert word in card
+
+
+def test_the_model_card_may_be_edited(tmp_path):
+    atv, path = saved(tmp_path)
+    change("README.md")(path)
+    load(path)
+    (path / "README.md").unlink()
+    assert torch.equal(load(path).task_vectors(QUERIES), atv.task_vectors(QUERIES))
+
+
+def test_saving_again_keeps_what_the_user_has_put_there_and_nothing_else(tmp_path):
+    atv, path = saved(tmp_path)
+    (path / "notes.txt").write_text("mine")
+    (path / "figures").mkdir()
+    (path / "figures" / "loss.svg").write_text("<svg/>")
+    (path / "generator" / "added_tokens.json").write_text("{}")  # a tokenizer would read it
+    listed = json.loads((path / "atv_config.json").read_text())
+    listed["sha256"]["generator/vocab.txt"] = "0"
+    (path / "generator" / "vocab.txt").write_text("from a former generator")
+    (path / "atv_config.json").write_text(json.dumps(listed))
+    atv.config.scale = 0.7
+    atv.save_pretrained(path)
+    assert (path / "notes.txt").read_text() == "mine"
+    assert (path / "figures" / "loss.svg").read_text() == "<svg/>"
+    assert not (path / "generator" / "added_tokens.json").exists()
+    assert not (path / "generator" / "vocab.txt").exists()
+    assert "scale | 0.7" in (path / "README.md").read_text()
+    (path / "README.md").write_text("My own card.")
+    atv.save_pretrained(path)
+    assert (path / "README.md").read_text() == "My own card."
+    assert load(path).config.scale == 0.7
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no modes")
+def test_every_file_of_an_adapter_has_the_mode_of_a_new_file(tmp_path):
+    _, path = saved(tmp_path)
+    (tmp_path / "new").touch()
+    modes = {file.name: file.stat().st_mode for file in path.rglob("*") if file.is_file()}
+    assert set(modes.values()) == {(tmp_path / "new").stat().st_mode}
+    assert {"model.safetensors", "expansion.safetensors"} <= modes.keys()
+
+
+@pytest.mark.parametrize("name", ["/home/me/models/llama", "C:\\models\\llama", "models/llama"])
+def test_a_model_card_names_no_local_path(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "llama").mkdir(parents=True)
+    atv = make_atv(dtype=torch.float32)
+    atv.llm.name_or_path = atv.generator.name_or_path = name
+    atv.save_pretrained(tmp_path / "adapter")
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert "models" not in card
+    assert "base_model" not in card
+    assert "base LLM | llama," in card
+    assert "A generator (llama)" in card
+    atv.llm.name_or_path = "me/llama"
+    atv.save_pretrained(tmp_path / "adapter")
+    assert "base_model: me/llama" in (tmp_path / "adapter" / "README.md").read_text()
+
+
+def test_a_missing_tokenizer_is_asked_for_by_the_name_of_the_argument():
+    atv = make_atv()
+    with refused("no name that its tokenizer could be loaded by", "tokenizer=..."):
+        ATVModel(make_llm(), atv.config, generator=atv.generator)
+
+
+# ---- what could not be read back ----
+
+
+class Mine(Generator):
+    """A generator of one's own."""
+
+    def forward(self, input_ids, attention_mask):
+        return super().forward(input_ids, attention_mask) * 2
+
+
+class Scaled(torch.nn.Module):
+    """An expansion in a module of one's own, with the very names of its weights."""
+
+    def __init__(self, expansion):
+        super().__init__()
+        self.map, self.shape = expansion.map, expansion.shape
+
+    def forward(self, state):
+        return 3 * self.map(state).unflatten(-1, self.shape)
+
+
+def own_generator(atv):
+    atv.generator.__class__ = Mine
+
+
+def own_encoder(atv):
+    atv.generator.encoder.encoder.layer[0].output.dense = torch.nn.Sequential(torch.nn.Linear(48, 24))
+
+
+def scaled_expansion(atv):
+    atv.expansion = Scaled(atv.expansion)
+
+
+def parametrised(atv):
+    torch.nn.utils.parametrizations.weight_norm(atv.expansion.map)
+
+
+def attention_modules(atv):
+    atv.layers = [layer.self_attn for layer in atv.layers]
+
+
+def mlp_modules(atv):
+    atv.layers[1] = atv.layers[1].mlp
+
+
+def fewer_layers(atv):
+    atv.layers = atv.layers[:2]
+
+
+def another_pooling(atv):
+    atv.generator.pooling = "last"
+
+
+def another_template(atv):
+    atv.generator.query_template = "About: {query}"
+
+
+CHANGES = [own_generator, own_encoder, scaled_expansion, parametrised, attention_modules, mlp_modules, fewer_layers,
+           another_pooling, another_template]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_could_not_be_read_back_is_neither_saved_nor_trained(tmp_path, change):
+    atv = make_atv(dtype=torch.float32)
+    change(atv)
+    with refused("An adapter of this model would be read back as another", "state_dict()"):
+        atv.save_pretrained(tmp_path / "adapter")
+    with refused("An adapter of this model would be read back as another"):
+        train(atv, [toy_task()], tmp_path / "out", TrainConfig(epochs=1))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_hook_that_changes_the_vectors_is_found_when_they_are_read_back(tmp_path):
+    atv = make_atv(dtype=torch.float32)
+    atv.save_pretrained(tmp_path / "adapter")
+    before = (tmp_path / "adapter" / "atv_config.json").read_bytes()
+    handle = atv.expansion.register_forward_hook(lambda *args: args[2] * 1.1)
+    with refused("its vectors would be other ones (a hook"):
+        atv.save_pretrained(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "atv_config.json").read_bytes() == before
+    handle.remove()
+    atv.save_pretrained(tmp_path / "adapter")
+
+
+def test_a_frozen_generator_that_was_given_ready_is_saved(tmp_path):
+    atv, path = saved(tmp_path, train_generator=False)
+    assert (path / "generator" / "model.safetensors").exists()
+    assert torch.equal(load(path).task_vectors(QUERIES), atv.task_vectors(QUERIES))
+    assert not any(p.requires_grad for p in load(path).generator.parameters())
