@@ -375,3 +375,14 @@ def test_the_key_is_never_taken_for_the_query():
 def test_what_cannot_be_meant_is_refused(config, options, message):
     with pytest.raises(ATVError, match=message):
         config(**options)
+
+
+@BOTH
+def test_a_model_card_names_no_local_path(method, tmp_path):
+    llm = make_llm(dtype=torch.float32)
+    for name, shown in (("/home/me/models/llama", False), ("me/llama", True)):
+        llm.name_or_path = llm.config._name_or_path = name
+        make(method, llm=llm).save_pretrained(tmp_path / "adapter")
+        card = (tmp_path / "adapter" / "README.md").read_text()
+        assert "/home/me" not in card
+        assert ("base_model: me/llama" in card) == shown

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,12 +12,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_atv, toy_task
-from safetensors.torch import load_file
+from conftest import byte_level_tokenizer, make_atv, make_llm, toy_task
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, set_seed
 
+from atv import training
 from atv.batching import EncodedRow
-from atv.config import TrainConfig
+from atv.config import ATVConfig, TrainConfig
 from atv.errors import ATVError
+from atv.files import sha256
+from atv.generator import Generator
+from atv.methods.fixed import FixedModel
+from atv.methods.full import FullModel
+from atv.methods.i2cl import I2CLConfig, I2CLModel
+from atv.methods.lora import LoRA
+from atv.methods.peft_model import PEFTModel
+from atv.methods.prefix_tuning import PrefixTuning
+from atv.model import ATVModel
 from atv.sampling import Batches, Rows, training_rows
 from atv.training import train
 
@@ -193,8 +205,6 @@ def test_the_best_epoch_is_kept_not_the_last(tmp_path):
 
 
 def test_checkpoints_hold_safetensors_and_no_llm(tmp_path, monkeypatch):
-    import atv.training as training
-
     monkeypatch.setattr(training.shutil, "rmtree", lambda *a, **k: None)
     train(tiny(), [toy_task()], tmp_path / "out", quick(epochs=1))
     folder = tmp_path / "out" / "checkpoints" / "checkpoint-2"
@@ -269,3 +279,144 @@ def test_a_frozen_generator_reads_each_query_once_and_a_trained_one_anew(tmp_pat
         queries = sorted(tuple(ids) for ids in atv.generator.encode([row.input for row in (*task.train, *task.valid)]))
         assert sorted(read) == sorted(3 * queries if trained else queries)
         assert atv.generator._read == {}
+
+
+# ---- what the model holds afterwards ----
+
+
+def in_memory(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def trainables(tmp_path):
+    """Every kind of thing that is trained: how one is made, with its first weights."""
+    llm, tokenizer, task = make_llm(dtype=torch.float32), byte_level_tokenizer(), toy_task()
+
+    def peft(method):
+        return lambda: PEFTModel(llm, tokenizer, method, method.config_class())
+
+    return {
+        "atv": tiny,
+        "t5": lambda: t5(llm, tokenizer),
+        "fixed": lambda: FixedModel(llm, tokenizer=tokenizer),
+        "self": lambda: ATVModel(llm, ATVConfig(generator="self", scale=0.5), tokenizer=tokenizer),
+        "random": lambda: ATVModel(llm, ATVConfig(generator="random:1x64", scale=0.5), tokenizer=tokenizer),
+        "lora": peft(LoRA),
+        "prefix": peft(PrefixTuning),
+        "full": lambda: FullModel(llm, tokenizer),
+        "i2cl": lambda: I2CLModel(llm, I2CLConfig(), tokenizer).read([task], 1),
+    }
+
+
+def t5(llm, tokenizer):
+    config = ATVConfig(pooling="mean", scale=0.5)
+    sizes = {"d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 3, "vocab_size": 400}
+    model = AutoModel.from_config(AutoConfig.for_model("t5", **sizes))
+    generator = Generator(model, tokenizer, config.pooling, config.query_template)
+    return ATVModel(llm, config, tokenizer=tokenizer, generator=generator)
+
+
+KINDS = ["atv", "t5", "fixed", "self", "random", "lora", "prefix", "full", "i2cl"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cell_run_twice_leaves_the_trained_weights_twice(tmp_path, kind):
+    make = trainables(tmp_path)[kind]
+    held = []
+    for seed in (1, 2, 3):
+        set_seed(seed)
+        model = make()
+        first = in_memory(model)
+        train(model, [toy_task()], tmp_path / "out", quick(epochs=1, learning_rate=0.02))
+        held.append(in_memory(model))
+        assert not model.training
+        assert model.training_summary["tasks"].keys() == {"toy"}
+        assert any(not torch.equal(tensor, held[-1][name]) for name, tensor in first.items())
+    for again in held[1:]:
+        assert again.keys() == held[0].keys()
+        assert all(torch.equal(tensor, held[0][name]) for name, tensor in again.items())
+
+
+def test_an_interrupted_and_a_broken_training_leave_the_saved_weights_too(tmp_path):
+    atv = tiny()
+    break_loss_after(atv, 3)
+    with pytest.raises(ATVError, match="holds the best epoch before that"):
+        train(atv, [toy_task()], tmp_path / "out", quick())
+    saved = ATVModel.from_pretrained(make_llm(dtype=torch.float32), tmp_path / "out", tokenizer=atv.tokenizer)
+    assert all(torch.equal(tensor, atv.state_dict()[name]) for name, tensor in in_memory(saved).items())
+    resumed = tiny()
+    train(resumed, [toy_task()], tmp_path / "out", quick())
+    saved = ATVModel.from_pretrained(make_llm(dtype=torch.float32), tmp_path / "out", tokenizer=atv.tokenizer)
+    assert all(torch.equal(tensor, resumed.state_dict()[name]) for name, tensor in in_memory(saved).items())
+
+
+def test_a_finished_training_of_another_llm_with_the_same_name_is_refused(tmp_path):
+    train(tiny(), [toy_task()], tmp_path / "out", quick(epochs=1))
+    atv = tiny()
+    with torch.no_grad():
+        atv.llm.model.layers[0].mlp.up_proj.weight.mul_(1.1)
+    with pytest.raises(ATVError, match="they differ in weights"):
+        train(atv, [toy_task()], tmp_path / "out", quick(epochs=1))
+
+
+@pytest.mark.parametrize("kind", ["atv", "lora", "full"])
+def test_what_a_folder_gives_back_is_compared_with_what_was_trained(tmp_path, kind, monkeypatch):
+    model = trainables(tmp_path)[kind]()
+    save = model.save_pretrained
+
+    def save_another(path):
+        save(path)
+        file = next(Path(path).glob("*.safetensors"))
+        save_file({name: tensor * 1.1 for name, tensor in load_file(file).items()}, file)
+        about = json.loads((path / "atv_config.json").read_text())
+        about["sha256"][file.name] = sha256(file)
+        (path / "atv_config.json").write_text(json.dumps(about))
+
+    monkeypatch.setattr(model, "save_pretrained", save_another)
+    with pytest.raises(ATVError, match="does not hold the weights that were saved there"):
+        train(model, [toy_task()], tmp_path / "out", quick(epochs=1))
+    assert not json.loads((tmp_path / "out" / "train.json").read_text())["finished"]
+
+
+class Stopped(Exception):
+    """As a kill."""
+
+
+def stopped_after_its_last_checkpoint(out, monkeypatch):
+    """Leaves a best epoch that is not the last one."""
+
+    class Interrupted(training._Progress):
+        def on_save(self, args, state, control, **about):
+            super().on_save(args, state, control, **about)
+            if round(state.epoch) == 4:
+                raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_Progress", Interrupted)
+        with pytest.raises(Stopped):
+            train(tiny(), [toy_task(rows=27)], out, quick(epochs=4, learning_rate=1.0))
+
+
+@pytest.mark.parametrize("move", [shutil.move, shutil.copytree])
+def test_a_training_whose_folder_was_moved_finds_its_best_epoch_there(tmp_path, monkeypatch, move):
+    stopped_after_its_last_checkpoint(tmp_path / "first", monkeypatch)
+    move(tmp_path / "first", tmp_path / "second")
+    checkpoints = {path.name for path in (tmp_path / "second" / "checkpoints").iterdir()}
+    assert len(checkpoints) == 2  # the best and the last
+    best = min(checkpoints, key=lambda name: int(name.split("-")[1]))
+    expected = load_file(tmp_path / "second" / "checkpoints" / best / "model.safetensors")
+    if move is shutil.copytree:  # what is still at the former place counts no more
+        shutil.rmtree(tmp_path / "first" / "checkpoints" / best)
+        (tmp_path / "first" / "checkpoints" / best).mkdir()
+    atv = tiny()
+    result = train(atv, [toy_task(rows=27)], tmp_path / "second", quick(epochs=4, learning_rate=1.0))
+    assert result.record["best_step"] == int(best.split("-")[1])
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in in_memory(atv).items())
+
+
+def test_a_best_epoch_that_is_gone_is_refused(tmp_path, monkeypatch):
+    stopped_after_its_last_checkpoint(tmp_path / "out", monkeypatch)
+    best = min((tmp_path / "out" / "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[1]))
+    shutil.rmtree(best)
+    with pytest.raises(ATVError, match=f"{best.name}.*is missing.*--force"):
+        train(tiny(), [toy_task(rows=27)], tmp_path / "out", quick(epochs=4, learning_rate=1.0))

@@ -462,7 +462,7 @@ def _read_back(model: Trainable, adapter: Path) -> None:
 
     def sample() -> list[Tensor]:
         tensors = [*model.parameters(), *model.buffers()]
-        return [t.detach().flatten()[:: max(1, t.numel() // 1000)].float().cpu() for t in tensors]
+        return [t.detach().flatten()[:: max(1, t.numel() // 1000)].float().cpu().clone() for t in tensors]
 
     had = sample()
     model.load_weights(adapter)

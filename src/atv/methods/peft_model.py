@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from accelerate.utils import set_seed  # that of transformers imports peft, which takes seconds
+from huggingface_hub import ModelCard
 from torch import Tensor, nn
 
 from atv import artifact
@@ -110,6 +111,7 @@ class PEFTModel(Trainable):
         def write(part: Path) -> None:
             with self.adapted.inserted():  # "auto" would ask the hub for the LLM
                 self.adapted.peft.save_pretrained(part, safe_serialization=True, save_embedding_layers=False)
+            _hide_local_path(part / artifact.CARD_FILE, str(self._about_llm["name"]))
 
         artifact.save(Path(path), self.method, self._about_llm, self.config.to_dict(), self.training_summary, write)
 
@@ -124,6 +126,18 @@ class PEFTModel(Trainable):
             own = get_peft_model_state_dict(peft, save_embedding_layers=False)
             set_peft_model_state_dict(peft, artifact.load_tensors(folder / WEIGHTS_FILE, own))
         self.training_summary = saved.training
+
+
+def _hide_local_path(card: Path, name: str) -> None:
+    """PEFT's card names the LLM as it was loaded: of a folder only the last part is for others to read."""
+    public = artifact.public_name(name)
+    if public == name:
+        return
+    written = ModelCard.load(card)
+    written.data.base_model = None  # no repository of the hub
+    written.data.tags = [tag for tag in written.data.tags or [] if name not in tag]
+    written.text = written.text.replace(name, public)
+    written.save(card)
 
 
 class PEFTMethod(Method):
