@@ -51,7 +51,7 @@ def trained(out, accumulation=1, nan_on=None, partly=False):
     """Nine training rows in batches of four: of the last batch all parts but the first hold nothing real."""
     atv = make_atv(scale=0.5, train_generator=not partly)
     if partly:
-        atv.expansion.idle = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+        atv.idle = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
     for module in atv.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # its draws differ with the split
