@@ -245,10 +245,10 @@ def _keep_users_files(former: Path, part: Path) -> None:
         digests = {}  # it is damaged: what has the name of a new file is replaced, the rest stays
     own = {file.name for file in part.iterdir() if file.is_dir()}
     for name in _files(former):
-        if name == CARD_FILE:
-            users = digests.get(name, "") != sha256(former / name)
+        if name in digests:
+            users = name == CARD_FILE and digests[name] != sha256(former / name)
         else:
-            users = name not in digests and name.split("/")[0] not in own and not (part / name).exists()
+            users = name.split("/")[0] not in own and not (part / name).exists()
         if users:
             (part / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(former / name, part / name, follow_symlinks=False)
