@@ -18,6 +18,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
@@ -295,14 +296,24 @@ def save_reading_part(part: nn.Module, config: Any, folder: Path) -> None:
     save_model(part, str(folder / ENCODER_FILE), metadata={"format": "pt"})
 
 
+class _NothingDrawn(TorchFunctionMode):
+    """Weights that a file will fill are not drawn first: that takes several times as long as reading them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "").endswith(("normal_", "uniform_")):  # torch.nn.init's, and tensors' own
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
 def new_model(config: Any) -> nn.Module:
-    """A model without head, float32, with weights that nobody has trained; torch's random state stays as it is."""
-    with torch.random.fork_rng(devices=[]):
+    """A model without head, float32, whose weights are yet to be filled; torch's random state stays as it is."""
+    with torch.random.fork_rng(devices=[]), _NothingDrawn():
         return cast(nn.Module, AutoModel.from_config(config, dtype=torch.float32))
 
 
 def load_saved_encoder(folder: Path) -> nn.Module:
-    """The model that `save_reading_part` wrote a part of; that part has its weights, the rest has random ones.
+    """The model that `save_reading_part` wrote a part of; that part has its weights, the rest has none of meaning.
 
     Raises:
         ATVError: the file and the part do not have the same weights.
