@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_llm
 from refusals import refused
 
 import atv.models as models
@@ -114,3 +115,18 @@ def test_gemma_reads_and_writes_as_it_should():
     with torch.no_grad():
         assert llm(torch.tensor([prompt])).logits[0, -1].argmax() == answer[0]
         assert llm(english, labels=english).loss < 4.5  # ln(262144) is 12.5
+
+
+def test_an_llm_that_lacks_weights_is_refused(tmp_path):
+    """transformers would draw them at random and say so in a log line."""
+    llm = make_llm("gpt2", torch.float32)
+    llm.transformer.save_pretrained(tmp_path / "without-head")  # the head is tied to the embeddings: nothing is missing
+    assert load_llm(str(tmp_path / "without-head"), device="cpu").lm_head.weight.shape == (400, 32)
+    llama = make_llm("llama", torch.float32)
+    llama.save_pretrained(tmp_path / "whole")
+    weights = llama.state_dict()
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    llama.save_pretrained(tmp_path / "part", state_dict=weights)
+    load_llm(str(tmp_path / "whole"), device="cpu")
+    with refused(tmp_path / "part", "lacks 1 weights of a LlamaForCausalLM", "model.layers.1.mlp.up_proj.weight"):
+        load_llm(str(tmp_path / "part"), device="cpu")

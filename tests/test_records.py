@@ -311,3 +311,16 @@ def test_a_run_that_is_not_finished_is_named(folder, content):
     (folder / "predictions.jsonl").unlink() if content is None else (folder / "predictions.jsonl").write_text(content)
     with refused(folder, "is not finished (0 rows)", "run the command that began it again"):
         load_runs([folder])
+
+
+def test_runs_on_other_test_rows_of_a_task_are_not_loaded_together(tmp_path):
+    """An example's number stands for another row there, and every comparison row by row would be wrong."""
+    for name, changed in {
+        "a": {},
+        "b": {"tasks": {"sentiment": 121}},
+        "c": {"llm": "other", "tasks": {"sentiment": 9}},
+    }.items():
+        fresh(tmp_path / name, 1, **changed).finish()
+    assert len(load_runs([tmp_path / "a", tmp_path / "c"])) == 2
+    with refused(tmp_path / "a", tmp_path / "b", "other test rows of the task sentiment (120; 121)"):
+        load_runs([tmp_path])

@@ -180,6 +180,9 @@ def load_llm(
             quarters the memory of bfloat16 weights; None loads them as they are.
         revision: commit, tag or branch on the hub.
         trust_remote_code: run code that comes with the model; only for a model that you trust.
+
+    Raises:
+        ATVError: it cannot be loaded, or lacks weights, which would then be random ones.
     """
     dtype = parse_dtype(dtype) if isinstance(dtype, str) else dtype
     if device == "auto" and world_size() > 1:
@@ -190,10 +193,9 @@ def load_llm(
     device = device or (f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu")
     _check_device(device)
     options = {"dtype": dtype, "device_map": device, "quantization_config": _quantized(quantization, dtype)}
+    options |= {"revision": revision, "trust_remote_code": trust_remote_code, "output_loading_info": True}
     try:
-        llm = _load(
-            AutoModelForCausalLM, "LLM", name, **options, revision=revision, trust_remote_code=trust_remote_code
-        )
+        llm, loaded = _load(AutoModelForCausalLM, "LLM", name, **options)
     except (ImportError, RuntimeError) as error:
         if quantization is None:
             raise
@@ -202,6 +204,11 @@ def load_llm(
             f"Cannot load {name!r} in {quantization} on {device}: {reason} Install a bitsandbytes that fits this "
             "machine (pip install --upgrade bitsandbytes), or leave the quantization out."
         ) from error
+    if missing := sorted(loaded["missing_keys"]):
+        raise ATVError(
+            f"The LLM {name!r} lacks {len(missing)} weights of a {type(llm).__name__} ({missing[0]}, ...), which would "
+            "be random ones. Name a causal language model that has all of them."
+        )
     llm.config._name_or_path = llm.name_or_path = name  # the name that was asked for, not a cache folder
     return cast(nn.Module, llm.eval())
 

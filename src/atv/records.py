@@ -221,8 +221,12 @@ def load_runs(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
 
     Args:
         folders: of runs, or folders that hold runs at any depth; a run that is found twice is read once.
+
+    Raises:
+        ATVError: there is no run; one is not finished; or two were asked other test rows of a task with one name.
     """
     flat: list[dict[str, Any]] = []
+    asked: dict[tuple[str, str], tuple[Any, Path]] = {}  # by LLM and task: its test rows, and the first run on them
     for folder in dict.fromkeys(run for name in folders for run in _runs_below(local(name))):
         run = read_run(folder)
         settings = run.get("settings", {})
@@ -231,6 +235,13 @@ def load_runs(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
         rows = read_rows(folder)
         if not run.get("finished"):
             raise ATVError(f"{folder} is not finished ({len(rows)} rows); run the command that began it again.")
+        for task, test in settings.get("tasks", {}).items():
+            first, where = asked.setdefault((str(settings.get("llm")), task), (test, folder))
+            if first != test:
+                raise ATVError(
+                    f"{where} and {folder} were asked other test rows of the task {task} ({first}; {test}), and a "
+                    "number stands for one row in all of them. Report them apart, or evaluate both on the same rows."
+                )
         flat.extend(about | row for row in rows)
     return flat
 
