@@ -129,7 +129,7 @@ def test_the_llm_itself_may_read_the_query(atv, world, tmp_path):
     assert code == 0, err
     code, said, err = atv("doctor", *models(world), "--generator", "self")
     assert code == 0, err
-    assert "All 8 checks passed." in said
+    assert "All 9 checks passed." in said
 
 
 def test_another_method_is_trained_with_its_own_settings_and_known_by_its_adapter(atv, world, tmp_path):
@@ -202,7 +202,7 @@ def test_doctor_passes_on_a_named_llm_and_fails_on_a_broken_hook(atv, world, mon
     arguments = ["doctor", *models(world), "--generator", world / "generator"]
     code, said, err = atv(*arguments)
     assert code == 0, err
-    assert "All 7 checks passed." in said
+    assert "All 8 checks passed." in said
     monkeypatch.setattr("atv.model.add_vectors", lambda hidden, *rest: hidden)
     code, said, _ = atv(*arguments)
     assert code == 1

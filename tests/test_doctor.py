@@ -20,7 +20,7 @@ def failed(found):
 @pytest.mark.parametrize("positions", ["last", "last:3", "answer", "all"])
 def test_every_architecture_and_position_passes(name, positions):
     checks = check_wiring(make_atv(name, dtype=torch.float32, positions=positions))
-    assert len(checks) == 7
+    assert len(checks) == 8
     assert failed(checks) == []
 
 
@@ -131,3 +131,14 @@ def test_a_training_pass_that_is_not_the_full_one_is_found(monkeypatch):
 
     monkeypatch.setattr(attention, "grouped_attention", forgetful)
     assert "training step = full pass" in failed(check_wiring(make_atv(dtype=torch.float32)))
+
+
+def test_a_generator_that_reads_padding_is_found_and_training_with_it_refused():
+    """As FNet, which mixes all positions whatever the attention mask says."""
+    atv = make_atv(dtype=torch.float32)
+    encoder = atv.generator.encoder
+    forward = encoder.forward
+    encoder.forward = lambda input_ids, attention_mask: forward(input_ids, torch.ones_like(attention_mask))
+    assert failed(check_wiring(atv)) == ["vectors of a query in a batch = alone"]
+    with pytest.raises(ATVError, match="vectors of a query in a batch = alone: differs by"):
+        require_wiring(atv)

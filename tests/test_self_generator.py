@@ -262,7 +262,7 @@ def test_its_analysis_is_of_prompts(monkeypatch):
     atv, task = made(dtype=torch.float32), toy_task()
     asked = []
     monkeypatch.setattr(
-        ATVModel, "_make_vectors", lambda self, texts: asked.extend(texts) or torch.randn(len(texts), 2, 32)
+        ATVModel, "make_vectors", lambda self, texts: asked.extend(texts) or torch.randn(len(texts), 2, 32)
     )
     analyse(atv, [task], rows=6)
     assert len(asked) == len(task.train) + 6  # the one query is the first, whose vectors are kept

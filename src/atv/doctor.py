@@ -228,6 +228,18 @@ def _split(atv: ATVModel) -> tuple[bool, str]:
     return _close(atv, logits[:, -1].detach().float(), _steered(atv, PROMPTS, vectors), _plain(atv, inputs))
 
 
+def _vectors_alone(atv: ATVModel) -> tuple[bool, str]:
+    """Vectors of queries read together against each query's alone: a generator that reads padding differs."""
+    queries = QUERIES if atv.own is None else PROMPTS
+    together = atv.make_vectors(queries)
+    alone = torch.cat([atv.make_vectors([query]) for query in queries])
+    difference = (together - alone).abs().mean().item()
+    spread = (together - together.mean(0)).abs().mean().item()
+    share = difference / spread if spread else float(difference > 0)
+    rough = _tolerance(atv) if atv.own else 0.01  # other generators compute in float32
+    return share <= rough, f"differs by {share:.1e} of what queries differ by"
+
+
 def _own(atv: ATVModel) -> tuple[bool, str]:
     """Vectors made of states in the pass that they steer against the same made beforehand, of a padded batch."""
     inputs = atv.encode_prompts(PROMPTS)
@@ -250,6 +262,7 @@ CHECKS: tuple[tuple[str, Callable[[ATVModel], tuple[bool, str]]], ...] = (
     ("padded = unpadded", _padded),
     ("cached = recomputed", _cached),
     ("training step = full pass", _split),
+    ("vectors of a query in a batch = alone", _vectors_alone),
 )
 OWN_CHECK = ("vectors made in the pass = made beforehand", _own)
 """Of the generator `self` alone."""

@@ -333,11 +333,13 @@ class ATVModel(Trainable):
         """
         check_queries(queries)
         if self.training or not self.vector_cache.limit:
-            return self._make_vectors(queries)
+            return self.make_vectors(queries)
         about = f"{self.config} {self.generator.pooling} {self.generator.query_template} {self.generator.bf16}"
-        return self.vector_cache.get(self._hash.of(self, about), queries, self._make_vectors)
+        return self.vector_cache.get(self._hash.of(self, about), queries, self.make_vectors)
 
-    def _make_vectors(self, queries: Sequence[str]) -> Tensor:
+    @torch.no_grad()
+    def make_vectors(self, queries: Sequence[str]) -> Tensor:
+        """As `task_vectors`, whatever is cached."""
         if self.own:  # without a mode of its own; and who holds the LLM must not wait for who waits for the LLM
             return self._read(queries)
         with self._making:  # the mode is that of all threads
