@@ -116,7 +116,7 @@ def shrunk(config, part="text_config"):
             chosen[name] = [kinds[index % len(kinds)] for index in range(LAYERS)]
         elif name in config.sub_configs and getattr(config, name, None) is not None:
             chosen[name] = shrunk(getattr(config, name), name).to_dict()
-        if part != "text_config" and chosen.get(name) == LAYERS and "layers" in name:  # not as many as the LLM has
+        if part != "text_config" and name in TINY[0][1].split():  # not as many as the LLM has
             chosen[name] = 2
     if "kv_lora_rank" in known:  # latent attention has as many key heads as heads
         chosen["num_key_value_heads"] = SIZES["num_attention_heads"]
@@ -281,12 +281,7 @@ def examine(family):
     except Exception as error:
         found = ("found", f"asked for its states, the LLM itself says: {words(error)}")
     result["layers"] = [found]
-    failed = {}
-    for check in check_wiring(it.atv):
-        if not check.passed:
-            failed.setdefault(re.sub(r"\d[\d.e+-]*", "N", check.found), []).append(check)
-    told = (f"{', '.join(check.name for check in alike)}: {alike[0].found}" for alike in failed.values())
-    result["doctor"] = [("refused", "; ".join(told)) if failed else ("passes", "")]
+    failed = [check for check in check_wiring(it.atv) if not check.passed]
     plain, expected = it.reference()
     if distance(it.answers(ROWS, use_cache=False), plain, expected["last"]) > EQUAL:
         result["padding"] = [("itself", "padding changes the answers of the LLM itself; compared without padding")]
@@ -305,7 +300,23 @@ def examine(family):
             (kind, why if len(at) == len(POSITIONS) or not why else f"{', '.join(at)}: {why}")
             for (kind, why), at in found.items()
         ]
-    return result
+    return result | {"doctor": [diagnosis(failed, result)]}
+
+
+OWN = {"batch = single", "padded = unpadded", "cached = recomputed", "training step = full pass"}
+"""Checks of doctor that an LLM fails by itself if padding or a cache changes its answers."""
+
+
+def diagnosis(failed, result):
+    """Of doctor's checks: (verdict, words); those that found the same are told together."""
+    alike = {}
+    for check in failed:
+        alike.setdefault(re.sub(r"\d[\d.e+-]*", "N", check.found), []).append(check)
+    told = "; ".join(f"{', '.join(check.name for check in checks)}: {checks[0].found}" for checks in alike.values())
+    itself = any(kind == "itself" for name in ("padding", *CACHES) for kind, _ in result.get(name, []))
+    if failed and itself and {check.name for check in failed} <= OWN:
+        return "itself", told
+    return ("refused", told) if failed else ("passes", "")
 
 
 def verdict(it, at, options, unsteered, plain, expected):
@@ -384,7 +395,7 @@ COLUMNS = {
 SHORT = {"itself": "LLM itself", "others": "refused"}
 MEANING = {
     "equal": "equal to hooks written by hand, in every column",
-    "itself": "equal, but that a cache changes the unsteered LLM's own answers, or that it has no such cache",
+    "itself": "equal, but where padding or a cache changes the unsteered LLM's own answers, or it has no such cache",
     "refused": "refused in one column at least, with an error that says why",
     "not built": "not built: no language model by itself, or broken in transformers",
     "different": "**different from hooks written by hand, with no error**",
@@ -408,8 +419,9 @@ hand, each prompt alone, the whole text read again at every step. What may diffe
 steering changes. Layers are compared with the hidden states that the LLM itself reports, and `atv doctor`'s
 checks are run.
 
-Where padding changes the answers of the unsteered LLM itself, it is compared without padding, and doctor
-refuses it: train and use such an LLM with one prompt at a time, or not at all. An LLM that keeps several
+`LLM itself`: padding changes the answers of the unsteered LLM, and it is compared without padding; or a cache
+changes them, and it is compared with hooks in the same call; or it has no such cache. Doctor cannot tell that
+from a fault of steering and refuses to train such an LLM. An LLM that keeps several
 residual streams beside each other (AltUp in Gemma 3n, hyper-connections in DeepSeek V4, HY V4 and Qwen 4) has
 each vector added to each of them.
 
