@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, get_args, get_origin, get_type_hints
 
@@ -516,14 +515,12 @@ def test_tasks_lists_the_built_in_ones(atv):
         assert name in said
 
 
-def test_help_answers_in_under_half_a_second():
-    """The best of five, since the machine may be busy; importing torch alone would take seconds."""
-    times = []
-    for _ in range(5):
-        began = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "atv", "--help"], check=True, capture_output=True, env=dict(os.environ))
-        times.append(time.perf_counter() - began)
-    assert min(times) < 0.5
+def test_help_loads_nothing_that_takes_seconds():
+    code = "import sys, atv.cli\ntry: atv.cli.main()\nfinally: print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code, "--help"], check=True, capture_output=True, text=True)
+    assert "Adaptive Task Vectors" in done.stdout
+    slow = {"torch", "transformers", "numpy", "scipy", "sklearn", "matplotlib", "datasets", "peft"}
+    assert not slow & set(done.stderr.split())
 
 
 def test_every_option_of_every_command_is_explained():

@@ -190,4 +190,4 @@ def test_torchrun_evaluates_and_the_main_process_speaks(tmp_path):
 def test_what_is_wrong_in_all_processes_is_said_once(tmp_path):
     done = launched("train", "--config", tmp_path / "nothing.toml")
     assert done.returncode != 0
-    assert done.stderr.count("atv: No config file") == 1
+    assert done.stderr.count("atv: No file") == 1
