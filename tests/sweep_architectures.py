@@ -248,7 +248,8 @@ class Examination:
             try:
                 expected[at] = self.alone(partial(self.by_hand, at=at))
             except AssertionError:  # no hook can be written: then it must be refused
-                expected[at] = self.alone(self.answers)
+                logits, tokens = self.alone(self.answers)
+                expected[at] = (2 * logits, tokens)
         return self.alone(self.answers), expected
 
 
@@ -421,9 +422,10 @@ checks are run.
 
 `LLM itself`: padding changes the answers of the unsteered LLM, and it is compared without padding; or a cache
 changes them, and it is compared with hooks in the same call; or it has no such cache. Doctor cannot tell that
-from a fault of steering and refuses to train such an LLM. An LLM that keeps several
-residual streams beside each other (AltUp in Gemma 3n, hyper-connections in DeepSeek V4, HY V4 and Qwen 4) has
-each vector added to each of them.
+from a fault of steering and refuses to train such an LLM.
+
+An LLM that keeps several residual streams beside each other (AltUp in Gemma 3n, hyper-connections in DeepSeek
+V4, HY V4 and Qwen 4) has each vector added to each of them.
 
 | families | |
 |---|---|
