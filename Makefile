@@ -32,7 +32,7 @@ check: setup
 	@$(BIN)/python -m pytest tests/test_rooms.py
 
 test: setup
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 # The tests with the lowest version of each dependency that pyproject.toml allows. uv finds these versions. torch alone stays
 # at that of constraints.txt: older ones come without CUDA from PyTorch's own index only, so its lower bound is not tested.

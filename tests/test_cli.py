@@ -321,7 +321,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("command", ["eval", "train", "generate"])
+@pytest.mark.parametrize("command", ["train", "generate"])
 def test_ctrl_c_is_one_line_that_says_how_to_resume(world, tmp_path, command):
     """Sent as a terminal sends it, while the command does its work."""
     program = [sys.executable, "-c", SLOWLY, command]
@@ -331,10 +331,8 @@ def test_ctrl_c_is_one_line_that_says_how_to_resume(world, tmp_path, command):
             "from atv.cli", "import atv.model; atv.model.ATVModel.generate = wait; from atv.cli"
         )
         options = ["--adapter", tmp_path, *models(world), "a query"]
-    elif command == "train":
-        options = [*train_options(world), "--out", tmp_path / "out"]
     else:
-        options = [*models(world), "--data", world / "data", "--out", tmp_path / "out"]
+        options = [*train_options(world), "--out", tmp_path / "out"]
     process = subprocess.Popen(
         [*program, *map(str, options)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
