@@ -142,3 +142,15 @@ def test_a_generator_that_reads_padding_is_found_and_training_with_it_refused():
     assert failed(check_wiring(atv)) == ["vectors of a query in a batch = alone"]
     with pytest.raises(ATVError, match="vectors of a query in a batch = alone: differs by"):
         require_wiring(atv)
+
+
+def test_an_llm_that_reads_padding_by_itself_is_told_from_a_fault_of_steering():
+    atv = make_atv(dtype=torch.float32)
+    handle = atv.llm.register_forward_pre_hook(
+        lambda _, args, kwargs: (args, kwargs | {"attention_mask": torch.ones_like(kwargs["attention_mask"])}),
+        with_kwargs=True,
+    )
+    found = {check.name: check.found for check in check_wiring(atv) if not check.passed}
+    handle.remove()
+    assert "the LLM itself, not steered, by" in found["padded = unpadded"]
+    assert "the LLM itself, not steered, by" in found["batch = single"]

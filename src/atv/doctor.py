@@ -103,10 +103,25 @@ def _tolerance(atv: ATVModel) -> float:
     return 0.25 if rough else 1e-3
 
 
-def _close(atv: ATVModel, found: Tensor, expected: Tensor, plain: Tensor) -> tuple[bool, str]:
+def _close(
+    atv: ATVModel, found: Tensor, expected: Tensor, plain: Tensor, unsteered: Tensor | None = None
+) -> tuple[bool, str]:
+    """Whether steered logits are as expected, beside the plain ones.
+
+    Args:
+        atv: what is tested.
+        found: logits, of any shape, like the next three.
+        expected: what they should be.
+        plain: what `expected` is without steering.
+        unsteered: what `found` is without steering, to tell whose fault a difference is; None: not known.
+    """
     effect = (expected - plain).abs().mean().item()
     share = (found - expected).abs().mean().item() / effect if effect else float("inf")
-    return share <= _tolerance(atv), f"differs by {share:.1e} of what steering changes"
+    passed, words = share <= _tolerance(atv), f"differs by {share:.1e} of what steering changes"
+    own = (unsteered - plain).abs().mean().item() / effect if unsteered is not None and effect else 0.0
+    if not passed and own > _tolerance(atv):
+        words += f"; the LLM itself, not steered, by {own:.1e}: padding changes its answers"
+    return passed, words
 
 
 # ---- checks ----
@@ -174,7 +189,8 @@ def _batch_single(atv: ATVModel) -> tuple[bool, str]:
     vectors = _test_vectors(atv, len(PROMPTS))
     together = _steered(atv, PROMPTS, vectors)
     alone = torch.cat([_steered(atv, [p], vectors[i : i + 1]) for i, p in enumerate(PROMPTS)])
-    return _close(atv, together, alone, _plain(atv, atv.encode_prompts(PROMPTS)))
+    plain = torch.cat([_plain(atv, atv.encode_prompts([p])) for p in PROMPTS])
+    return _close(atv, together, alone, plain, _plain(atv, atv.encode_prompts(PROMPTS)))
 
 
 def _padded(atv: ATVModel) -> tuple[bool, str]:
@@ -184,7 +200,7 @@ def _padded(atv: ATVModel) -> tuple[bool, str]:
     wider = {name: torch.nn.functional.pad(value, (5, 0)) for name, value in inputs.items()}
     with atv.steer([prompt], vectors=vectors, scale=1.0):
         padded = _plain(atv, wider)
-    return _close(atv, padded, _steered(atv, [prompt], vectors), _plain(atv, inputs))
+    return _close(atv, padded, _steered(atv, [prompt], vectors), _plain(atv, inputs), _plain(atv, wider))
 
 
 def _cached(atv: ATVModel) -> tuple[bool, str]:

@@ -67,7 +67,8 @@ class Task:
 
     Raises:
         ATVError: a split is empty, an input or output is neither text nor a whole number, a template has no {input}, an
-            input is in two splits, or all test answers are the same (a constant answer would then score 100).
+            input is in two splits, all test answers are the same (a constant answer would then score 100), or an answer
+            is not among the options that were given.
     """
 
     name: str
@@ -77,10 +78,10 @@ class Task:
     test: tuple[Example, ...]
     category: str = "other"
     options: tuple[str, ...] = field(default=())
-    """Every answer that occurs in the task, sorted; filled in by itself."""
+    """Among which an answer is judged; if none are given, every answer that occurs in the task, sorted."""
 
     def __post_init__(self) -> None:
-        """Refuse data on which no honest number can be measured."""
+        """Validate the data: no number measured on what is refused here would be honest."""
         if not self.templates:
             raise ATVError(f"Task {self.name}: no template; expected at least one with {{input}} in it.")
         for template in self.templates:
@@ -106,9 +107,17 @@ class Task:
                 f"Task {self.name}: all {len(self.test)} test answers are {self.test[0].output!r}; expected at least "
                 "two different ones (a hidden-label split looks like this, and so do the first rows of a sorted one)."
             )
+        self._check_options()
+
+    def _check_options(self) -> None:
+        answers = {row.output for split in SPLITS for row in getattr(self, split)}
         if not self.options:
-            answers = {row.output for split in SPLITS for row in getattr(self, split)}
             object.__setattr__(self, "options", tuple(sorted(answers)))
+        if missing := sorted(answers - set(self.options)):
+            raise ATVError(
+                f"Task {self.name}: the answer {missing[0]!r} is not among its options "
+                f"({', '.join(self.options)[:200]}); name every answer that occurs, or leave options out."
+            )
 
     def prompt(self, query: str, variant: Variant) -> str:
         """What the LLM reads: template with the query in it, a line break, the answer prefix."""
