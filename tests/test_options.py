@@ -525,3 +525,10 @@ def test_a_sweep_takes_the_score_among_options_where_the_papers_is_not_defined()
     row = {"correct": None, "correct_among_options": True}
     assert [_judged(row | {"correct": said}, "correct") for said in (None, False, True)] == [True, False, True]
     assert _judged(row, "correct_among_options")
+
+
+def test_options_that_lack_an_answer_are_refused(tmp_path):
+    task = dataclasses.replace(labelled(("1", "2", "3"), rows=6), options=("1", "2"))
+    method = METHODS["zero-shot"].load(make_llm(), byte_level_tokenizer(), None)
+    with refused("Task", "the answer '3' is not among its options (1, 2)", "leave options out"):
+        run(method, task, tmp_path, variants="first")

@@ -523,10 +523,3 @@ def test_a_folder_may_be_a_text_and_below_the_home_folder(data, monkeypatch):
     assert load_task("toy", "~/data") == load_tasks(data=str(data))[0] == load_task("toy", data)
     with refused("No folder", "nowhere"):
         load_tasks(data="~/nowhere")
-
-
-def test_options_that_lack_an_answer_are_refused():
-    rows = [(Example("a", "yes"),), (Example("b", "no"),), (Example("c", "yes"), Example("d", "no"))]
-    with refused("Task t", "the answer 'no' is not among its options (maybe, yes)"):
-        Task("t", ("{input}",), *rows, options=("maybe", "yes"))
-    assert Task("t", ("{input}",), *rows, options=("maybe", "no", "yes")).options == ("maybe", "no", "yes")

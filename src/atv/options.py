@@ -143,7 +143,16 @@ def _refuse_equal(texts: Sequence[str], ids: Sequence[Prefix]) -> None:
 
 
 def task_options(tokenizer: Any, task: Task, variant: Variant) -> Options:
-    """The options of a task as they follow its prompts in a variant; encoded once for each answer prefix."""
+    """The options of a task as they follow its prompts in a variant; encoded once for each answer prefix.
+
+    Raises:
+        ATVError: one of its answers is not an option, or two options are the same tokens.
+    """
+    if missing := sorted({row.output for row in (*task.train, *task.valid, *task.test)} - set(task.options)):
+        raise ATVError(
+            f"Task {task.name}: the answer {missing[0]!r} is not among its options ({', '.join(task.options)[:200]}); "
+            "name every answer that occurs, or leave options out."
+        )
     try:
         return _encoded(tokenizer, task.options, variant.answer_prefix)
     except ATVError as error:

@@ -67,8 +67,7 @@ class Task:
 
     Raises:
         ATVError: a split is empty, an input or output is neither text nor a whole number, a template has no {input}, an
-            input is in two splits, all test answers are the same (a constant answer would then score 100), or an answer
-            is not among the options that were given.
+            input is in two splits, or all test answers are the same (a constant answer would then score 100).
     """
 
     name: str
@@ -107,17 +106,9 @@ class Task:
                 f"Task {self.name}: all {len(self.test)} test answers are {self.test[0].output!r}; expected at least "
                 "two different ones (a hidden-label split looks like this, and so do the first rows of a sorted one)."
             )
-        self._check_options()
-
-    def _check_options(self) -> None:
-        answers = {row.output for split in SPLITS for row in getattr(self, split)}
         if not self.options:
+            answers = {row.output for split in SPLITS for row in getattr(self, split)}
             object.__setattr__(self, "options", tuple(sorted(answers)))
-        if missing := sorted(answers - set(self.options)):
-            raise ATVError(
-                f"Task {self.name}: the answer {missing[0]!r} is not among its options "
-                f"({', '.join(self.options)[:200]}); name every answer that occurs, or leave options out."
-            )
 
     def prompt(self, query: str, variant: Variant) -> str:
         """What the LLM reads: template with the query in it, a line break, the answer prefix."""
