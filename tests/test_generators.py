@@ -49,6 +49,12 @@ def load(path):
     return ATVModel.from_pretrained(make_llm(dtype=torch.float32), path, tokenizer=byte_level_tokenizer())
 
 
+def test_a_generator_whose_weights_are_drawn_within_bounds_is_saved_and_loaded(tmp_path):
+    atv = with_generator(encoder("modernbert", **BERT | {"cls_token_id": 0, "sep_token_id": 2}))
+    atv.save_pretrained(tmp_path / "adapter")  # drew without end where drawing was left out
+    assert torch.equal(load(tmp_path / "adapter").task_vectors(QUERIES), atv.task_vectors(QUERIES))
+
+
 @pytest.mark.parametrize("kind", ENCODER_DECODERS)
 def test_the_encoder_of_an_encoder_decoder_is_saved_and_loaded(kind, tmp_path):
     atv = with_generator(encoder(kind, **ENCODER_DECODERS[kind]))

@@ -304,11 +304,15 @@ def save_reading_part(part: nn.Module, config: Any, folder: Path) -> None:
 
 
 class _NothingDrawn(TorchFunctionMode):
-    """Weights that a file will fill are not drawn first: that takes several times as long as reading them."""
+    """Weights that a file will fill are not drawn first: that takes several times as long as reading them.
+
+    Functions of `torch.nn.init` alone: tensors' own `normal_` must draw, since `trunc_normal_` calls it until no value
+    is out of bounds.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "").endswith(("normal_", "uniform_")):  # torch.nn.init's, and tensors' own
+        if getattr(func, "__module__", None) == nn.init.__name__ and func.__name__.endswith(("normal_", "uniform_")):
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
         return func(*args, **kwargs)
 
