@@ -269,6 +269,38 @@ def test_saving_again_keeps_what_the_user_has_put_there_and_nothing_else(tmp_pat
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no modes")
+def test_saving_again_keeps_scripts_executable_and_links_as_links(tmp_path):
+    atv, path = saved(tmp_path)
+    (path / "run.sh").touch(0o755)
+    (path / "broken").symlink_to("nowhere")
+    (path / "data").symlink_to(tmp_path, target_is_directory=True)
+    atv.save_pretrained(path)
+    assert os.access(path / "run.sh", os.X_OK)
+    assert ((path / "broken").readlink().name, (path / "data").readlink()) == ("nowhere", tmp_path)
+
+
+def test_an_adapter_that_diverged_is_not_saved(tmp_path):
+    atv = make_atv(dtype=torch.float32)
+    with torch.no_grad():
+        atv.expansion.map.weight[0, 0] = float("nan")
+    with refused("not finite", "Lower the learning rate"):
+        atv.save_pretrained(tmp_path / "adapter")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [("base_llm", {}), ("base_llm", {"name": 3}), ("training", {"tasks": 3}), ("generator", None)],
+)
+def test_a_configuration_with_parts_of_another_type_is_named(tmp_path, part, value):
+    _, path = saved(tmp_path)
+    written = json.loads((path / "atv_config.json").read_text())
+    (path / "atv_config.json").write_text(json.dumps(written | {part: value}))
+    with refused(f"{path / 'atv_config.json'} is damaged"):
+        load(path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no modes")
 def test_every_file_of_an_adapter_has_the_mode_of_a_new_file(tmp_path):
     _, path = saved(tmp_path)
     (tmp_path / "new").touch()

@@ -414,6 +414,11 @@ def task_file(world, folder, change):
         (["--train-rows", "0"], ["train rows is 0"]),
         (["--config", "nothing.toml"], ["No file nothing.toml", "a table [train]"]),
         (["--layers", "9-0"], ["Unknown layer region '9-0'", "0-9"]),
+        (["--layers", "0-99999999"], ["Unknown layer region '0-99999999'", "0-9"]),
+        (["--set", "train_generator=no"], ["train_generator is 'no'", "true or false"]),
+        (["--set", "bf16=3"], ["bf16 is 3", "true or false"]),
+        (["--set", "generator=3"], ["generator is 3", "a text"]),
+        (["--set", "layer_path=[1]"], ["layer_path is [1]", "a text"]),
     ],
 )
 def test_a_wrong_option_is_one_line_and_exit_code_2(atv, world, tmp_path, monkeypatch, options, named):
@@ -421,6 +426,30 @@ def test_a_wrong_option_is_one_line_and_exit_code_2(atv, world, tmp_path, monkey
     code, said, err = atv("train", *train_options(world), "--out", tmp_path / "out", *options)
     check_refused(code, said, err, named)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_place_that_cannot_be_written_to_is_one_line_and_exit_code_2(atv, world, tmp_path):
+    (tmp_path / "file").touch()
+    for command in (["train", *train_options(world)], ["eval", *models(world), "--data", world / "data"]):
+        code, said, err = atv(*command, "--out", tmp_path / "file" / "out")
+        check_refused(code, said, err, ["Not a directory", str(tmp_path / "file" / "out")])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["train", "--seed", "-1"],
+        ["train", "--seed", str(2**32)],
+        ["eval", "--seed", "-1"],
+        ["theory", "--seed", "-1"],
+        ["generate", "a query", "--adapter", "nowhere", "--max-new-tokens", "0"],
+        ["generate", "a query", "--adapter", "nowhere", "--temperature", "-1"],
+    ],
+)
+def test_a_number_out_of_range_is_refused_before_anything_is_loaded(atv, options):
+    code, _, err = atv(*options)
+    assert code == 2
+    assert f"Invalid value for '{options[-2]}'" in err
 
 
 def check_refused(code, said, err, named):

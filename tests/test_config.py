@@ -89,7 +89,7 @@ def test_a_count_of_the_training_that_is_no_whole_number_from_one_is_refused(nam
         TrainConfig(**{name: value})
 
 
-@pytest.mark.parametrize("value", [-1, 0.5, "42", None])
+@pytest.mark.parametrize("value", [-1, 0.5, "42", None, 2**32])
 def test_a_seed_that_is_no_whole_number_from_zero_is_refused(value):
     with refused(f"seed is {value!r};", "expected a whole number from 0"):
         TrainConfig(seed=value)

@@ -50,6 +50,14 @@ def test_what_is_written_as_json_is_read_back(tmp_path_factory, value):
     assert [file.name for file in path.parent.iterdir()] == ["value.json"]
 
 
+@pytest.mark.parametrize("content", [None, "[" * 100_000])
+def test_a_folder_or_json_nested_without_end_is_refused(tmp_path, content):
+    path = tmp_path / "a.json"
+    path.mkdir() if content is None else path.write_text(content)
+    with refused("a.json is not valid JSON", "expected a value"):
+        read_json(path, "a value")
+
+
 def test_json_is_written_for_people_too(tmp_path):
     write_json(tmp_path / "a.json", {"name": "Zoë", "layers": [0, 1]})
     assert (tmp_path / "a.json").read_bytes() == '{\n "name": "Zoë",\n "layers": [\n  0,\n  1\n ]\n}\n'.encode()

@@ -110,6 +110,15 @@ def test_rows_come_back_as_they_were_appended(predictions):
         assert [Prediction(**row) for row in read_rows(Path(name))] == predictions
 
 
+@pytest.mark.parametrize("line", ["3", "{}", '{"task": "sentiment"}'])
+def test_a_line_that_is_no_prediction_is_named(folder, line):
+    fresh(folder, rows=1)
+    with (folder / "predictions.jsonl").open("a") as file:
+        file.write(line + "\n")
+    with refused("predictions.jsonl line 2", line[:10], "a prediction with all of its fields"):
+        read_rows(folder)
+
+
 def test_a_run_goes_on_where_it_stopped(folder):
     fresh(folder, rows=2).describe(device="cpu")
     before = run_file(folder)

@@ -203,6 +203,11 @@ def test_the_majority_is_the_share_of_the_most_frequent_test_answer():
     assert load_task("topic").majority() == 0.25
 
 
+def test_ones_own_templates_take_the_place_of_a_built_in_tasks():
+    (task,) = load_tasks(["sentiment"], templates=["{input}?"])
+    assert task.templates == ("{input}?",)
+
+
 def test_a_prompt_is_the_template_a_line_break_and_the_prefix_with_nothing_after_it():
     assert make_task().prompt("Is rain wet?", Variant(1, "The answer is")) == "Question: Is rain wet?\nThe answer is"
     assert make_task().prompt("Is rain wet?", Variant(0, "A:")) == "Is rain wet?\nyes or no?\nA:"

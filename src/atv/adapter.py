@@ -121,7 +121,12 @@ def _require_read_back(model: "ATVModel", folder: Path, kept: bool) -> None:
         made, again = model.expansion(states[0]), expansion(states[1])
     finally:
         model.train(was_training)
-    if not torch.allclose(made, again, rtol=1e-3, atol=1e-3 * float(made.abs().max()), equal_nan=True):
+    if not made.isfinite().all():
+        raise ATVError(
+            "The vectors that this model makes are not finite: its training diverged, and there is nothing to save. "
+            "Lower the learning rate or the scale, or clip the gradient."
+        )
+    if not torch.allclose(made, again, rtol=1e-3, atol=1e-3 * float(made.abs().max())):
         other = "" if kept else f", or {own.name_or_path} is another generator"
         raise _unsavable(f"its vectors would be other ones (a hook on a part changes what it returns{other})")
 

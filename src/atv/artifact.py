@@ -232,7 +232,8 @@ def save(
 
 
 def _files(folder: Path) -> list[str]:
-    return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+    found = (file for file in folder.rglob("*") if file.is_file() or file.is_symlink())
+    return sorted(file.relative_to(folder).as_posix() for file in found)
 
 
 def _keep_users_files(former: Path, part: Path) -> None:
@@ -304,8 +305,19 @@ def read(folder: Path, method: str | None = None) -> Saved:
     try:
         digests, config = dict(written.pop("sha256")), dict(written.pop("config"))
         base, training = dict(written.pop("base_llm")), dict(written.pop("training"))
+        name = base["name"]
     except (KeyError, TypeError, ValueError) as error:
-        raise ATVError(f"{folder / CONFIG_FILE} is damaged: {error}. Restore it or train again.") from error
+        raise ATVError(f"{folder / CONFIG_FILE} is damaged: {error!r}. Restore it or train again.") from error
+    for key, value, kind in (
+        ("base_llm.name", name, str),
+        ("training.tasks", training.get("tasks", {}), dict),
+        ("generator", written.get("generator", {}), dict),
+    ):
+        if not isinstance(value, kind):
+            raise ATVError(
+                f"{folder / CONFIG_FILE} is damaged: {key} is {value!r}; expected a {kind.__name__}. Restore it or "
+                "train again."
+            )
     made_by = str(written.get("method"))
     if method is not None and made_by != method:
         raise ATVError(f"{folder} is an adapter of the method {made_by}; expected one of the method {method}.")

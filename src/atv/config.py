@@ -12,6 +12,8 @@ from atv.errors import ATVError, unknown
 POOLINGS = ("last", "mean", "cls")
 REGIONS = ("all", "bottom", "middle", "top")
 POSITIONS = ("last", "last:K", "answer", "all")
+MOST_SEED = 2**32 - 1
+"""The largest seed that NumPy's generator takes."""
 SELF = "self"
 """Names the generator that is the frozen LLM itself."""
 QUERY_TEMPLATE = "Q: {query}\nA:"
@@ -49,7 +51,7 @@ def parse_layers(layers: object) -> str | list[int]:
     if isinstance(layers, str):
         if layers in REGIONS:
             return layers
-        parts = [re.fullmatch(r" *([0-9]+)(?: *- *([0-9]+))? *", part) for part in layers.split(",")]
+        parts = [re.fullmatch(r" *([0-9]{1,4})(?: *- *([0-9]{1,4}))? *", part) for part in layers.split(",")]
         ranges = [range(int(part[1]), int(part[2] or part[1]) + 1) for part in parts if part is not None]
         if len(ranges) < len(parts) or not all(ranges):
             raise unknown("layer region", layers, REGIONS, "Or give indices, as in 0,1,2 or 0-9.")
@@ -65,6 +67,11 @@ def parse_layers(layers: object) -> str | list[int]:
 
 def _is_whole(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ATVError(f"{name} is {value!r}; expected true or false.")
 
 
 def _is_finite(value: object) -> bool:
@@ -133,7 +140,12 @@ class ATVConfig(Checked):
     """lambda, the strength of the injection."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
+        """Refuse values that no ATV can have."""
+        for name in ("generator", "generator_revision", "layer_path"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (value is not None or name == "generator"):
+                raise ATVError(f"{name} is {value!r}; expected a text.")
+        _check_bool("train_generator", self.train_generator)
         Positions.parse(self.positions)
         if self.pooling not in POOLINGS:
             raise unknown("pooling", self.pooling, POOLINGS)
@@ -240,11 +252,14 @@ class TrainConfig(Checked):
     """Seed of initialisation, order and dropout."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
+        """Refuse values that no training can have."""
+        _check_bool("bf16", self.bf16)
         for name in ("epochs", "batch_size", "gradient_accumulation_steps", "templates_per_row", "seed"):
             value, least = getattr(self, name), 0 if name == "seed" else 1
             if not _is_whole(value, least):
                 raise ATVError(f"{name} is {value!r}; expected a whole number from {least}.")
+        if self.seed > MOST_SEED:
+            raise ATVError(f"seed is {self.seed}; expected a whole number from 0 to {MOST_SEED}.")
         for name in ("learning_rate", "generator_learning_rate", "weight_decay", "max_grad_norm"):
             value = getattr(self, name)
             if value is None and name in ("generator_learning_rate", "max_grad_norm"):

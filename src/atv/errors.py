@@ -17,4 +17,4 @@ def unknown(what: str, found: str, known: Iterable[str], advice: str = "") -> AT
     near = get_close_matches(str(found), names, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     tail = f" {advice}" if advice else ""
-    return ATVError(f"Unknown {what} {found!r}; known: {', '.join(names)}.{hint}{tail}")
+    return ATVError(f"Unknown {what} {found!r}; known: {', '.join(names) or 'none'}.{hint}{tail}")

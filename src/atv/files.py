@@ -25,7 +25,7 @@ def read_json(path: Path, expected: str) -> Any:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ATVError(f"No file {path}; expected {expected}.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, OSError) as error:
         raise ATVError(f"{path} is not valid JSON ({error}); expected {expected}.") from None
 
 
@@ -93,11 +93,14 @@ def sha256(path: Path) -> str:
 
 
 def follow_umask(folder: Path) -> None:
-    """Give the files in a folder the mode that the process creates files with: some libraries write them as 0600."""
+    """Give the files in a folder the mode that the process creates files with: some libraries write them as 0600.
+
+    What may be executed, as a user's own script, still may be.
+    """
     mode = folder.stat().st_mode & 0o666  # the folder was made with the same umask; asking for it would set it
     for file in folder.rglob("*"):
         if file.is_file() and not file.is_symlink():
-            file.chmod(mode)
+            file.chmod(mode | file.stat().st_mode & 0o111)
 
 
 def _former(path: Path) -> Path:
@@ -125,7 +128,7 @@ def replace_folder(path: Path) -> Iterator[Path]:
         yield part
         follow_umask(part)
         for file in part.rglob("*"):
-            if file.is_file():
+            if file.is_file() and not file.is_symlink():
                 with file.open("r+b") as opened:  # Windows flushes nothing through a handle that cannot write
                     os.fsync(opened.fileno())
         shutil.rmtree(_former(path), ignore_errors=True)

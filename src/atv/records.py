@@ -1,6 +1,6 @@
 """The one record format: a run is a folder with `run.json` and `predictions.jsonl`.
 
-Rows are appended as they come, so that an interrupted run goes on where it stopped. Nothing averaged is stored:
+Rows are appended as they come, so that an interrupted run is resumed where it stopped. Nothing averaged is stored:
 tables are computed from rows. What is found about an adapter's vectors is one file beside, `analysis.json`.
 """
 
@@ -9,7 +9,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,10 @@ class Prediction:
     before there were any have no such field."""
 
 
+_ALWAYS = {each.name for each in fields(Prediction) if each.default is MISSING}
+"""Fields that every recorded row has."""
+
+
 def provenance() -> dict[str, Any]:
     """Versions, commit and machine: what a figure needs beside it."""
     versions = {}
@@ -99,7 +103,7 @@ class RunWriter:
     Args:
         folder: of the run.
         settings: what decides the rows (method, LLM, tasks, seed ...); an existing run must have the same.
-        force: begin anew, even if the folder holds a run.
+        force: start over, even if the folder holds a run.
     """
 
     def __init__(self, folder: str | Path, settings: dict[str, Any], force: bool = False) -> None:
@@ -179,6 +183,8 @@ def _of_schema(file: Path, expected: str) -> dict[str, Any]:
     record = read_json(file, expected)
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         raise ATVError(f"{file} is not of schema {SCHEMA}; it was written by another version.")
+    if not isinstance(record.get("settings", {}), dict):
+        raise ATVError(f"{file} has settings {record['settings']!r}; expected an object. Restore it.")
     return record
 
 
@@ -207,12 +213,16 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            if line:
-                rows.append(json.loads(line.decode("utf-8")))
+            row = json.loads(line.decode("utf-8")) if line else None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             if number == len(lines):
                 break
             raise ATVError(f"{path} line {number} is not JSON ({error}); expected one prediction a line.") from None
+        if not line:
+            continue
+        if not isinstance(row, dict) or not row.keys() >= _ALWAYS:
+            raise ATVError(f"{path} line {number} is {line[:60]!r}; expected a prediction with all of its fields.")
+        rows.append(row)
     return rows
 
 

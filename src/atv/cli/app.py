@@ -53,7 +53,9 @@ def main() -> None:
         if not end.code:
             leave()
         raise
-    except ATVError as error:
+    except (ATVError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is None:  # a library's; the system's are a full disk and the like
+            raise
         wait_turn_to_fail()
         print(f"atv: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
         sys.exit(2)
@@ -131,10 +133,10 @@ def train(
         int, typer.Option(help="Prompts that share a row's vector in a step; 1 takes the templates in turn.")
     ] = 3,
     train_rows: Annotated[
-        int | None, typer.Option(help="At most so many training rows per task, drawn by the seed (paper: 90).")
+        int | None, typer.Option(help="Maximum number of training rows per task, drawn by the seed (paper: 90).")
     ] = None,
     valid_rows: Annotated[
-        int | None, typer.Option(help="At most so many validation rows per task, drawn likewise.")
+        int | None, typer.Option(help="Maximum number of validation rows per task, drawn likewise.")
     ] = None,
     prefix_memory: Annotated[
         float | None,
@@ -157,7 +159,7 @@ def train(
     force: opt.Force = False,
     config: opt.Config = None,
 ) -> None:
-    """Train an ATV, or another method, for a frozen LLM. Interrupted, the same command goes on where it stopped."""
+    """Train an ATV, or another method, for a frozen LLM. Interrupted, the same command resumes it."""
     from atv.cli.work import train_adapter
 
     train_adapter(context.params, opt.given_settings(context))
@@ -184,12 +186,12 @@ def evaluate(
     test_rows: Annotated[
         int | None,
         typer.Option(
-            help="At most so many test rows per task, drawn, the same for every method and seed (paper: 100)."
+            help="Maximum number of test rows per task, drawn, the same for every method and seed (paper: 100)."
         ),
     ] = None,
     train_rows: Annotated[
         int | None,
-        typer.Option(help="Demonstrations come from so many training rows per task, drawn by the seed (paper: 90)."),
+        typer.Option(help="Maximum number of training rows per task that demonstrations come from, drawn by the seed."),
     ] = None,
     variants: opt.Variants = "all",
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per call of the LLM.")] = 16,
@@ -285,8 +287,8 @@ def generate(
     adapter: Annotated[Path, typer.Option(parser=opt.path, help="Folder that atv train wrote.")],
     task: Annotated[str | None, typer.Option(help="Put the query into this task's first template.")] = None,
     template: Annotated[str | None, typer.Option(help="What the LLM reads, with {input} where the query goes.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens of answer.")] = 16,
-    temperature: Annotated[float, typer.Option(help="0 is greedy; above 0 samples.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of answer tokens.")] = 16,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy; above 0 samples.")] = 0.0,
     compare: Annotated[bool, typer.Option("--compare", help="Show the answer without steering beside it.")] = False,
     llm: Annotated[str, typer.Option(parser=opt.model, help="Frozen LLM; by default the adapter's.")] = "",
     dtype: opt.Dtype = "bfloat16",
@@ -339,7 +341,7 @@ def analysis(
     task: opt.TaskNames = None,
     data: opt.Data = None,
     template: opt.Templates = None,
-    rows: Annotated[int, typer.Option(help="At most so many test rows per task.")] = 20,
+    rows: Annotated[int, typer.Option(help="Maximum number of test rows per task.")] = 20,
     query: Annotated[
         str | None,
         typer.Option(help="Looked at layer by layer, as one of the first task; by default its first test row."),
@@ -374,7 +376,9 @@ def theory(
         Path | None,
         typer.Option(parser=opt.path, help="Write the tables to this file: .md, .tex, or .csv, one file per table."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of random matrices, prefixes and starts.")] = 42,
+    seed: Annotated[
+        int, typer.Option(min=0, max=opt.MOST_SEED, help="Seed of random matrices, prefixes and starts.")
+    ] = 42,
 ) -> None:
     """The paper's theorems in numbers: what holds, under which conditions, and what does not."""
     from atv.cli.theory import show_theorems
@@ -408,7 +412,7 @@ def prepare(
         Path, typer.Option(parser=opt.path, help="Folder for the TASK.json files; give it to the others as --data.")
     ],
     task: Annotated[list[str] | None, typer.Argument(help="Tasks of the paper by name; by default all 25.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the splits.")] = 42,
+    seed: Annotated[int, typer.Option(min=0, max=opt.MOST_SEED, help="Seed of the splits.")] = 42,
     revision: Annotated[
         str | None, typer.Option(help="Commit, tag or branch of the data set on the hub; by default what it has now.")
     ] = None,

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from atv.config import MOST_SEED
 from atv.errors import ATVError, unknown
 from atv.files import local, read_toml
 
@@ -158,8 +159,10 @@ SettingsFile = Annotated[
         parser=path, help="TOML file with settings of methods, as atv sweep writes; stronger than the profile's."
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of initialisation, order, dropout and of what is drawn.")]
-Force = Annotated[bool, typer.Option("--force", help="Begin anew, even if the folder holds this already.")]
+Seed = Annotated[
+    int, typer.Option(min=0, max=MOST_SEED, help="Seed of initialisation, order, dropout and of what is drawn.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Start over, even if the folder holds results already.")]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the LLM. Only for one that you trust.")
 ]

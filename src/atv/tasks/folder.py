@@ -7,6 +7,7 @@ says otherwise.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def load_tasks(
     Args:
         names: of the tasks.
         data: folder of task files; None: the built-in tasks.
-        templates: used instead of the folder's own.
+        templates: used instead of the tasks' own.
     """
     wanted = [composed(name) for name in names] if names else available_tasks(data)
     if not wanted:
@@ -67,7 +68,8 @@ def load_task(name: str, data: str | Path | None = None, templates: Sequence[str
         where = "Give --data DIR for your own tasks." if folder is None else f"Tasks are the JSON files in {folder}."
         raise unknown("task", name, known, where)
     if folder is None or files is None:
-        return builtin_task(name)
+        task = builtin_task(name)
+        return replace(task, templates=tuple(templates)) if templates else task
     file = files[name]
     found = read_json(file, 'an object {"train": [...], "valid": [...], "test": [...]}')
     if not isinstance(found, dict):
