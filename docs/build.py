@@ -40,7 +40,7 @@ the same.
 Every option of a command that has `--config` can stand in a TOML file, in a table of the command's name; flags win.
 With the embedded models, settings of `atv train` that are not given are those of `src/atv/protocol/embedded.toml`.
 A mistake in what is given is answered by one line and exit code 2. `atv doctor` exits with 1 if a check failed. Ctrl-C
-ends with 130; the same command then goes on where it stopped.
+ends with 130; where the same command resumes the work, a line says so.
 """
     return head + "".join(_command(name, command) for name, command in commands.items())
 

@@ -123,7 +123,7 @@ def test_a_full_disk_is_said_and_training_goes_on(tmp_path, monkeypatch, capfd):
     result = train(tiny(), [toy_task()], tmp_path / "out", quick(), store=PrefixStore(0))
     said = " ".join(capfd.readouterr().err.split())
     assert "No space left on device" in said
-    assert "are read anew each time" in said
+    assert "are read again each time" in said
     assert result.record["finished"]
     assert not (tmp_path / "out" / "prefixes").exists()
 

@@ -33,12 +33,12 @@ Read = Callable[[Sequence[Prefix]], list[list[Tensor]]]
 
 @dataclass
 class _Fork:
-    """A prefix behind which options part."""
+    """A prefix after which options differ."""
 
     leaves: dict[int, int] = field(default_factory=dict)
     """Tokens that tell an option apart, and the option."""
     forks: dict[int, Prefix] = field(default_factory=dict)
-    """Tokens that several options go on with, and the prefix behind which these part."""
+    """Tokens that several options continue with, and the prefix after which they differ."""
     ends: int | None = None
     """The option that ends here."""
 
@@ -98,7 +98,7 @@ class Options:
             The option's number. It takes what `Read` gives for each prefix.
         """
         chosen, best = 0, -math.inf
-        unread: list[tuple[float, Prefix, int]] = []  # -log-probability of so many of the prefix's tokens
+        unread: list[tuple[float, Prefix, int]] = []  # -log-probability of that many of the prefix's tokens
         prefix: Prefix = ()
         score = 0.0
         while True:

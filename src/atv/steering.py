@@ -90,7 +90,7 @@ def _attended(mask: Any, rows: int, start: int, width: int, device: torch.device
     if mask.dim() == 2:
         known = mask[:, start : start + width] if mask.shape[1] >= start + width else mask[:, -width:]
     else:
-        # A window's keys end with this call's; those of a static cache go on to its full length.
+        # A window's keys end with this call's; those of a static cache extend to its full length.
         first = min(start, mask.shape[-1] - width)
         seen = mask.flatten(1, -3)[:, :1].squeeze(1) if mask.dim() == 4 else mask
         known = seen.diagonal(first, dim1=1, dim2=2)

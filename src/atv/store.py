@@ -2,7 +2,7 @@
 
 They depend on no vector (`prefix`), so that an epoch after the first costs the LLM one edited token and the answer.
 Kept in the LLM's dtype: in main memory while its budget lasts, then in memory-mapped safetensors files, and what fits
-neither is read anew each time. What is kept is exactly what was read.
+neither is read again each time. What is kept is exactly what was read.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ class PrefixStore:
     """Keeps the keys and values of prompt prefixes, each known by its token ids.
 
     A model whose cache is not one full pair of tensors per layer (sliding windows shorter than the prompt, recurrent
-    states) keeps nothing; all its prefixes are read anew.
+    states) keeps nothing; all its prefixes are read again each time.
 
     Args:
         memory: most bytes to keep in main memory; None: this process's share of half of what is available.

@@ -202,7 +202,7 @@ def train(
 
     Writes `out/adapter` (the adapter), `out/train.json` (settings and history) and, until it is done,
     `out/checkpoints` and, if main memory is too small, `out/prefixes`. Called again with the same arguments after an
-    interruption it goes on from the last complete epoch and ends with the same weights, bit for bit on a CPU as long as
+    interruption it resumes from the last complete epoch and ends with the same weights, bit for bit on a CPU as long as
     the store keeps every prompt; called again after the end it trains nothing. Where a launcher has started several
     processes, all of them call it, and share each batch.
 
@@ -213,7 +213,7 @@ def train(
         tasks: trained on together, shuffled.
         out: folder of this training.
         config: the default is the paper's.
-        force: begin anew, even if `out` holds a training.
+        force: start over, even if `out` holds a training.
         store: an empty one with budgets of its own for the prompts' keys and values.
 
     Raises:
@@ -236,7 +236,7 @@ def train(
     settings = training_settings(model.llm, tasks, model.describe(), train_settings)
     record = former_record(out, settings, force)
     if record is not None and record["finished"]:
-        note(f"{out} holds this training already, finished; nothing to do (train it anew with --force).")
+        note(f"{out} holds this training already, finished; nothing to do (start over with --force).")
         model.load_weights(out / "adapter")
         model.eval()
         return TrainResult(out / "adapter", record)
@@ -257,7 +257,7 @@ def train(
     checkpoints = out / "checkpoints"
     steps = config.epochs * math.ceil(len(rows) / config.batch_size)
     # Torch's fused attention is slow in the backward on a CPU: LoRA's whole step takes 1.4 times as long with it. Where
-    # prefixes are stored, what is read anew must be what was stored, so that only the steered part has the other one.
+    # prefixes are stored, what is read again must be what was stored, so that only the steered part has the other one.
     attention = grouped() if device.type == "cpu" and model.edited is None else nullcontext()
     both = [*rows.rows, *valid.rows]
     with model.in_training(config, store.read, both), bar("train", steps) as progress, attention:
@@ -265,7 +265,7 @@ def train(
             trainer = _trainer(model, rows, valid, config, checkpoints, _Progress(rows, progress, config.epochs))
             last = _last_complete(checkpoints)
             if last is not None:
-                note(f"Going on from {last}")
+                note(f"Resuming from {last}")
             if rank() > 0:
                 torch.manual_seed(config.seed + rank())  # dropout of its own for each process's rows
             trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -304,7 +304,7 @@ def training_settings(
         tasks: trained on.
         config: the method's configuration.
         train: how it is trained. Not how a batch is split: that decides rounding and the draws of dropout, and a
-            training may go on with fewer GPUs.
+            training may be resumed with fewer GPUs.
     """
     described = {
         task.name: {
@@ -327,7 +327,7 @@ def training_settings(
 
 
 def former_record(out: Path, settings: dict[str, Any], force: bool) -> dict[str, Any] | None:
-    """The record of the training that `out` holds, if it is to be gone on with; its settings must be the same."""
+    """The record of the training that `out` holds, if it is to be resumed; its settings must be the same."""
     file = out / RECORD_FILE
     if file.exists() and not force:
         record: dict[str, Any] = read_json(file, "the record of a training")
@@ -359,7 +359,7 @@ def _fill(store: PrefixStore, model: Trainable, rows: Sequence[EncodedRow], fold
         store.fill(model.llm, prefixes, progress.advance, folder)
     kept = f"Kept {store.memory_used / 2**20:.0f} MiB of prompt prefixes in memory"
     kept += f" and {store.disk_used / 2**20:.0f} MiB in {folder}" if store.disk_used else ""
-    note(kept + (f"; {store.left_out} of {len(prefixes)} are read anew each time" if store.left_out else ""))
+    note(kept + (f"; {store.left_out} of {len(prefixes)} are read again each time" if store.left_out else ""))
 
 
 def _clear(out: Path) -> None:
@@ -486,7 +486,7 @@ def _after_non_finite(trainer: ATVTrainer, model: Trainable, record: dict[str, A
     """Keep the best epoch before the loss became NaN, and say what there is."""
     state = trainer.state
     said = f"The loss became NaN or infinite after step {state.global_step} (epoch {state.epoch:.2f})."
-    advice = "Try a lower --lr or --scale, or --max-grad-norm 1; then train anew with --force."
+    advice = "Try a lower --lr or --scale, or --max-grad-norm 1; then start over with --force."
     if state.best_model_checkpoint is None:
         return f"{said} No epoch had been completed, so there is no adapter to keep. {advice}"
     trainer._load_best_model()

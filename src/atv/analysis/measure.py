@@ -41,7 +41,7 @@ def analyse(
         atv: the adapter on its LLM.
         tasks: their test queries are looked at, and their training queries are neighbours.
         elicit: a library on the same LLM, whose entries are shown beside.
-        rows: of each task the first so many test rows, of a split that is not sorted by answer.
+        rows: how many test rows of each task, the first ones of a split that is not sorted by answer.
         query: what is looked at layer by layer, in the first task's first template; None: its first test row.
         seed: of t-SNE, and of the training rows that are drawn where a task has more than `NEIGHBOURS`.
 

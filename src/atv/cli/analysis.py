@@ -60,7 +60,7 @@ def write_analysis(
         tasks: whose queries are looked at.
         adapter: folder of the ATV.
         library: folder of an ELICIT library to show beside it.
-        out: gets the record, tables and plots; what is there is written anew.
+        out: gets the record, tables and plots; what is there is replaced.
         how: `rows`, `query` and `seed` of `analyse`.
     """
     if out.is_file():

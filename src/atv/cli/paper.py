@@ -78,7 +78,7 @@ def reproduce_tables(options: Mapping[str, Any]) -> None:
 
 
 def _analyse(profile: Profile, llm: Frozen, tasks: Sequence[Task], out: Path) -> None:
-    """What the vectors of the method atv are like, beside ELICIT's, for each seed; written anew by each call."""
+    """What the vectors of the method atv are like, beside ELICIT's, for each seed; written again by each call."""
     for seed in profile.seeds:
         atv, elicit = (artifact.locate(out / "trained" / f"{name}-{seed}") for name in ("atv", "elicit"))
         shown = [task.drawn(profile.train_rows, profile.valid_rows, seed) for task in chosen_tasks(profile, tasks)]

@@ -88,7 +88,7 @@ def _bytes(options: Mapping[str, Any], name: str) -> int | None:
 
 
 def evaluate_method(options: Mapping[str, Any]) -> Path:
-    """`atv eval`: one run; a finished one is shown, an interrupted one goes on."""
+    """`atv eval`: one run; a finished one is shown, an interrupted one is resumed."""
     adapter = options["adapter"]
     saved = artifact.read(artifact.locate(adapter)) if adapter else None
     name = options["method"] or (saved.method if saved else "zero-shot")

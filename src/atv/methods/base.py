@@ -1,4 +1,4 @@
-"""The contract: what the LLM reads, and what happens inside it meanwhile. A method knows no metric."""
+"""The contract: what the LLM reads, and what happens inside it while it reads. A method knows no metric."""
 
 from abc import ABC
 from collections.abc import Sequence
@@ -74,8 +74,8 @@ class Method(ABC):
     ) -> Path:
         """Learn once from the training splits of all `tasks`, choosing on their validation splits.
 
-        A training that `out` holds is returned if it is finished and gone on with if it was interrupted; one with
-        other settings is refused, unless `force` begins it anew.
+        A training that `out` holds is returned if it is finished and resumed if it was interrupted; one with
+        other settings is refused, unless `force` starts over.
 
         Args:
             llm: the frozen LLM; as it was when this returns.
@@ -84,7 +84,7 @@ class Method(ABC):
             out: gets `train.json` and the folder `adapter`.
             config: a `config_class`.
             train: how it is trained; a method without a training loop takes its seed alone.
-            force: begin anew.
+            force: start over.
             store: prompt prefixes that were read already, for methods that use such.
 
         Returns:

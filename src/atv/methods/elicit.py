@@ -54,7 +54,7 @@ class ElicitConfig(Checked):
     """Hugging Face id or folder of the frozen encoder that the retriever reads queries with."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
+        """Raise ATVError for a value that is not allowed."""
         for name in ("exemplars", "shots", "layer_rows"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -121,7 +121,7 @@ class Elicit(Method):
         record = training.former_record(out, settings, force)
         adapter = out / "adapter"
         if record is not None and record["finished"]:
-            note(f"{out} holds this library already, finished; nothing to do (make it anew with --force).")
+            note(f"{out} holds this library already, finished; nothing to do (start over with --force).")
             return adapter
         if is_main():  # no more than reading prompts: not worth sharing out
             if record is None:

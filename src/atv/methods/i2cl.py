@@ -64,7 +64,7 @@ class I2CLConfig(Checked):
     """Size of the noise in training, as a share of the norm of what it is added to."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
+        """Raise ATVError for a value that is not allowed."""
         if not isinstance(self.demonstrations, int) or self.demonstrations < 1:
             raise ATVError(f"demonstrations is {self.demonstrations!r}; expected a whole number from 1.")
         for name in ("initial_context", "initial_module", "noise"):

@@ -89,7 +89,7 @@ def layer_scores(
         task: its first validation rows are asked, templates taking turns.
         states: (exemplars, layers, hidden).
         scale: the strength.
-        rows: at most so many validation rows.
+        rows: at most this many validation rows.
 
     Returns:
         Share of right answers over the whole vocabulary and mean log-probability of the right tokens, both

@@ -28,7 +28,7 @@ class LoRAConfig(Checked):
     """Names of the adapted modules; none: the query and value projections, where PEFT knows the LLM's architecture."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
+        """Raise ATVError for a value that is not allowed."""
         for name in ("rank", "alpha"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ATVError(f"{name} is {getattr(self, name)!r}; expected a whole number from 1.")

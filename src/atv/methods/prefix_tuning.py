@@ -21,7 +21,7 @@ class PrefixConfig(Checked):
     """How many keys and values each layer gets."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
+        """Raise ATVError for a value that is not allowed."""
         if not isinstance(self.virtual_tokens, int) or self.virtual_tokens < 1:
             raise ATVError(f"virtual_tokens is {self.virtual_tokens!r}; expected a whole number from 1.")
 

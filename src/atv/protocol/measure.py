@@ -1,4 +1,4 @@
-"""One method measured on tasks, as a run that can be gone on with."""
+"""One method measured on tasks, as a run that can be resumed."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -73,7 +73,7 @@ def measure(
         seed: of what is drawn.
         variants: as `Task.variants` takes it.
         batch_size: prompts per call of the LLM.
-        force: begin anew.
+        force: start over.
     """
     if name not in METHODS:
         raise unknown("method", name, METHODS)

@@ -56,7 +56,7 @@ def reproduce(
     """Train and measure conditions as `profile` says; returns the folders of the runs.
 
     Everything goes into `out`: `reproduce.json` (what was asked for), `trained/NAME-SEED` and `runs/NAME-SEED`. What is
-    finished is not done again, what was interrupted goes on; conditions that were not asked for before are added.
+    finished is not done again, what was interrupted is resumed; conditions that were not asked for before are added.
 
     Args:
         profile: rows, variants, seeds.
@@ -67,7 +67,7 @@ def reproduce(
         recipe: settings that suit this LLM; the profile's are stronger.
         given: settings that are stronger than the profile's.
         batch_size: prompts per call of the LLM when measuring.
-        force: begin anew.
+        force: start over.
 
     Raises:
         ATVError: an unknown setting, no task to train on, or `out` was made with other settings.

@@ -64,7 +64,7 @@ def sweep(
         trials: for every method.
         recipe: settings that suit this LLM; the profile's are stronger.
         given: settings that all trials have, stronger than the profile's.
-        force: begin anew.
+        force: start over.
     """
     names = list(methods) or [name for name in METHODS if METHODS[name].search and METHODS[name].by_default]
     for name in names:

@@ -238,14 +238,14 @@ def prepare(
 ) -> Iterable[str]:
     """Write `out`/TASK.json for each task, all of them if none is named, and say a line about each.
 
-    A file that is there already stays, so that the same command goes on where it stopped.
+    A file that is there already stays, so that the same command resumes where it stopped.
     """
     names = list(dict.fromkeys(names)) or list(SOURCES)
     check_sources(names, revision)
     for name in names:
         file = out / f"{name}.json"
         if file.exists() and not force:
-            yield f"{name}: {file} is there already and stays; --force makes it anew."
+            yield f"{name}: {file} is there already and stays; --force writes it again."
             continue
         content, left_out = prepared(name, load, revision, seed)
         write_json(file, content)
