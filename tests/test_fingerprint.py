@@ -56,7 +56,12 @@ def changed(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["model.layers.1.mlp.up_proj.weight", "model.layers.2.input_layernorm.weight", "model.norm.weight"]
+    "name",
+    [
+        "model.layers.1.mlp.up_proj.weight",
+        "model.layers.2.input_layernorm.weight",
+        "model.norm.weight",
+    ],
 )
 def test_other_layer_weights_below_equal_embeddings_are_refused(tmp_path, name):
     saved(plain(), tmp_path / "adapter")
@@ -64,6 +69,15 @@ def test_other_layer_weights_below_equal_embeddings_are_refused(tmp_path, name):
     word = name.replace(".1.", ".*.").replace(".2.", ".*.")
     with refused("was made for", "they differ in weights", word):
         load(changed(name), tmp_path / "adapter")
+
+
+def test_another_head_is_refused_and_a_resized_one_is_not(tmp_path):
+    saved(plain(), tmp_path / "adapter")
+    with refused("they differ in language-model head", "an LLM without a name"):
+        load(changed("lm_head.weight"), tmp_path / "adapter")
+    llm = plain()
+    llm.resize_token_embeddings(408)
+    load(llm, tmp_path / "adapter")
 
 
 def test_a_merged_lora_is_another_llm(tmp_path):

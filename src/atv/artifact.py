@@ -10,8 +10,7 @@ import json
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Set
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path, PureWindowsPath
@@ -78,6 +77,7 @@ def fingerprint(llm: nn.Module) -> dict[str, Any]:
     Returns:
         `rows`: how many embeddings there are;
         `embeddings`: of some of them, spread over the vocabulary;
+        `head`: of the same rows of the language-model head; empty if it is tied to the embeddings, or quantised;
         `weights`: by name, those of all layers together. Of a quantised LLM only tensors with one dimension, such as
             those of norms: quantisation leaves them alone, while it changes matrices;
         `adapters`: empty if there is none.
@@ -85,13 +85,14 @@ def fingerprint(llm: nn.Module) -> dict[str, Any]:
     base = base_llm(llm)
     embeddings: nn.Module = base.get_input_embeddings()  # type: ignore[operator]
     head: nn.Module | None = base.get_output_embeddings()  # type: ignore[operator]
-    with _embedding_weight(llm) as weight:
-        rows = len(weight)
+    with align_module_device(embeddings):  # brings them back if they are offloaded
+        rows = len(cast(Tensor, embeddings.weight))
     parts, adapters = _adapters(llm)
     apart = {module for part in (embeddings, head, *parts) if part is not None for module in part.modules()}
     return {
         "rows": rows,
-        "embeddings": _packed(_embedding_values(llm, rows)),
+        "embeddings": _packed(_row_values(embeddings, rows)),
+        "head": "" if (values := _head_values(llm, rows)) is None else _packed(values),
         "weights": sample_weights(base, apart, quantization(llm) is None, rows),
         "adapters": _packed(torch.cat(adapters)) if adapters else "",
     }
@@ -143,16 +144,20 @@ def _adapters(llm: nn.Module) -> tuple[list[nn.Module], list[Tensor]]:
     return parts, values
 
 
-@contextmanager
-def _embedding_weight(llm: nn.Module) -> Iterator[Tensor]:
-    embeddings: nn.Module = base_llm(llm).get_input_embeddings()  # type: ignore[operator]
-    with align_module_device(embeddings):  # brings them back if they are offloaded
-        yield cast(Tensor, embeddings.weight).detach()
+def _head_values(llm: nn.Module, rows: int) -> Tensor | None:
+    """Of the language-model head, if it has a plain weight that is not the embeddings'."""
+    base = base_llm(llm)
+    head: nn.Module | None = base.get_output_embeddings()  # type: ignore[operator]
+    weight = getattr(head, "weight", None)
+    plain = isinstance(weight, Tensor) and weight.is_floating_point() and weight.element_size() > 1
+    tied = weight is base.get_input_embeddings().weight  # type: ignore[operator]
+    return _row_values(head, rows) if plain and not tied and head is not None else None
 
 
-def _embedding_values(llm: nn.Module, count: int) -> Tensor:
-    """Values of rows spread over the first `count` embeddings, (rows, values) bfloat16; of those that there are."""
-    with _embedding_weight(llm) as weight:
+def _row_values(module: nn.Module, count: int) -> Tensor:
+    """Values of rows spread over the first `count` of a module's weight, (rows, values) bfloat16; of those it has."""
+    with align_module_device(module):
+        weight = cast(Tensor, module.weight).detach()
         rows = _spread(count, ROWS)
         columns = _spread(weight.shape[1], SAMPLES)
         rows = rows[rows < len(weight)]
@@ -358,27 +363,34 @@ def check_llm(saved: Saved, llm: nn.Module, folder: Path) -> None:
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ATVError(f"{folder / CONFIG_FILE} is damaged: {error!r}. Restore it or train again.") from error
     if differing:
+        names = [about.get("name") or "an LLM without a name" for about in (made, found)]
         raise ATVError(
-            f"The adapter {folder} was made for {made.get('name')} and the LLM given is {found['name']}; they differ "
-            f"in {', '.join(differing)}. Load it onto {made.get('name')}, or train an adapter for {found['name']}."
+            f"The adapter {folder} was made for {names[0]} and the LLM given is {names[1]}; they differ in "
+            f"{', '.join(differing)}. Load it onto {names[0]}, or train an adapter for {names[1]}."
         )
 
 
 def _different_weights(made: dict[str, Any], found: dict[str, Any], llm: nn.Module) -> list[str]:
     """In what the fingerprint of an LLM differs from the one that an adapter was made for, in words."""
     one, other = made["fingerprint"], found["fingerprint"]
-    rows = _unpacked(one["embeddings"]).view(ROWS, SAMPLES)
-    given = _embedding_values(llm, one["rows"])
-    differing = [] if alike(_packed(rows[: len(given)].to(torch.bfloat16)), _packed(given)) else ["embeddings"]
-    weights, own = one["weights"], other["weights"]
     # Of matrices nothing is known where one of the two is quantised.
     plain = made["quantization"] is None and found["quantization"] is None
+
+    def same_rows(of: str, given: Tensor | None) -> bool:
+        rows = _unpacked(of).view(-1, SAMPLES).to(torch.bfloat16)
+        return given is None or not len(rows) or alike(_packed(rows[: len(given)]), _packed(given))
+
+    embeddings: nn.Module = base_llm(llm).get_input_embeddings()  # type: ignore[operator]
+    differing = [] if same_rows(one["embeddings"], _row_values(embeddings, one["rows"])) else ["embeddings"]
+    weights, own = one["weights"], other["weights"]
     names = weights.keys() | own.keys() if plain else weights.keys() & own.keys()
     changed = sorted(
         name for name in names if name not in weights or name not in own or not alike(weights[name], own[name])
     )
     if changed:
         differing.append(f"weights ({changed[0]}{f' and {len(changed) - 1} more' if changed[1:] else ''})")
+    if plain and not same_rows(one["head"], _head_values(llm, one["rows"])):
+        differing.append("language-model head")
     if not alike(one["adapters"], other["adapters"]):
         said = ["some" if side["adapters"] else "none" for side in (one, other)]
         differing.append(
