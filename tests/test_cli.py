@@ -565,3 +565,10 @@ def test_every_setting_that_train_has_an_option_for_is_one_of_the_method():
     values = config.to_dict() | train.to_dict()
     expected = {field: options[name] for name, field in SETTINGS.items()} | {"train_generator": True}
     assert {field: values[field] for field in expected} == expected
+
+
+def test_a_mistyped_set_of_variants_is_refused_before_the_llm_is_loaded(atv, tmp_path):
+    """On a large LLM a mistake would otherwise cost minutes; the LLM named here does not exist."""
+    options = ["--llm", tmp_path / "no-llm", "--task", "topic", "--variants", "some", "--out", tmp_path / "out"]
+    code, _, err = atv("eval", *options)
+    assert (code, "some" in err and "diagonal" in err, "no-llm" in err) == (2, True, False)

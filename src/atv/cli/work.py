@@ -95,6 +95,8 @@ def evaluate_method(options: Mapping[str, Any]) -> Path:
     out = Path(options["out"] or Path("runs") / name)
     rows, seed = (options["train_rows"], options["test_rows"]), options["seed"]
     tasks = [task.drawn(rows[0], None, seed, test=rows[1]) for task in named_tasks(options)]
+    for task in tasks:
+        task.variants(options["variants"])  # refused before the LLM is loaded
     llm = frozen(options, options["llm"] or (saved.base_llm["name"] if saved else EMBEDDED_LLM))
     how = {key: options[key] for key in ("adapter", "shots", "seed", "variants", "batch_size", "force")}
     if measure(name, llm, tasks, out, **how):
