@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from atv.calls import having
+
 MOST_SCORES = 2**17
 """New tokens x keys beyond which torch's own attention is used: it is slower, but keeps no table of scores for the
 backward, which grows with their product (8 prompts of 777 tokens: several GiB)."""
@@ -141,12 +143,10 @@ def _instead_of_sdpa(function: Callable[..., Any]) -> Iterator[None]:
     with _LOCK:
         _replaced.append(_replaced[0] if _replaced else ALL_ATTENTION_FUNCTIONS["sdpa"])
         ALL_ATTENTION_FUNCTIONS["sdpa"] = _chosen_attention
-    chosen_before = _CHOSEN.get()
-    _CHOSEN.set(function)
     try:
-        yield
+        with having(_CHOSEN, function):
+            yield
     finally:
-        _CHOSEN.set(chosen_before)
         with _LOCK:
             replaced = _replaced.pop()
             if not _replaced:

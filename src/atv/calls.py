@@ -10,13 +10,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from threading import RLock, get_ident
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from atv.errors import ATVError
+
+T = TypeVar("T")
 
 
 class _Scope:
@@ -52,14 +54,19 @@ def scope(module: nn.Module | None = None) -> Iterator[Callable[[], bool]]:
 
 
 @contextmanager
-def unsteered() -> Iterator[None]:
-    """Calls of any LLM inside this context run as if nobody steered it, whatever contexts are open around it."""
-    former = _UNSTEERED.get()
-    _UNSTEERED.set(True)
+def having(variable: ContextVar[T], value: T) -> Iterator[None]:
+    """Give a context variable a value inside this context."""
+    former = variable.get()
+    variable.set(value)
     try:
         yield
     finally:
-        _UNSTEERED.set(former)  # not `reset`: a generator may be closed in another context than it was begun in
+        variable.set(former)  # not `reset`: a generator may be closed in another context than it was begun in
+
+
+def unsteered() -> AbstractContextManager[None]:
+    """Calls of any LLM inside this context run as if nobody steered it, whatever contexts are open around it."""
+    return having(_UNSTEERED, True)
 
 
 @contextmanager

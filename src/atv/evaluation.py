@@ -109,9 +109,9 @@ def _ask(
     limit = context_length(method.llm)
     for index, ids in enumerate(encoded):
         if limit is not None and len(ids) + options.longest > limit:
-            behind = f", {options.longest} of an option are read behind it," if options.longest else ""
+            more = f", {options.longest} of an option are read after it," if options.longest else ""
             raise ATVError(
-                f"Task {task.name}: test row {index} makes a prompt of {len(ids)} tokens{behind} and the LLM's context "
+                f"Task {task.name}: test row {index} makes a prompt of {len(ids)} tokens{more} and the LLM's context "
                 f"is {limit}; shorten or drop the row."
             )
     device = input_device(method.llm)

@@ -122,7 +122,7 @@ class Options:
 
 
 def _added(score: float, following: Tensor, tokens: Mapping[int, Any]) -> list[tuple[float, Any]]:
-    """The score with each of the tokens behind it, and what stands under the token."""
+    """The score with each of the tokens added, and what stands under the token."""
     values = following[list(tokens)].tolist() if tokens else []
     return [(score + value, what) for value, what in zip(values, tokens.values(), strict=True)]
 

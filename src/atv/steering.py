@@ -6,7 +6,7 @@ call's own arguments and says which of its columns receive a vector.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any
 from weakref import ref
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from atv.batching import edit_mask
+from atv.calls import having
 from atv.config import Positions
 from atv.errors import ATVError
 
@@ -35,18 +36,12 @@ UNTRACKED = {
 _CONTINUING: ContextVar[bool] = ContextVar("atv_continuing", default=False)
 
 
-@contextmanager
-def continuing() -> Iterator[None]:
+def continuing() -> AbstractContextManager[None]:
     """Calls inside read tokens that answer the prompt of the call before, as many at a time as one likes.
 
     Outside `generate` several tokens after a cached prompt are refused: they could as well be another turn.
     """
-    former = _CONTINUING.get()
-    _CONTINUING.set(True)
-    try:
-        yield
-    finally:
-        _CONTINUING.set(former)
+    return having(_CONTINUING, True)
 
 
 def refuse_untracked(llm: Any, method: str, arguments: Mapping[str, Any]) -> None:
