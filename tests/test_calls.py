@@ -107,6 +107,19 @@ def rows():
 
 
 @pytest.mark.parametrize("positions", ["last", "answer"])
+def test_an_llm_compiled_in_place_generates_steered(positions):
+    expected = generated(atv_on(make_llm(), positions=positions), PROMPTS, QUERIES, do_sample=False)
+    atv = atv_on(make_llm(), positions=positions)
+    atv.llm.compile(backend="eager")
+    inputs = atv.encode_prompts(PROMPTS)
+    del inputs["position_ids"]
+    how = {"max_new_tokens": NEW, "min_new_tokens": NEW, "pad_token_id": 0, "do_sample": False}
+    plain = atv.llm.generate(**inputs, **how)[:, -NEW:].tolist()  # compiled now, without a hook
+    assert generated(atv, PROMPTS, QUERIES, do_sample=False) == expected != plain
+    assert atv.llm.generate(**inputs, **how)[:, -NEW:].tolist() == plain
+
+
+@pytest.mark.parametrize("positions", ["last", "answer"])
 def test_decoding_steps_compiled_inside_a_context_are_plain_after_it(positions):
     from transformers import CompileConfig
 

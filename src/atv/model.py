@@ -5,7 +5,7 @@ prompt --frozen LLM, with  h~_l = h_l + scale * v_l  at the chosen tokens of eve
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -147,21 +147,22 @@ def editing(
 
     def steered(call: Mapping[str, Any]) -> AbstractContextManager[None] | None:
         tracker.observe(call)
-        if tracker.finished:
-            calls.pause()  # until `generate` ends: its decoding steps are those of the plain LLM
+        if tracker.finished:  # until `generate` ends its decoding steps are those of the plain LLM, compiled or not
+            calls.pause()
+            steps.enter_context(eager.released())
         return None if tracker.mask is None else edits(tracker)
 
     @contextmanager
     def generating(method: str, arguments: Mapping[str, Any]) -> Iterator[None]:
         refuse_untracked(base, method, arguments)
-        # transformers compiles the decoding steps of a static cache on a GPU, which are edited with `answer` and `all`.
-        steps = nullcontext() if positions.answer else eager.released()
         try:
-            with tracker.generating(), steps:
+            with tracker.generating():
                 yield
         finally:
+            steps.close()
             calls.resume()
 
+    steps = ExitStack()
     calls = Calls(base, steered, inner=next(iter(layers), None))
     with eager(), calls.watched(), around_methods(base, GENERATES, generating):
         yield
