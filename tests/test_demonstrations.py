@@ -289,6 +289,7 @@ def test_bm25_finds_what_is_alike_in_scripts_with_and_without_spaces(language):
         ("์", []),
         ("नमस्ते जी", ["नमस्ते", "जी"]),
         ("cafe\u0301", ["café"]),
+        ("İzmir", ["i\u0307zmir"]),
         ("냉면 맛", ["냉면", "맛"]),
         ("?! … \u200d\ufe0f", []),
     ],
@@ -297,7 +298,8 @@ def test_words_are_cut_by_script(text, expected):
     assert sorted(words(text)) == sorted(expected)
 
 
-@given(st.text(st.characters(max_codepoint=0x2FF)) | st.text("aZ é²½ßЖж_'-.\n7٣", max_size=30))
+# İ apart: its lower case is an i and a combining dot, which bm25s drops and we keep, as every other combining mark.
+@given(st.text(st.characters(max_codepoint=0x2FF, exclude_characters="İ")) | st.text("aZ é²½ßЖж_'-.\n7٣", max_size=30))
 def test_words_of_alphabets_are_those_that_bm25s_finds(text):
     how = {"token_pattern": r"(?u)\b\w+\b", "stopwords": None, "return_ids": False, "show_progress": False}
     text = unicodedata.normalize("NFC", text)
