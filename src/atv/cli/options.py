@@ -113,7 +113,12 @@ Config = Annotated[
     ),
 ]
 LLM = Annotated[str, typer.Option(parser=model, help="Frozen LLM: Hugging Face id, local folder, or an embedded name.")]
-Dtype = Annotated[str, typer.Option(help="dtype of the frozen LLM: bfloat16, float16 or float32.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="dtype of the frozen LLM: bfloat16, float16, float32, or auto: bfloat16 where the machine is fast with it."
+    ),
+]
 Device = Annotated[
     str | None,
     typer.Option(

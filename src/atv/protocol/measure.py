@@ -14,7 +14,7 @@ from atv.errors import ATVError, unknown
 from atv.evaluation import evaluate
 from atv.hooks import input_device
 from atv.methods import METHODS
-from atv.models import load_llm, load_tokenizer
+from atv.models import load_llm, load_tokenizer, parse_dtype
 from atv.records import RunWriter
 from atv.tasks import Task
 
@@ -25,7 +25,7 @@ class Frozen:
 
     llm: str
     revision: str | None = None
-    dtype: str = "bfloat16"
+    dtype: str = "auto"
     quantization: str | None = None
     device: str | None = None
     trust_remote_code: bool = False
@@ -36,7 +36,8 @@ class Frozen:
 
     def described(self) -> dict[str, Any]:
         """What decides its answers."""
-        return {name: getattr(self, name) for name in ("llm", "revision", "dtype", "quantization")}
+        dtype = str(parse_dtype(self.dtype, self.device)).removeprefix("torch.")
+        return {"llm": self.llm, "revision": self.revision, "dtype": dtype, "quantization": self.quantization}
 
 
 @lru_cache(maxsize=1)  # of several LLMs the memory may hold one
