@@ -18,10 +18,10 @@ from transformers import (
 )
 
 from atv.batching import EncodedRow, encode_pair
-from atv.config import SELF, ATVConfig
+from atv.config import EMBEDDED_GENERATOR, EMBEDDED_LLM, SELF, ATVConfig
 from atv.generator import Generator, load_generator
 from atv.model import ATVModel
-from atv.models import EMBEDDED_GENERATOR, EMBEDDED_LLM, load_llm, load_tokenizer
+from atv.models import load_llm, load_tokenizer
 from atv.sampling import training_rows
 from atv.store import PrefixStore
 from atv.tasks import Task, load_tasks

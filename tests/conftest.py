@@ -161,13 +161,17 @@ def make_generator(config: ATVConfig, kind: str = "bert") -> Generator:
     return Generator(encoder, byte_level_tokenizer(), config.pooling, config.query_template, config.train_generator)
 
 
+PAPER_FORM = {"parametrisation": "paper", "scale": 0.3}
+"""Random vectors from the start, where the calibrated form begins at zero."""
+
+
 def make_atv(
     name: str = "llama", dtype: torch.dtype = torch.float64, kind: str = "bert", **options: object
 ) -> ATVModel:
     """An ATV on a tiny LLM, strong enough to matter."""
     llm = make_llm(name, dtype)
     path = getattr(llm, "layer_path", None)
-    config = ATVConfig(**({"scale": 0.3, "pooling": "mean", "layer_path": path} | options))  # type: ignore[arg-type]
+    config = ATVConfig(**(PAPER_FORM | {"layer_path": path} | options))  # type: ignore[arg-type]
     set_seed(3)
     atv = ATVModel(llm, config, tokenizer=byte_level_tokenizer(), generator=make_generator(config, kind))
     return atv.to(dtype).eval()

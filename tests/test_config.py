@@ -14,31 +14,39 @@ from atv.config import ATVConfig, Positions, TrainConfig
 THIRDS = ("bottom", "middle", "top")
 
 
-def test_the_defaults_of_the_shape_are_those_of_the_paper():
-    assert ATVConfig().to_dict() == {
+def test_the_shape_of_the_paper():
+    assert ATVConfig.paper().to_dict() == {
         "generator": "openai-community/gpt2",
         "generator_revision": None,
         "generator_layer": None,
         "pooling": "last",
         "train_generator": True,
+        "reads": "query",
         "query_template": "Q: {query}\nA:",
         "expansion_rank": None,
         "layers": "all",
         "layer_path": None,
         "positions": "last",
+        "parametrisation": "paper",
         "scale": 0.001,
+        "gate": 0.0,
     }
 
 
-def test_the_defaults_of_the_training_are_those_of_the_paper():
-    assert TrainConfig().to_dict() == {
+def test_the_training_of_the_paper():
+    assert TrainConfig.paper().to_dict() == {
         "epochs": 15,
         "batch_size": 8,
         "gradient_accumulation_steps": 1,
         "learning_rate": 0.0005,
         "generator_learning_rate": None,
+        "lr_schedule": "constant",
+        "optimizer": "adam",
         "weight_decay": 0.00001,
         "max_grad_norm": None,
+        "adaptive_dropout": 0.0,
+        "best_epoch": "loss",
+        "patience": None,
         "bf16": False,
         "templates_per_row": 3,
         "seed": 42,
@@ -50,6 +58,10 @@ def test_the_defaults_of_the_training_are_those_of_the_paper():
     [
         ("pooling", "maen", ("pooling 'maen'", "cls, last, mean", "Did you mean 'mean'?")),
         ("pooling", None, ("pooling None", "cls, last, mean")),
+        ("reads", "text", ("reads 'text'", "prompt, query")),
+        ("parametrisation", "papers", ("parametrisation 'papers'", "Did you mean 'paper'?")),
+        ("gate", 0.5, ("gate is 0.5", "a share from 0 to less than 0.5, such as 0.05")),
+        ("gate", math.nan, ("gate is nan",)),
         ("positions", "first", ("positions 'first'", "all, answer, last, last:K", "as in last:4")),
         ("positions", 4, ("positions 4", "last:K")),
         ("layers", "botom", ("layer region 'botom'", "Did you mean 'bottom'?", "Or give indices, as in 0,1,2 or 0-9.")),
@@ -83,7 +95,7 @@ def test_a_wrong_shape_is_refused_and_the_message_names_it(name, value, parts):
 
 
 @pytest.mark.parametrize("name", ["epochs", "batch_size", "templates_per_row"])
-@pytest.mark.parametrize("value", [0, -1, 2.0, "3", None, True])
+@pytest.mark.parametrize("value", [0, -1, 2.0, "3", True])
 def test_a_count_of_the_training_that_is_no_whole_number_from_one_is_refused(name, value):
     with refused(f"{name} is {value!r};", "expected a whole number from 1"):
         TrainConfig(**{name: value})
@@ -108,6 +120,18 @@ def test_a_rate_that_training_cannot_do_without_is_refused_as_none(name):
         TrainConfig(**{name: None})
 
 
+@pytest.mark.parametrize("value", [-0.1, 1, math.nan, "0.3", None])
+def test_a_share_of_rows_that_is_none_is_refused(value):
+    with refused(f"adaptive_dropout is {value!r};", "a share from 0 to less than 1"):
+        TrainConfig(adaptive_dropout=value)
+
+
+@pytest.mark.parametrize(("rows", "epochs"), [(10, 30), (200, 30), (450, 14), (800, 8), (1600, 4), (100_000, 4)])
+def test_by_default_training_is_about_four_hundred_steps(rows, epochs):
+    assert TrainConfig().epochs_of(rows) == epochs
+    assert TrainConfig(epochs=3).epochs_of(rows) == 3
+
+
 @pytest.mark.parametrize("value", [0, 1, 0.0])
 def test_zero_and_whole_numbers_are_rates(value):
     assert TrainConfig(learning_rate=value, weight_decay=value).learning_rate == value
@@ -117,8 +141,12 @@ def test_zero_and_whole_numbers_are_rates(value):
     ("kind", "key", "parts"),
     [
         (ATVConfig, "poolings", ("option 'poolings'", "Did you mean 'pooling'?", "query_template")),
-        (ATVConfig, "lambda", ("option 'lambda'", "known: expansion_rank, generator", "scale")),
-        (TrainConfig, "lr", ("option 'lr'", "known: batch_size, bf16, epochs", "weight_decay")),
+        (ATVConfig, "lambda", ("option 'lambda'", "known: expansion_rank, gate, generator", "scale")),
+        (
+            TrainConfig,
+            "lr",
+            ("option 'lr'", "known: adaptive_dropout, batch_size, best_epoch, bf16, epochs", "weight_decay"),
+        ),
         (TrainConfig, "epoch", ("option 'epoch'", "Did you mean 'epochs'?")),
     ],
 )

@@ -29,20 +29,21 @@ def made(dtype=torch.float64, **options):
 def moved(model):
     torch.manual_seed(4)
     with torch.no_grad():
-        model.expansion.map.weight.normal_()
+        model.expansion.common.normal_()
+        model.expansion.sizes.copy_(torch.tensor([0.5, 1.0, 2.0]))
     return model
 
 
 def test_it_learns_one_vector_per_layer_from_zero_and_nothing_else():
     model = made()
-    assert [tuple(p.shape) for p in model.parameters() if p.requires_grad] == [(3 * 32, 1)]
+    assert [tuple(p.shape) for p in model.parameters() if p.requires_grad] == [(3, 32)]
     assert torch.equal(model.task_vectors(QUERIES), torch.zeros(2, 3, 32, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("positions", ["last", "all"])
 def test_steering_equals_vectors_added_by_hand_whatever_the_query(positions):
     model = moved(made(positions=positions, scale=0.3))
-    vectors = model.expansion.map.weight.detach().view(3, 32)
+    vectors = torch.tensor([[0.5], [1.0], [2.0]]) * model.expansion.common.detach()
     inputs = model.encode_prompts(PROMPTS)
 
     def by_hand(index):
@@ -98,14 +99,12 @@ def losses(record):
 
 
 def test_it_trains_as_an_atv_with_a_real_generator_that_says_the_same_of_every_query(tmp_path):
-    settings = TrainConfig(epochs=3, batch_size=4, learning_rate=0.5, weight_decay=0.01)
-    config = ATVConfig(scale=0.5, pooling="mean", train_generator=False, generator=str(tmp_path / "stub"))
+    settings = TrainConfig(epochs=3, batch_size=4, learning_rate=0.5, weight_decay=0.01, adaptive_dropout=0.0)
+    config = ATVConfig(scale=0.5, train_generator=False, generator=str(tmp_path / "stub"))
     llm, tokenizer = make_llm(dtype=torch.float32), byte_level_tokenizer()
     atv = Reference(llm, config, tokenizer=tokenizer, generator=make_generator(config))
     atv.generator.encoder = Same(config)
     atv.generator.requires_grad_(False)
-    atv.expansion.map = nn.Linear(atv.generator.hidden_size, 3 * 32, bias=False)
-    nn.init.zeros_(atv.expansion.map.weight)
     expected = train(atv, [toy_task()], tmp_path / "atv", settings).record
     out = tmp_path / "fixed"
     adapter = Fixed.fit(llm, tokenizer, [toy_task()], out, FixedConfig(scale=0.5), settings)
@@ -136,7 +135,9 @@ def test_a_saved_one_is_the_same_and_is_no_atv(tmp_path):
         METHODS["fixed"].load(llm, model.tokenizer, None)
 
 
-@pytest.mark.parametrize("wrong", [{"generator": "some/model"}, {"train_generator": True}, {"expansion_rank": 2}])
+@pytest.mark.parametrize(
+    "wrong", [{"generator": "some/model"}, {"train_generator": True}, {"expansion_rank": 2}, {"gate": 0.1}]
+)
 def test_what_would_make_it_another_method_is_refused(wrong):
-    with refused("A fixed vector has no generator", *wrong.values()):
+    with refused("a fixed vector has nothing of a query's own", *wrong):
         FixedConfig(**wrong)

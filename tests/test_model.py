@@ -10,7 +10,7 @@ from torch import nn
 from atv.batching import Row
 from atv.errors import ATVError
 from atv.hooks import base_llm, capture_outputs
-from atv.model import Expansion, add_vectors, inject
+from atv.model import PaperExpansion, add_vectors, inject
 from atv.prefix import call_llm
 
 ROWS = [
@@ -143,11 +143,11 @@ def test_a_small_vector_survives_a_large_bfloat16_state_as_well_as_rounding_allo
 
 def test_the_expansion_is_one_linear_map_reshaped():
     torch.manual_seed(0)
-    expansion = Expansion(5, 3, 4)
+    expansion = PaperExpansion(5, 3, 4)
     state = torch.randn(2, 5)
     expected = (state @ expansion.map.weight.T + expansion.map.bias).reshape(2, 3, 4)
     torch.testing.assert_close(expansion(state), expected)
-    low = Expansion(5, 3, 4, rank=2)
+    low = PaperExpansion(5, 3, 4, rank=2)
     product = low.map[1].weight @ low.map[0].weight
     assert torch.linalg.matrix_rank(product) == 2
     torch.testing.assert_close(low(state), (state @ product.T + low.map[1].bias).reshape(2, 3, 4))

@@ -9,10 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import byte_level_tokenizer, make_atv, make_llm, toy_task
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, set_seed
 
@@ -34,7 +38,9 @@ from atv.training import train
 
 
 def quick(**options):
-    return TrainConfig(**({"epochs": 3, "batch_size": 4, "learning_rate": 5e-3, "templates_per_row": 1} | options))
+    """The paper's training, shorter."""
+    quicker = {"epochs": 3, "batch_size": 4, "learning_rate": 5e-3, "templates_per_row": 1}
+    return TrainConfig.paper(**(quicker | options))
 
 
 def tiny(**options):
@@ -376,6 +382,80 @@ def test_what_a_folder_gives_back_is_compared_with_what_was_trained(tmp_path, ki
     with pytest.raises(ATVError, match="does not hold the weights that were saved there"):
         train(model, [toy_task()], tmp_path / "out", quick(epochs=1))
     assert not json.loads((tmp_path / "out" / "train.json").read_text())["finished"]
+
+
+def test_by_default_it_is_adamw_with_a_falling_rate_and_clipped_gradients_as_a_loop_by_hand(tmp_path):
+    task = toy_task(rows=27)
+    config = TrainConfig(
+        epochs=4, batch_size=4, learning_rate=0.02, weight_decay=0.1, adaptive_dropout=0.0, patience=None
+    )
+    options = {"parametrisation": "calibrated", "train_generator": False}
+    atv, by_hand = tiny(**options), tiny(**options)
+    rows = Rows([by_hand.encode_row(row) for row in training_rows(task)], 1)
+    by_hand.calibrate(rows.rows)
+    learned = [p for p in by_hand.parameters() if p.requires_grad]
+    means, squares, step, steps = [0.0] * len(learned), [0.0] * len(learned), 0, 4 * 3
+    validated = []
+    for rows.epoch in range(4):
+        order = list(Batches(rows, 4, config.seed))
+        for start in range(0, 9, 4):
+            loss = by_hand(**by_hand.collator()([rows[i] for i in order[start : start + 4]])).loss
+            gradients = torch.autograd.grad(loss, learned)
+            norm = torch.cat([g.flatten() for g in gradients]).norm()
+            rate = 0.02 * (0.0 if step == 0 else (steps - step) / (steps - 1))  # one step of warming up
+            step += 1
+            with torch.no_grad():
+                for place, (p, g) in enumerate(zip(learned, gradients, strict=True)):
+                    g = g * min(1.0, 1.0 / norm.item())
+                    means[place] = 0.9 * means[place] + 0.1 * g
+                    squares[place] = 0.999 * squares[place] + 0.001 * g * g
+                    p -= rate * 0.1 * p
+                    p -= rate * (means[place] / (1 - 0.9**step)) / ((squares[place] / (1 - 0.999**step)).sqrt() + 1e-8)
+        validated.append({name: p.clone() for name, p in by_hand.named_parameters()})
+    result = train(atv, [task], tmp_path / "out", config)
+    kept = validated[result.record["best_step"] // 3 - 1]
+    for name, p in atv.named_parameters():
+        torch.testing.assert_close(p, kept[name], atol=2e-5, rtol=1e-3)
+    assert (atv.expansion.map.weight.abs().max() > 0.01).item()
+
+
+@pytest.mark.parametrize("kept", ["accuracy", "loss"])
+def test_the_epoch_is_kept_that_the_configuration_asks_for(tmp_path, kept):
+    config = quick(epochs=6, learning_rate=0.05, best_epoch=kept)
+    record = train(tiny(), [toy_task(rows=27)], tmp_path / "out", config).record
+    validated = [entry for entry in record["history"] if "eval_loss" in entry]
+    order = {
+        "accuracy": lambda entry: (-entry["eval_accuracy"], entry["eval_loss"]),
+        "loss": lambda entry: entry["eval_loss"],
+    }
+    best = min(validated, key=order[kept])
+    assert (record["best_step"], record["best_eval_accuracy"]) == (best["step"], best["eval_accuracy"])
+
+
+@given(st.lists(st.tuples(st.integers(0, 7), st.floats(0, 50)), min_size=1, max_size=6))
+def test_half_an_answer_never_outweighs_one_and_equal_accuracies_go_by_loss(epochs):
+    """Seven rows: what is highest is the accuracy, then the lowest loss."""
+    choices = []
+    for right, loss in epochs:
+        rows = SimpleNamespace(predictions=np.full((7, 1), loss), label_ids=np.arange(7)[:, None] < right)
+        choices.append(training._Metrics("accuracy")(rows)["choice"])
+    best = choices.index(max(choices))
+    expected = min(range(len(epochs)), key=lambda i: (-epochs[i][0], epochs[i][1]))
+    assert epochs[best][0] == epochs[expected][0]
+    assert epochs[best][1] == pytest.approx(epochs[expected][1], abs=1e-9)
+
+
+def test_it_stops_when_no_epoch_has_been_better_for_long_enough(tmp_path, capsys):
+    config = quick(epochs=9, learning_rate=0.0, best_epoch="accuracy", patience=2)
+    record = train(tiny(), [toy_task()], tmp_path / "out", config).record
+    assert len([entry for entry in record["history"] if "eval_loss" in entry]) == 3
+    assert record["finished"]
+    assert "No better epoch in 2" in capsys.readouterr().err
+
+
+def test_too_few_validation_rows_to_choose_by_are_said(tmp_path, capsys):
+    train(tiny(), [toy_task()], tmp_path / "out", quick(epochs=1))
+    assert "8 validation rows: accuracy on them has a standard error of about 18 points" in capsys.readouterr().err
 
 
 class Stopped(Exception):

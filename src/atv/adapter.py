@@ -65,9 +65,9 @@ def _unsavable(what: str) -> ATVError:
 
 
 def _structure(module: nn.Module) -> set[tuple[str, str]]:
-    """Every part with its type, every weight with its shape."""
+    """Every part with its type, every parameter with its shape; how many rows a gate knows is not of its making."""
     types = {(name, f"{type(part).__module__}.{type(part).__qualname__}") for name, part in module.named_modules()}
-    return types | {(name, str(tuple(tensor.shape))) for name, tensor in module.state_dict().items()}
+    return types | {(name, str(tuple(p.shape))) for name, p in module.named_parameters()}
 
 
 def save(model: "ATVModel", path: Path) -> None:

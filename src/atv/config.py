@@ -16,7 +16,36 @@ MOST_SEED = 2**32 - 1
 """The largest seed that NumPy's generator takes."""
 SELF = "self"
 """Names the generator that is the frozen LLM itself."""
-QUERY_TEMPLATE = "Q: {query}\nA:"
+QUERY_TEMPLATE = "{query}"
+READS = ("query", "prompt")
+PARAMETRISATIONS = ("calibrated", "paper")
+EMBEDDED_LLM = "embedded:smollm2-135m"
+EMBEDDED_GENERATOR = "embedded:minilm-l6"
+"""Models that come as packages (`atv.models`), for whoever names none."""
+PAPER: dict[str, Any] = {
+    "generator": "openai-community/gpt2",
+    "pooling": "last",
+    "query_template": "Q: {query}\nA:",
+    "parametrisation": "paper",
+    "scale": 0.001,
+}
+"""What the paper's ATV has otherwise."""
+PAPER_TRAINING: dict[str, Any] = {
+    "epochs": 15,
+    "batch_size": 8,
+    "learning_rate": 5e-4,
+    "generator_learning_rate": None,
+    "lr_schedule": "constant",
+    "optimizer": "adam",
+    "weight_decay": 1e-5,
+    "max_grad_norm": None,
+    "adaptive_dropout": 0.0,
+    "best_epoch": "loss",
+    "patience": None,
+    "templates_per_row": 3,
+}
+"""What the paper's training has otherwise."""
+BEST_EPOCH = ("accuracy", "loss")
 
 
 class Positions(NamedTuple):
@@ -111,24 +140,28 @@ class Checked:
 
 @dataclass
 class ATVConfig(Checked):
-    """The shape of an ATV. The defaults are the paper's (section 3 of its text)."""
+    """The shape of an ATV. The defaults are meant for any LLM with any generator; `ATVConfig.paper` has the paper's."""
 
-    generator: str = "openai-community/gpt2"
-    """Hugging Face id or folder of the model that reads the query (any encoder or decoder); `self`: the LLM's own lower
-    layers, while they read the prompt; `random:LAYERSxWIDTH`: a new small decoder."""
+    generator: str = EMBEDDED_GENERATOR
+    """Model that reads the query (any encoder or decoder): Hugging Face id, folder or embedded name; `self`: the LLM's
+    own lower layers, while they read the prompt; `random:LAYERSxWIDTH`: a new small decoder."""
     generator_revision: str | None = None
     """Commit, tag or branch of the generator on the hub."""
     generator_layer: int | None = None
     """Of the generator `self`: index of the decoder layer whose output is the state, below all steered ones; none: the
     last of the bottom third."""
-    pooling: Literal["last", "mean", "cls"] = "last"
-    """How the generator's hidden states become one vector: its last token (the paper), their mean, or the first."""
+    pooling: Literal["last", "mean", "cls"] = "mean"
+    """How the generator's hidden states become one vector: their mean, its last token (the paper), or the first. Of
+    `self` always the last."""
     train_generator: bool = True
-    """Train generator and expansion together (the paper), or keep the generator frozen; of `self` always false."""
+    """Train generator and expansion together, or keep the generator frozen; of `self` always false."""
+    reads: Literal["query", "prompt"] = "query"
+    """What the generator is given: the query alone, or the query in the first template of its task. Of `self` always
+    the prompt."""
     query_template: str = QUERY_TEMPLATE
-    """What the generator reads, in training and in use alike; must hold {query}. Of no use to `self`."""
+    """What stands around that, in training and in use alike; must hold {query}. Of no use to `self`."""
     expansion_rank: int | None = None
-    """None: one full linear map (the paper). A number: the product of two maps through that many dimensions."""
+    """None: one full linear map. A number: the product of two maps through that many dimensions."""
     layers: str | Sequence[int] = "all"
     """Decoder layers that receive a vector: all (with the generator `self`: all above the one that is read), a third of
     them (bottom, middle, top), or indices: as text (`0,1,2`, `0-9`), a list or a range; kept as a list."""
@@ -136,8 +169,19 @@ class ATVConfig(Checked):
     """Name of the LLM's list of decoder layers, for a model where it cannot be found by structure."""
     positions: str = "last"
     """Tokens that receive the vector: last (the paper, Eq. 6), last:K, answer, or all (the paper's released code)."""
-    scale: float = 0.001
+    parametrisation: Literal["calibrated", "paper"] = "calibrated"
+    """What is learned: a common vector and the query's own part of a standardised state, both relative to the size that
+    the residual stream has at each layer (`atv.model.Expansion`); or the paper's one linear map of the state."""
+    scale: float = 0.05
     """lambda, the strength of the injection."""
+    gate: float = 0.05
+    """Fade the query's own part out far from the training queries, beginning at the nearness below which that share of
+    the training queries themselves are; 0: never. Only if calibrated."""
+
+    @classmethod
+    def paper(cls, **options: Any) -> Self:
+        """The paper's shape (section 3 of its text), but for `options`."""
+        return cls(**PAPER | options)
 
     def __post_init__(self) -> None:
         """Refuse values that no ATV can have."""
@@ -147,8 +191,9 @@ class ATVConfig(Checked):
                 raise ATVError(f"{name} is {value!r}; expected a text.")
         _check_bool("train_generator", self.train_generator)
         Positions.parse(self.positions)
-        if self.pooling not in POOLINGS:
-            raise unknown("pooling", self.pooling, POOLINGS)
+        for name, known in (("pooling", POOLINGS), ("reads", READS), ("parametrisation", PARAMETRISATIONS)):
+            if getattr(self, name) not in known:
+                raise unknown(name, getattr(self, name), known)
         self.layers = parse_layers(self.layers)
         if not _is_finite(self.scale):
             raise ATVError(f"scale is {self.scale!r}; expected a finite number, such as 0.05.")
@@ -156,6 +201,10 @@ class ATVConfig(Checked):
             raise ATVError(
                 f"The query template {self.query_template!r} has no {{query}}; put {{query}} where the query goes."
             )
+        if not (_is_finite(self.gate) and 0 <= self.gate < 0.5):
+            raise ATVError(f"gate is {self.gate!r}; expected a share from 0 to less than 0.5, such as 0.05.")
+        if self.parametrisation == "paper":
+            self.gate = 0.0  # it has no part to fade out
         self._check_generator()
         if self.expansion_rank is not None and not _is_whole(self.expansion_rank, 1):
             raise ATVError(f"expansion_rank is {self.expansion_rank!r}; expected a whole number from 1, or none.")
@@ -163,12 +212,7 @@ class ATVConfig(Checked):
     def _check_generator(self) -> None:
         """Refuse what does not go with the generator that is named."""
         if self.generator == SELF:
-            self.train_generator = False  # the LLM is frozen
-            if self.pooling != "last":
-                raise ATVError(
-                    f"pooling is {self.pooling!r} and the generator {SELF}: its state is that of the prompt's last "
-                    "token, which has read all the others. Expected last."
-                )
+            self.train_generator, self.pooling, self.reads = False, "last", "prompt"
             if self.query_template != QUERY_TEMPLATE:
                 raise ATVError(
                     f"query_template is {self.query_template!r} and the generator {SELF}: it reads the prompt as it "
@@ -227,45 +271,78 @@ class ATVConfig(Checked):
 
 @dataclass
 class TrainConfig(Checked):
-    """How an ATV is trained. Optimiser, rate, decay and epochs are the paper's (section 3 of its text)."""
+    """How an ATV, or what another method learns, is trained; `TrainConfig.paper` is as the paper trains."""
 
-    epochs: int = 15
-    """Passes over the training rows."""
-    batch_size: int = 8
+    epochs: int | None = None
+    """Passes over the training rows; none: as many as make about 400 steps, from 4 to 30."""
+    batch_size: int = 16
     """Rows per optimiser step, over all processes; each row is read with `templates_per_row` prompts."""
     gradient_accumulation_steps: int = 1
     """Parts that a process reads its share of a batch in: less memory, the same step up to rounding."""
-    learning_rate: float = 5e-4
-    """Constant learning rate of the expansion (and of the generator unless it has its own)."""
-    generator_learning_rate: float | None = None
-    """Learning rate of the generator; none: the same as the expansion's."""
-    weight_decay: float = 1e-5
-    """Adam's coupled L2 penalty."""
-    max_grad_norm: float | None = None
+    learning_rate: float = 3e-3
+    """Highest learning rate of the expansion, or of whatever a method learns."""
+    generator_learning_rate: float | None = 5e-5
+    """Highest learning rate of the generator; none: the same as the expansion's (the paper)."""
+    lr_schedule: Literal["linear", "constant"] = "linear"
+    """From zero over the first 5% of the steps, then down to zero in a straight line; or constant (the paper)."""
+    optimizer: Literal["adamw", "adam"] = "adamw"
+    """Decoupled weight decay, or Adam with an L2 penalty in the gradient (the paper)."""
+    weight_decay: float = 0.0
+    """Of all that is trained."""
+    max_grad_norm: float | None = 1.0
     """Clip the gradient to this norm; none: no clipping (the paper)."""
+    adaptive_dropout: float = 0.3
+    """Share of the rows of a step that an ATV answers with the common vector alone, so that it is of use by itself."""
+    best_epoch: Literal["accuracy", "loss"] = "accuracy"
+    """What is kept: the epoch that answers most validation rows, of equal ones that with the lowest loss; or that with
+    the lowest loss."""
+    patience: int | None = 5
+    """Stop after this many epochs without a better one; none: never."""
     bf16: bool = False
     """The generator's matrix products in bfloat16 while it is trained: faster, its states differ by less than 1%."""
-    templates_per_row: int = 3
+    templates_per_row: int = 1
     """Prompts of a row in a step: 3 is every template (the paper's code), 1 takes them in turn. They share the row's
     vector; `self` makes one of each."""
     seed: int = 42
     """Seed of initialisation, order and dropout."""
 
+    @classmethod
+    def paper(cls, **options: Any) -> Self:
+        """The paper's training (section 3 of its text), but for `options`."""
+        return cls(**PAPER_TRAINING | options)
+
     def __post_init__(self) -> None:
         """Refuse values that no training can have."""
         _check_bool("bf16", self.bf16)
-        for name in ("epochs", "batch_size", "gradient_accumulation_steps", "templates_per_row", "seed"):
+        for name in ("epochs", "batch_size", "gradient_accumulation_steps", "templates_per_row", "patience", "seed"):
             value, least = getattr(self, name), 0 if name == "seed" else 1
+            if value is None and name in ("epochs", "patience"):
+                continue
             if not _is_whole(value, least):
                 raise ATVError(f"{name} is {value!r}; expected a whole number from {least}.")
         if self.seed > MOST_SEED:
             raise ATVError(f"seed is {self.seed}; expected a whole number from 0 to {MOST_SEED}.")
+        self._check_rates()
+        choices = {"lr_schedule": ("linear", "constant"), "optimizer": ("adamw", "adam"), "best_epoch": BEST_EPOCH}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise unknown(name, getattr(self, name), known)
+
+    def _check_rates(self) -> None:
         for name in ("learning_rate", "generator_learning_rate", "weight_decay", "max_grad_norm"):
             value = getattr(self, name)
             if value is None and name in ("generator_learning_rate", "max_grad_norm"):
                 continue
             if not _is_finite(value) or value < 0:
                 raise ATVError(f"{name} is {value!r}; expected a finite number that is not negative.")
+        if not _is_finite(self.adaptive_dropout) or not 0 <= self.adaptive_dropout < 1:
+            raise ATVError(f"adaptive_dropout is {self.adaptive_dropout!r}; expected a share from 0 to less than 1.")
+
+    def epochs_of(self, rows: int) -> int:
+        """Passes over that many training rows."""
+        if self.epochs is not None:
+            return self.epochs
+        return min(30, max(4, round(400 / math.ceil(rows / self.batch_size))))
 
     def rows_per_call(self, processes: int) -> int:
         """Rows that a process reads at once, where `processes` share a batch; ATVError if it cannot be split so."""

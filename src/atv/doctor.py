@@ -4,12 +4,13 @@ Libraries change what a layer returns, and steering then fails silently: vectors
 arrives. Every check here states one thing that must be true and measures it on the actual model, in seconds.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from atv.batching import Row, edit_mask
 from atv.errors import ATVError
@@ -45,7 +46,8 @@ def check_wiring(atv: ATVModel) -> list[Check]:
     atv.eval()
     try:
         checks = CHECKS if atv.own is None else (*CHECKS, OWN_CHECK)
-        return [_run(name, check, atv) for name, check in checks]
+        with _not_zero(atv.expansion):
+            return [_run(name, check, atv) for name, check in checks]
     finally:
         atv.train(was_training)
         torch.set_rng_state(state)
@@ -57,6 +59,22 @@ def require_wiring(atv: ATVModel) -> None:
     if failed:
         described = "; ".join(f"{check.name}: {check.found}" for check in failed)
         raise ATVError(f"The wiring self-test failed, so training would be wrong. {described}. See: atv doctor")
+
+
+@contextmanager
+def _not_zero(expansion: nn.Module) -> Iterator[None]:
+    """Random numbers in the place of weights that are all zero, through which no gradient reaches the generator."""
+    zeros = [p for p in expansion.parameters() if not p.any()]
+    draw = torch.Generator().manual_seed(0)
+    try:
+        with torch.no_grad():
+            for p in zeros:
+                p.copy_(torch.randn(p.shape, generator=draw) / max(1, p.shape[-1]) ** 0.5)
+        yield
+    finally:
+        with torch.no_grad():
+            for p in zeros:
+                p.zero_()
 
 
 def _run(name: str, check: Callable[[ATVModel], tuple[bool, str]], atv: ATVModel) -> Check:

@@ -177,15 +177,15 @@ class Generator(nn.Module):
 
 
 class Constant(Generator):
-    """Says the same of every query: its state is one 1. It reads nothing, has no weights and needs no tokenizer."""
+    """Says nothing of any query: its state has no numbers. It reads nothing, has no weights and needs no tokenizer."""
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
-        self.register_buffer("state", torch.ones(1, 1), persistent=False)
-        self.hidden_size, self.trainable, self.bf16, self._read = 1, False, False, {}
+        self.register_buffer("state", torch.empty(1, 0), persistent=False)
+        self.hidden_size, self.trainable, self.bf16, self._read = 0, False, False, {}
         self.name_or_path, self.revision, self.tokenizer = CONSTANT, None, None
         self.context, self.loaded_by = None, None
-        self.pooling, self.query_template = "last", "{query}"
+        self.pooling, self.query_template = "mean", "{query}"
 
     state: Tensor
 
@@ -200,9 +200,9 @@ class Constant(Generator):
         return [[0] for _ in queries]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """The same state for each query: (queries, 1)."""
+        """The same state for each query: (queries, 0)."""
         del attention_mask
-        return self.state.expand(len(input_ids), 1)
+        return self.state.expand(len(input_ids), 0)
 
 
 class Itself(Generator):

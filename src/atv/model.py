@@ -2,10 +2,16 @@
 
 query --Generator--> state (batch, generator hidden) --Expansion--> task vectors (batch, layers, hidden)
 prompt --frozen LLM, with  h~_l = h_l + scale * v_l  at the chosen tokens of every chosen layer (Eq. 6)--> answer
+
+    v_l = r_l * (b_l + a * W_l z)
+
+z is the state, standardised; b_l is common to all queries, W_l z is the query's own; r_l is the size that the residual
+stream has at layer l; a, between 0 and 1, fades the query's own part out far from the queries of the training.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -13,20 +19,21 @@ import torch
 from torch import Tensor, nn
 
 from atv import adapter, artifact
-from atv.batching import Collator, EncodedRow, Row, pad, pad_id
+from atv.batching import Collator, EncodedRow, Row, like_lengths, pad, pad_id
 from atv.cache import AdapterHash, Lock, VectorCache
 from atv.calls import Calls, around_methods, eager
 from atv.config import ATVConfig, Positions, TrainConfig
 from atv.errors import ATVError
-from atv.generator import Generator, Itself, check_queries, load_generator
-from atv.hooks import base_llm, decoder_layers, edit_outputs, input_device, text_config
+from atv.gate import Gate
+from atv.generator import READ_TOKENS, Generator, Itself, check_queries, load_generator
+from atv.hooks import base_llm, capture_outputs, decoder_layers, edit_outputs, input_device, text_config
 from atv.models import load_llm
 from atv.prefix import ReadPrefix, first_edited, steered_logits
 from atv.steering import GENERATES, PromptTracker, refuse_untracked
 from atv.trainable import AnswerLoss, Trainable, answer_loss
 
 
-class Expansion(nn.Module):
+class PaperExpansion(nn.Module):
     """The generator's state to one vector per layer: one linear map, reshaped (section 1 of the paper).
 
     Args:
@@ -39,16 +46,74 @@ class Expansion(nn.Module):
     def __init__(self, state_size: int, layers: int, hidden_size: int, rank: int | None = None) -> None:
         super().__init__()
         self.shape = (layers, hidden_size)
-        wide = layers * hidden_size
-        self.map = (
-            nn.Linear(state_size, wide)
-            if rank is None
-            else nn.Sequential(nn.Linear(state_size, rank, bias=False), nn.Linear(rank, wide))
-        )
+        self.map = _linear(state_size, layers * hidden_size, rank, bias=True)
 
     def forward(self, state: Tensor) -> Tensor:
         """(batch, state) to (batch, layers, hidden)."""
         return cast(Tensor, self.map(state).unflatten(-1, self.shape))
+
+
+class Expansion(nn.Module):
+    """The generator's state to one vector per layer, `r_l * (b_l + a * W_l z)`.
+
+    b and W start at zero, so that an untrained ATV is the plain LLM. Until `calibrate` z is the state as it is and r_l
+    is 1.
+
+    Args:
+        state_size: width of the generator's hidden state; 0: there is no W, and all queries have the same vectors.
+        layers: number of steered layers.
+        hidden_size: width of the LLM's residual stream.
+        rank: None for a full map W; else the product of two maps through `rank` dimensions.
+    """
+
+    def __init__(self, state_size: int, layers: int, hidden_size: int, rank: int | None = None) -> None:
+        super().__init__()
+        self.shape = (layers, hidden_size)
+        self.common = nn.Parameter(torch.zeros(layers, hidden_size))
+        self.map = _linear(state_size, layers * hidden_size, rank, bias=False) if state_size else None
+        if self.map is not None:
+            nn.init.zeros_(list(self.map.parameters())[-1])
+        self.gate = Gate(state_size)
+        self.register_buffer("sizes", torch.ones(layers))
+        self.register_buffer("mean", torch.zeros(state_size))
+        self.register_buffer("deviation", torch.ones(state_size))
+
+    sizes: Tensor
+    mean: Tensor
+    deviation: Tensor
+
+    def calibrate(self, states: Tensor, sizes: Tensor) -> None:
+        """Take what z and r are from training rows.
+
+        Args:
+            states: (queries, state), of training queries.
+            sizes: (layers,), root mean square of the residual stream's entries at the prompts' last token.
+        """
+        self.sizes.copy_(sizes)
+        if self.map is None:
+            return
+        deviation = states.std(0, correction=0)
+        least = 0.1 * deviation.mean()  # what hardly varies among these queries may among others
+        self.mean.copy_(states.mean(0))
+        self.deviation.copy_(deviation.clamp(min=least) if least > 0 else torch.ones_like(deviation))
+
+    def standardised(self, state: Tensor) -> Tensor:
+        """z, of the shape of `state`: (batch, state)."""
+        return (state - self.mean) / self.deviation
+
+    def forward(self, state: Tensor, share: Tensor | None = None) -> Tensor:
+        """(batch, state) to (batch, layers, hidden); `share`, (batch,), is a, and 1 by default."""
+        vectors = self.common.expand(len(state), -1, -1)
+        if self.map is not None:
+            own = self.map(self.standardised(state)).unflatten(-1, self.shape)
+            vectors = vectors + (own if share is None else share[:, None, None] * own)
+        return self.sizes[:, None] * vectors
+
+
+def _linear(inputs: int, outputs: int, rank: int | None, bias: bool) -> nn.Module:
+    if rank is None:
+        return nn.Linear(inputs, outputs, bias=bias)
+    return nn.Sequential(nn.Linear(inputs, rank, bias=False), nn.Linear(rank, outputs, bias=bias))
 
 
 def add_vectors(hidden: Tensor, vectors: Tensor, mask: Tensor, scale: float) -> Tensor:
@@ -206,16 +271,19 @@ class ATVModel(Trainable):
 
     method = "atv"
     layers: list[nn.Module]
+    adaptive_dropout = 0.0
+    """In training mode, share of the queries that have the common vector alone."""
 
     @property
     def own(self) -> Itself | None:
         """The generator, if it is the LLM itself: what it reads are prompts, in the LLM's own pass over them."""
         return self.generator if isinstance(self.generator, Itself) else None
 
-    def new_expansion(self) -> Expansion:
+    def new_expansion(self) -> Expansion | PaperExpansion:
         """An untrained expansion, as the configuration says."""
+        kind = PaperExpansion if self.config.parametrisation == "paper" else Expansion
         width = text_config(self.llm).hidden_size
-        return Expansion(self.generator.hidden_size, len(self.layers), width, self.config.expansion_rank)
+        return kind(self.generator.hidden_size, len(self.layers), width, self.config.expansion_rank)
 
     def describe(self) -> dict[str, Any]:
         """Its configuration."""
@@ -232,13 +300,57 @@ class ATVModel(Trainable):
             for part, rate in rates.items()
         ]
 
+    @torch.no_grad()
+    def calibrate(self, rows: Sequence[EncodedRow]) -> None:
+        """Take the means of states and the sizes of the residual stream from training rows, before training on them.
+
+        Args:
+            rows: from `encode_row`; all their queries are read, and at most 64 of their prompts.
+        """
+        if isinstance(self.expansion, Expansion):
+            self.expansion.calibrate(self._row_states(rows), self._residual_sizes(rows[:: -(-len(rows) // 64)]))
+
+    @torch.no_grad()
+    def set_gate(self, rows: Sequence[EncodedRow]) -> None:
+        """Let the gate know the training rows, after training on them."""
+        if isinstance(self.expansion, Expansion) and self.config.gate:
+            self.expansion.gate.fit(self._row_states(rows), self.config.gate)
+
+    def _row_states(self, rows: Sequence[EncodedRow]) -> Tensor:
+        """(different queries, state); of the generator `self`, different prompts."""
+        read = (
+            {tuple(prompt) for row in rows for prompt, _ in row.pairs} if self.own else {tuple(r.query) for r in rows}
+        )
+        was_training = self.training
+        self.eval()
+        states = []
+        for batch in like_lengths(read, READ_TOKENS):
+            ids, mask = pad(batch, pad_id(self.generator.tokenizer), "right")
+            states.append(self.generator(ids.to(self.generator.device), mask.to(self.generator.device)))
+        self.train(was_training)
+        return torch.cat(states)
+
+    def _residual_sizes(self, rows: Sequence[EncodedRow]) -> Tensor:
+        """(layers,): root mean square of what each steered layer gives out at the last token of these rows' prompts."""
+        sizes = []
+        for start in range(0, len(rows), 8):
+            batch = self.collator()([replace(row, pairs=row.pairs[:1]) for row in rows[start : start + 8]])
+            keep = batch["labels"].shape[1]
+            names = ("input_ids", "attention_mask", "position_ids", "edit_mask")
+            inputs = {name: batch[name].to(input_device(self.llm)) for name in names}
+            with capture_outputs(self.layers) as states:
+                steered_logits(self.llm, lambda _: nullcontext(), **inputs, keep=keep, read=self.read_prefix)
+            last = torch.stack([states[index][:, -keep].float().cpu() for index in range(len(self.layers))])
+            sizes.append(last.pow(2).mean(-1).sqrt())  # (layers, rows)
+        return torch.cat(sizes, dim=1).mean(1)
+
     @contextmanager
     def in_training(self, config: TrainConfig, read: ReadPrefix, rows: Sequence[EncodedRow]) -> Iterator[None]:
         """As every `Trainable`, the generator in bfloat16 if `config` says so; a frozen one reads each query once.
 
         `self` reads none ahead: it reads prompts, in the LLM's own passes.
         """
-        self.generator.bf16 = config.bf16
+        self.generator.bf16, self.adaptive_dropout = config.bf16, config.adaptive_dropout
         queries = {tuple(row.query) for row in rows}
         ahead = nullcontext() if self.own else self.generator.read_ahead(queries)
         try:
@@ -247,11 +359,28 @@ class ATVModel(Trainable):
         finally:
             self.generator.bf16 = False
 
+    def train(self, mode: bool = True) -> Self:
+        """Training mode; a calibrated generator stays without dropout, which would move states off their mean."""
+        super().train(mode)
+        if isinstance(self.expansion, Expansion):
+            self.generator.eval()
+        return self
+
     # ---- the path of a query ----
 
     def vectors(self, query_input_ids: Tensor, query_attention_mask: Tensor) -> Tensor:
         """Encoded queries (queries, query seq) to task vectors (queries, layers, hidden), float32, with gradient."""
-        return cast(Tensor, self.expansion(self.generator(query_input_ids, query_attention_mask)))
+        return self.expand(self.generator(query_input_ids, query_attention_mask))
+
+    def expand(self, states: Tensor) -> Tensor:
+        """States (queries, state) to task vectors (queries, layers, hidden)."""
+        if isinstance(self.expansion, PaperExpansion):
+            return cast(Tensor, self.expansion(states))
+        if self.training:
+            kept = torch.rand(len(states), device=states.device) >= self.adaptive_dropout
+            return cast(Tensor, self.expansion(states, kept.to(states.dtype)))
+        share = self.expansion.gate(states) if self.config.gate else None
+        return cast(Tensor, self.expansion(states, share))
 
     def forward(
         self,
@@ -307,7 +436,7 @@ class ATVModel(Trainable):
 
         def take(states: Tensor) -> None:
             with torch.set_grad_enabled(learn and torch.is_grad_enabled()):
-                made[:] = [self.expansion(states)]
+                made[:] = [self.expand(states)]
 
         own = cast(Itself, self.generator)
         with own.reading(ends, take), inject(self.layers, lambda: made[0], scale, mask):
@@ -317,7 +446,9 @@ class ATVModel(Trainable):
 
     def encode_query(self, row: Row) -> list[int]:
         """What the generator reads of a row beside its prompts, as its token ids."""
-        return super().encode_query(row) if self.own else self.generator.encode([row.query])[0]
+        if self.own:
+            return super().encode_query(row)
+        return self.generator.encode([row.query if self.config.reads == "query" else row.prompts[0]])[0]
 
     def collator(self) -> Collator:
         """Makes the batches that `forward` takes from `encode_row`'s rows."""

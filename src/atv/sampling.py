@@ -55,6 +55,11 @@ def training_rows(task: Task, split: str = "train") -> list[Row]:
     ]
 
 
+def generator_text(task: Task, query: str, reads: str) -> str:
+    """What a generator that reads the query, or the prompt, is given of one, in training and in use alike."""
+    return query if reads == "query" else task.prompt(query, Variant(0, TRAIN_PREFIX))
+
+
 class Batches(Sampler[int]):
     """A new shuffle each epoch, in which rows of about the same length stand together so that little is padded.
 

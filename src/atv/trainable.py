@@ -154,6 +154,12 @@ class Trainable(nn.Module, ABC):
         finally:
             self.read_prefix = read_prefix
 
+    def calibrate(self, rows: Sequence[EncodedRow]) -> None:
+        """Take from training rows what is computed rather than learned, before training on them."""
+
+    def set_gate(self, rows: Sequence[EncodedRow]) -> None:
+        """Take from training rows how far what was learned reaches, after training on them."""
+
     def parameter_groups(self, config: TrainConfig) -> list[dict[str, Any]]:
         """What the optimiser trains, and at which rate."""
         return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": config.learning_rate}]

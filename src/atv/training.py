@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler, set_seed
 
 from atv.attention import grouped
 from atv.batching import IGNORED, Collator, EncodedRow
@@ -33,15 +33,20 @@ from atv.trainable import Trainable
 RECORD_FILE = "train.json"
 JUDGED = "judged"
 """In a batch beside what the model takes: how many tokens tell each answer apart, (batch,)."""
+WARM_UP = 0.05
+"""Share of the steps in which a linear schedule rises."""
 WEIGHTS_FILE = "model.safetensors"
 """Of a checkpoint, as the Trainer names it."""
+ENOUGH_TO_CHOOSE = 100
+"""Fewer validation rows than this tell epochs apart by chance more often than not."""
 COMPLETE = "complete"
 """Empty file in a checkpoint folder whose writing has ended."""
 
 
 def make_optimizer(model: Trainable, config: TrainConfig) -> torch.optim.Optimizer:
-    """Adam with L2 in the gradient (the paper's; AdamW decouples it), with the groups and rates that `model` names."""
-    return torch.optim.Adam(
+    """AdamW or the paper's Adam with L2 in the gradient, with the groups and rates that `model` names."""
+    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+    return kind(
         model.parameter_groups(config),
         weight_decay=config.weight_decay,
         fused=True,  # one pass over memory instead of one per term: several times faster on a CPU
@@ -53,7 +58,7 @@ class NonFiniteLoss(Exception):
 
 
 class ATVTrainer(Trainer):
-    """Trainer with coupled-decay Adam in two learning rates, that stops before a non-finite loss does damage.
+    """Trainer with the optimiser and rates of a `TrainConfig`, that stops before a non-finite loss does damage.
 
     Its checkpoints hold generator and expansion alone, since the LLM is not a submodule of `ATVModel`. A batch split
     among processes and accumulation steps gives the loss and the gradient of the whole batch, up to rounding.
@@ -69,6 +74,19 @@ class ATVTrainer(Trainer):
         if self.optimizer is None:
             self.optimizer = make_optimizer(cast(Trainable, self.model), self.train_config)
         return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """As the configuration says."""
+        if self.lr_scheduler is None:
+            self.lr_scheduler = get_scheduler(
+                self.train_config.lr_schedule,
+                optimizer or cast(torch.optim.Optimizer, self.optimizer),
+                num_warmup_steps=math.ceil(WARM_UP * num_training_steps),
+                num_training_steps=num_training_steps,
+            )
+        return cast(torch.optim.lr_scheduler.LRScheduler, self.lr_scheduler)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         rows, config = train_dataset or cast(Rows, self.train_dataset), self.train_config
@@ -142,8 +160,8 @@ class _JudgedCollator:
 class _Progress(TrainerCallback):
     """Turns the rows' templates, draws the bar, marks complete checkpoints and finds the best one again."""
 
-    def __init__(self, rows: Rows, progress: Bar, epochs: int) -> None:
-        self.rows, self.progress, self.epochs = rows, progress, epochs
+    def __init__(self, rows: Rows, progress: Bar, epochs: int, patience: int | None) -> None:
+        self.rows, self.progress, self.epochs, self.patience = rows, progress, epochs, patience
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The Trainer notes where the best checkpoint was; resumed, it is in the folder as that is named now."""
@@ -167,11 +185,16 @@ class _Progress(TrainerCallback):
         self.progress.reach(state.global_step)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **about: Any) -> None:
-        del args, control
+        del args
         metrics = about["metrics"]
         accuracy, loss = metrics["eval_accuracy"], metrics["eval_loss"]
         self.progress.describe(f"train: epoch {round(state.epoch)}, valid {accuracy:.2f}")
         note(f"epoch {round(state.epoch)} of {self.epochs}: valid loss {loss:.4f}, accuracy {accuracy:.3f}")
+        found = [entry["eval_choice"] for entry in state.log_history if "eval_choice" in entry]
+        since = len(found) - 1 - found.index(max(found))
+        if self.patience is not None and since >= self.patience and len(found) < self.epochs:
+            note(f"No better epoch in {since}: stopped.")
+            control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         del control
@@ -241,8 +264,15 @@ def train(
         model.eval()
         return TrainResult(out / "adapter", record)
     rows = Rows(_encoded(model, tasks, "train"), config.templates_per_row)
+    epochs = config.epochs_of(len(rows))
     note_shared(model.tokenizer, tasks)
     valid = Rows(_encoded(model, tasks, "valid"), config.templates_per_row)
+    if len(valid) < ENOUGH_TO_CHOOSE:
+        error = 50 / math.sqrt(len(valid))
+        note(
+            f"{len(valid)} validation rows: accuracy on them has a standard error of about {error:.0f} points, "
+            "too much to tell most epochs apart. More of them would choose better."
+        )
     _require_gradient(model, rows[0])
     barrier()  # nothing is written before everything that can be checked has been, by every process
     if record is None:
@@ -253,16 +283,18 @@ def train(
     barrier()  # and nothing by another process before what was there has been removed
     set_seed(config.seed)
     store = store or PrefixStore()
-    _fill(store, model, [*rows.of_epochs(config.epochs), *valid.of_epochs(1)], out / "prefixes" / str(rank()))
+    _fill(store, model, [*rows.of_epochs(epochs), *valid.of_epochs(1)], out / "prefixes" / str(rank()))
     checkpoints = out / "checkpoints"
-    steps = config.epochs * math.ceil(len(rows) / config.batch_size)
+    steps = epochs * math.ceil(len(rows) / config.batch_size)
     # Torch's fused attention is slow in the backward on a CPU: LoRA's whole step takes 1.4 times as long with it. Where
     # prefixes are stored, what is read again must be what was stored, so that only the steered part has the other one.
     attention = grouped() if device.type == "cpu" and model.edited is None else nullcontext()
     both = [*rows.rows, *valid.rows]
     with model.in_training(config, store.read, both), bar("train", steps) as progress, attention:
+        model.calibrate(rows.rows)
         try:
-            trainer = _trainer(model, rows, valid, config, checkpoints, _Progress(rows, progress, config.epochs))
+            said = _Progress(rows, progress, epochs, config.patience)
+            trainer = _trainer(model, rows, valid, config, epochs, checkpoints, said)
             last = _last_complete(checkpoints)
             if last is not None:
                 note(f"Resuming from {last}")
@@ -368,9 +400,18 @@ def _clear(out: Path) -> None:
         shutil.rmtree(out / name, ignore_errors=True)
 
 
-def _means(rows: Any) -> dict[str, float]:
-    """Mean loss and share of right answers, from what `ATVTrainer.prediction_step` gave."""
-    return {"loss": rows.predictions.mean(dtype=float), "accuracy": rows.label_ids.mean(dtype=float)}
+@dataclass
+class _Metrics:
+    """Of validation rows, from what `ATVTrainer.prediction_step` gave: what is said, and what chooses the epoch."""
+
+    best_epoch: str
+
+    def __call__(self, rows: Any) -> dict[str, float]:
+        """Mean loss, share of right answers, and the number of which the highest is kept."""
+        loss, accuracy = rows.predictions.mean(dtype=float), rows.label_ids.mean(dtype=float)
+        # Accuracies differ by whole answers: half an answer's worth decides between equal ones alone.
+        ties = 1 / (1 + loss) / (2 * rows.label_ids.size)
+        return {"loss": loss, "accuracy": accuracy, "choice": -loss if self.best_epoch == "loss" else accuracy + ties}
 
 
 def _some_unused(model: Trainable, row: EncodedRow) -> bool:
@@ -382,18 +423,23 @@ def _some_unused(model: Trainable, row: EncodedRow) -> bool:
 
 
 def _trainer(
-    model: Trainable, rows: Rows, valid: Rows, config: TrainConfig, checkpoints: Path, progress: _Progress
+    model: Trainable,
+    rows: Rows,
+    valid: Rows,
+    config: TrainConfig,
+    epochs: int,
+    checkpoints: Path,
+    progress: _Progress,
 ) -> ATVTrainer:
     rows_per_call = config.rows_per_call(world_size())
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
-        num_train_epochs=config.epochs,
+        num_train_epochs=epochs,
         per_device_train_batch_size=rows_per_call,
         per_device_eval_batch_size=rows_per_call,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         ddp_find_unused_parameters=world_size() > 1 and _some_unused(model, rows[0]),
         learning_rate=config.learning_rate,
-        lr_scheduler_type="constant",
         max_grad_norm=config.max_grad_norm or 0.0,
         seed=config.seed,
         eval_strategy="epoch",
@@ -401,8 +447,8 @@ def _trainer(
         logging_strategy="epoch",
         save_total_limit=1,  # and the best one
         load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
-        greater_is_better=False,
+        metric_for_best_model="eval_choice",
+        greater_is_better=True,
         label_names=["labels"],
         remove_unused_columns=False,
         dataloader_pin_memory=False,
@@ -417,7 +463,7 @@ def _trainer(
         data_collator=_JudgedCollator(model.collator()),
         train_dataset=rows,
         eval_dataset=valid,
-        compute_metrics=_means,
+        compute_metrics=_Metrics(config.best_epoch),
         callbacks=[progress],
         train_config=config,
     )
@@ -441,16 +487,20 @@ def _last_complete(checkpoints: Path) -> Path | None:
 def _save(trainer: ATVTrainer, model: Trainable, record: dict[str, Any], out: Path) -> None:
     state = trainer.state
     history = [entry for entry in state.log_history if "eval_loss" in entry or "loss" in entry]
-    best = Path(state.best_model_checkpoint).name.split("-")[1] if state.best_model_checkpoint else None
-    record |= {"history": history, "best_step": int(best) if best else None, "best_eval_loss": state.best_metric}
+    best = int(Path(state.best_model_checkpoint).name.split("-")[1]) if state.best_model_checkpoint else None
+    kept = next((entry for entry in history if "eval_loss" in entry and entry["step"] == best), {})
+    record |= {"history": history, "best_step": best}
+    record |= {f"best_eval_{name}": kept.get(f"eval_{name}") for name in ("accuracy", "loss")}
     settings = record["settings"]
     model.training_summary = {
         "tasks": {name: task["templates"] for name, task in settings["tasks"].items()},
         "train": settings["train"],
         "best_step": record["best_step"],
+        "best_eval_accuracy": record["best_eval_accuracy"],
         "best_eval_loss": record["best_eval_loss"],
     }
     model.eval()
+    model.set_gate(cast(Rows, trainer.train_dataset).rows)
     if is_main():
         model.save_pretrained(out / "adapter")
     barrier()

@@ -16,6 +16,7 @@ from atv.methods.bm25 import words
 from atv.methods.elicit import Elicit
 from atv.model import ATVModel
 from atv.progress import Bar, bar, note
+from atv.sampling import generator_text
 from atv.tasks import TRAIN_PREFIX, Example, Task, Variant
 
 NEIGHBOURS = 90
@@ -111,7 +112,7 @@ def _prompt(task: Task, example: Example) -> str:
 
 def _read(atv: ATVModel, task: Task, example: Example) -> str:
     """What the generator reads of an example."""
-    return _prompt(task, example) if atv.own else example.input
+    return generator_text(task, example.input, atv.config.reads)
 
 
 def _about(task: Task, atv: ATVModel) -> dict[str, Any]:

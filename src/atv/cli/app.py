@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from atv.cli import options as opt
+from atv.config import EMBEDDED_GENERATOR, EMBEDDED_LLM
 from atv.errors import ATVError
 from atv.processes import is_main, leave, wait_turn_to_fail
 
@@ -97,7 +98,7 @@ def train(
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="A setting of the method that has no option of its own, as rank=16."),
     ] = None,
-    llm: opt.LLM = opt.EMBEDDED_LLM,
+    llm: opt.LLM = EMBEDDED_LLM,
     generator: Annotated[
         str,
         typer.Option(
@@ -105,33 +106,68 @@ def train(
             help="Model that reads the query: Hugging Face id, folder or embedded name; self: the LLM's own lower "
             "layers; random:LAYERSxWIDTH: a new decoder.",
         ),
-    ] = "openai-community/gpt2",
+    ] = EMBEDDED_GENERATOR,
+    parametrisation: Annotated[
+        str,
+        typer.Option(
+            help="calibrated, or paper: the paper's form, with the paper's values for what is not given here, whatever "
+            "the defaults below say."
+        ),
+    ] = "calibrated",
+    reads: Annotated[
+        str, typer.Option(help="The generator is given the query, or the prompt: the query in its task's template.")
+    ] = "query",
     task: opt.TaskNames = None,
     data: opt.Data = None,
     template: opt.Templates = None,
     positions: Annotated[str, typer.Option(help="last, last:K, answer or all.")] = "last",
     layers: Annotated[str, typer.Option(help="all, bottom, middle, top, or indices as in 0,1,2 or 0-9.")] = "all",
-    scale: Annotated[float, typer.Option(help="Strength of the injection (lambda).")] = 0.001,
-    pooling: Annotated[str, typer.Option(help="Generator's state: last, mean or cls.")] = "last",
+    scale: Annotated[float, typer.Option(help="Strength of the injection (lambda).")] = 0.05,
+    pooling: Annotated[str, typer.Option(help="Generator's state: mean, last or cls; of self always last.")] = "mean",
+    gate: Annotated[
+        float,
+        typer.Option(
+            help="Fade the query's own part out far from the training queries, beginning with this share of them; "
+            "0: never."
+        ),
+    ] = 0.05,
     freeze_generator: Annotated[bool, typer.Option("--freeze-generator", help="Train the expansion alone.")] = False,
     expansion_rank: Annotated[int | None, typer.Option(help="Rank of the expansion; by default full.")] = None,
-    query_template: Annotated[str, typer.Option(help="What the generator reads, with {query}.")] = "Q: {query}\nA:",
-    epochs: Annotated[int, typer.Option(help="Passes over the training rows.")] = 15,
-    batch_size: Annotated[int, typer.Option(help="Rows per optimiser step, over all processes.")] = 8,
+    query_template: Annotated[
+        str, typer.Option(help="What stands around what the generator reads, with {query}.")
+    ] = "{query}",
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over the training rows; by default about 400 steps, 4 to 30 epochs.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows per optimiser step, over all processes.")] = 16,
     gradient_accumulation_steps: Annotated[
         int, typer.Option(help="Parts that each process reads its share of a batch in, for less memory.")
     ] = 1,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr", help="Learning rate, constant.")] = 5e-4,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option("--learning-rate", "--lr", help="Highest learning rate; by default the method's (atv: 0.003)."),
+    ] = None,
+    lr_schedule: Annotated[
+        str, typer.Option(help="linear: up over the first 5% of the steps, then down to zero; or constant.")
+    ] = "linear",
+    optimizer: Annotated[str, typer.Option(help="adamw or adam.")] = "adamw",
     generator_learning_rate: Annotated[
         float | None,
-        typer.Option("--generator-learning-rate", "--generator-lr", help="Learning rate of the generator, if another."),
-    ] = None,
-    weight_decay: Annotated[float, typer.Option(help="Adam's coupled L2 penalty.")] = 1e-5,
-    max_grad_norm: Annotated[float | None, typer.Option(help="Clip the gradient to this norm.")] = None,
+        typer.Option("--generator-learning-rate", "--generator-lr", help="Highest learning rate of the generator."),
+    ] = 5e-5,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay; of adam an L2 penalty.")] = 0.0,
+    max_grad_norm: Annotated[float | None, typer.Option(help="Clip the gradient to this norm.")] = 1.0,
+    adaptive_dropout: Annotated[
+        float, typer.Option(help="Share of a step's rows that the common vector answers alone.")
+    ] = 0.3,
+    best_epoch: Annotated[
+        str, typer.Option(help="Keep the epoch with the best validation accuracy, or loss.")
+    ] = "accuracy",
+    patience: Annotated[int | None, typer.Option(help="Stop after this many epochs without a better one.")] = 5,
     bf16: Annotated[bool, typer.Option("--bf16", help="The generator's matrix products in bfloat16.")] = False,
     templates_per_row: Annotated[
         int, typer.Option(help="Prompts that share a row's vector in a step; 1 takes the templates in turn.")
-    ] = 3,
+    ] = 1,
     train_rows: Annotated[
         int | None, typer.Option(help="Maximum number of training rows per task, drawn by the seed (paper: 90).")
     ] = None,
@@ -228,7 +264,7 @@ def reproduce(
         ),
     ] = None,
     method: opt.MethodNames = None,
-    llm: opt.LLM = opt.EMBEDDED_LLM,
+    llm: opt.LLM = EMBEDDED_LLM,
     task: opt.TaskNames = None,
     data: opt.Data = None,
     template: opt.Templates = None,
@@ -261,7 +297,7 @@ def sweep(
     valid_rows: Annotated[
         int | None, typer.Option(min=1, help="Per task to measure on, and as many to choose the epoch; as above.")
     ] = None,
-    llm: opt.LLM = opt.EMBEDDED_LLM,
+    llm: opt.LLM = EMBEDDED_LLM,
     task: opt.TaskNames = None,
     data: opt.Data = None,
     template: opt.Templates = None,
@@ -307,14 +343,14 @@ def generate(
 @app.command()
 def doctor(
     context: typer.Context,
-    llm: opt.LLM = opt.EMBEDDED_LLM,
+    llm: opt.LLM = EMBEDDED_LLM,
     generator: Annotated[
         str, typer.Option(parser=opt.model, help="Model that reads the query, as for train.")
-    ] = "embedded:minilm-l6",
+    ] = EMBEDDED_GENERATOR,
     positions: Annotated[str, typer.Option(help="last, last:K, answer or all.")] = "last",
     layers: Annotated[str, typer.Option(help="all, bottom, middle, top, or indices.")] = "all",
     layer_path: Annotated[str | None, typer.Option(help="Name of the list of decoder layers, if not found.")] = None,
-    pooling: Annotated[str | None, typer.Option(help="last, mean or cls. Default: mean; last with self.")] = None,
+    pooling: Annotated[str, typer.Option(help="mean, last or cls; of self always last.")] = "mean",
     dtype: opt.Dtype = "auto",
     device: opt.Device = None,
     quantization: opt.Quantization = None,

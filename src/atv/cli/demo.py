@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from atv.artifact import read
-from atv.cli.options import EMBEDDED_LLM
 from atv.cli.show import print_lines, print_table
 from atv.cli.work import evaluate_method, prompts_of, train_adapter, unsteered
+from atv.config import EMBEDDED_LLM
 from atv.files import write_text
 from atv.model import ATVModel
 from atv.progress import note

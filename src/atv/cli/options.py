@@ -11,9 +11,6 @@ from atv.config import MOST_SEED
 from atv.errors import ATVError, unknown
 from atv.files import local, read_toml
 
-EMBEDDED_LLM = "embedded:smollm2-135m"
-EMBEDDED_GENERATOR = "embedded:minilm-l6"
-
 
 def path(text: str) -> Path:
     """A path, with `~` as the home folder in a config file too, where no shell expands it."""
@@ -56,6 +53,8 @@ def read_config(file: Path, command: str, options: dict[str, str]) -> dict[str, 
 
 SETTINGS = {
     **{name: name for name in ("generator", "positions", "layers", "scale", "pooling", "expansion_rank")},
+    **{name: name for name in ("parametrisation", "reads", "gate", "lr_schedule", "optimizer", "adaptive_dropout")},
+    **{name: name for name in ("best_epoch", "patience")},
     **{name: name for name in ("query_template", "epochs", "batch_size", "gradient_accumulation_steps")},
     **{name: name for name in ("learning_rate", "generator_learning_rate", "weight_decay", "max_grad_norm")},
     **{name: name for name in ("bf16", "templates_per_row")},

@@ -8,7 +8,7 @@ from typing import Any
 from atv import artifact
 from atv.cli.analysis import require_packages, write_analysis
 from atv.cli.show import print_lines, print_table
-from atv.cli.work import frozen, named_tasks, recipe_for
+from atv.cli.work import frozen, named_tasks
 from atv.errors import ATVError, unknown
 from atv.files import write_json
 from atv.processes import is_main
@@ -48,8 +48,7 @@ def _profile(options: Mapping[str, Any]) -> Profile:
 
 
 def _settings(options: Mapping[str, Any]) -> dict[str, Any]:
-    given = read_settings(options["settings"]) if options["settings"] else {}
-    return {"given": given, "recipe": recipe_for(options["llm"])}
+    return {"given": read_settings(options["settings"]) if options["settings"] else {}}
 
 
 def reproduce_tables(options: Mapping[str, Any]) -> None:

@@ -9,9 +9,8 @@ from accelerate.utils import set_seed  # that of transformers imports peft, whic
 
 from atv import artifact
 from atv.batching import encode_prompt, pad_id
-from atv.cli.options import EMBEDDED_GENERATOR, EMBEDDED_LLM
 from atv.cli.show import output, print_lines
-from atv.config import SELF, ATVConfig
+from atv.config import EMBEDDED_LLM, ATVConfig
 from atv.doctor import check_wiring, model_summary
 from atv.errors import ATVError, unknown
 from atv.methods import METHODS
@@ -20,7 +19,7 @@ from atv.models import load_context_length, load_tokenizer, quiet_transformers
 from atv.options import option_ids
 from atv.processes import world_size
 from atv.progress import note
-from atv.protocol import Frozen, measure, method_settings, recipe
+from atv.protocol import Frozen, measure, method_settings
 from atv.store import PrefixStore
 from atv.tasks import TRAIN_PREFIX, UNSEEN, Task, composed, findings, load_tasks, long_prompts, refuse_shared_inputs
 
@@ -31,12 +30,6 @@ def frozen(options: Mapping[str, Any], llm: str | None = None) -> Frozen:
     """The LLM that the options of a command name."""
     how = ("dtype", "device", "quantization", "revision", "trust_remote_code")
     return Frozen(llm or options["llm"], **{key: options[key] for key in how})
-
-
-def recipe_for(llm: str, generator: str | None = None) -> dict[str, dict[str, Any]]:
-    """Settings that suit the embedded models; none for another LLM or generator."""
-    embedded = llm.startswith("embedded:") and generator in (None, EMBEDDED_GENERATOR, SELF)
-    return recipe() if embedded else {}
 
 
 def named_tasks(options: Mapping[str, Any]) -> list[Task]:
@@ -54,11 +47,7 @@ def train_adapter(options: Mapping[str, Any], given: Mapping[str, Any]) -> Path:
     name: str = options["method"]
     if name not in METHODS:
         raise unknown("method", name, METHODS)
-    known = recipe_for(options["llm"], given.get("generator"))
-    settings = method_settings(name, [known, {name: given}], options["seed"])
-    if known:
-        taken = {key: value for key, value in {**known["all"], **known.get(name, {})}.items() if key not in given}
-        note(f"Embedded models: {', '.join(f'{key} {value}' for key, value in taken.items())} (flags win)")
+    settings = method_settings(name, [{name: given}], options["seed"])
     settings.train.rows_per_call(world_size())
     tasks = named_tasks(options)
     if not options["task"]:
@@ -166,7 +155,7 @@ def examine(options: Mapping[str, Any]) -> bool:
     """`atv doctor`: print every check; true if all passed."""
     config = ATVConfig(
         generator=options["generator"],
-        pooling=options["pooling"] or ("last" if options["generator"] == SELF else "mean"),
+        pooling=options["pooling"],
         layers=options["layers"],
         layer_path=options["layer_path"],
         positions=options["positions"],

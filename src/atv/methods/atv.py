@@ -13,19 +13,20 @@ from atv.doctor import model_summary
 from atv.methods.base import Method
 from atv.model import ATVModel
 from atv.progress import note
+from atv.sampling import generator_text
 from atv.store import PrefixStore
 from atv.tasks import Example, Task
 
 
 class ATV(Method):
-    """A trained adapter. The generator reads the example's input, never the template; `self` reads the whole prompt."""
+    """A trained adapter, whose generator reads an example's input, or what its configuration says."""
 
     name = "atv"
     config_class: ClassVar[type[Checked] | None] = ATVConfig
     model_class: ClassVar[type[ATVModel]] = ATVModel
     search: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "learning_rate": (5e-4, 2e-4, 1e-3),
-        "scale": (0.1, 0.05, 0.2),
+        "learning_rate": (1e-2, 3e-3),
+        "scale": (0.05, 0.2),
     }
 
     def __init__(self, atv: ATVModel) -> None:
@@ -71,6 +72,5 @@ class ATV(Method):
         return {"config": self.atv.config.to_dict(), "training": self.atv.training_summary}
 
     def steer(self, task: Task, examples: Sequence[Example]) -> AbstractContextManager[Any]:
-        """Vectors made from the inputs of `examples`, or by the generator `self` from their prompts."""
-        del task
-        return self.atv.steer([example.input for example in examples])
+        """Vectors made from what the generator reads of `examples`; `self` reads the very prompts."""
+        return self.atv.steer([generator_text(task, example.input, self.atv.config.reads) for example in examples])

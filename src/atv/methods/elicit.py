@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
 from atv import artifact
-from atv.config import REGIONS, ATVConfig, Checked, Positions, TrainConfig
+from atv.config import EMBEDDED_GENERATOR, REGIONS, ATVConfig, Checked, Positions, TrainConfig
 from atv.errors import ATVError, unknown
 from atv.files import write_bytes, write_json
 from atv.hooks import decoder_layers, input_device
@@ -21,7 +21,6 @@ from atv.methods.base import Method
 from atv.methods.library import Exemplars, best_layers, exemplar_prompts, last_states, layer_scores
 from atv.methods.retriever import Retriever, embed, fit_classifier, load_encoder
 from atv.model import steering
-from atv.models import EMBEDDED_GENERATOR
 from atv.options import note_shared
 from atv.processes import barrier, is_main
 from atv.progress import Bar, bar, note

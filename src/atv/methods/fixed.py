@@ -9,54 +9,38 @@ from atv.config import ATVConfig
 from atv.errors import ATVError
 from atv.generator import CONSTANT
 from atv.methods.atv import ATV
-from atv.model import ATVModel, Expansion
+from atv.model import ATVModel
 
 
 @dataclass
 class FixedConfig(ATVConfig):
-    """An ATV's configuration without a query: layers, positions and scale count.
-
-    A fixed vector moves by scale * learning rate in a step, whatever the two are by themselves; a generator's wide
-    state makes an ATV's vector move much farther. So the paper's scale, 0.001, would leave it where it starts.
-    """
+    """An ATV's configuration without a query: layers, positions and scale count."""
 
     generator: str = CONSTANT
     """Reads nothing."""
     train_generator: bool = False
     """It has no weights."""
-    scale: float = 1.0
-    """lambda, the strength of the injection."""
+    gate: float = 0.0
+    """The vector is the same everywhere."""
 
     def __post_init__(self) -> None:
         """Refuse what would make it another method."""
         super().__post_init__()
-        if (self.generator, self.train_generator, self.expansion_rank) != (CONSTANT, False, None):
-            raise ATVError(
-                f"A fixed vector has no generator to choose or train and no rank; found generator {self.generator!r}, "
-                f"train_generator {self.train_generator}, expansion_rank {self.expansion_rank}: leave them out."
-            )
+        expected = FixedConfig.__dataclass_fields__
+        for name in ("generator", "train_generator", "gate", "expansion_rank", "parametrisation", "reads"):
+            if getattr(self, name) != expected[name].default:
+                raise ATVError(
+                    f"{name} is {getattr(self, name)!r}; a fixed vector has nothing of a query's own: leave {name} out."
+                )
 
 
 class FixedModel(ATVModel):
-    """An ATV whose generator says the same of every query, so that its expansion is the vectors themselves.
-
-    They start at zero, as the plain LLM. An expansion starts at random so that its outputs differ by query, and how
-    far is set by the width of the state: for a state of width 1, far. It has no bias either: that would be the same
-    weight again, and each step of Adam twice as long.
-    """
+    """An ATV whose generator says nothing, so that the common vector is all that it has."""
 
     method = "fixed"
 
     def __init__(self, llm: nn.Module, config: ATVConfig | None = None, **options: Any) -> None:
         super().__init__(llm, config or FixedConfig(), **options)
-
-    def new_expansion(self) -> Expansion:
-        """Zeros."""
-        expansion = super().new_expansion()
-        layers, hidden = expansion.shape
-        expansion.map = nn.Linear(1, layers * hidden, bias=False)
-        nn.init.zeros_(expansion.map.weight)
-        return expansion
 
 
 class Fixed(ATV):
@@ -65,5 +49,5 @@ class Fixed(ATV):
     name = "fixed"
     config_class = FixedConfig
     model_class = FixedModel
-    train_defaults: ClassVar[dict[str, Any] | None] = {"learning_rate": 3e-3}
-    search: ClassVar[dict[str, tuple[Any, ...]]] = {"learning_rate": (3e-3, 1e-3, 1e-2), "scale": (1.0, 0.5, 2.0)}
+    train_defaults: ClassVar[dict[str, Any] | None] = {"learning_rate": 1e-2}
+    search: ClassVar[dict[str, tuple[Any, ...]]] = {"learning_rate": (1e-2, 3e-3, 3e-2), "scale": (0.05, 0.2)}

@@ -4,7 +4,7 @@ from atv.protocol.experiments import Condition, Experiment, conditions_of, known
 from atv.protocol.measure import Frozen, measure
 from atv.protocol.profiles import PROFILES, Profile
 from atv.protocol.reproduce import chosen_tasks, reproduce
-from atv.protocol.settings import Settings, method_settings, read_settings, recipe
+from atv.protocol.settings import Settings, method_settings, read_settings
 from atv.protocol.sweep import sweep
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "method_settings",
     "read_experiment",
     "read_settings",
-    "recipe",
     "reproduce",
     "sweep",
 ]

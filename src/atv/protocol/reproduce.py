@@ -48,7 +48,6 @@ def reproduce(
     out: Path,
     *,
     conditions: Sequence[Condition] = (),
-    recipe: Tables | None = None,
     given: Tables | None = None,
     batch_size: int = 16,
     force: bool = False,
@@ -64,7 +63,6 @@ def reproduce(
         tasks: those of the category Unseen are measured, never trained on.
         out: folder of the whole.
         conditions: by default every method that is `by_default`, as it is.
-        recipe: settings that suit this LLM; the profile's are stronger.
         given: settings that are stronger than the profile's.
         batch_size: prompts per call of the LLM when measuring.
         force: start over.
@@ -75,7 +73,7 @@ def reproduce(
     tasks = chosen_tasks(profile, tasks)
     plain = [Condition(name) for name in METHODS if METHODS[name].by_default]
     jobs = _jobs(conditions or plain, profile.seeds)
-    tables = (recipe or {}, profile.tables(), given or {})
+    tables = (profile.tables(), given or {})
     settings = {job: condition_settings(job.condition, tables, job.seed) for job in jobs if job.kind == "train"}
     _open(profile, frozen, tasks, settings, batch_size, out, force)
     clock = _Clock(jobs, {job: _work(job, profile, tasks, settings.get(job)) for job in jobs})
@@ -213,7 +211,8 @@ def _work(job: Job, profile: Profile, tasks: Sequence[Task], settings: Settings 
         if METHODS[str(asked.trained_as)].train_defaults is None:
             return once * profile.shots / 4
         reads_once = "positions" in settings.config.to_dict()
-        return once * settings.train.epochs * settings.train.templates_per_row * (1.5 if reads_once else 5)
+        epochs = settings.train.epochs_of(sum(min(rows, len(task.train)) for task in seen))
+        return once * epochs * settings.train.templates_per_row * (1.5 if reads_once else 5)
     shots = asked.shots or profile.shots
     shown = shots if asked.method == "bm25" else 1 if METHODS[asked.method].shots else 0  # icl's are read once
     once = sum(length[task.name] * len(task.test) * len(task.variants(profile.variants)) for task in tasks)

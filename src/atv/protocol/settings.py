@@ -1,11 +1,11 @@
-"""What a method is trained with: the paper's defaults, then what tables of settings say, the later the stronger."""
+"""What a method is trained with: its defaults, then what tables of settings say, the later the stronger."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from atv.config import SELF, TrainConfig
+from atv.config import PAPER, PAPER_TRAINING, TrainConfig
 from atv.errors import ATVError, unknown
 from atv.files import read_toml
 from atv.methods import METHODS
@@ -13,7 +13,6 @@ from atv.methods import METHODS
 Tables = Mapping[str, Mapping[str, Any]]
 """Settings of each method by its name; those under `all` are for every method that has such an option."""
 ALL = "all"
-EMBEDDED = Path(__file__).parent / "embedded.toml"
 
 
 class Settings(NamedTuple):
@@ -52,9 +51,9 @@ def method_settings(name: str, tables: Sequence[Tables], seed: int) -> Settings:
     for table in tables:
         given = {key: value for key, value in table.get(ALL, {}).items() if key in own | loop}
         given |= table.get(name, {})
-        if given.get("generator") == SELF:  # it has one pooling and no template: those before were another generator's
-            values = {key: value for key, value in values.items() if key not in ("pooling", "query_template")}
         values |= given
+    if values.get("parametrisation") == "paper":  # then what nobody has said is the paper's too
+        values = PAPER | PAPER_TRAINING | values
     for key in values:
         if key not in own | loop:
             raise unknown(f"option of the method {name}:", key, sorted(own | loop))
@@ -80,8 +79,3 @@ def read_settings(path: Path) -> dict[str, dict[str, Any]]:
             if key not in own | loop:
                 raise unknown(f"option in [{name}] of {path}:", key, sorted(own | loop))
     return read
-
-
-def recipe() -> dict[str, dict[str, Any]]:
-    """What trains well with the embedded models."""
-    return read_settings(EMBEDDED)

@@ -45,7 +45,6 @@ def sweep(
     *,
     methods: Sequence[str] = (),
     trials: int = 4,
-    recipe: Tables | None = None,
     given: Tables | None = None,
     force: bool = False,
 ) -> dict[str, dict[str, Any]]:
@@ -62,7 +61,6 @@ def sweep(
         out: gets `sweep.json` (every trial), `settings.toml` and the trials' folders.
         methods: names of trained methods; by default all `by_default` ones that have settings to choose from.
         trials: for every method.
-        recipe: settings that suit this LLM; the profile's are stronger.
         given: settings that all trials have, stronger than the profile's.
         force: start over.
     """
@@ -71,7 +69,7 @@ def sweep(
         if name not in METHODS or not METHODS[name].search:
             raise unknown("method to choose settings for", name, [name for name in METHODS if METHODS[name].search])
     seed = profile.seeds[0]
-    tables = (recipe or {}, profile.tables(), given or {})
+    tables = (profile.tables(), given or {})
     chosen = {name: trials_of(name, trials, tables, seed) for name in names}
     in_domain = [task for task in chosen_tasks(profile, tasks) if task.category != UNSEEN]
     seen = [_on_validation_rows(task, profile, seed) for task in in_domain]

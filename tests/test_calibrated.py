@@ -1,0 +1,192 @@
+"""What is learned: v_l = r_l (b_l + a W_l z). Each part against a formula or a loop written by hand."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_atv, make_llm, toy_task
+
+from atv.config import ATVConfig
+from atv.gate import Gate
+from atv.methods.atv import ATV
+from atv.model import ATVModel, Expansion
+from atv.sampling import training_rows
+
+
+def calibrated(name: str = "llama", **options: object) -> ATVModel:
+    """A calibrated ATV with random weights in b and W."""
+    atv = make_atv(name, parametrisation="calibrated", scale=0.3, **options)
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for p in atv.expansion.parameters():
+            p.normal_()
+    return atv
+
+
+def rows_of(atv: ATVModel, count: int = 8) -> list:
+    return [atv.encode_row(row) for row in training_rows(toy_task(rows=3 * count))]
+
+
+def test_the_vectors_are_the_formula():
+    torch.manual_seed(0)
+    expansion = Expansion(5, 3, 4)
+    for p in expansion.parameters():
+        torch.nn.init.normal_(p)
+    states, sizes = torch.randn(9, 5) * 3 + 1, torch.tensor([0.5, 2.0, 7.0])
+    expansion.calibrate(states, sizes)
+    state, share = torch.randn(2, 5), torch.tensor([1.0, 0.25])
+    found = expansion(state, share).detach().numpy()
+    W, b = expansion.map.weight.detach().numpy().reshape(3, 4, 5), expansion.common.detach().numpy()
+    mean, deviation = states.numpy().mean(0), states.numpy().std(0)
+    for row in range(2):
+        z = (state[row].numpy() - mean) / deviation
+        for layer in range(3):
+            expected = sizes[layer].item() * (b[layer] + share[row].item() * (W[layer] @ z))
+            np.testing.assert_allclose(found[row, layer], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_dimension_that_hardly_varies_is_not_blown_up():
+    expansion = Expansion(3, 1, 2)
+    expansion.calibrate(torch.tensor([[1.0, 5.0, 2.0], [-1.0, 5.0, 2.0]]), torch.ones(1))
+    assert expansion.standardised(torch.tensor([[0.0, 5.1, 2.0]])).abs().max() < 5
+    expansion.calibrate(torch.ones(4, 3), torch.ones(1))  # queries that are all alike
+    assert expansion.standardised(torch.ones(1, 3)).abs().max() == 0
+
+
+def test_an_untrained_atv_is_the_plain_llm_bit_for_bit():
+    atv = make_atv(parametrisation="calibrated")
+    inputs = atv.encode_prompts(["the kettle leaks\nA:", "quiet\nA:"])
+    plain = atv.llm(**inputs).logits
+    with atv.steer(["the kettle leaks", "quiet"]):
+        assert torch.equal(atv.llm(**inputs).logits, plain)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+@pytest.mark.parametrize("positions", ["last", "last:3", "all"])
+def test_sizes_are_those_of_the_residual_stream_at_the_prompts_end(name, positions):
+    atv = make_atv(name, parametrisation="calibrated", positions=positions)
+    rows = rows_of(atv)
+    atv.calibrate(rows)
+    sizes = []
+    for row in rows:
+        ids = torch.tensor([row.pairs[0][0]])
+        hidden = make_llm(name)(ids, output_hidden_states=True).hidden_states
+        sizes.append([hidden[layer + 1][0, -1].pow(2).mean().sqrt().item() for layer in range(2)])  # the last is normed
+    assert atv.expansion.sizes[:2].tolist() == pytest.approx(np.mean(sizes, axis=0).tolist(), rel=1e-6)
+
+
+def test_states_of_the_training_queries_are_standardised():
+    atv = make_atv(parametrisation="calibrated")
+    rows = rows_of(atv)
+    atv.calibrate(rows)
+    states = torch.stack([atv.generator(torch.tensor([row.query]), torch.ones(1, len(row.query)))[0] for row in rows])
+    z = atv.expansion.standardised(states)
+    assert z.mean(0).abs().max() < 1e-6
+    assert z.std(0, correction=0).max().item() == pytest.approx(1)
+
+
+def test_in_training_a_share_of_the_queries_has_the_common_vector_alone():
+    atv = calibrated()
+    states = torch.randn(400, 24, dtype=torch.float64)
+    alone = atv.expansion(states, torch.zeros(400))
+    atv.adaptive_dropout = 0.3
+    assert not (atv.expand(states) == alone).all(-1).all(-1).any()  # in use it is off
+    atv.train()
+    torch.manual_seed(0)
+    dropped = (atv.expand(states) == alone).all(-1).all(-1)
+    assert 0.2 < dropped.double().mean() < 0.4
+
+
+# ---- the gate ----
+
+
+def test_the_gate_is_what_a_loop_over_neighbours_says():
+    torch.manual_seed(0)
+    gate, known, asked = Gate(6), torch.randn(20, 6), torch.randn(7, 6)
+    gate.fit(known, 0.1)
+
+    def near(state: np.ndarray, others: list) -> float:
+        cosines = [float(state @ o / np.linalg.norm(state) / np.linalg.norm(o)) for o in others]
+        return float(np.mean(sorted(cosines)[-3:]))
+
+    rows = [row.numpy() for row in known]
+    own = [near(row, rows[:i] + rows[i + 1 :]) for i, row in enumerate(rows)]
+    start, median = np.quantile(own, 0.1), np.quantile(own, 0.5, method="lower")
+    for state, found in zip(asked, gate(asked), strict=True):
+        expected = (near(state.numpy(), rows) - (start - (median - start))) / (median - start)
+        assert found.item() == pytest.approx(min(1, max(0, expected)), abs=1e-4)
+
+
+def test_the_gate_is_open_among_the_training_queries_and_closed_far_from_them():
+    torch.manual_seed(0)
+    gate, centre = Gate(16), torch.randn(16)
+    gate.fit(centre + 0.3 * torch.randn(50, 16), 0.05)
+    assert gate(centre + 0.3 * torch.randn(50, 16)).mean() > 0.8
+    assert gate(-centre + 0.3 * torch.randn(50, 16)).max() == 0
+
+
+def test_the_same_query_twice_in_training_does_not_make_the_gate_strict():
+    torch.manual_seed(0)
+    once, twice, states = Gate(8), Gate(8), torch.randn(30, 8)
+    once.fit(states, 0.05)
+    twice.fit(states.repeat(4, 1), 0.05)
+    assert torch.allclose(once(states + 0.1), twice(states + 0.1), atol=1e-6)
+
+
+def test_before_it_knows_anything_and_switched_off_the_gate_changes_nothing():
+    atv = calibrated()
+    queries = ["quiet", "the lid sticks"]
+    before = atv.task_vectors(queries)
+    atv.calibrate(rows := rows_of(atv))
+    opened = atv.task_vectors(queries)
+    assert not torch.equal(before, opened)
+    atv.set_gate(rows)
+    atv.expansion.gate.limits += 2  # as if all training queries were nearly alike
+    assert not torch.equal(atv.task_vectors(queries), opened)
+    atv.config.gate = 0.0
+    assert torch.equal(atv.task_vectors(queries), opened)
+
+
+def test_a_closed_gate_leaves_the_common_vector():
+    atv = calibrated()
+    atv.calibrate(rows := rows_of(atv))
+    atv.set_gate(rows)
+    atv.expansion.gate.limits = torch.tensor([2.0, 3.0], dtype=torch.float64)
+    expected = atv.expansion.sizes[:, None] * atv.expansion.common
+    assert torch.allclose(atv.task_vectors(["whatever"])[0], expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"expansion_rank": 3}, {"gate": 0.0}])
+def test_an_adapter_holds_calibration_and_gate(tmp_path, options):
+    atv = calibrated(dtype=torch.float32, **options)
+    atv.calibrate(rows := rows_of(atv))
+    atv.set_gate(rows)
+    atv.save_pretrained(tmp_path / "a")
+    loaded = ATVModel.from_pretrained(make_llm(dtype=torch.float32), tmp_path / "a", tokenizer=atv.tokenizer)
+    queries = ["the harbour quiet 3", "something else"]
+    assert torch.allclose(loaded.task_vectors(queries), atv.task_vectors(queries), atol=1e-6)
+    assert torch.equal(loaded.expansion.gate.references, atv.expansion.gate.references)
+    other = make_atv(dtype=torch.float32, parametrisation="calibrated", **options)
+    other.load_weights(tmp_path / "a")
+    assert torch.allclose(other.task_vectors(queries), atv.task_vectors(queries), atol=1e-6)
+
+
+def test_self_is_calibrated_on_prompts():
+    config = ATVConfig(generator="self")
+    atv = ATVModel(make_llm(), config, tokenizer=make_atv().tokenizer).double()
+    rows = rows_of(atv)
+    atv.calibrate(rows)
+    prompts = [prompt for row in rows for prompt, _ in row.pairs]
+    states = [make_llm()(torch.tensor([ids]), output_hidden_states=True).hidden_states[1][0, -1] for ids in prompts]
+    assert torch.allclose(atv.expansion.mean, torch.stack(states).mean(0), atol=1e-6)
+
+
+@pytest.mark.parametrize("reads", ["query", "prompt"])
+def test_in_use_the_generator_reads_what_it_read_in_training(reads):
+    task, atv = toy_task(), calibrated(reads=reads)
+    row, example = training_rows(task)[0], task.train[0]
+    text = example.input if reads == "query" else f"{example.input}\nyes or no?\nA:"
+    assert atv.encode_row(row).query == atv.generator.encode([text])[0]
+    with ATV(atv).steer(task, [example]):
+        found = atv.llm(**atv.encode_prompts(["quiet\nA:"])).logits
+    with atv.steer([text]):
+        assert torch.equal(atv.llm(**atv.encode_prompts(["quiet\nA:"])).logits, found)
