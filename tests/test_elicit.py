@@ -79,7 +79,7 @@ def test_states_are_the_hidden_states_of_a_prompt_written_by_hand(name):
         assert task.train[row] not in [asked[text] for text in shown]
         with torch.no_grad():
             expected = llm(torch.tensor([prompt.ids]), output_hidden_states=True).hidden_states
-        states = library.last_states(llm, tokenizer, prompt.ids)
+        (states,) = library.last_states(llm, tokenizer, [prompt.ids])
         assert states.shape == (3, 32)
         for layer in (0, 1):
             torch.testing.assert_close(states[layer], expected[layer + 1][0, -1])
@@ -208,7 +208,7 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_library(tmp_path, enco
         there, here = load_file(whole / name), load_file(resumed / name)
         assert there.keys() == here.keys()
         assert all(torch.equal(there[key], here[key]) for key in there)
-    assert not (tmp_path / "killed" / "library").exists()
+    assert not (tmp_path / "killed" / "parts").exists()
     assert json.loads((tmp_path / "killed" / "train.json").read_text())["finished"]
     assert fit(tmp_path / "killed", encoder) == resumed
     assert len(asked) == 3  # nothing to do

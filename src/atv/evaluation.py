@@ -4,15 +4,16 @@ import time
 from collections.abc import Iterator, Sequence, Set
 from functools import partial
 from itertools import cycle
+from typing import Any
 
 import torch
 
 from atv.batching import pad_id
 from atv.errors import ATVError
 from atv.hooks import input_device
-from atv.methods.base import Method
+from atv.methods.base import Choice, Method
 from atv.models import context_length
-from atv.options import likeliest, option_ids, reader, task_options
+from atv.options import answer_ids, likeliest, option_ids, reader, task_options
 from atv.prefix import SharedPrefix, call_llm
 from atv.processes import rank, world_size
 from atv.progress import Bar, bar, note, note_once
@@ -31,8 +32,9 @@ def evaluate(
     """Ask every test example of every task in every variant, and write one row for each.
 
     A prediction is right when the most likely next token over the whole vocabulary is the first token of " " + answer
-    (section 3 of the paper), which is not defined where first tokens do not tell a task's options apart; beside it
-    stands the likeliest of the options, judged by their tokens up to where they differ (`atv.options`).
+    (section 3 of the paper; of a method that answers by itself, when its answer begins with that token), which is not
+    defined where first tokens do not tell a task's options apart; beside it stands the likeliest of the options, judged
+    by their tokens up to where they differ (`atv.options`).
 
     Where a launcher has started several processes, all of them call this, and each asks every n-th batch of those
     that one process would ask.
@@ -102,6 +104,12 @@ def _ask(
     if len(asked) == len(task.test):
         return
     began = time.perf_counter()
+    chosen = method.choose(task, task.test, variant)
+    if chosen is not None:
+        seconds = (time.perf_counter() - began) / len(chosen)
+        _take(method, task, variant, chosen, seconds, asked, run, batch_size, progress, mine)
+        return
+    began = time.perf_counter()
     prompts = method.prompts(task, task.test, variant)
     encoded = [prompt.ids for prompt in prompts]
     seconds_before = time.perf_counter() - began
@@ -149,13 +157,7 @@ def _ask(
             first = options.ids[options.texts.index(example.output)][0]
             rows.append(
                 Prediction(
-                    task=task.name,
-                    category=task.category,
-                    split="test",
-                    template=variant.template,
-                    answer_prefix=variant.answer_prefix,
-                    example=index,
-                    target=example.output,
+                    **_place(task, variant, index),
                     prediction=method.tokenizer.decode([tokens[place]]),
                     correct=tokens[place] == first if options.told_apart else None,
                     prediction_among_options=best[place],
@@ -163,6 +165,56 @@ def _ask(
                     prompt_tokens=len(encoded[index]),
                     seconds=seconds,
                     demonstrations=prompts[index].demonstrations,
+                )
+            )
+        run.append(rows)
+
+
+def _place(task: Task, variant: Variant, index: int) -> dict[str, Any]:
+    """What a row says of the example that was asked."""
+    return {
+        "task": task.name,
+        "category": task.category,
+        "split": "test",
+        "template": variant.template,
+        "answer_prefix": variant.answer_prefix,
+        "example": index,
+        "target": task.test[index].output,
+    }
+
+
+def _take(
+    method: Method,
+    task: Task,
+    variant: Variant,
+    chosen: Sequence[Choice],
+    seconds: float,
+    asked: Set[int],
+    run: RunWriter,
+    batch_size: int,
+    progress: Bar,
+    mine: Iterator[bool],
+) -> None:
+    """The rows of a method that has answered by itself: judged by first tokens too, as the LLM's answers are."""
+    options = task_options(method.tokenizer, task, variant)
+    for start in range(0, len(chosen), batch_size):
+        batch = [index for index in range(start, min(start + batch_size, len(chosen))) if index not in asked]
+        progress.advance(len(batch))
+        if not next(mine):
+            continue
+        rows = []
+        for index in batch:
+            choice, target = chosen[index], task.test[index].output
+            first = [answer_ids(method.tokenizer, text, variant)[0] for text in (choice.answer, target)]
+            rows.append(
+                Prediction(
+                    **_place(task, variant, index),
+                    prediction=choice.answer,
+                    correct=first[0] == first[1] if options.told_apart else None,
+                    prediction_among_options=choice.among_options,
+                    correct_among_options=choice.among_options == target,
+                    prompt_tokens=choice.prompt_tokens,
+                    seconds=seconds,
                 )
             )
         run.append(rows)

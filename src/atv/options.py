@@ -164,6 +164,11 @@ def option_ids(tokenizer: Any, task: Task, variant: Variant) -> list[Prefix]:
     return task_options(tokenizer, task, variant).ids
 
 
+def answer_ids(tokenizer: Any, answer: str, variant: Variant) -> Prefix:
+    """The token ids of any one answer in a variant, an option of the task or not."""
+    return _encoded(tokenizer, (answer,), variant.answer_prefix).ids[0]
+
+
 @lru_cache(maxsize=256)
 def _encoded(tokenizer: Any, texts: tuple[str, ...], answer_prefix: str) -> Options:
     # A prompt's last line alone: what stands before a line break changes no token of an answer after it.

@@ -23,6 +23,17 @@ class Prompt(NamedTuple):
     """How many stand before the query."""
 
 
+class Choice(NamedTuple):
+    """What a method that does not ask the LLM answers to an example."""
+
+    answer: str
+    """The likeliest of all answers that it knows for the task."""
+    among_options: str
+    """The likeliest of the task's options, of equal ones the first."""
+    prompt_tokens: int = 0
+    """Tokens that the LLM read for it."""
+
+
 class Method(ABC):
     """A way to make a frozen LLM do a task. The base class is the plain LLM: override what differs.
 
@@ -135,6 +146,14 @@ class Method(ABC):
     def describe(self) -> dict[str, Any]:
         """What identifies this method in a record, ready for JSON."""
         return {}
+
+    def choose(self, task: Task, examples: Sequence[Example], variant: Variant) -> list[Choice] | None:
+        """The answers of a method that needs no next token of the LLM; None: the LLM answers its prompts.
+
+        Asked for all that a task is asked in a variant at once, as `prompts` is, which is then not called.
+        """
+        del task, examples, variant
+        return None
 
     def prompts(self, task: Task, examples: Sequence[Example], variant: Variant) -> list[Prompt]:
         """What the LLM reads for each of `examples`, which are all that a task is asked in a variant.

@@ -1,8 +1,6 @@
 """ELICIT: task vectors taken from demonstrations and kept in a library, one of them retrieved for each query."""
 
-import shutil
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,21 +12,18 @@ from torch import Tensor, nn
 
 from atv import artifact
 from atv.config import EMBEDDED_GENERATOR, REGIONS, ATVConfig, Checked, Positions, TrainConfig
-from atv.errors import ATVError, unknown
-from atv.files import write_bytes, write_json
+from atv.errors import unknown
+from atv.files import write_bytes
 from atv.hooks import decoder_layers, input_device
 from atv.methods.base import Method
 from atv.methods.library import Exemplars, best_layers, exemplar_prompts, last_states, layer_scores
+from atv.methods.once import BEST, at_least_one, learn_once
 from atv.methods.retriever import Retriever, embed, fit_classifier, load_encoder
 from atv.model import steering
-from atv.options import note_shared
-from atv.processes import barrier, is_main
-from atv.progress import Bar, bar, note
-from atv.records import provenance
+from atv.progress import Bar, bar
 from atv.store import PrefixStore
 from atv.tasks import Example, Task
 
-BEST = "best"
 NO_LAYER = -1
 """An entry's best layer where the configuration names the layers instead."""
 LIBRARY_FILE = "library.safetensors"
@@ -54,10 +49,7 @@ class ElicitConfig(Checked):
 
     def __post_init__(self) -> None:
         """Raise ATVError for a value that is not allowed."""
-        for name in ("exemplars", "shots", "layer_rows"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ATVError(f"{name} is {value!r}; expected a whole number from 1.")
+        at_least_one(self, "exemplars", "shots", "layer_rows")
         if self.layers not in (BEST, *REGIONS):
             raise unknown("choice of layers", self.layers, (BEST, *REGIONS))
         ATVConfig(scale=self.scale)  # refuses what is no finite number
@@ -112,35 +104,17 @@ class Elicit(Method):
         store: PrefixStore | None = None,
     ) -> Path:
         """Fill the library and train the retriever; `train` gives the seed of the demonstrations alone."""
-        from atv import training  # the Trainer brings peft and bitsandbytes along: seconds that measuring saves
-
         del store
-        note_shared(tokenizer, tasks)
-        settings = training.training_settings(llm, tasks, config.to_dict(), {"seed": train.seed})
-        record = training.former_record(out, settings, force)
-        adapter = out / "adapter"
-        if record is not None and record["finished"]:
-            note(f"{out} holds this library already, finished; nothing to do (start over with --force).")
-            return adapter
-        if is_main():  # no more than reading prompts: not worth sharing out
-            if record is None:
-                shutil.rmtree(out / "library", ignore_errors=True)
-                record = dict[str, Any](finished=False, settings=settings, seconds=0.0) | provenance()
-                write_json(out / training.RECORD_FILE, record)
+
+        def learn(adapter: Path, parts: Path, keep: Callable[..., None]) -> None:
             library = []
             with bar(cls.name, len(tasks) * config.exemplars) as progress:
                 for task in tasks:
-                    began = time.perf_counter()
-                    library.append(_exemplars(llm, tokenizer, task, out / "library", config, train.seed, progress))
-                    record["seconds"] += time.perf_counter() - began
-                    write_json(out / training.RECORD_FILE, record)
-            began = time.perf_counter()
+                    library.append(_exemplars(llm, tokenizer, task, parts, config, train.seed, progress))
+                    keep()
             _save(llm, tasks, library, adapter, config, train.seed)
-            record |= {"finished": True, "seconds": record["seconds"] + time.perf_counter() - began}
-            write_json(out / training.RECORD_FILE, record)
-            shutil.rmtree(out / "library")
-        barrier()
-        return adapter
+
+        return learn_once(llm, tokenizer, tasks, out, config, {"seed": train.seed}, learn, force=force)
 
     @classmethod
     def load(
@@ -190,7 +164,7 @@ def _exemplars(
     rows, states = [], []
     for row, prompt in exemplar_prompts(llm, tokenizer, task, config.exemplars, config.shots, seed):
         rows.append(row)
-        states.append(last_states(llm, tokenizer, prompt.ids))
+        states.append(last_states(llm, tokenizer, [prompt.ids])[0])
         progress.advance()
     made = torch.stack(states)
     if config.layers == BEST:

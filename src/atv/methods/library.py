@@ -1,25 +1,29 @@
 """ELICIT's library: the states of prompts with demonstrations, and the layer at which each of them helps most."""
 
 import random
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from atv.batching import IGNORED, Collator, EncodedRow, encode_pair, left_padded, pad_id
+from atv.batching import IGNORED, Collator, EncodedRow, encode_pair, left_padded, like_lengths, pad_id
 from atv.config import Positions
 from atv.errors import ATVError
-from atv.hooks import capture_outputs, decoder_layers, input_device
+from atv.hooks import capture_outputs, decoder_layers, input_device, read_up_to
 from atv.methods.base import Prompt
 from atv.methods.demonstrations import fitted
 from atv.model import inject
 from atv.models import context_length
 from atv.options import answers_right, training_options
 from atv.prefix import ReadPrefix, as_cache, call_llm, full_sides, read_prefix, steered_logits
-from atv.tasks import TRAIN_PREFIX, Task, Variant
+from atv.tasks import TRAIN_PREFIX, Example, Task, Variant
 
 AT_ONCE = 100
 """Prompts in one call that looks for the best layer."""
+SPLIT_NAMES = {"train": "training", "valid": "validation", "test": "test"}
+READ_TOKENS = 1024
+"""Tokens in one call that takes states: those of all layers and tokens are held until it ends."""
 
 
 class Exemplars(NamedTuple):
@@ -50,33 +54,59 @@ def exemplar_prompts(
         shown = draw.sample(others, min(shots, len(others)))
         variant = Variant(number % len(task.templates), TRAIN_PREFIX)
         prompt = fitted(llm, tokenizer, task, shown, task.train[asked], variant)
-        _check_length(llm, task, "training", prompt.ids)
+        check_length(llm, task, "train", prompt.ids)
         prompts.append((asked, prompt))
     return prompts
 
 
-def _check_length(llm: nn.Module, task: Task, split: str, ids: list[int]) -> None:
+def check_length(llm: nn.Module, task: Task, split: str, ids: Sequence[int]) -> None:
+    """Raise ATVError if the prompt of a row of a split exceeds the LLM's context."""
     limit = context_length(llm)
     if limit is not None and len(ids) > limit:
         raise ATVError(
-            f"Task {task.name}: a {split} row makes a prompt of {len(ids)} tokens and the LLM's context is {limit}; "
-            "shorten or drop the row."
+            f"Task {task.name}: a {SPLIT_NAMES[split]} row makes a prompt of {len(ids)} tokens and the LLM's context "
+            f"is {limit}; shorten or drop the row."
         )
 
 
 @torch.no_grad()
-def last_states(llm: nn.Module, tokenizer: Any, ids: list[int]) -> Tensor:
-    """What every decoder layer gives out at the last token of a prompt: (layers, hidden), on the CPU."""
-    inputs = {name: t.to(input_device(llm)) for name, t in left_padded([ids], pad_id(tokenizer)).items()}
+def last_states(llm: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], layer: int | None = None) -> Tensor:
+    """What decoder layers give out at the last token of encoded prompts: (prompts, layers, hidden), on the CPU.
+
+    Args:
+        llm: the frozen LLM.
+        tokenizer: the LLM's.
+        prompts: token ids, none empty; prompts of about one length are read together.
+        layer: index of the only one wanted, where the pass then ends: (prompts, 1, hidden); None: all.
+    """
     layers = decoder_layers(llm)
-    with capture_outputs(layers) as captured:
-        call_llm(llm, keep=1, **inputs, use_cache=False)
-    return torch.stack([captured[index][0, -1].cpu() for index in range(len(layers))])
+    read: dict[tuple[int, ...], Tensor] = {}
+    for batch in like_lengths({tuple(ids) for ids in prompts}, READ_TOKENS):
+        inputs = {name: t.to(input_device(llm)) for name, t in left_padded(batch, pad_id(tokenizer)).items()}
+        if layer is None:
+            with capture_outputs(layers) as captured:
+                call_llm(llm, keep=1, **inputs, use_cache=False)
+            found = torch.stack([captured[index][:, -1].cpu() for index in range(len(layers))], dim=1)
+        else:
+            found = read_up_to(llm, layers[layer], **inputs, use_cache=False)[:, -1:].cpu()
+        read |= zip(batch, found, strict=True)  # found: (batch, layers, hidden)
+    return torch.stack([read[tuple(ids)] for ids in prompts])
+
+
+def in_turn(task: Task, rows: Sequence[Example]) -> list[str]:
+    """Prompts of rows with the answer prefix of training, the task's templates taking turns."""
+    return [task.prompt(row.input, Variant(n % len(task.templates), TRAIN_PREFIX)) for n, row in enumerate(rows)]
 
 
 @torch.no_grad()
 def layer_scores(
-    llm: nn.Module, tokenizer: Any, task: Task, states: Tensor, scale: float, rows: int
+    llm: nn.Module,
+    tokenizer: Any,
+    task: Task,
+    states: Tensor,
+    scale: float,
+    rows: int,
+    at: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """How well validation rows are answered with a state added at one layer, for every state and layer.
 
@@ -87,20 +117,23 @@ def layer_scores(
         llm: the frozen LLM.
         tokenizer: the LLM's.
         task: its first validation rows are asked, templates taking turns.
-        states: (exemplars, layers, hidden).
+        states: (exemplars, layers, hidden), added to every row; or one for each of the rows,
+            (exemplars, rows, layers, hidden).
         scale: the strength.
         rows: at most this many validation rows.
+        at: indices of the decoder layers that `states` are added at; None: all, in their order.
 
     Returns:
         Share of right answers over the whole vocabulary and mean log-probability of the right tokens, both
         (exemplars, layers) float32, on the CPU.
     """
     told_apart, asked = training_options(tokenizer, task).judged, []
-    for number, row in enumerate(task.valid[:rows]):
-        variant, tokens = Variant(number % len(task.templates), TRAIN_PREFIX), told_apart[row.output]
-        prompt, answer = encode_pair(tokenizer, task.prompt(row.input, variant), row.output)
+    some_rows = task.valid[:rows]
+    for row, text in zip(some_rows, in_turn(task, some_rows), strict=True):
+        tokens = told_apart[row.output]
+        prompt, answer = encode_pair(tokenizer, text, row.output)
         asked.append(EncodedRow([0], [(prompt, answer[:tokens])], tokens))
-        _check_length(llm, task, "validation", prompt + answer[: tokens - 1])
+        check_length(llm, task, "valid", prompt + answer[: tokens - 1])
     inputs = Collator(Positions.parse("last"), pad_id(tokenizer), 0)(asked)  # each (rows, seq)
     targets, judged = inputs.pop("labels"), torch.tensor([row.judged for row in asked])  # (rows, answer), (rows,)
     steered = ("input_ids", "attention_mask", "position_ids", "edit_mask")
@@ -108,10 +141,11 @@ def layer_scores(
     read = _read_once(llm, inputs, targets.shape[1])
 
     def scores(layer: nn.Module, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """Of vectors (some, 1, hidden), each (some,)."""
+        """Of vectors (some, 1, hidden) or (some, rows, 1, hidden), each (some,)."""
+        made = vectors.flatten(0, -3)
         logits = steered_logits(
             llm,
-            lambda mask: inject([layer], lambda: vectors, scale, lambda: mask),
+            lambda mask: inject([layer], lambda: made, scale, lambda: mask),
             **{name: tensor.repeat(len(vectors), 1) for name, tensor in inputs.items()},
             keep=targets.shape[1],
             read=read,
@@ -121,12 +155,14 @@ def layer_scores(
         likely = wide.log_softmax(-1).gather(-1, answers)[..., 0].masked_fill(targets == IGNORED, 0).sum(-1)
         return answers_right(wide.argmax(-1) == targets, judged).float().mean(1), likely.mean(1)
 
-    right, likely = torch.empty(2, *states.shape[:2]).unbind()
+    layers = decoder_layers(llm)
+    chosen = layers if at is None else [layers[index] for index in at]
+    right, likely = torch.empty(2, len(states), len(chosen)).unbind()
     at_once = max(1, AT_ONCE // len(asked))
     for start in range(0, len(states), at_once):
         some = slice(start, start + at_once)
-        for index, layer in enumerate(decoder_layers(llm)):
-            right[some, index], likely[some, index] = scores(layer, states[some, index : index + 1])
+        for index, layer in enumerate(chosen):
+            right[some, index], likely[some, index] = scores(layer, states[some, ..., index : index + 1, :])
     return right, likely
 
 

@@ -1,4 +1,4 @@
-"""Which task does a query belong to? A linear classifier over a frozen encoder's embeddings of queries."""
+"""A frozen encoder's states of queries, and a linear classifier over them: which task does a query belong to?"""
 
 from collections.abc import Sequence
 
@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from atv.batching import pad, pad_id
-from atv.config import ATVConfig
-from atv.generator import Generator
+from atv.config import SELF, ATVConfig, random_sizes
+from atv.errors import ATVError
+from atv.generator import CONSTANT, Generator
+from atv.models import EMBEDDED_GENERATOR
 
 AT_ONCE = 32
 """Queries that the encoder reads together."""
@@ -21,9 +23,18 @@ def load_encoder(name: str, revision: str | None = None) -> Generator:
     return Generator.load(config).eval()
 
 
+def check_encoder(name: object) -> None:
+    """Raise ATVError if no encoder can be loaded by a name that some generator has."""
+    if not isinstance(name, str) or name in (SELF, CONSTANT) or random_sizes(name) is not None:
+        raise ATVError(
+            f"The encoder of queries is {name!r}; expected the Hugging Face id or folder of a model that can read, or "
+            f"{EMBEDDED_GENERATOR}."
+        )
+
+
 @torch.no_grad()
-def embed(encoder: Generator, queries: Sequence[str]) -> Tensor:
-    """Queries to vectors of length 1, (queries, embedding) float32, on the encoder's device."""
+def read_queries(encoder: Generator, queries: Sequence[str]) -> Tensor:
+    """Queries to the encoder's pooled states, (queries, state) float32, on its device."""
     encoded = encoder.encode(queries)
     by_length = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))  # equal lengths: little padding
     found = torch.empty(len(encoded), encoder.hidden_size, device=encoder.device)
@@ -31,7 +42,12 @@ def embed(encoder: Generator, queries: Sequence[str]) -> Tensor:
         batch = by_length[start : start + AT_ONCE]
         ids, mask = pad([encoded[index] for index in batch], pad_id(encoder.tokenizer), "right")
         found[batch] = encoder(ids.to(encoder.device), mask.to(encoder.device)).float()
-    return torch.nn.functional.normalize(found, dim=-1)
+    return found
+
+
+def embed(encoder: Generator, queries: Sequence[str]) -> Tensor:
+    """Queries to vectors of length 1, (queries, embedding) float32, on the encoder's device."""
+    return torch.nn.functional.normalize(read_queries(encoder, queries), dim=-1)
 
 
 def fit_classifier(embeddings: Tensor, labels: Tensor, classes: int, penalty: float = 0.1) -> tuple[Tensor, Tensor]:
@@ -48,6 +64,10 @@ def fit_classifier(embeddings: Tensor, labels: Tensor, classes: int, penalty: fl
         Weight (classes, embedding) and bias (classes,), float32, on the CPU.
     """
     inputs, labels = embeddings.double().cpu(), labels.cpu()
+    basis = None
+    if len(inputs) < inputs.shape[1]:  # the minimum is a sum of the rows: look for it where they are
+        basis = torch.linalg.svd(inputs, full_matrices=False).Vh  # (rows, embedding)
+        inputs = inputs @ basis.T
     weight = torch.zeros(classes, inputs.shape[1], dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS(
@@ -62,7 +82,8 @@ def fit_classifier(embeddings: Tensor, labels: Tensor, classes: int, penalty: fl
         return total
 
     optimizer.step(loss)
-    return weight.detach().float(), bias.detach().float()
+    found = weight.detach() if basis is None else weight.detach() @ basis
+    return found.float(), bias.detach().float()
 
 
 class Retriever:

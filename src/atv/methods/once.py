@@ -1,0 +1,137 @@
+"""What is learnt without a training loop: recorded, resumed and started over as a training is."""
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from math import inf
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+
+from atv.config import Checked
+from atv.errors import ATVError
+from atv.files import write_json
+from atv.hooks import decoder_layers
+from atv.options import note_shared
+from atv.processes import barrier, is_main
+from atv.progress import note
+from atv.records import provenance
+from atv.tasks import Task
+
+BEST = "best"
+"""In place of a number: the one that does best on validation rows."""
+TINY = 1e-12
+"""The smallest strength of a penalty."""
+FEW = 100
+"""Validation rows with fewer than which a choice is told to be uncertain: one standard error is 5 points and more."""
+
+Learn = Callable[[Path, Path, Callable[..., None]], None]
+"""Given the folder of the adapter that it is to write, a folder for parts that an interruption shall not lose, and what
+records, whenever a part is done, the seconds so far and anything else."""
+
+
+def learn_once(
+    llm: nn.Module,
+    tokenizer: Any,
+    tasks: Sequence[Task],
+    out: Path,
+    config: Checked,
+    train: dict[str, Any],
+    learn: Learn,
+    *,
+    force: bool,
+    together: bool = False,
+) -> Path:
+    """Let `learn` write `out/adapter`, unless `out` holds it already; the record is `out/train.json`.
+
+    Args:
+        llm: the frozen LLM.
+        tokenizer: the LLM's.
+        tasks: learnt from.
+        out: folder of this training.
+        config: of the method.
+        train: what else decides the result.
+        learn: called by the main process alone, for what is not worth sharing out.
+        force: start over, even if `out` holds a training.
+        together: call `learn` in every process.
+
+    Raises:
+        ATVError: `out` holds another training.
+    """
+    from atv import training  # the Trainer brings peft and bitsandbytes along: seconds that measuring saves
+
+    note_shared(tokenizer, tasks)
+    settings = training.training_settings(llm, tasks, config.to_dict(), train)
+    record = training.former_record(out, settings, force)
+    adapter, parts = out / "adapter", out / "parts"
+    if record is not None and record["finished"]:
+        note(f"{out} holds this training already, finished; nothing to do (start over with --force).")
+        return adapter
+    barrier()  # before the record is there for other processes to find
+    if record is None:
+        record = dict[str, Any](finished=False, settings=settings, seconds=0.0) | provenance()
+        if is_main():
+            shutil.rmtree(parts, ignore_errors=True)
+            write_json(out / training.RECORD_FILE, record)
+    barrier()
+    began = time.perf_counter()
+
+    def keep(**found: Any) -> None:
+        nonlocal began
+        now = time.perf_counter()
+        record.update(found, seconds=record["seconds"] + now - began)
+        began = now
+        if is_main():
+            write_json(out / training.RECORD_FILE, record)
+
+    if is_main() or together:
+        learn(adapter, parts, keep)
+        keep(finished=True)
+    barrier()
+    if is_main():
+        shutil.rmtree(parts, ignore_errors=True)
+    return adapter
+
+
+def number_or_best(name: str, value: object, *, whole: bool = False) -> None:
+    """Raise ATVError unless a setting is `best` or a number: a positive one, or a whole one from 0."""
+    number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    if value != BEST and not (number and (0 if whole else TINY) <= cast(float, value) < inf):
+        expected = "a whole number from 0" if whole else f"a number from {TINY}"
+        raise ATVError(f"{name} is {value!r}; expected {expected}, or {BEST}: the best one on validation rows.")
+
+
+def at_least_one(config: Checked, *names: str) -> None:
+    """Raise ATVError unless these settings are whole numbers from 1."""
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ATVError(f"{name} is {value!r}; expected a whole number from 1.")
+
+
+def layers_to_try(layer: int | str, candidates: int, llm: nn.Module) -> list[int]:
+    """Indices of the decoder layers among which validation rows choose: the middles of equal parts of the depth.
+
+    Args:
+        layer: the only one, or `best`.
+        candidates: how many, if the LLM has as many.
+        llm: whose layers they are.
+    """
+    count = len(decoder_layers(llm))
+    if layer == BEST:
+        parts = min(candidates, count)
+        return [(2 * part + 1) * count // (2 * parts) for part in range(parts)]
+    if int(layer) >= count:
+        raise ATVError(f"layer is {layer}; this LLM has layers 0 to {count - 1}.")
+    return [int(layer)]
+
+
+def note_few(name: str, tasks: Sequence[Task], settings: int) -> None:
+    """Say that validation rows choose, where they are few."""
+    rows = sum(len(task.valid) for task in tasks)
+    if rows < FEW:
+        note(
+            f"{name}: {rows} validation rows choose among {settings} settings, and one row is {100 / rows:.1f} points: "
+            "what is best may be chance. Give more (--valid-rows), or name the setting."
+        )
