@@ -1,0 +1,306 @@
+"""Probe: logistic regression on a frozen state of the query. What can be told from it without any steering?
+
+The state is that of a generator, which reads the query as it is (mean pooling), or the frozen LLM's own: what one
+decoder layer gives out at the last token of the prompt (the task's first template, whatever the variant).
+
+Each task that is trained on has a classifier of its own over its training answers; a query of any other task is
+answered by one over all of them. States are standardised with the training rows' mean and deviation. The penalty, the
+same for all tasks, and the layer are those that answer most validation rows, tasks counting alike; of equal ones the
+strongest penalty, then the lowest layer. The classifier over all answers has a penalty of its own, chosen likewise.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Self
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from atv import adapter as adapters
+from atv import artifact
+from atv.batching import encode_prompt
+from atv.config import Checked, TrainConfig
+from atv.errors import ATVError, unknown
+from atv.hooks import input_device, text_config
+from atv.methods.answers import choices
+from atv.methods.base import Choice, Method
+from atv.methods.library import check_length, last_states
+from atv.methods.once import BEST, layers_to_try, learn_once, note_few, number_or_best
+from atv.methods.retriever import check_encoder, fit_classifier, load_encoder, read_queries
+from atv.models import EMBEDDED_GENERATOR
+from atv.progress import bar
+from atv.store import PrefixStore
+from atv.tasks import TRAIN_PREFIX, Example, Task, Variant
+
+WEIGHTS_FILE = "probe.safetensors"
+SOURCES = ("generator", "llm")
+PENALTIES = (1000.0, 100.0, 10.0, 1.0, 0.1)
+"""The strongest first."""
+ALL = ""
+"""Stands for the classifier over the answers of all tasks; no task has this name."""
+
+
+@dataclass
+class ProbeConfig(Checked):
+    """What is read, and how the classifiers are regularised."""
+
+    source: str = "generator"
+    """Whose state: generator, which reads the query; or llm, the frozen LLM's own at the prompt's last token."""
+    generator: str = EMBEDDED_GENERATOR
+    """Hugging Face id or folder of the frozen encoder that reads the query, with mean pooling."""
+    layer: int | str = BEST
+    """Of the source llm: index of the decoder layer, or best: chosen on validation rows."""
+    penalty: float | str = BEST
+    """Of half the squared weights, beside the summed loss (1 / C of scikit-learn); or best: chosen on validation rows
+    among 1000, 100, 10, 1 and 0.1."""
+
+    def __post_init__(self) -> None:
+        """Raise ATVError for a value that is not allowed."""
+        if self.source not in SOURCES:
+            raise unknown("source", self.source, SOURCES)
+        check_encoder(self.generator)
+        number_or_best("layer", self.layer, whole=True)
+        number_or_best("penalty", self.penalty)
+        if self.source != "llm" and self.layer != BEST:
+            raise ATVError(f"layer is {self.layer!r} and the source {self.source}: only the source llm has layers.")
+
+
+class Classifier(NamedTuple):
+    """A linear classifier of standardised states; all tensors float32."""
+
+    mean: Tensor
+    """(state,)"""
+    deviation: Tensor
+    """(state,)"""
+    weight: Tensor
+    """(answers, state)"""
+    bias: Tensor
+    """(answers,)"""
+
+    def scores(self, states: Tensor) -> Tensor:
+        """(rows, state) to (rows, answers)."""
+        return (states - self.mean) / self.deviation @ self.weight.T + self.bias
+
+
+class Labelled(NamedTuple):
+    """What a classifier learns from, or is judged by."""
+
+    states: Tensor
+    """(rows, layers, state), or (rows, state) float32 of one layer."""
+    answers: list[str]
+
+    def at(self, layer: int) -> "Labelled":
+        """The same with the states of one layer alone."""
+        return Labelled(self.states[:, layer].float(), self.answers)
+
+
+def joint(parts: Sequence[Labelled]) -> Labelled:
+    """The rows of all tasks together."""
+    return Labelled(torch.cat([rows.states for rows in parts]), [answer for rows in parts for answer in rows.answers])
+
+
+def fit(rows: Labelled, penalty: float) -> tuple[list[str], Classifier]:
+    """The answers of rows, sorted, and a classifier over them."""
+    answers = sorted(set(rows.answers))
+    mean, deviation = rows.states.mean(0), rows.states.std(0, correction=0)
+    deviation = torch.where(deviation > 0, deviation, 1.0)
+    labels = torch.tensor([answers.index(answer) for answer in rows.answers])
+    weights = fit_classifier((rows.states - mean) / deviation, labels, len(answers), penalty)
+    return answers, Classifier(mean, deviation, *weights)
+
+
+def best_penalty(pairs: Sequence[tuple[Labelled, Labelled]], penalties: Sequence[float]) -> tuple[float, float]:
+    """The penalty with the highest mean accuracy over pairs of training and validation rows, and that accuracy."""
+
+    def accuracy(train: Labelled, valid: Labelled, penalty: float) -> float:
+        known, classifier = fit(train, penalty)
+        found: list[int] = classifier.scores(valid.states).argmax(-1).tolist()
+        return sum(known[place] == answer for place, answer in zip(found, valid.answers, strict=True)) / len(found)
+
+    means = {penalty: sum(accuracy(*pair, penalty) for pair in pairs) / len(pairs) for penalty in penalties}
+    best = max(penalties, key=lambda penalty: (means[penalty], penalty))
+    return best, means[best]
+
+
+def best_layer(
+    train: Sequence[Labelled], valid: Sequence[Labelled], penalties: Sequence[float]
+) -> tuple[int, tuple[float, float]]:
+    """The layer with the highest accuracy at its best penalty, and what `best_penalty` says of it."""
+    found = {}
+    with bar("probe: choose", train[0].states.shape[1]) as progress:
+        for layer in range(train[0].states.shape[1]):
+            pairs = [(rows.at(layer), others.at(layer)) for rows, others in zip(train, valid, strict=True)]
+            found[layer] = best_penalty(pairs, penalties)
+            progress.advance()
+    best = max(found, key=lambda layer: (found[layer][1], found[layer][0], -layer))
+    return best, found[best]
+
+
+class Reader:
+    """Reads the states that the configuration names.
+
+    Args:
+        llm: the frozen LLM.
+        tokenizer: the LLM's.
+        config: of the probe.
+    """
+
+    def __init__(self, llm: nn.Module, tokenizer: Any, config: ProbeConfig) -> None:
+        self.llm, self.tokenizer = llm, tokenizer
+        self.layer = None if config.layer == BEST else layers_to_try(config.layer, 1, llm)[0]
+        self.generator = load_encoder(config.generator).to(input_device(llm)) if config.source == "generator" else None
+
+    def prompts(self, task: Task, split: str, rows: Sequence[Example]) -> list[list[int]]:
+        """What the LLM reads of rows, in the first template, as token ids; empty if it reads nothing."""
+        if self.generator is not None:
+            return [[] for _ in rows]
+        texts = [task.prompt(row.input, Variant(0, TRAIN_PREFIX)) for row in rows]
+        encoded = [encode_prompt(self.tokenizer, text) for text in texts]
+        for ids in encoded:
+            check_length(self.llm, task, split, ids)
+        return encoded
+
+    def states(self, rows: Sequence[Example], prompts: Sequence[list[int]]) -> Tensor:
+        """(rows, layers, state), on the CPU; of a generator, or one layer, there is one."""
+        if self.generator is not None:
+            return read_queries(self.generator, [row.input for row in rows]).cpu()[:, None]
+        return last_states(self.llm, self.tokenizer, prompts, self.layer)
+
+    def read(self, task: Task, split: str) -> Labelled:
+        """A split of a task."""
+        rows: Sequence[Example] = getattr(task, split)
+        return Labelled(self.states(rows, self.prompts(task, split, rows)), [row.output for row in rows])
+
+    def number(self, place: int) -> int | None:
+        """Index of the decoder layer that stands at a place of the states; None of a generator."""
+        if self.generator is not None:
+            return None
+        return place if self.layer is None else self.layer
+
+    def about(self) -> dict[str, Any]:
+        """What is kept of the generator, so that another one is refused."""
+        if self.generator is None:
+            return {}
+        weights = artifact.sample_weights(self.generator.encoder)
+        return {"name": self.generator.name_or_path, "revision": self.generator.revision, "weights": weights}
+
+
+class Probe(Method):
+    """Answers by itself: the LLM's next token is not asked for."""
+
+    name = "probe"
+    config_class = ProbeConfig
+    train_defaults = None  # learnt without a training loop
+    by_default = False
+    search: ClassVar[dict[str, tuple[Any, ...]]] = {"penalty": (BEST, 1000.0, 100.0, 10.0, 1.0)}
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        reader: Reader,
+        config: ProbeConfig,
+        classifiers: Mapping[str, tuple[list[str], Classifier]],
+        training: dict[str, Any],
+    ) -> None:
+        super().__init__(reader.llm, tokenizer)
+        self.reader, self.config, self.classifiers, self.training = reader, config, classifiers, training
+
+    @classmethod
+    def fit(
+        cls,
+        llm: nn.Module,
+        tokenizer: Any,
+        tasks: Sequence[Task],
+        out: Path,
+        config: ProbeConfig,
+        train: TrainConfig,
+        *,
+        force: bool = False,
+        store: PrefixStore | None = None,
+    ) -> Path:
+        """Read all training and validation rows once, then fit the classifiers: nothing is drawn."""
+        del store, train
+
+        def learn(folder: Path, parts: Path, keep: Callable[..., None]) -> None:
+            del parts
+            reader = Reader(llm, tokenizer, config)
+            train_all, valid_all = ([reader.read(task, split) for task in tasks] for split in ("train", "valid"))
+            penalties = PENALTIES if config.penalty == BEST else (float(config.penalty),)
+            settings = len(penalties) * train_all[0].states.shape[1]
+            if settings > 1:
+                note_few(cls.name, tasks, settings)
+            layer, (penalty, right) = best_layer(train_all, valid_all, penalties)
+            train_rows, valid_rows = ([each.at(layer) for each in split] for split in (train_all, valid_all))
+            joined = joint(train_rows), joint(valid_rows)
+            joint_penalty, _ = best_penalty([joined], penalties)
+            learnt = {task.name: fit(each, penalty) for task, each in zip(tasks, train_rows, strict=True)}
+            learnt[ALL] = fit(joined[0], joint_penalty)
+            summary = {
+                "tasks": {task.name: list(task.templates) for task in tasks},
+                "penalty": penalty,
+                "penalty_over_all_answers": joint_penalty,
+                "layer": reader.number(layer),
+                "valid_accuracy": right,
+            }
+            keep(chosen=summary)
+
+            def write(part: Path) -> None:
+                tensors = {
+                    f"{name}/{field}": tensor.contiguous()
+                    for name, (_, classifier) in learnt.items()
+                    for field, tensor in classifier._asdict().items()
+                }
+                save_file(tensors, part / WEIGHTS_FILE, metadata={"format": "pt"})
+
+            about = {"answers": {name: known for name, (known, _) in learnt.items()}, "generator": reader.about()}
+            artifact.save(folder, cls.name, artifact.describe_llm(llm), config.to_dict(), summary, write, about)
+
+        return learn_once(llm, tokenizer, tasks, out, config, {}, learn, force=force)
+
+    @classmethod
+    def load(
+        cls, llm: nn.Module, tokenizer: Any, adapter: Path | None, *, shots: int | None = None, seed: int = 42
+    ) -> Self:
+        """Load the classifiers and, if it is the source, the generator."""
+        cls.wanted_shots(shots)
+        folder = artifact.locate(cls.wanted_adapter(adapter))
+        saved = artifact.read(folder, cls.name)
+        artifact.check_llm(saved, llm, folder)
+        config = ProbeConfig.from_dict(saved.config)
+        layer = saved.training["layer"]
+        reader = Reader(llm, tokenizer, config if layer is None else replace(config, layer=layer))
+        if reader.generator is not None:
+            adapters.require_named_generator(saved, reader.generator, folder)
+        answers: dict[str, list[str]] = saved.about["answers"]
+        like = {f"{name}/{field}": shape for name, known in answers.items() for field, shape in _like(reader, known)}
+        tensors = artifact.load_tensors(folder / WEIGHTS_FILE, like)
+        classifiers = {
+            name: (known, Classifier(*(tensors[f"{name}/{field}"] for field in Classifier._fields)))
+            for name, known in answers.items()
+        }
+        method = cls(tokenizer, reader, config, classifiers, saved.training)
+        method.seed = seed
+        return method
+
+    def describe(self) -> dict[str, Any]:
+        """Its configuration, and what validation rows have chosen."""
+        return {"config": self.config.to_dict(), "training": self.training}
+
+    def choose(self, task: Task, examples: Sequence[Example], variant: Variant) -> list[Choice]:
+        """By the task's own classifier; for a task that was not trained on by that over all answers."""
+        del variant
+        answers, classifier = self.classifiers.get(task.name, self.classifiers[ALL])
+        prompts = self.reader.prompts(task, "test", examples)
+        states = self.reader.states(examples, prompts)[:, 0].float()
+        chosen = choices(classifier.scores(states), answers, task.options)
+        return [choice._replace(prompt_tokens=len(ids)) for choice, ids in zip(chosen, prompts, strict=True)]
+
+
+def _like(reader: Reader, answers: Sequence[str]) -> list[tuple[str, Tensor]]:
+    """Tensors of the shapes that a classifier over `answers` has, by field."""
+    generator = reader.generator
+    width = text_config(reader.llm).hidden_size if generator is None else generator.hidden_size
+    shapes = {"mean": (width,), "deviation": (width,), "weight": (len(answers), width), "bias": (len(answers),)}
+    return [(field, torch.empty(shape, device="meta")) for field, shape in shapes.items()]
