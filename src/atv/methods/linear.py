@@ -1,0 +1,270 @@
+"""Linear task vector (arXiv 2605.20730): the effect of demonstrations as a linear function of the LLM's own state.
+
+Of the paper only the abstract is followed: a closed-form linear map, found by regression, estimates what demonstrations
+do to a hidden state, and stands in for them in use. Everything else is decided here:
+
+- State: what one decoder layer gives out at the prompt's last token, h without demonstrations and h' with them
+  (`shots` other training rows before the query, templates taking turns, the same one in both prompts).
+- Map: ridge regression of the effect h' - h on h over a task's training rows, both centred, so that a strong ridge
+  leaves the mean effect, the usual task vector:  e(h) = mean(h' - h) + (h - mean(h)) B.  The penalty is `ridge` times
+  the mean eigenvalue of the rows' Gram matrix: one scale of it fits every layer and LLM.
+- Use: at that layer and token  h + scale * e(h),  from the state in the very pass that is steered.
+- Each task that is trained on has a map of its own; a query of any other task takes one of all training rows.
+- Layer and ridge, the same for all tasks, are those with which most validation rows are answered, tasks counting alike;
+  of equal ones those that make the right tokens likeliest.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Self
+
+import torch
+from safetensors.torch import load_file, save, save_file
+from torch import Tensor, nn
+
+from atv import artifact
+from atv.batching import encode_prompt
+from atv.config import ATVConfig, Checked, Positions, TrainConfig
+from atv.files import write_bytes
+from atv.hooks import decoder_layers, edit_outputs, input_device
+from atv.methods.base import Method
+from atv.methods.library import check_length, exemplar_prompts, in_turn, last_states, layer_scores
+from atv.methods.once import BEST, at_least_one, layers_to_try, learn_once, note_few, number_or_best
+from atv.model import editing, inject
+from atv.progress import bar
+from atv.steering import PromptTracker
+from atv.store import PrefixStore
+from atv.tasks import TRAIN_PREFIX, Example, Task, Variant
+
+WEIGHTS_FILE = "linear.safetensors"
+RIDGES = (100.0, 10.0, 1.0, 0.1)
+"""The strongest first."""
+ALL = ""
+"""Stands for the map of all training rows; no task has this name."""
+
+
+@dataclass
+class LinearConfig(Checked):
+    """What the map is fitted to, and where its effect is added."""
+
+    shots: int = 16
+    """Demonstrations whose effect is estimated."""
+    layer: int | str = BEST
+    """Index of the decoder layer, or best: of `candidates` layers the best one on validation rows."""
+    candidates: int = 8
+    """Layers that are tried, evenly spread over the LLM's depth."""
+    ridge: float | str = BEST
+    """Penalty in units of the rows' mean eigenvalue, or best: chosen on validation rows among 100, 10, 1 and 0.1."""
+    scale: float = 1.0
+    """Strength of the addition; 1 replaces the state by the estimated one."""
+
+    def __post_init__(self) -> None:
+        """Raise ATVError for a value that is not allowed."""
+        at_least_one(self, "shots", "candidates")
+        number_or_best("layer", self.layer, whole=True)
+        number_or_best("ridge", self.ridge)
+        ATVConfig(scale=self.scale)  # refuses what is no finite number
+
+
+class Ridge(NamedTuple):
+    """A linear map in terms of the rows that it was fitted to; all tensors float32."""
+
+    mean: Tensor
+    """(hidden,), of the rows' states."""
+    effect: Tensor
+    """(hidden,), their mean effect."""
+    rows: Tensor
+    """(rows, hidden), their centred states."""
+    weights: Tensor
+    """(rows, hidden)"""
+
+    def effects(self, states: Tensor) -> Tensor:
+        """States (..., hidden) to the effects that demonstrations would have, (..., hidden)."""
+        return self.effect + (states - self.mean) @ self.rows.T @ self.weights
+
+    def to(self, device: torch.device) -> "Ridge":
+        """The same on another device."""
+        return Ridge(*(tensor.to(device) for tensor in self))
+
+
+def fit(states: Tensor, effects: Tensor, ridge: float) -> Ridge:
+    """Minimise the squared error of the centred effects + ridge * mean eigenvalue * squared weights of the map.
+
+    Args:
+        states: (rows, hidden), without demonstrations.
+        effects: (rows, hidden), what demonstrations add to them.
+        ridge: the strength.
+    """
+    mean, effect = states.double().mean(0), effects.double().mean(0)
+    rows = states.double() - mean
+    gram = rows @ rows.T  # (rows, rows)
+    penalty = ridge * gram.trace() / len(rows)
+    penalty = torch.where(penalty > 0, penalty, 1.0)  # all rows alike: nothing to fit
+    weights = torch.linalg.solve(gram + penalty * torch.eye(len(rows), dtype=gram.dtype), effects.double() - effect)
+    return Ridge(*(tensor.float() for tensor in (mean, effect, rows, weights)))
+
+
+class Linear(Method):
+    """The plain prompt, and the estimated effect of demonstrations added at one layer to its last token's state."""
+
+    name = "linear"
+    config_class = LinearConfig
+    train_defaults = None  # learnt without a training loop
+    by_default = False
+    search: ClassVar[dict[str, tuple[Any, ...]]] = {"scale": (1.0, 0.5, 1.5), "shots": (16, 4)}
+    edited = 1
+
+    def __init__(
+        self, llm: nn.Module, tokenizer: Any, config: LinearConfig, maps: Mapping[str, Ridge], training: dict[str, Any]
+    ) -> None:
+        super().__init__(llm, tokenizer)
+        self.config, self.training = config, training
+        self.layer = decoder_layers(llm)[training["layer"]]
+        self.maps = {name: made.to(input_device(llm)) for name, made in maps.items()}
+
+    @classmethod
+    def fit(
+        cls,
+        llm: nn.Module,
+        tokenizer: Any,
+        tasks: Sequence[Task],
+        out: Path,
+        config: LinearConfig,
+        train: TrainConfig,
+        *,
+        force: bool = False,
+        store: PrefixStore | None = None,
+    ) -> Path:
+        """Read all training rows without and with demonstrations, which `train.seed` draws, and fit the maps."""
+        del store
+        layers = layers_to_try(config.layer, config.candidates, llm)
+        ridges = RIDGES if config.ridge == BEST else (float(config.ridge),)
+
+        def learn(folder: Path, parts: Path, keep: Callable[..., None]) -> None:
+            read, scores = [], []
+            if len(layers) * len(ridges) > 1:
+                note_few(cls.name, tasks, len(layers) * len(ridges))
+            with bar(cls.name, len(tasks)) as progress:
+                for task in tasks:
+                    progress.describe(f"{cls.name}: {task.name}")
+                    states, effects = _read(llm, tokenizer, task, layers, config.shots, train.seed, parts)
+                    read.append((states, effects))
+                    scores.append(_scores(llm, tokenizer, task, layers, states, effects, ridges, config.scale))
+                    keep()
+                    progress.advance()
+            right, likely = (torch.stack(of).mean(0) for of in zip(*scores, strict=True))  # (ridges, layers)
+            likely = likely.nan_to_num(nan=float("-inf"))
+            settings = [(place, where) for where in range(len(layers)) for place in range(len(ridges))]
+            place, where = max(settings, key=lambda of: (right[of].item(), likely[of].item()))
+            at = {task.name: (s[:, where], e[:, where]) for task, (s, e) in zip(tasks, read, strict=True)}
+            at[ALL] = torch.cat([s for s, _ in at.values()]), torch.cat([e for _, e in at.values()])
+            maps = {name: fit(s, e, ridges[place]) for name, (s, e) in at.items()}
+            summary = {
+                "tasks": {task.name: list(task.templates) for task in tasks},
+                "seed": train.seed,
+                "layer": layers[where],
+                "ridge": ridges[place],
+                "valid_accuracy": right[place, where].item(),
+            }
+            keep(chosen=summary)
+
+            def write(part: Path) -> None:
+                tensors = {f"{name}/{key}": t for name, made in maps.items() for key, t in made._asdict().items()}
+                save_file({name: t.contiguous() for name, t in tensors.items()}, part / WEIGHTS_FILE)
+
+            artifact.save(folder, cls.name, artifact.describe_llm(llm), config.to_dict(), summary, write)
+
+        return learn_once(llm, tokenizer, tasks, out, config, {"seed": train.seed}, learn, force=force)
+
+    @classmethod
+    def load(
+        cls, llm: nn.Module, tokenizer: Any, adapter: Path | None, *, shots: int | None = None, seed: int = 42
+    ) -> Self:
+        """Load the maps onto the LLM."""
+        cls.wanted_shots(shots)
+        folder = artifact.locate(cls.wanted_adapter(adapter))
+        saved = artifact.read(folder, cls.name)
+        artifact.check_llm(saved, llm, folder)
+        tensors = load_file(folder / WEIGHTS_FILE)
+        names = dict.fromkeys(name.rpartition("/")[0] for name in tensors)
+        maps = {name: Ridge(*(tensors[f"{name}/{field}"] for field in Ridge._fields)) for name in names}
+        method = cls(llm, tokenizer, LinearConfig.from_dict(saved.config), maps, saved.training)
+        method.seed = seed
+        return method
+
+    def describe(self) -> dict[str, Any]:
+        """Its configuration, and what validation rows have chosen."""
+        return {"config": self.config.to_dict(), "training": self.training}
+
+    def steer(self, task: Task, examples: Sequence[Example]) -> AbstractContextManager[Any]:
+        """The task's map; for a task that was not trained on that of all training rows."""
+        made = self.maps.get(task.name, self.maps[ALL])
+        last = Positions.parse("last")
+        return editing(self.llm, [self.layer], len(examples), last, lambda tracker: self._add(made, tracker))
+
+    @contextmanager
+    def _add(self, made: Ridge, tracker: PromptTracker) -> Iterator[None]:
+        vectors: list[Tensor] = []
+
+        def look(_: int, hidden: Tensor) -> Tensor:
+            ends = tracker.prompt_ends()
+            assert ends is not None  # the call edits a token: it holds the prompts' ends
+            rows = torch.arange(len(hidden), device=hidden.device)
+            states = hidden[rows, ends.to(hidden.device)].to(made.mean)  # (rows, hidden)
+            vectors[:] = [made.effects(states)[:, None]]
+            return hidden
+
+        adding = inject([self.layer], lambda: vectors[0], self.config.scale, lambda: tracker.mask)
+        with adding, edit_outputs([self.layer], look):  # of two on one layer the later one runs first
+            yield
+
+
+def _read(
+    llm: nn.Module, tokenizer: Any, task: Task, layers: Sequence[int], shots: int, seed: int, parts: Path
+) -> tuple[Tensor, Tensor]:
+    """States of training rows without demonstrations and the demonstrations' effect, (rows, layers, hidden) each.
+
+    From the task's file, if an interrupted training has left it.
+    """
+    file = parts / f"{task.name}.safetensors"
+    if not file.exists():
+        shown = exemplar_prompts(llm, tokenizer, task, len(task.train), shots, seed)
+        plain = []
+        for number, (row, _) in enumerate(shown):
+            variant = Variant(number % len(task.templates), TRAIN_PREFIX)
+            plain.append(encode_prompt(tokenizer, task.prompt(task.train[row].input, variant)))
+        read = {
+            "without": last_states(llm, tokenizer, plain)[:, layers],
+            "with": last_states(llm, tokenizer, [prompt.ids for _, prompt in shown])[:, layers],
+        }
+        write_bytes(file, save(read, {"format": "pt"}))
+    found = load_file(file)
+    return found["without"].float(), found["with"].float() - found["without"].float()
+
+
+def _scores(
+    llm: nn.Module,
+    tokenizer: Any,
+    task: Task,
+    layers: Sequence[int],
+    states: Tensor,
+    effects: Tensor,
+    ridges: Sequence[float],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """How well validation rows are answered, for each ridge and layer: as `layer_scores` says."""
+    prompts = [encode_prompt(tokenizer, text) for text in in_turn(task, task.valid)]
+    for ids in prompts:
+        check_length(llm, task, "valid", ids)
+    asked = last_states(llm, tokenizer, prompts)[:, layers].float()  # (valid, layers, hidden)
+    made = torch.stack(
+        [
+            torch.stack(
+                [fit(states[:, at], effects[:, at], ridge).effects(asked[:, at]) for at in range(asked.shape[1])], dim=1
+            )
+            for ridge in ridges
+        ]
+    )  # (ridges, valid, layers, hidden)
+    return layer_scores(llm, tokenizer, task, made, scale, len(prompts), layers)
