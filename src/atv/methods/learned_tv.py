@@ -1,0 +1,110 @@
+"""Learned task vector (arXiv 2509.24169): one trained vector, added at one decoder layer of the frozen LLM.
+
+As its paper has it: the vector is trained directly, by the loss of the answers, instead of being taken from states; it
+works at any layer, at the last token of the prompt or at several. Here one vector serves all tasks, as every method's
+adapter does, its optimiser and its start at zero are those of `fixed`, and the layer is the one of a few, evenly spread
+over the LLM's depth, whose vector answers most validation rows: one is trained at each.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import nn
+
+from atv.config import Checked, Positions, TrainConfig
+from atv.files import read_json
+from atv.methods.fixed import Fixed, FixedConfig, FixedModel
+from atv.methods.once import BEST, at_least_one, layers_to_try, learn_once, note_few, number_or_best
+from atv.processes import barrier, is_main
+from atv.progress import note
+from atv.store import PrefixStore
+from atv.tasks import Task
+
+
+@dataclass
+class LearnedTVConfig(Checked):
+    """Where the vector is added."""
+
+    layer: int | str = BEST
+    """Index of the decoder layer, or best: of `candidates` layers the best one on validation rows."""
+    candidates: int = 4
+    """Layers that are tried, evenly spread over the LLM's depth."""
+    positions: str = "last"
+    """Tokens that receive the vector: last, last:K (the paper has both last and last:5), answer or all."""
+
+    def __post_init__(self) -> None:
+        """Raise ATVError for a value that is not allowed."""
+        number_or_best("layer", self.layer, whole=True)
+        Positions.parse(self.positions)
+        at_least_one(self, "candidates")
+
+
+class LearnedTVModel(FixedModel):
+    """A fixed vector at one layer."""
+
+    method = "learned-tv"
+
+
+class LearnedTV(Fixed):
+    """A trained vector at one layer."""
+
+    name = "learned-tv"
+    config_class: ClassVar[type[Checked] | None] = LearnedTVConfig  # type: ignore[assignment]
+    model_class = LearnedTVModel
+    search: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "positions": ("last", "last:5"),
+        "learning_rate": Fixed.search["learning_rate"],
+    }
+    by_default: ClassVar[bool] = False
+
+    @classmethod
+    def fit(
+        cls,
+        llm: nn.Module,
+        tokenizer: Any,
+        tasks: Sequence[Task],
+        out: Path,
+        config: Any,
+        train: TrainConfig,
+        *,
+        force: bool = False,
+        store: PrefixStore | None = None,
+    ) -> Path:
+        """Train a vector at each layer that is to be tried, as `fixed` trains its vectors, and keep the best."""
+        layers = layers_to_try(config.layer, config.candidates, llm)
+        train_fixed = super().fit
+        settings = train.to_dict()
+        del settings["gradient_accumulation_steps"]  # decides rounding alone
+
+        def learn(folder: Path, parts: Path, keep: Callable[..., None]) -> None:
+            shared = store or PrefixStore()
+            found: dict[int, dict[str, Any]] = {}
+            for layer in layers:
+                at = FixedConfig(layers=[layer], positions=config.positions)
+                train_fixed(llm, tokenizer, tasks, parts / str(layer), at, train, store=shared)
+                found[layer] = read_json(parts / str(layer) / "train.json", "the record of a training")
+                keep()
+            scores = {layer: validation(record) for layer, record in found.items()}
+            best = max(scores, key=lambda layer: scores[layer])
+            if len(layers) > 1:
+                note_few(cls.name, tasks, len(layers))
+                note(f"{cls.name}: layer {best} of {', '.join(map(str, layers))} answers most validation rows")
+            if is_main():
+                model = cls.model_class.from_pretrained(llm, parts / str(best) / "adapter", tokenizer=tokenizer)
+                model.training_summary["layers"] = {
+                    str(layer): {"valid_accuracy": right, "valid_loss": -loss}
+                    for layer, (right, loss) in scores.items()
+                }
+                model.save_pretrained(folder)
+            barrier()
+            keep(layer=best, **{key: found[best].get(key) for key in ("history", "trainable_parameters")})
+
+        return learn_once(llm, tokenizer, tasks, out, config, settings, learn, force=force, together=True)
+
+
+def validation(record: dict[str, Any]) -> tuple[float, float]:
+    """Accuracy and negative loss on validation rows of the epoch that a training has kept."""
+    kept = [entry for entry in record["history"] if "eval_loss" in entry and entry["step"] == record["best_step"]]
+    return kept[0]["eval_accuracy"], -kept[0]["eval_loss"]
