@@ -165,7 +165,8 @@ def test_the_paper_s_numbers_do_not_stand_beside_fewer_tasks():
 
 
 def test_methods_stand_in_the_paper_s_order_and_each_llm_has_tables_of_its_own():
-    others = ("own", "icl+atv", "atv", "fixed", "full", "prefix", "lora", "i2cl", "elicit", "bm25", "icl", "zero-shot")
+    others = ("own", "icl+atv", "atv", "fixed", "learned-tv", "encoder", "probe", "full", "prefix", "lora", "linear",
+              "i2cl", "elicit", "bm25", "icl", "zero-shot")  # fmt: skip
     rows = [row for method in others for row in rows_of(method, "d", "x-")]
     assert [line[0] for line in in_domain_table(rows).rows] == [*others[:0:-1], "own"]
     titles = [table.title for table in paper_tables([*rows, *rows_of("atv", "e", "x", llm="large")])]

@@ -47,7 +47,12 @@ def world(tmp_path_factory):
     byte_level_tokenizer().save_pretrained(folder / "llm")
     make_atv().generator.save(folder / "generator")
     generator = str(folder / "generator")
-    given = {"atv": {"generator": generator, "pooling": "mean", "scale": 0.5}, "elicit": {"encoder": generator}}
+    given = {
+        "atv": {"generator": generator, "pooling": "mean", "scale": 0.5},
+        "elicit": {"encoder": generator},
+        "probe": {"generator": generator},
+        "encoder": {"generator": generator},
+    }
     return Frozen(str(folder / "llm"), dtype="float32"), given
 
 
@@ -69,12 +74,14 @@ def test_every_method_answers_the_same_rows(world, tmp_path):
         asked[row["method"]].append((row["task"], row["template"], row["answer_prefix"], row["example"], row["target"]))
     assert set(map(tuple, asked.values())) == {tuple(asked["zero-shot"])}
     assert len(asked["atv"]) == 3 * 4
-    for name in ("atv", "lora", "i2cl", "fixed", "full", "prefix", "elicit"):
+    for name in (name for name, method in METHODS.items() if method.trained_as() == name):
         record = json.loads((tmp_path / "trained" / f"{name}-1" / "train.json").read_text())
         assert set(record["settings"]["tasks"]) == {"toy", "other"}, name  # once for all, the unseen one left out
         assert all(task["train"] == 6 for task in record["settings"]["tasks"].values())
     again = time.perf_counter()
-    assert reproduce(TINY, frozen, tasks(), tmp_path, given=given) == [run for run in runs if "full" not in run.name]
+    tables = [run for run, name in zip(runs, METHODS, strict=True) if METHODS[name].by_default]
+    assert len(tables) == len(METHODS) - 5  # those that are no part of the paper's tables
+    assert reproduce(TINY, frozen, tasks(), tmp_path, given=given) == tables
     assert time.perf_counter() - again < 2
     with pytest.raises(ATVError, match="other settings"):
         reproduce(TINY, frozen, tasks(), tmp_path, given=given | {"lora": {"rank": 4}})
@@ -201,12 +208,12 @@ def test_a_sweep_never_sees_the_test_rows_and_keeps_the_best(world, tmp_path, mo
         return evaluate(method, tasks, run, **how)
 
     monkeypatch.setattr(sys.modules["atv.protocol.measure"], "evaluate", watched)  # the module, not the function
-    best = sweep(TINY, frozen, tasks(), tmp_path, methods=["fixed", "lora"], trials=2, given=given)
+    best = sweep(TINY, frozen, tasks(), tmp_path, methods=["fixed", "lora", "probe"], trials=2, given=given)
     assert seen
     assert not {row for task in tasks() for row in task.test} & set(seen)
     assert not {row for row in tasks()[2].train} & set(seen)
     record = json.loads((tmp_path / "sweep.json").read_text())
-    for name in ("fixed", "lora"):
+    for name in ("fixed", "lora", "probe"):
         assert len(record["trials"][name]) == 2
         top = max(record["trials"][name], key=lambda row: row["accuracy"])
         assert best[name] == top["settings"]

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import byte_level_tokenizer, make_atv, make_llm, toy_task
+from conftest import byte_level_tokenizer, make_atv, make_generator, make_llm, toy_task
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -26,6 +26,7 @@ from atv.config import ATVConfig, TrainConfig
 from atv.errors import ATVError
 from atv.files import sha256
 from atv.generator import Generator
+from atv.methods.encoder import EncoderConfig, EncoderModel
 from atv.methods.fixed import FixedModel
 from atv.methods.full import FullModel
 from atv.methods.i2cl import I2CLConfig, I2CLModel
@@ -311,7 +312,15 @@ def trainables(tmp_path):
         "prefix": peft(PrefixTuning),
         "full": lambda: FullModel(llm, tokenizer),
         "i2cl": lambda: I2CLModel(llm, I2CLConfig(), tokenizer).read([task], 1),
+        "encoder": lambda: encoder(llm, tokenizer, task),
     }
+
+
+def encoder(llm, tokenizer, task):
+    config = EncoderConfig()
+    generator = make_generator(config.generator_config())
+    answers = {task.name: ["no", "yes"]}
+    return EncoderModel(llm, config, tokenizer, answers, generator=generator)
 
 
 def t5(llm, tokenizer):
@@ -322,7 +331,7 @@ def t5(llm, tokenizer):
     return ATVModel(llm, config, tokenizer=tokenizer, generator=generator)
 
 
-KINDS = ["atv", "t5", "fixed", "self", "random", "lora", "prefix", "full", "i2cl"]
+KINDS = ["atv", "t5", "fixed", "self", "random", "lora", "prefix", "full", "i2cl", "encoder"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

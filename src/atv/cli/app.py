@@ -92,7 +92,11 @@ def train(
         Path, typer.Option(parser=opt.path, help="Folder for the adapter, the record and the checkpoints.")
     ] = Path("runs/train"),
     method: Annotated[
-        str, typer.Option(help="atv, fixed, elicit, i2cl, lora, prefix or full; the options below are those of atv.")
+        str,
+        typer.Option(
+            help="atv, fixed, learned-tv, elicit, i2cl, linear, lora, prefix, full, probe or encoder; the options "
+            "below are those of atv."
+        ),
     ] = "atv",
     set: Annotated[
         list[str] | None,
@@ -207,8 +211,8 @@ def evaluate(
     method: Annotated[
         str,
         typer.Option(
-            help="zero-shot, icl, bm25, elicit, i2cl, lora, prefix, full, fixed, atv or icl+atv; by default the "
-            "adapter's method, without one zero-shot."
+            help="zero-shot, icl, bm25, elicit, i2cl, linear, lora, prefix, full, probe, encoder, learned-tv, fixed, "
+            "atv or icl+atv; by default the adapter's method, without one zero-shot."
         ),
     ] = "",
     adapter: Annotated[Path | None, typer.Option(parser=opt.path, help="Folder that atv train wrote.")] = None,

@@ -155,7 +155,10 @@ ProfileName = Annotated[
     ),
 ]
 MethodNames = Annotated[
-    list[str] | None, typer.Option("--method", help="Method; once for each. Default: all but full.")
+    list[str] | None,
+    typer.Option(
+        "--method", help="Method; once for each. Default: all but full, linear, probe, encoder and learned-tv."
+    ),
 ]
 SettingsFile = Annotated[
     Path | None,

@@ -15,7 +15,10 @@ from atv.tasks import PAPER, UNSEEN
 ATV = "atv"
 PAPER_LINE = "paper, "
 """How a line with the paper's numbers begins."""
-METHODS = ("zero-shot", "icl", "bm25", "elicit", "i2cl", "lora", "prefix", "full", "fixed", ATV, "icl+atv")
+METHODS = (
+    *("zero-shot", "icl", "bm25", "elicit", "i2cl", "linear", "lora", "prefix", "full", "probe", "encoder"),
+    *("learned-tv", "fixed", ATV, "icl+atv"),
+)
 CATEGORIES = ("NLU", "Reasoning", "Knowledge", "Mathematics", "Safety")
 ACCURACY = {"correct": "accuracy", "correct_among_options": "accuracy among options"}
 _PLOTS = {"correct": ("scores", "cost"), "correct_among_options": ("scores",)}
