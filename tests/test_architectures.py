@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import SIZES, byte_level_tokenizer, make_generator
+from conftest import PAPER_FORM, SIZES, byte_level_tokenizer, make_generator
 from test_model import batch_of, full_pass_loss
 from test_prefix import PROMPTS, logits
 from transformers import (
@@ -61,7 +61,7 @@ CONFIGS = {
 def made(name, positions):
     set_seed(1)
     llm = AutoModelForCausalLM.from_config(CONFIGS[name]).float().eval()
-    config = ATVConfig(scale=0.3, pooling="mean", positions=positions)
+    config = ATVConfig(**PAPER_FORM, positions=positions)
     set_seed(3)
     return ATVModel(llm, config, tokenizer=byte_level_tokenizer(), generator=make_generator(config)).eval()
 

@@ -7,7 +7,7 @@ from threading import Event, Thread
 
 import pytest
 import torch
-from conftest import GROUPED, byte_level_tokenizer, make_atv, make_generator, make_llm
+from conftest import GROUPED, PAPER_FORM, byte_level_tokenizer, make_atv, make_generator, make_llm
 from refusals import refused
 from test_generate import NEW, PROMPTS, QUERIES, generated, recomputed
 from transformers import (
@@ -41,7 +41,7 @@ RECURRENT = {
 
 
 def atv_on(llm, **options):
-    config = ATVConfig(**({"scale": 1.0, "pooling": "mean"} | options))
+    config = ATVConfig(**(PAPER_FORM | {"scale": 1.0} | options))
     llm.generation_config.eos_token_id = None
     set_seed(3)
     atv = ATVModel(llm, config, tokenizer=byte_level_tokenizer(), generator=make_generator(config))

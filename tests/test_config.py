@@ -39,7 +39,7 @@ def test_the_training_of_the_paper():
         "batch_size": 8,
         "gradient_accumulation_steps": 1,
         "learning_rate": 0.0005,
-        "generator_learning_rate": None,
+        "generator_learning_rate": 0.0005,
         "lr_schedule": "constant",
         "optimizer": "adam",
         "weight_decay": 0.00001,

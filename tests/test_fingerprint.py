@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import CONFIGS, byte_level_tokenizer, make_generator, make_llm
+from conftest import CONFIGS, PAPER_FORM, byte_level_tokenizer, make_generator, make_llm
 from peft import IA3Config, LoraConfig, PrefixTuningConfig, get_peft_model
 from refusals import refused
 from transformers import AutoModelForCausalLM, set_seed
@@ -17,7 +17,7 @@ from atv.model import ATVModel
 
 
 def saved(llm, path):
-    config = ATVConfig(scale=0.3, pooling="mean")
+    config = ATVConfig(**PAPER_FORM)
     atv = ATVModel(llm, config, tokenizer=byte_level_tokenizer(), generator=make_generator(config)).eval()
     atv.save_pretrained(path)
     return atv

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import byte_level_tokenizer, make_llm
+from conftest import PAPER_FORM, byte_level_tokenizer, make_llm
 from refusals import refused
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -39,7 +39,7 @@ def encoder(kind, **options):
 
 
 def with_generator(model, **options):
-    config = ATVConfig(**{"scale": 0.3, "pooling": "mean"} | options)
+    config = ATVConfig(**PAPER_FORM | options)
     generator = Generator(model, byte_level_tokenizer(), config.pooling, config.query_template, config.train_generator)
     set_seed(3)
     return ATVModel(make_llm(dtype=torch.float32), config, tokenizer=byte_level_tokenizer(), generator=generator).eval()

@@ -328,7 +328,7 @@ def test_peft_adapters_read_options_too(kind, name, tmp_path):
 @pytest.mark.parametrize("positions", ["last", "all"])
 def test_the_llm_as_its_own_generator_steers_options_by_its_prompts(positions, tmp_path):
     set_seed(3)
-    config = ATVConfig(generator="self", scale=1.0, positions=positions)
+    config = ATVConfig(generator="self", parametrisation="paper", scale=1.0, positions=positions)
     atv = ATVModel(make_llm(), config, tokenizer=byte_level_tokenizer()).double().eval()
 
     def read(_, prompt, answer):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import byte_level_tokenizer, make_atv, make_llm, toy_task
 
+from atv.config import ATVConfig, TrainConfig
 from atv.errors import ATVError
 from atv.methods import METHODS
 from atv.protocol import (
@@ -25,7 +26,6 @@ from atv.protocol import (
     method_settings,
     read_experiment,
     read_settings,
-    recipe,
     reproduce,
     sweep,
 )
@@ -178,11 +178,24 @@ def test_a_wrong_settings_file_is_refused(tmp_path, text, named):
         read_settings(tmp_path / "settings.toml")
 
 
-def test_the_recipe_and_every_profile_fit_every_method():
+def test_the_papers_form_comes_with_the_papers_values_but_for_what_is_said():
+    config, train = method_settings("atv", [{"all": {"epochs": 2}}, {"atv": {"parametrisation": "paper"}}], 3)
+    assert config == ATVConfig.paper()
+    assert train == TrainConfig.paper(epochs=2, seed=3)
+    config, train = method_settings("atv", [PROFILES["paper"].tables(), {"atv": {"scale": 0.1}}], 3)
+    assert config == ATVConfig.paper(scale=0.1)
+    assert train == TrainConfig.paper(seed=3)
+    assert method_settings("lora", [PROFILES["paper"].tables()], 3).train == TrainConfig.paper(
+        learning_rate=4e-4, generator_learning_rate=None, seed=3
+    )
+    assert method_settings("atv", [], 3) == (ATVConfig(), TrainConfig(seed=3))
+
+
+def test_every_profile_fits_every_method():
     for profile in PROFILES.values():
         for name, method in METHODS.items():
             if method.config_class is not None:
-                method_settings(name, [recipe(), profile.tables()], 42)
+                method_settings(name, [profile.tables()], 42)
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].search])

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from conftest import GROUPED, byte_level_tokenizer, make_generator, toy_task
+from conftest import GROUPED, PAPER_FORM, byte_level_tokenizer, make_generator, toy_task
 from transformers import AutoModelForCausalLM, LlamaConfig, set_seed
 
 import atv.models as models
@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
 
 
 def make(llm, **options):
-    config = ATVConfig(**({"scale": 0.3, "pooling": "mean", "positions": "last:2"} | options))
+    config = ATVConfig(**(PAPER_FORM | {"positions": "last:2"} | options))
     set_seed(3)
     return ATVModel(llm, config, generator=make_generator(config), tokenizer=byte_level_tokenizer()).eval()
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import byte_level_tokenizer, make_llm, sentencepiece_tokenizer, toy_task
+from conftest import PAPER_FORM, byte_level_tokenizer, make_llm, sentencepiece_tokenizer, toy_task
 from refusals import refused
 from test_model import batch_of
 from transformers import LlamaModel, set_seed
@@ -16,7 +16,7 @@ QUERIES = ["the kettle leaks", "quiet", "a quiet harbour before the first boats 
 
 
 def made(name="random:2x32", seed=3, tokenizer=None, llm="llama", **options):
-    frozen, config = make_llm(llm, torch.float32), ATVConfig(generator=name, **({"scale": 0.3} | options))
+    frozen, config = make_llm(llm, torch.float32), ATVConfig(generator=name, **(PAPER_FORM | options))
     set_seed(seed)
     return ATVModel(frozen, config, tokenizer=tokenizer or byte_level_tokenizer()).eval()
 
@@ -34,12 +34,12 @@ def test_its_shape_is_what_the_name_says(layers, width, heads):
     assert {p.dtype for p in encoder.parameters()} == {torch.float32}
     assert encoder.embed_tokens.weight.std().item() == pytest.approx(0.02, rel=0.1)
     assert atv.expansion.map.in_features == width
-    assert f"generator random:{layers}x{width}, pooling last" in model_summary(atv)
+    assert f"generator random:{layers}x{width}, pooling mean" in model_summary(atv)
 
 
 def test_it_reads_the_llms_tokens_in_the_query_template():
     atv = made(tokenizer=sentencepiece_tokenizer())
-    assert atv.generator.encode(QUERIES[:1]) == [atv.tokenizer(f"Q: {QUERIES[0]}\nA:")["input_ids"]]
+    assert atv.generator.encode(QUERIES[:1]) == [atv.tokenizer(QUERIES[0])["input_ids"]]
 
 
 def test_the_seed_decides_it():
@@ -68,7 +68,7 @@ def test_the_wiring_is_right_and_every_weight_takes_a_gradient(llm):
 def test_it_is_trained_and_saved_whole(tmp_path, tokenizer):
     atv = made(tokenizer=tokenizer(), llm="gpt2")
     before = {name: p.clone() for name, p in atv.generator.named_parameters()}
-    train(atv, [toy_task(rows=12)], tmp_path / "out", TrainConfig(epochs=1, batch_size=4, templates_per_row=1))
+    train(atv, [toy_task(rows=12)], tmp_path / "out", TrainConfig.paper(epochs=1, batch_size=4))
     assert all(not torch.equal(p, before[name]) for name, p in atv.generator.named_parameters())
     set_seed(99)
     again = ATVModel.from_pretrained(make_llm("gpt2", torch.float32), tmp_path / "out", tokenizer=tokenizer())

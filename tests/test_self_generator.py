@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import byte_level_tokenizer, make_llm, toy_task
+from conftest import PAPER_FORM, byte_level_tokenizer, make_llm, toy_task
 from refusals import refused
 from safetensors.torch import load_file
 from test_generate import NEW, generated, recomputed
@@ -18,7 +18,7 @@ from atv.hooks import base_llm, decoder_layers
 from atv.methods.atv import ATV
 from atv.methods.icl_atv import ICLWithATV
 from atv.model import ATVModel
-from atv.protocol import method_settings, recipe
+from atv.protocol import method_settings
 from atv.records import RunWriter
 from atv.steering import PromptTracker
 from atv.training import train
@@ -29,7 +29,7 @@ NAMES = ["llama", "gpt2", "opt", "gemma3", "mistral", "peft", "tuple"]
 
 def made(name="llama", dtype=torch.float64, llm=None, **options):
     llm = llm or make_llm(name, dtype)
-    config = ATVConfig(generator="self", **({"scale": 0.3, "layer_path": getattr(llm, "layer_path", None)} | options))
+    config = ATVConfig(generator="self", **(PAPER_FORM | {"layer_path": getattr(llm, "layer_path", None)} | options))
     set_seed(3)
     return ATVModel(llm, config, tokenizer=byte_level_tokenizer()).to(dtype).eval()
 
@@ -230,7 +230,7 @@ def test_training_learns_without_a_pass_of_its_own(tmp_path, monkeypatch):
     frozen = {name: p.clone() for name, p in atv.llm.named_parameters()}
     monkeypatch.setattr("atv.training.require_wiring", lambda atv: None)
     monkeypatch.setattr(type(atv.generator), "states", None)  # whoever reads anything apart fails
-    result = train(atv, [task], tmp_path / "out", TrainConfig(epochs=12, batch_size=4, learning_rate=5e-3))
+    result = train(atv, [task], tmp_path / "out", TrainConfig.paper(epochs=12, batch_size=4, learning_rate=5e-3))
     losses = [entry["eval_loss"] for entry in result.record["history"] if "eval_loss" in entry]
     assert losses[-1] < 0.6 * losses[0]
     assert all(torch.equal(p, frozen[name]) for name, p in atv.llm.named_parameters())
@@ -298,11 +298,10 @@ def test_it_is_never_trained():
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        ({"generator": "self", "pooling": "mean"}, ["pooling is 'mean'", "Expected last"]),
-        ({"generator": "self", "query_template": "{query}"}, ["query_template is '{query}'", "Leave", "out"]),
+        ({"generator": "self", "query_template": "Q: {query}"}, ["query_template is 'Q: {query}'", "Leave", "out"]),
         ({"generator": "self", "generator_layer": -1}, ["generator_layer is -1", "a whole number from 0"]),
         ({"generator": "self", "generator_layer": 1.5}, ["generator_layer is 1.5"]),
-        ({"generator_layer": 1}, ["generator_layer is 1", "openai-community/gpt2", "leave it out"]),
+        ({"generator_layer": 1}, ["generator_layer is 1", "embedded:minilm-l6", "leave it out"]),
     ],
 )
 def test_what_cannot_be_meant_is_refused(options, parts):
@@ -330,9 +329,6 @@ def test_queries_that_are_empty_or_no_list_are_refused():
         pass
 
 
-def test_what_suits_another_generator_is_no_setting_of_this_one():
-    tables = [recipe(), {"all": {"epochs": 2}}, {"atv": {"generator": "self"}}]
-    config, train = method_settings("atv", tables, 42)
-    assert (config.pooling, config.scale, train.epochs) == ("last", 0.1, 2)
-    with refused("pooling is 'mean'"):
-        method_settings("atv", [recipe(), {"atv": {"generator": "self", "pooling": "mean"}}], 42)
+def test_its_pooling_is_the_last_token_and_it_reads_prompts_whatever_the_defaults():
+    config = method_settings("atv", [{"atv": {"generator": "self"}}], 42).config
+    assert (config.pooling, config.reads, config.train_generator) == ("last", "prompt", False)

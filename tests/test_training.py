@@ -396,22 +396,22 @@ def test_what_a_folder_gives_back_is_compared_with_what_was_trained(tmp_path, ki
 def test_by_default_it_is_adamw_with_a_falling_rate_and_clipped_gradients_as_a_loop_by_hand(tmp_path):
     task = toy_task(rows=27)
     config = TrainConfig(
-        epochs=4, batch_size=4, learning_rate=0.02, weight_decay=0.1, adaptive_dropout=0.0, patience=None
+        epochs=8, batch_size=4, learning_rate=0.02, weight_decay=0.1, adaptive_dropout=0.0, patience=None
     )
     options = {"parametrisation": "calibrated", "train_generator": False}
     atv, by_hand = tiny(**options), tiny(**options)
     rows = Rows([by_hand.encode_row(row) for row in training_rows(task)], 1)
     by_hand.calibrate(rows.rows)
     learned = [p for p in by_hand.parameters() if p.requires_grad]
-    means, squares, step, steps = [0.0] * len(learned), [0.0] * len(learned), 0, 4 * 3
+    means, squares, step, steps = [0.0] * len(learned), [0.0] * len(learned), 0, 8 * 3
     validated = []
-    for rows.epoch in range(4):
+    for rows.epoch in range(8):
         order = list(Batches(rows, 4, config.seed))
         for start in range(0, 9, 4):
             loss = by_hand(**by_hand.collator()([rows[i] for i in order[start : start + 4]])).loss
             gradients = torch.autograd.grad(loss, learned)
             norm = torch.cat([g.flatten() for g in gradients]).norm()
-            rate = 0.02 * (0.0 if step == 0 else (steps - step) / (steps - 1))  # one step of warming up
+            rate = 0.02 * (1 / 2 if step == 0 else (steps - step) / (steps - 1))  # one step of warming up
             step += 1
             with torch.no_grad():
                 for place, (p, g) in enumerate(zip(learned, gradients, strict=True)):

@@ -34,7 +34,7 @@ PAPER_TRAINING: dict[str, Any] = {
     "epochs": 15,
     "batch_size": 8,
     "learning_rate": 5e-4,
-    "generator_learning_rate": None,
+    "generator_learning_rate": 5e-4,
     "lr_schedule": "constant",
     "optimizer": "adam",
     "weight_decay": 1e-5,
@@ -281,8 +281,8 @@ class TrainConfig(Checked):
     """Parts that a process reads its share of a batch in: less memory, the same step up to rounding."""
     learning_rate: float = 3e-3
     """Highest learning rate of the expansion, or of whatever a method learns."""
-    generator_learning_rate: float | None = 5e-5
-    """Highest learning rate of the generator; none: the same as the expansion's (the paper)."""
+    generator_learning_rate: float | None = None
+    """Highest learning rate of the generator; none: 5e-5, or 1e-3 of one that begins with random weights."""
     lr_schedule: Literal["linear", "constant"] = "linear"
     """From zero over the first 5% of the steps, then down to zero in a straight line; or constant (the paper)."""
     optimizer: Literal["adamw", "adam"] = "adamw"

@@ -22,7 +22,7 @@ from atv import adapter, artifact
 from atv.batching import Collator, EncodedRow, Row, like_lengths, pad, pad_id
 from atv.cache import AdapterHash, Lock, VectorCache
 from atv.calls import Calls, around_methods, eager
-from atv.config import ATVConfig, Positions, TrainConfig
+from atv.config import ATVConfig, Positions, TrainConfig, random_sizes
 from atv.errors import ATVError
 from atv.gate import Gate
 from atv.generator import READ_TOKENS, Generator, Itself, check_queries, load_generator
@@ -291,14 +291,11 @@ class ATVModel(Trainable):
 
     def parameter_groups(self, config: TrainConfig) -> list[dict[str, Any]]:
         """One group per part: the generator may have a learning rate of its own."""
-        rates = {self.expansion: config.learning_rate, self.generator: config.generator_learning_rate}
-        return [
-            {
-                "params": [p for p in part.parameters() if p.requires_grad],
-                "lr": config.learning_rate if rate is None else rate,
-            }
-            for part, rate in rates.items()
-        ]
+        rate = config.generator_learning_rate
+        if rate is None:
+            rate = 5e-5 if random_sizes(self.config.generator) is None else 1e-3
+        rates = {self.expansion: config.learning_rate, self.generator: rate}
+        return [{"params": [p for p in part.parameters() if p.requires_grad], "lr": rates[part]} for part in rates]
 
     @torch.no_grad()
     def calibrate(self, rows: Sequence[EncodedRow]) -> None:

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from atv.attention import grouped
 from atv.batching import IGNORED, Collator, EncodedRow
@@ -78,14 +78,17 @@ class ATVTrainer(Trainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """As the configuration says."""
+        """As the configuration says; no step has a rate of zero, since there may be a single one."""
+        rising = math.floor(WARM_UP * num_training_steps)
+
+        def share(step: int) -> float:
+            if self.train_config.lr_schedule == "constant":
+                return 1.0
+            left = (num_training_steps - step) / (num_training_steps - rising)
+            return (step + 1) / (rising + 1) if step < rising else left
+
         if self.lr_scheduler is None:
-            self.lr_scheduler = get_scheduler(
-                self.train_config.lr_schedule,
-                optimizer or cast(torch.optim.Optimizer, self.optimizer),
-                num_warmup_steps=math.ceil(WARM_UP * num_training_steps),
-                num_training_steps=num_training_steps,
-            )
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.create_optimizer(), share)
         return cast(torch.optim.lr_scheduler.LRScheduler, self.lr_scheduler)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:

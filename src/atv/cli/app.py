@@ -157,8 +157,12 @@ def train(
     optimizer: Annotated[str, typer.Option(help="adamw or adam.")] = "adamw",
     generator_learning_rate: Annotated[
         float | None,
-        typer.Option("--generator-learning-rate", "--generator-lr", help="Highest learning rate of the generator."),
-    ] = 5e-5,
+        typer.Option(
+            "--generator-learning-rate",
+            "--generator-lr",
+            help="Highest learning rate of the generator; by default 5e-5.",
+        ),
+    ] = None,
     weight_decay: Annotated[float, typer.Option(help="Weight decay; of adam an L2 penalty.")] = 0.0,
     max_grad_norm: Annotated[float | None, typer.Option(help="Clip the gradient to this norm.")] = 1.0,
     adaptive_dropout: Annotated[

@@ -18,14 +18,13 @@ from torch import Tensor, nn
 
 from atv import artifact
 from atv.batching import Collator, EncodedRow, Row, pad, pad_id
-from atv.config import ATVConfig, Checked, Positions, TrainConfig
+from atv.config import EMBEDDED_GENERATOR, ATVConfig, Checked, Positions, TrainConfig
 from atv.errors import ATVError
 from atv.generator import Generator
 from atv.hooks import input_device
 from atv.methods.answers import choices
 from atv.methods.base import Choice, Method
 from atv.methods.retriever import check_encoder
-from atv.models import EMBEDDED_GENERATOR
 from atv.options import training_options
 from atv.prefix import ReadPrefix
 from atv.store import PrefixStore

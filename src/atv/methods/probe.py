@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from atv import adapter as adapters
 from atv import artifact
 from atv.batching import encode_prompt
-from atv.config import Checked, TrainConfig
+from atv.config import EMBEDDED_GENERATOR, Checked, TrainConfig
 from atv.errors import ATVError, unknown
 from atv.hooks import input_device, text_config
 from atv.methods.answers import choices
@@ -29,7 +29,6 @@ from atv.methods.base import Choice, Method
 from atv.methods.library import check_length, last_states
 from atv.methods.once import BEST, layers_to_try, learn_once, note_few, number_or_best
 from atv.methods.retriever import check_encoder, fit_classifier, load_encoder, read_queries
-from atv.models import EMBEDDED_GENERATOR
 from atv.progress import bar
 from atv.store import PrefixStore
 from atv.tasks import TRAIN_PREFIX, Example, Task, Variant

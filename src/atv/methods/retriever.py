@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from atv.batching import pad, pad_id
-from atv.config import SELF, ATVConfig, random_sizes
+from atv.config import EMBEDDED_GENERATOR, SELF, ATVConfig, random_sizes
 from atv.errors import ATVError
 from atv.generator import CONSTANT, Generator
-from atv.models import EMBEDDED_GENERATOR
 
 AT_ONCE = 32
 """Queries that the encoder reads together."""
