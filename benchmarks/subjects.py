@@ -97,7 +97,8 @@ def make_atv(
     options: Options, llm: nn.Module, tokenizer: Any, generator: str = "minilm", positions: str = "last"
 ) -> ATVModel:
     """An ATV in training mode with the generator `minilm`, `self`, or `gpt2`: GPT-2's shape with random weights."""
-    config = ATVConfig(generator=generator, pooling="mean" if generator == "minilm" else "last", positions=positions)
+    pooling: Any = "mean" if generator == "minilm" else "last"
+    config = ATVConfig(generator=generator, pooling=pooling, positions=positions, parametrisation="paper")
     words = tokenizer if tokenizer is memory_tokenizer() else load_tokenizer(EMBEDDED_GENERATOR)
     if generator == "minilm" and not options.tiny:
         config.generator = EMBEDDED_GENERATOR

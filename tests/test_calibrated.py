@@ -1,15 +1,20 @@
 """What is learned: v_l = r_l (b_l + a W_l z). Each part against a formula or a loop written by hand."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
-from conftest import make_atv, make_llm, toy_task
+from conftest import byte_level_tokenizer, make_atv, make_generator, make_llm, toy_task
 
+from atv.batching import encode_answers
 from atv.config import ATVConfig
 from atv.gate import Gate
 from atv.methods.atv import ATV
 from atv.model import ATVModel, Expansion
 from atv.sampling import training_rows
+from atv.tasks import Example, Task
+from atv.training import train
 
 
 def calibrated(name: str = "llama", **options: object) -> ATVModel:
@@ -190,3 +195,51 @@ def test_in_use_the_generator_reads_what_it_read_in_training(reads):
         found = atv.llm(**atv.encode_prompts(["quiet\nA:"])).logits
     with atv.steer([text]):
         assert torch.equal(atv.llm(**atv.encode_prompts(["quiet\nA:"])).logits, found)
+
+
+# ---- the defaults ----
+
+
+def word_task(rows: int = 60) -> Task:
+    """Which of two words is somewhere among others decides the answer."""
+    draw = random.Random(0)
+    others = [
+        "harbour",
+        "before",
+        "first",
+        "boats",
+        "opinion",
+        "question",
+        "kettle",
+        "lid",
+        "one",
+        "two",
+        "four",
+        "six",
+    ]
+
+    def example(index: int) -> Example:
+        words = [draw.choice(others) for _ in range(draw.randint(3, 6))]
+        words.insert(draw.randint(0, len(words)), ("quiet", "leaks")[index % 2])
+        return Example(" ".join(words), ("yes", "no")[index % 2])
+
+    unique = list(dict.fromkeys(example(index) for index in range(4 * rows)))[: 3 * rows]
+    parts = [tuple(unique[start : start + rows]) for start in (0, rows, 2 * rows)]
+    return Task("words", ("{input}\nyes or no?", "Question: {input}", "Is it so? {input}"), *parts)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+def test_with_the_defaults_alone_it_learns_on_any_llm(name, tmp_path):
+    """Random weights of very different sizes; the simplest classifier of the same states is no better."""
+    task, config = word_task(), ATVConfig()
+    atv = ATVModel(
+        make_llm(name, torch.float32), config, tokenizer=byte_level_tokenizer(), generator=make_generator(config)
+    )
+    train(atv, [task], tmp_path / "out")
+    right = 0
+    for row in task.test:
+        prompt = task.prompt(row.input, task.variants("first")[0])
+        with torch.no_grad(), atv.steer([row.input]):
+            token = atv.llm(**atv.encode_prompts([prompt])).logits[0, -1].argmax()
+        right += int(token == encode_answers(atv.tokenizer, prompt, [row.output])[1][0][0])
+    assert right >= 0.95 * len(task.test)

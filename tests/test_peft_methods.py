@@ -57,7 +57,9 @@ def bloom():
 
 
 def quick(**options):
-    return TrainConfig(**({"epochs": 3, "batch_size": 4, "learning_rate": 0.01, "templates_per_row": 1} | options))
+    return TrainConfig.paper(
+        **({"epochs": 3, "batch_size": 4, "learning_rate": 0.01, "templates_per_row": 1} | options)
+    )
 
 
 def fit(method, out, llm=None, config=None, task=None, **options):

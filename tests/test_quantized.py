@@ -110,7 +110,7 @@ def test_an_adapter_says_on_what_it_was_made_and_fits_every_quantization(folder,
 
 @needs_package
 def test_a_training_learns_and_is_not_gone_on_with_in_another_quantization(folder, tmp_path):
-    task, config = toy_task(), TrainConfig(epochs=2, learning_rate=5e-3, generator_learning_rate=5e-3)
+    task, config = toy_task(), TrainConfig.paper(epochs=2, learning_rate=5e-3, generator_learning_rate=5e-3)
     llm = load_llm(folder, dtype="float32", device="cpu", quantization="4bit")
     history = train(make(llm), [task], tmp_path / "out", config).record["history"]
     losses = [entry["loss"] for entry in history if "loss" in entry]

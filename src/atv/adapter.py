@@ -228,8 +228,8 @@ def model_card(model: "ATVModel", llm: dict[str, Any]) -> str:
         layers=llm["num_layers"],
         hidden=llm["hidden_size"],
         generator=artifact.public_name(model.generator.describe()),
-        reads="prompt" if model.own else "query",
-        queries="" if model.own else ', queries=["the query in it"]',
+        reads=model.config.reads,
+        queries="" if model.config.reads == "prompt" else ', queries=["the query in it"]',
         config=model.config,
         tasks=", ".join(model.training_summary.get("tasks", {})) or "not recorded",
     )])  # fmt: skip

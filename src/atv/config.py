@@ -25,6 +25,7 @@ EMBEDDED_GENERATOR = "embedded:minilm-l6"
 PAPER: dict[str, Any] = {
     "generator": "openai-community/gpt2",
     "pooling": "last",
+    "reads": "query",
     "query_template": "Q: {query}\nA:",
     "parametrisation": "paper",
     "scale": 0.001,
@@ -155,9 +156,9 @@ class ATVConfig(Checked):
     `self` always the last."""
     train_generator: bool = True
     """Train generator and expansion together, or keep the generator frozen; of `self` always false."""
-    reads: Literal["query", "prompt"] = "query"
-    """What the generator is given: the query alone, or the query in the first template of its task. Of `self` always
-    the prompt."""
+    reads: Literal["query", "prompt"] = "prompt"
+    """What the generator is given: the prompt, that is the query in the first template of its task, so that it knows
+    what is asked; or the query alone (the paper). Of `self` always the prompt."""
     query_template: str = QUERY_TEMPLATE
     """What stands around that, in training and in use alike; must hold {query}. Of no use to `self`."""
     expansion_rank: int | None = None

@@ -322,8 +322,7 @@ class ATVModel(Trainable):
         self.eval()
         states = []
         for batch in like_lengths(read, READ_TOKENS):
-            ids, mask = pad(batch, pad_id(self.generator.tokenizer), "right")
-            states.append(self.generator(ids.to(self.generator.device), mask.to(self.generator.device)))
+            states.append(self._states(batch))
         self.train(was_training)
         return torch.cat(states)
 
@@ -480,9 +479,19 @@ class ATVModel(Trainable):
                 self.train(was_training)
 
     def _read(self, queries: Sequence[str]) -> Tensor:
-        ids, mask = pad(self.generator.encode(queries), pad_id(self.generator.tokenizer), "right")
-        device = self.generator.device
-        return self.vectors(ids.to(device), mask.to(device))
+        return self.expand(self._states(self.generator.encode(queries)))
+
+    def _states(self, encoded: Sequence[Sequence[int]]) -> Tensor:
+        ids, mask = pad(encoded, pad_id(self.generator.tokenizer), "right")
+        return cast(Tensor, self.generator(ids.to(self.generator.device), mask.to(self.generator.device)))
+
+    @torch.no_grad()
+    def gate(self, queries: Sequence[str]) -> Tensor:
+        """How much of its own part each query has in use, (queries,): 1 near the training queries, 0 far from them."""
+        states = self._states(self.generator.encode(queries))
+        if isinstance(self.expansion, Expansion) and self.config.gate:
+            return cast(Tensor, self.expansion.gate(states))
+        return states.new_ones(len(states))
 
     @contextmanager
     def steer(
@@ -530,8 +539,8 @@ class ATVModel(Trainable):
 
         Args:
             prompts: what the LLM reads, of any mixed lengths.
-            queries: what the generator reads, one per prompt; by default the prompts themselves, which `self` reads in
-                any case.
+            queries: what the generator reads, one per prompt; by default the prompts themselves, as `reads = "prompt"`
+                has it in training.
             generate_options: for transformers' `generate`: `max_new_tokens`, `do_sample`, `num_beams`,
                 `num_return_sequences`, `streamer` and so on; no assisted decoding.
 

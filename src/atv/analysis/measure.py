@@ -79,6 +79,7 @@ def analyse(
         progress.describe("analysis: other vectors")
         own = vectors[:-1]
         answers = exchanged(atv, asked, prompts, own, progress)
+        gates = [value for start in range(0, len(texts), 32) for value in atv.gate(texts[start : start + 32]).tolist()]
         progress.describe("analysis: map and tokens")
         places = map_of([part.flatten(1) for part in ([own, entries[1]] if entries else [own])], seed)
         record = {
@@ -88,7 +89,7 @@ def analyse(
             "tasks": {task.name: _about(task, atv) for task in drawn},
             "norms": {"vector": _spread(own.norm(dim=-1))} | {name: _spread(part) for name, part in beside.items()},
             "variation": variation(own.flatten(1), [task.name for task, _ in asked]),
-            "queries": _queries(asked, neighbours, cosines[:-1], places, answers),
+            "queries": _queries(asked, neighbours, cosines[:-1], places, answers, gates),
             "explained": places["explained"],
             "elicit": None,
             **_lens(atv, drawn, asked, vectors, one),
@@ -186,8 +187,9 @@ def _queries(
     cosines: Tensor,
     places: dict[str, Any],
     answers: Sequence[dict[str, dict[str, bool | None]]],
+    gates: Sequence[float],
 ) -> list[dict[str, Any]]:
-    """One row for each test query: its place on the map, its neighbours, and what is answered with which vectors."""
+    """One row for each test query: its place on the map, its neighbours, what is answered with which vectors."""
     found = []
     for number, near in enumerate(_nearest(cosines, neighbours)):
         task, example = asked[number]
@@ -207,6 +209,7 @@ def _queries(
                 "shared_words": shared[first],
                 "shared_words_by_chance": sum(shared.values()) / len(own),
                 "vectors": answers[number],
+                "gate": gates[number],
             }
         )
     return found

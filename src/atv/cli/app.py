@@ -119,8 +119,8 @@ def train(
         ),
     ] = "calibrated",
     reads: Annotated[
-        str, typer.Option(help="The generator is given the query, or the prompt: the query in its task's template.")
-    ] = "query",
+        str, typer.Option(help="The generator is given the prompt (the query in its task's template), or the query.")
+    ] = "prompt",
     task: opt.TaskNames = None,
     data: opt.Data = None,
     template: opt.Templates = None,

@@ -13,8 +13,11 @@ from atv.progress import note
 from atv.protocol import Frozen
 from atv.records import load_runs
 from atv.report import accuracy_table, markdown
+from atv.store import PrefixStore
 from atv.tasks import UNSEEN, builtin_task, load_tasks
 
+TRAINED = ("probe", "fixed", "atv")
+"""What is trained: a classifier of the generator's states, one vector for all queries, and the ATV."""
 QUERIES = (
     ("sentiment", "I would have paid twice the price to hear that encore again."),
     ("sentiment", "The kettle leaks, the lid sticks and the shop will not answer my letters."),
@@ -23,7 +26,7 @@ QUERIES = (
 
 
 def run_demo(out: Path, force: bool) -> None:
-    """Train, measure zero-shot and ATV, answer three queries; what is there already is not done again."""
+    """Train an ATV and the simplest baselines, measure them, answer three queries; what is done is not done again."""
     from typer.main import get_command
 
     from atv.cli.app import app
@@ -39,12 +42,15 @@ def run_demo(out: Path, force: bool) -> None:
         return defaults | {"force": force} | given
 
     few = {"train_rows": 160, "valid_rows": 20}  # what two cores learn in three minutes
-    adapter = train_adapter(options("train", **few, out=out / "train", task=trained), {})
+    store, adapters = PrefixStore(), {}  # the prompts are read once for all methods
+    for method in TRAINED:
+        folder = out / ("train" if method == "atv" else f"train-{method}")
+        adapters[method] = train_adapter(options("train", **few, method=method, out=folder, task=trained), {}, store)
     runs = []
-    for method in ("zero-shot", "atv"):
-        chosen = adapter if method == "atv" else None
-        given = {"method": method, "adapter": chosen, "out": out / method, "variants": "first"}
+    for method in ("zero-shot", *adapters):
+        given = {"method": method, "adapter": adapters.get(method), "out": out / method, "variants": "first"}
         runs.append(evaluate_method(options("eval", **given)))
+    adapter = adapters["atv"]
     table = accuracy_table(load_runs(runs))
     write_text(out / "report.md", markdown(table))
     print_table(table)
@@ -67,7 +73,7 @@ def _show_queries(adapter: Path) -> None:
     atv = ATVModel.from_pretrained(llm, adapter, tokenizer=tokenizer)
     for task, query in QUERIES:
         prompts, how = prompts_of([query], templates[task][0]), {"max_new_tokens": 6, "do_sample": False}
-        steered, plain = atv.generate(prompts, [query], **how), unsteered(atv, prompts, **how)
+        steered, plain = atv.generate(prompts, **how), unsteered(atv, prompts, **how)
         expected = ", ".join(builtin_task(task).options)
         lines = [f"  without steering: {plain[0].strip()!r}", f"  with steering:    {steered[0].strip()!r}", ""]
         print_lines([f"{task} ({expected}): {query}", *lines])

@@ -37,12 +37,13 @@ def named_tasks(options: Mapping[str, Any]) -> list[Task]:
     return load_tasks(options["task"], options["data"], options["template"])
 
 
-def train_adapter(options: Mapping[str, Any], given: Mapping[str, Any]) -> Path:
+def train_adapter(options: Mapping[str, Any], given: Mapping[str, Any], store: PrefixStore | None = None) -> Path:
     """`atv train`: everything that can be checked without a model is checked before one is loaded.
 
     Args:
         options: of the command.
         given: what was said of the method and its training.
+        store: of prompts that were read already; by default a new one, as large as the options say.
     """
     name: str = options["method"]
     if name not in METHODS:
@@ -61,7 +62,7 @@ def train_adapter(options: Mapping[str, Any], given: Mapping[str, Any]) -> Path:
     llm, tokenizer = frozen(options).load()
     rows = sum(len(task.train) for task in tasks)
     note(f"{name}: {rows} training rows of {', '.join(task.name for task in tasks)}")
-    store = PrefixStore(_bytes(options, "prefix_memory"), _bytes(options, "prefix_disk"))
+    store = store or PrefixStore(_bytes(options, "prefix_memory"), _bytes(options, "prefix_disk"))
     adapter = METHODS[name].fit(llm, tokenizer, tasks, options["out"], *settings, force=options["force"], store=store)
     data = f" --data {options['data']}" if options["data"] else ""
     print_lines([f"Adapter: {adapter}", f"Next: atv eval --adapter {adapter} --task {tasks[0].name}{data}"])
@@ -143,12 +144,16 @@ def answer(options: Mapping[str, Any]) -> None:
         how["temperature"] = options["temperature"]
     prompts = prompts_of(queries, template)
     set_seed(options["seed"])
-    steered = [answer.strip() for answer in atv.generate(prompts, queries, **how)]
+    read = prompts if atv.config.reads == "prompt" else queries
+    steered = [answer.strip() for answer in atv.generate(prompts, read, **how)]
     if not options["compare"]:
         print_lines(steered)
         return
-    for query, without, given in zip(queries, unsteered(atv, prompts, **how), steered, strict=True):
-        print_lines([f"query:     {query}", f"unsteered: {without.strip()!r}", f"steered:   {given!r}", ""])
+    for query, without, given, gate in zip(
+        queries, unsteered(atv, prompts, **how), steered, atv.gate(read).tolist(), strict=True
+    ):
+        lines = [f"query:     {query}", f"unsteered: {without.strip()!r}", f"steered:   {given!r}"]
+        print_lines([*lines, f"gate:      {gate:.2f} (1: near the training queries, 0: far from them)", ""])
 
 
 def examine(options: Mapping[str, Any]) -> bool:
