@@ -46,7 +46,7 @@ def test_the_training_of_the_paper():
         "max_grad_norm": None,
         "adaptive_dropout": 0.0,
         "best_epoch": "loss",
-        "patience": None,
+        "patience": 15,
         "bf16": False,
         "templates_per_row": 3,
         "seed": 42,
@@ -126,7 +126,9 @@ def test_a_share_of_rows_that_is_none_is_refused(value):
         TrainConfig(adaptive_dropout=value)
 
 
-@pytest.mark.parametrize(("rows", "epochs"), [(10, 30), (200, 30), (450, 14), (800, 8), (1600, 4), (100_000, 4)])
+@pytest.mark.parametrize(
+    ("rows", "epochs"), [(10, 100), (90, 67), (200, 31), (450, 14), (800, 8), (1600, 4), (100_000, 4)]
+)
 def test_by_default_training_is_about_four_hundred_steps(rows, epochs):
     assert TrainConfig().epochs_of(rows) == epochs
     assert TrainConfig(epochs=3).epochs_of(rows) == 3

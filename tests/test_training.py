@@ -395,9 +395,7 @@ def test_what_a_folder_gives_back_is_compared_with_what_was_trained(tmp_path, ki
 
 def test_by_default_it_is_adamw_with_a_falling_rate_and_clipped_gradients_as_a_loop_by_hand(tmp_path):
     task = toy_task(rows=27)
-    config = TrainConfig(
-        epochs=8, batch_size=4, learning_rate=0.02, weight_decay=0.1, adaptive_dropout=0.0, patience=None
-    )
+    config = TrainConfig(epochs=8, batch_size=4, learning_rate=0.02, weight_decay=0.1, adaptive_dropout=0.0, patience=8)
     options = {"parametrisation": "calibrated", "train_generator": False}
     atv, by_hand = tiny(**options), tiny(**options)
     rows = Rows([by_hand.encode_row(row) for row in training_rows(task)], 1)
@@ -411,10 +409,11 @@ def test_by_default_it_is_adamw_with_a_falling_rate_and_clipped_gradients_as_a_l
             loss = by_hand(**by_hand.collator()([rows[i] for i in order[start : start + 4]])).loss
             gradients = torch.autograd.grad(loss, learned)
             norm = torch.cat([g.flatten() for g in gradients]).norm()
-            rate = 0.02 * (1 / 2 if step == 0 else (steps - step) / (steps - 1))  # one step of warming up
+            share = 1 / 2 if step == 0 else (steps - step) / (steps - 1)  # one step of warming up
             step += 1
             with torch.no_grad():
                 for place, (p, g) in enumerate(zip(learned, gradients, strict=True)):
+                    rate = share * (0.02 if p.shape == (3, 32) else 10 * 0.02 / 24)  # b, and W of a state of 24 numbers
                     g = g * min(1.0, 1.0 / norm.item())
                     means[place] = 0.9 * means[place] + 0.1 * g
                     squares[place] = 0.999 * squares[place] + 0.001 * g * g

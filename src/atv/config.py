@@ -42,7 +42,7 @@ PAPER_TRAINING: dict[str, Any] = {
     "max_grad_norm": None,
     "adaptive_dropout": 0.0,
     "best_epoch": "loss",
-    "patience": None,
+    "patience": 15,
     "templates_per_row": 3,
 }
 """What the paper's training has otherwise."""
@@ -275,13 +275,14 @@ class TrainConfig(Checked):
     """How an ATV, or what another method learns, is trained; `TrainConfig.paper` is as the paper trains."""
 
     epochs: int | None = None
-    """Passes over the training rows; none: as many as make about 400 steps, from 4 to 30."""
+    """Passes over the training rows; none: as many as make about 400 steps, from 4 to 100."""
     batch_size: int = 16
     """Rows per optimiser step, over all processes; each row is read with `templates_per_row` prompts."""
     gradient_accumulation_steps: int = 1
     """Parts that a process reads its share of a batch in: less memory, the same step up to rounding."""
-    learning_rate: float = 3e-3
-    """Highest learning rate of the expansion, or of whatever a method learns."""
+    learning_rate: float = 0.1
+    """Highest learning rate of an ATV's common vector, from which follows that of the query's own part
+    (`Expansion.rates`); of the paper's expansion; or of whatever a method learns."""
     generator_learning_rate: float | None = None
     """Highest learning rate of the generator; none: 5e-5, or 1e-3 of one that begins with random weights."""
     lr_schedule: Literal["linear", "constant"] = "linear"
@@ -297,8 +298,8 @@ class TrainConfig(Checked):
     best_epoch: Literal["accuracy", "loss"] = "accuracy"
     """What is kept: the epoch that answers most validation rows, of equal ones that with the lowest loss; or that with
     the lowest loss."""
-    patience: int | None = 5
-    """Stop after this many epochs without a better one; none: never."""
+    patience: int | None = None
+    """Stop after this many epochs without a better one; none: after a third of the epochs, and no fewer than 5."""
     bf16: bool = False
     """The generator's matrix products in bfloat16 while it is trained: faster, its states differ by less than 1%."""
     templates_per_row: int = 1
@@ -339,11 +340,15 @@ class TrainConfig(Checked):
         if not _is_finite(self.adaptive_dropout) or not 0 <= self.adaptive_dropout < 1:
             raise ATVError(f"adaptive_dropout is {self.adaptive_dropout!r}; expected a share from 0 to less than 1.")
 
+    def patience_of(self, epochs: int) -> int:
+        """Epochs without a better one after which a training of that many stops."""
+        return max(5, epochs // 3) if self.patience is None else self.patience
+
     def epochs_of(self, rows: int) -> int:
         """Passes over that many training rows."""
         if self.epochs is not None:
             return self.epochs
-        return min(30, max(4, round(400 / math.ceil(rows / self.batch_size))))
+        return min(100, max(4, round(400 / math.ceil(rows / self.batch_size))))
 
     def rows_per_call(self, processes: int) -> int:
         """Rows that a process reads at once, where `processes` share a batch; ATVError if it cannot be split so."""

@@ -97,6 +97,17 @@ class Expansion(nn.Module):
         self.mean.copy_(states.mean(0))
         self.deviation.copy_(deviation.clamp(min=least) if least > 0 else torch.ones_like(deviation))
 
+    def rates(self, rate: float) -> list[tuple[nn.Parameter, float]]:
+        """Learning rates of b and W, where `rate` is that of b.
+
+        Adam moves every weight by about its rate in a step, so that W z moves by the rate times the sum of |z|, which
+        grows with the width of the state. W's is divided by that: whatever the generator, the query's own part of a
+        vector moves about ten times as far in a step as the common vector. It differs from query to query, and what is
+        wrong for most of them cancels out.
+        """
+        own = [] if self.map is None else list(self.map.parameters())
+        return [(self.common, rate), *((weight, 10 * rate / weight.shape[1]) for weight in own)]
+
     def standardised(self, state: Tensor) -> Tensor:
         """z, of the shape of `state`: (batch, state)."""
         return (state - self.mean) / self.deviation
@@ -290,12 +301,20 @@ class ATVModel(Trainable):
         return self.config.to_dict()
 
     def parameter_groups(self, config: TrainConfig) -> list[dict[str, Any]]:
-        """One group per part: the generator may have a learning rate of its own."""
+        """One group per learning rate: common vector, map and generator have rates of their own."""
         rate = config.generator_learning_rate
         if rate is None:
             rate = 5e-5 if random_sizes(self.config.generator) is None else 1e-3
-        rates = {self.expansion: config.learning_rate, self.generator: rate}
-        return [{"params": [p for p in part.parameters() if p.requires_grad], "lr": rates[part]} for part in rates]
+        if isinstance(self.expansion, Expansion):
+            rates = self.expansion.rates(config.learning_rate)
+        else:
+            rates = [(p, config.learning_rate) for p in self.expansion.parameters()]
+        rates += [(p, rate) for p in self.generator.parameters()]
+        groups: dict[float, list[nn.Parameter]] = {}
+        for parameter, of_it in rates:
+            if parameter.requires_grad:
+                groups.setdefault(of_it, []).append(parameter)
+        return [{"params": parameters, "lr": of_them} for of_them, parameters in groups.items()]
 
     @torch.no_grad()
     def calibrate(self, rows: Sequence[EncodedRow]) -> None:

@@ -163,7 +163,7 @@ class _JudgedCollator:
 class _Progress(TrainerCallback):
     """Turns the rows' templates, draws the bar, marks complete checkpoints and finds the best one again."""
 
-    def __init__(self, rows: Rows, progress: Bar, epochs: int, patience: int | None) -> None:
+    def __init__(self, rows: Rows, progress: Bar, epochs: int, patience: int) -> None:
         self.rows, self.progress, self.epochs, self.patience = rows, progress, epochs, patience
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -195,7 +195,7 @@ class _Progress(TrainerCallback):
         note(f"epoch {round(state.epoch)} of {self.epochs}: valid loss {loss:.4f}, accuracy {accuracy:.3f}")
         found = [entry["eval_choice"] for entry in state.log_history if "eval_choice" in entry]
         since = len(found) - 1 - found.index(max(found))
-        if self.patience is not None and since >= self.patience and len(found) < self.epochs:
+        if since >= self.patience and len(found) < self.epochs:
             note(f"No better epoch in {since}: stopped.")
             control.should_training_stop = True
 
@@ -296,7 +296,7 @@ def train(
     with model.in_training(config, store.read, both), bar("train", steps) as progress, attention:
         model.calibrate(rows.rows)
         try:
-            said = _Progress(rows, progress, epochs, config.patience)
+            said = _Progress(rows, progress, epochs, config.patience_of(epochs))
             trainer = _trainer(model, rows, valid, config, epochs, checkpoints, said)
             last = _last_complete(checkpoints)
             if last is not None:

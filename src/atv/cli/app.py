@@ -141,7 +141,7 @@ def train(
         str, typer.Option(help="What stands around what the generator reads, with {query}.")
     ] = "{query}",
     epochs: Annotated[
-        int | None, typer.Option(help="Passes over the training rows; by default about 400 steps, 4 to 30 epochs.")
+        int | None, typer.Option(help="Passes over the training rows; by default about 400 steps, 4 to 100 epochs.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Rows per optimiser step, over all processes.")] = 16,
     gradient_accumulation_steps: Annotated[
@@ -149,7 +149,7 @@ def train(
     ] = 1,
     learning_rate: Annotated[
         float | None,
-        typer.Option("--learning-rate", "--lr", help="Highest learning rate; by default the method's (atv: 0.003)."),
+        typer.Option("--learning-rate", "--lr", help="Highest learning rate; by default the method's (atv: 0.1)."),
     ] = None,
     lr_schedule: Annotated[
         str, typer.Option(help="linear: up over the first 5% of the steps, then down to zero; or constant.")
@@ -171,7 +171,10 @@ def train(
     best_epoch: Annotated[
         str, typer.Option(help="Keep the epoch with the best validation accuracy, or loss.")
     ] = "accuracy",
-    patience: Annotated[int | None, typer.Option(help="Stop after this many epochs without a better one.")] = 5,
+    patience: Annotated[
+        int | None,
+        typer.Option(help="Stop after this many epochs without a better one; by default a third of them, at least 5."),
+    ] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="The generator's matrix products in bfloat16.")] = False,
     templates_per_row: Annotated[
         int, typer.Option(help="Prompts that share a row's vector in a step; 1 takes the templates in turn.")

@@ -73,7 +73,7 @@ def _show_queries(adapter: Path) -> None:
     atv = ATVModel.from_pretrained(llm, adapter, tokenizer=tokenizer)
     for task, query in QUERIES:
         prompts, how = prompts_of([query], templates[task][0]), {"max_new_tokens": 6, "do_sample": False}
-        steered, plain = atv.generate(prompts, **how), unsteered(atv, prompts, **how)
+        steered, plain = atv.generate(prompts, prompts, **how), unsteered(atv, prompts, **how)
         expected = ", ".join(builtin_task(task).options)
         lines = [f"  without steering: {plain[0].strip()!r}", f"  with steering:    {steered[0].strip()!r}", ""]
         print_lines([f"{task} ({expected}): {query}", *lines])

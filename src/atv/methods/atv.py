@@ -25,8 +25,8 @@ class ATV(Method):
     config_class: ClassVar[type[Checked] | None] = ATVConfig
     model_class: ClassVar[type[ATVModel]] = ATVModel
     search: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "learning_rate": (1e-2, 3e-3),
-        "scale": (0.05, 0.2),
+        "learning_rate": (0.1, 0.03, 0.3),
+        "generator_learning_rate": (5e-5, 1e-4),
     }
 
     def __init__(self, atv: ATVModel) -> None:

@@ -49,5 +49,4 @@ class Fixed(ATV):
     name = "fixed"
     config_class = FixedConfig
     model_class = FixedModel
-    train_defaults: ClassVar[dict[str, Any] | None] = {"learning_rate": 1e-2}
-    search: ClassVar[dict[str, tuple[Any, ...]]] = {"learning_rate": (1e-2, 3e-3, 3e-2), "scale": (0.05, 0.2)}
+    search: ClassVar[dict[str, tuple[Any, ...]]] = {"learning_rate": (0.1, 0.03, 0.3)}
