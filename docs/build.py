@@ -38,7 +38,7 @@ the same.
 {chr(10).join(f"- [`atv {name}`](#atv-{name})" for name in commands)}
 
 Every option of a command that has `--config` can stand in a TOML file, in a table of the command's name; flags win.
-With the embedded models, settings of `atv train` that are not given are those of `src/atv/protocol/embedded.toml`.
+Defaults of `atv train` are those of the method atv; other methods have learning rates of their own.
 A mistake in what is given is answered by one line and exit code 2. `atv doctor` exits with 1 if a check failed. Ctrl-C
 ends with 130; where the same command resumes the work, a line says so.
 """

@@ -59,7 +59,7 @@ def place(world, tmp_path, monkeypatch):
     before = set(METHODS)  # a page may add one, for itself
     atv = ATVModel(
         AutoModelForCausalLM.from_pretrained(world / "llm", dtype=torch.float32),
-        ATVConfig(generator=GENERATOR, pooling="mean", query_template="{query}", positions="last:4", scale=0.1),
+        ATVConfig(generator=GENERATOR, parametrisation="paper", scale=0.1),
         generator=None,
     )
     atv.training_summary = {"tasks": {"sentiment": list(builtin_task("sentiment").templates)}}
