@@ -270,8 +270,9 @@ def reproduce(
     experiment: Annotated[
         list[str] | None,
         typer.Option(
-            help="A question instead of the tables, or several: in-domain, unseen, lora, generators, regions, top, "
-            "norms, map, positions, pooling, scale, rank, rows, length, full, adaptive, or a TOML file of your own."
+            help="A question instead of the tables, or several: in-domain, unseen, lora, generators, regions, "
+            "norms, map, positions, pooling, scale, rank, rows, length, full, adaptive, baselines, sources, or a TOML "
+            "file of your own."
         ),
     ] = None,
     method: opt.MethodNames = None,
