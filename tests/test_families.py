@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import byte_level_tokenizer, make_generator
+from conftest import PAPER_FORM, byte_level_tokenizer, make_generator
 from refusals import refused
 from sweep_architectures import CACHES, EQUAL, FAMILIES, ROWS, Examination, distance, page, status, tiny_llm
 from test_doctor import failed
@@ -48,7 +48,7 @@ def test_padding_that_sees_no_key_is_trained_as_it_is_read():
 def test_layers_that_a_text_does_not_reach_are_refused_by_name():
     """Mllama's layers that look at images are left out where none is given."""
     llm = tiny_llm("mllama")
-    config = ATVConfig(parametrisation="paper")
+    config = ATVConfig(**PAPER_FORM)
     atv = ATVModel(llm, config, tokenizer=byte_level_tokenizer(), generator=make_generator(config)).eval()
     found = {check.name: check.found for check in check_wiring(atv) if not check.passed}
     assert "did not call MllamaCrossAttentionDecoderLayer (3 of" in found["batch = single"]
@@ -58,7 +58,7 @@ def test_layers_that_a_text_does_not_reach_are_refused_by_name():
         torch.no_grad(),
     ):
         llm(torch.tensor([[5, 6, 7]]))
-    config = ATVConfig(parametrisation="paper", layers=[0, 1, 2])
+    config = ATVConfig(**PAPER_FORM, layers=[0, 1, 2])
     atv = ATVModel(llm, config, tokenizer=byte_level_tokenizer(), generator=make_generator(config)).eval()
     assert failed(check_wiring(atv)) == []
 

@@ -87,8 +87,7 @@ def test_a_malformed_name_is_refused(name):
         ATVConfig(generator=name)
 
 
-def test_what_would_leave_it_random_or_blind_is_refused():
-    with refused("random:2x64", "train_generator is false", "never learn to read"):
-        ATVConfig(generator="random:2x64", train_generator=False)
+def test_it_is_always_trained_and_a_pooling_that_would_leave_it_blind_is_refused():
+    assert ATVConfig(generator="random:2x64").train_generator  # it would never learn to read
     with refused("pooling is 'cls'", "random:2x64", "Expected last or mean"):
         ATVConfig(generator="random:2x64", pooling="cls")

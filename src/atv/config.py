@@ -25,6 +25,7 @@ EMBEDDED_GENERATOR = "embedded:minilm-l6"
 PAPER: dict[str, Any] = {
     "generator": "openai-community/gpt2",
     "pooling": "last",
+    "train_generator": True,
     "reads": "query",
     "query_template": "Q: {query}\nA:",
     "parametrisation": "paper",
@@ -154,8 +155,9 @@ class ATVConfig(Checked):
     pooling: Literal["last", "mean", "cls"] = "mean"
     """How the generator's hidden states become one vector: their mean, its last token (the paper), or the first. Of
     `self` always the last."""
-    train_generator: bool = True
-    """Train generator and expansion together, or keep the generator frozen; of `self` always false."""
+    train_generator: bool = False
+    """Train generator and expansion together (the paper), or keep the generator frozen. Of `self` always false, of a
+    new decoder always true."""
     reads: Literal["query", "prompt"] = "prompt"
     """What the generator is given: the prompt, that is the query in the first template of its task, so that it knows
     what is asked; or the query alone (the paper). Of `self` always the prompt."""
@@ -227,11 +229,8 @@ class ATVConfig(Checked):
                 f"layer of the LLM the generator {SELF} reads: leave it out."
             )
         new = random_sizes(self.generator) is not None
-        if new and not self.train_generator:
-            raise ATVError(
-                f"The generator {self.generator} begins with random weights and train_generator is false: it would "
-                "never learn to read. Train it, or name a model that can read."
-            )
+        if new:
+            self.train_generator = True  # it would never learn to read
         if self.pooling == "cls" and new:
             raise ATVError(
                 f"pooling is 'cls' and the generator {self.generator}: a decoder reads its first token before the "

@@ -135,7 +135,10 @@ def train(
             "0: never."
         ),
     ] = 0.05,
-    freeze_generator: Annotated[bool, typer.Option("--freeze-generator", help="Train the expansion alone.")] = False,
+    train_generator: Annotated[
+        bool,
+        typer.Option("--train-generator/--freeze-generator", help="Train the generator too, or the expansion alone."),
+    ] = False,
     expansion_rank: Annotated[int | None, typer.Option(help="Rank of the expansion; by default full.")] = None,
     query_template: Annotated[
         str, typer.Option(help="What stands around what the generator reads, with {query}.")

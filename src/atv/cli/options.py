@@ -57,8 +57,7 @@ SETTINGS = {
     **{name: name for name in ("best_epoch", "patience")},
     **{name: name for name in ("query_template", "epochs", "batch_size", "gradient_accumulation_steps")},
     **{name: name for name in ("learning_rate", "generator_learning_rate", "weight_decay", "max_grad_norm")},
-    **{name: name for name in ("bf16", "templates_per_row")},
-    "freeze_generator": "train_generator",
+    **{name: name for name in ("bf16", "templates_per_row", "train_generator")},
 }
 """Options of `atv train` that are settings of a method or of its training, and the fields that they set."""
 
@@ -75,8 +74,6 @@ def given_settings(context: typer.Context) -> dict[str, Any]:
         for name, field in SETTINGS.items()
         if _given(context, name) and context.params[name] is not None
     }
-    if "train_generator" in given:
-        given["train_generator"] = not given["train_generator"]
     for text in context.params["set"] or ():
         name, is_there, value = text.partition("=")
         if not is_there:
