@@ -16,6 +16,7 @@ LEVELS = [
             "steering",
             "prefix",
             "cache",
+            "gate",
             "generator",
             "artifact",
             "adapter",
@@ -38,9 +39,10 @@ LEVEL = {room: level for level, (_, rooms) in enumerate(LEVELS) for room in room
 # Inside a level nothing imports another room, but for these, each from a later step of the one path to an earlier.
 WITHIN = {
     "batching": {"config"},
+    "models": {"config"},
     "adapter": {"artifact", "generator"},
     "trainable": {"prefix"},
-    "model": {"adapter", "artifact", "cache", "generator", "prefix", "steering", "trainable"},
+    "model": {"adapter", "artifact", "cache", "gate", "generator", "prefix", "steering", "trainable"},
     "doctor": {"model", "prefix"},
     "prefix": {"attention"},
     "options": {"prefix"},
