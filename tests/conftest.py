@@ -161,7 +161,7 @@ def make_generator(config: ATVConfig, kind: str = "bert") -> Generator:
     return Generator(encoder, byte_level_tokenizer(), config.pooling, config.query_template, config.train_generator)
 
 
-PAPER_FORM = {"parametrisation": "paper", "train_generator": True, "scale": 0.3}
+PAPER_FORM = {"parametrisation": "paper", "train_generator": True, "reads": "query", "scale": 0.3}
 """Random vectors from the start, where the calibrated form begins at zero."""
 
 

@@ -44,7 +44,7 @@ def generator(tmp_path_factory):
 
 def quick(**options):
     values = {"epochs": 2, "batch_size": 4, "learning_rate": 0.05, "generator_learning_rate": 0.01}
-    return TrainConfig(**values | {"templates_per_row": 1, "seed": 5} | options)
+    return TrainConfig.paper(**values | {"templates_per_row": 1, "seed": 5} | options)
 
 
 def made(generator, tasks=TASKS):

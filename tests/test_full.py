@@ -22,7 +22,8 @@ NAMES = pytest.mark.parametrize("name", ["llama", "gpt2"])  # the second ties it
 
 
 def quick(**options):
-    return TrainConfig(**({"epochs": 3, "batch_size": 4, "learning_rate": 1e-3, "templates_per_row": 1} | options))
+    quicker = {"epochs": 3, "batch_size": 4, "learning_rate": 1e-3, "templates_per_row": 1}
+    return TrainConfig.paper(**(quicker | options))
 
 
 def fit(out, llm=None, task=None, **options):

@@ -179,7 +179,7 @@ def test_a_query_of_an_unknown_task_takes_the_context_of_the_task_with_the_neare
 
 
 def quick(**options):
-    return TrainConfig(**{"epochs": 8, "batch_size": 4, "learning_rate": 3e-2, "templates_per_row": 1} | options)
+    return TrainConfig.paper(**{"epochs": 8, "batch_size": 4, "learning_rate": 3e-2, "templates_per_row": 1} | options)
 
 
 def fitted(out, llm=None, train=None, **options):

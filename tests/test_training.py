@@ -40,8 +40,8 @@ from atv.training import train
 
 def quick(**options):
     """The paper's training, shorter."""
-    quicker = {"epochs": 3, "batch_size": 4, "learning_rate": 5e-3, "templates_per_row": 1}
-    return TrainConfig.paper(**(quicker | options))
+    quicker = {"epochs": 3, "batch_size": 4, "learning_rate": 5e-3, "templates_per_row": 1} | options
+    return TrainConfig.paper(**({"generator_learning_rate": quicker["learning_rate"]} | quicker))
 
 
 def tiny(**options):
