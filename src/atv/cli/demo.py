@@ -45,7 +45,10 @@ def run_demo(out: Path, force: bool) -> None:
     store, adapters = PrefixStore(), {}  # the prompts are read once for all methods
     for method in TRAINED:
         folder = out / ("train" if method == "atv" else f"train-{method}")
-        adapters[method] = train_adapter(options("train", **few, method=method, out=folder, task=trained), {}, store)
+        shorter = {} if method == "probe" else {"epochs": 4}
+        adapters[method] = train_adapter(
+            options("train", **few, method=method, out=folder, task=trained), shorter, store
+        )
     runs = []
     for method in ("zero-shot", *adapters):
         given = {"method": method, "adapter": adapters.get(method), "out": out / method, "variants": "first"}
