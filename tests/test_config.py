@@ -40,6 +40,7 @@ def test_the_training_of_the_paper():
         "gradient_accumulation_steps": 1,
         "learning_rate": 0.0005,
         "generator_learning_rate": 0.0005,
+        "generator_start": 0.0,
         "lr_schedule": "constant",
         "optimizer": "adam",
         "weight_decay": 0.00001,
@@ -120,10 +121,11 @@ def test_a_rate_that_training_cannot_do_without_is_refused_as_none(name):
         TrainConfig(**{name: None})
 
 
+@pytest.mark.parametrize("name", ["adaptive_dropout", "generator_start"])
 @pytest.mark.parametrize("value", [-0.1, 1, math.nan, "0.3", None])
-def test_a_share_of_rows_that_is_none_is_refused(value):
-    with refused(f"adaptive_dropout is {value!r};", "a share from 0 to less than 1"):
-        TrainConfig(adaptive_dropout=value)
+def test_a_share_that_is_none_is_refused(name, value):
+    with refused(f"{name} is {value!r};", "a share from 0 to less than 1"):
+        TrainConfig(**{name: value})
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ PAPER_TRAINING: dict[str, Any] = {
     "batch_size": 8,
     "learning_rate": 5e-4,
     "generator_learning_rate": 5e-4,
+    "generator_start": 0.0,
     "lr_schedule": "constant",
     "optimizer": "adam",
     "weight_decay": 1e-5,
@@ -284,6 +285,9 @@ class TrainConfig(Checked):
     (`Expansion.rates`); of the paper's expansion; or of whatever a method learns."""
     generator_learning_rate: float | None = None
     """Highest learning rate of the generator; none: 5e-5, or 1e-3 of one that begins with random weights."""
+    generator_start: float = 0.5
+    """Share of the steps after which a trained generator begins to learn; until then the expansion is fitted to its
+    states as they are (Kumar et al., arXiv 2202.10054). 0: from the beginning (the paper). A new decoder always does."""
     lr_schedule: Literal["linear", "constant"] = "linear"
     """From zero over the first 5% of the steps, then down to zero in a straight line; or constant (the paper)."""
     optimizer: Literal["adamw", "adam"] = "adamw"
@@ -336,8 +340,10 @@ class TrainConfig(Checked):
                 continue
             if not _is_finite(value) or value < 0:
                 raise ATVError(f"{name} is {value!r}; expected a finite number that is not negative.")
-        if not _is_finite(self.adaptive_dropout) or not 0 <= self.adaptive_dropout < 1:
-            raise ATVError(f"adaptive_dropout is {self.adaptive_dropout!r}; expected a share from 0 to less than 1.")
+        for name in ("adaptive_dropout", "generator_start"):
+            value = getattr(self, name)
+            if not _is_finite(value) or not 0 <= value < 1:
+                raise ATVError(f"{name} is {value!r}; expected a share from 0 to less than 1.")
 
     def patience_of(self, epochs: int) -> int:
         """Epochs without a better one after which a training of that many stops."""

@@ -71,6 +71,8 @@ class Generator(nn.Module):
         self.hidden_size, self.context = read_sizes(self.encoder, self.name_or_path or type(encoder).__name__)
         self.loaded_by: tuple[str, str | None] | None = None
         """Name and revision that the very same generator can be loaded by; None: nobody knows."""
+        self.waits = False
+        """It is trained, but not yet: until then it is as if frozen (`TrainConfig.generator_start`)."""
         self.bf16 = False
         """Matrix products in bfloat16 (torch's autocast); weights, sums and what comes out stay as they are."""
         self._told_of_cut = False
@@ -135,12 +137,12 @@ class Generator(nn.Module):
 
     @contextmanager
     def read_ahead(self, queries: Set[tuple[int, ...]]) -> Iterator[None]:
-        """Unless it is trained: read these encoded queries now, and not again while the context lasts.
+        """Read these encoded queries now, and not again while the context lasts or until the generator learns.
 
         Read in an order of their own, so that a training that is resumed finds the very states that it had before.
         """
         try:
-            if not self.trainable:
+            if self.waits or not self.trainable:
                 with bar("read queries", len(queries)) as progress, torch.no_grad():
                     for batch in like_lengths(queries, READ_TOKENS):
                         ids, mask = pad(batch, pad_id(self.tokenizer), "right")
@@ -151,6 +153,11 @@ class Generator(nn.Module):
         finally:
             self._read = {}
 
+    def learn(self) -> None:
+        """Let it be trained from now on, if it is to be: what was read ahead is no longer what it says."""
+        if self.waits:
+            self.waits, self._read = False, {}
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Encoded queries (queries, seq), padded on the right, to their pooled states (queries, state), float32."""
         if self._read:
@@ -158,7 +165,7 @@ class Generator(nn.Module):
             known = [self._read.get(tuple(row[:length])) for row, length in rows]
             if all(state is not None for state in known):
                 return torch.stack(cast(list[Tensor], known))
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable and not self.waits):
             return self._pool(self.states(input_ids, attention_mask), attention_mask)
 
     def _pool(self, states: Tensor, attention_mask: Tensor) -> Tensor:
@@ -182,7 +189,7 @@ class Constant(Generator):
     def __init__(self) -> None:
         nn.Module.__init__(self)
         self.register_buffer("state", torch.empty(1, 0), persistent=False)
-        self.hidden_size, self.trainable, self.bf16, self._read = 0, False, False, {}
+        self.hidden_size, self.trainable, self.waits, self.bf16, self._read = 0, False, False, False, {}
         self.name_or_path, self.revision, self.tokenizer = CONSTANT, None, None
         self.context, self.loaded_by = None, None
         self.pooling, self.query_template = "mean", "{query}"
@@ -230,7 +237,7 @@ class Itself(Generator):
         self.tokenizer, self.pooling, self.query_template = tokenizer, "last", "{query}"
         self.name_or_path, self.revision = SELF, None
         self.context, self.loaded_by = context_length(llm), None
-        self.trainable, self.bf16, self._told_of_cut, self._read = False, False, False, {}
+        self.trainable, self.waits, self.bf16, self._told_of_cut, self._read = False, False, False, False, {}
 
     encoder: nn.Module
     layer: nn.Module

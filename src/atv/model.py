@@ -278,6 +278,7 @@ class ATVModel(Trainable):
         """Vectors of queries that came before, used outside training mode; `vector_cache.limit = 0` turns it off."""
         self._hash = AdapterHash()
         self._making = Lock()
+        self._start = 0.0
         self.to(input_device(llm))
 
     method = "atv"
@@ -309,12 +310,22 @@ class ATVModel(Trainable):
             rates = self.expansion.rates(config.learning_rate)
         else:
             rates = [(p, config.learning_rate) for p in self.expansion.parameters()]
-        rates += [(p, rate) for p in self.generator.parameters()]
-        groups: dict[float, list[nn.Parameter]] = {}
-        for parameter, of_it in rates:
+        late = self.generator_start(config)
+        timed = [(p, of_it, 0.0) for p, of_it in rates] + [(p, rate, late) for p in self.generator.parameters()]
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for parameter, of_it, start in timed:
             if parameter.requires_grad:
-                groups.setdefault(of_it, []).append(parameter)
-        return [{"params": parameters, "lr": of_them} for of_them, parameters in groups.items()]
+                groups.setdefault((of_it, start), []).append(parameter)
+        return [{"params": own, "lr": of_them, "start": start} for (of_them, start), own in groups.items()]
+
+    def generator_start(self, config: TrainConfig) -> float:
+        """Share of the steps before the generator learns: none of one that has yet to learn to read."""
+        return config.generator_start if random_sizes(self.config.generator) is None else 0.0
+
+    def reach(self, share: float) -> None:
+        """Let the generator learn when its time has come."""
+        if share >= self._start:
+            self.generator.learn()
 
     @torch.no_grad()
     def calibrate(self, rows: Sequence[EncodedRow]) -> None:
@@ -361,18 +372,20 @@ class ATVModel(Trainable):
 
     @contextmanager
     def in_training(self, config: TrainConfig, read: ReadPrefix, rows: Sequence[EncodedRow]) -> Iterator[None]:
-        """As every `Trainable`, the generator in bfloat16 if `config` says so; a frozen one reads each query once.
+        """As every `Trainable`, the generator in bfloat16 if `config` says so; while frozen it reads each query once.
 
         `self` reads none ahead: it reads prompts, in the LLM's own passes.
         """
         self.generator.bf16, self.adaptive_dropout = config.bf16, config.adaptive_dropout
+        self._start = self.generator_start(config)
+        self.generator.waits = self.generator.trainable and self._start > 0
         queries = {tuple(row.query) for row in rows}
         ahead = nullcontext() if self.own else self.generator.read_ahead(queries)
         try:
             with super().in_training(config, read, rows), ahead:
                 yield
         finally:
-            self.generator.bf16 = False
+            self.generator.bf16 = self.generator.waits = False
 
     def train(self, mode: bool = True) -> Self:
         """Training mode; a calibrated generator stays without dropout, which would move states off their mean."""

@@ -4,7 +4,6 @@ import random
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import replace
-from itertools import chain
 
 from torch.utils.data import Dataset, Sampler
 
@@ -61,10 +60,10 @@ def generator_text(task: Task, query: str, reads: str) -> str:
 
 
 class Batches(Sampler[int]):
-    """A new shuffle each epoch, in which rows of about the same length stand together so that little is padded.
+    """A new shuffle of all rows each epoch; it depends on the seed and `rows.epoch` alone.
 
-    Sixteen batches of shuffled rows at a time are put in order of length and their batches shuffled again: padding
-    falls by about a third while a batch still mixes the tasks. The order depends on the seed and `rows.epoch` alone.
+    Rows are not grouped by length, though that would save padding: tasks differ in length, so that such a batch would
+    hold one task alone, and each step would undo for the others what the step before it had learned.
 
     Args:
         rows: what is put in order.
@@ -74,23 +73,15 @@ class Batches(Sampler[int]):
     """
 
     def __init__(self, rows: Rows, batch_size: int, seed: int, fill: bool = False) -> None:
-        self.rows, self.batch_size, self.seed = rows, batch_size, seed
-        self.lengths = [max(len(prompt) for prompt, _ in row.pairs) for row in rows.rows]
+        self.rows, self.seed = rows, seed
         self.padding = [PADDING] * (-len(rows) % batch_size if fill else 0)
 
     def __len__(self) -> int:
         """Number of rows, with those that fill the last batch."""
-        return len(self.lengths) + len(self.padding)
+        return len(self.rows) + len(self.padding)
 
     def __iter__(self) -> Iterator[int]:
         """Row numbers in this epoch's order; the batch that is not full comes last."""
-        rng = random.Random(f"{self.seed} {self.rows.epoch}")
-        order = rng.sample(range(len(self.lengths)), len(self.lengths))
-        size, block = self.batch_size, 16 * self.batch_size
-        batches = []
-        for start in range(0, len(order), block):
-            alike = sorted(order[start : start + block], key=lambda row: self.lengths[row])
-            batches += [alike[first : first + size] for first in range(0, len(alike), size)]
-        rng.shuffle(batches)
-        batches.sort(key=lambda batch: len(batch) < size)
-        return chain.from_iterable([*batches, self.padding])
+        order = list(range(len(self.rows)))
+        random.Random(f"{self.seed} {self.rows.epoch}").shuffle(order)
+        return iter(order + self.padding)

@@ -160,8 +160,11 @@ class Trainable(nn.Module, ABC):
     def set_gate(self, rows: Sequence[EncodedRow]) -> None:
         """Take from training rows how far what was learned reaches, after training on them."""
 
+    def reach(self, share: float) -> None:
+        """Told before each step which share of the steps is done."""
+
     def parameter_groups(self, config: TrainConfig) -> list[dict[str, Any]]:
-        """What the optimiser trains, and at which rate."""
+        """What the optimiser trains, and at which rate; "start": the share of the steps after which it begins."""
         return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": config.learning_rate}]
 
     # ---- texts to tensors ----

@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,6 +43,11 @@ COMPLETE = "complete"
 """Empty file in a checkpoint folder whose writing has ended."""
 
 
+def first_step(start: float, steps: int) -> int:
+    """The first of `steps` steps before which that share of them is done."""
+    return sum(step / steps < start for step in range(steps))
+
+
 def make_optimizer(model: Trainable, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW or the paper's Adam with L2 in the gradient, with the groups and rates that `model` names."""
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
@@ -78,17 +83,27 @@ class ATVTrainer(Trainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """As the configuration says; no step has a rate of zero, since there may be a single one."""
-        rising = math.floor(WARM_UP * num_training_steps)
+        """As the configuration says, for each group from its start; no step after it has a rate of zero."""
 
-        def share(step: int) -> float:
-            if self.train_config.lr_schedule == "constant":
-                return 1.0
-            left = (num_training_steps - step) / (num_training_steps - rising)
-            return (step + 1) / (rising + 1) if step < rising else left
+        def schedule(start: float) -> Callable[[int], float]:
+            first = first_step(start, num_training_steps)
+            steps = num_training_steps - first
+            rising = math.floor(WARM_UP * steps)
+
+            def share(step: int) -> float:
+                done = step - first
+                if done < 0:
+                    return 0.0
+                if self.train_config.lr_schedule == "constant":
+                    return 1.0
+                return (done + 1) / (rising + 1) if done < rising else (steps - done) / (steps - rising)
+
+            return share
 
         if self.lr_scheduler is None:
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.create_optimizer(), share)
+            trained = optimizer or self.create_optimizer()
+            shares = [schedule(group.get("start", 0.0)) for group in trained.param_groups]
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trained, shares)
         return cast(torch.optim.lr_scheduler.LRScheduler, self.lr_scheduler)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
@@ -163,8 +178,10 @@ class _JudgedCollator:
 class _Progress(TrainerCallback):
     """Turns the rows' templates, draws the bar, marks complete checkpoints and finds the best one again."""
 
-    def __init__(self, rows: Rows, progress: Bar, epochs: int, patience: int) -> None:
-        self.rows, self.progress, self.epochs, self.patience = rows, progress, epochs, patience
+    def __init__(self, model: Trainable, rows: Rows, progress: Bar, epochs: int, config: TrainConfig) -> None:
+        self.model, self.rows, self.progress, self.epochs = model, rows, progress, epochs
+        self.patience = config.patience_of(epochs)
+        self.start = max(group.get("start", 0.0) for group in model.parameter_groups(config))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The Trainer notes where the best checkpoint was; resumed, it is in the folder as that is named now."""
@@ -183,6 +200,10 @@ class _Progress(TrainerCallback):
         del args, control
         self.rows.epoch = round(state.epoch or 0)
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        del args, control
+        self.model.reach(state.global_step / state.max_steps)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         del args, control
         self.progress.reach(state.global_step)
@@ -194,7 +215,8 @@ class _Progress(TrainerCallback):
         self.progress.describe(f"train: epoch {round(state.epoch)}, valid {accuracy:.2f}")
         note(f"epoch {round(state.epoch)} of {self.epochs}: valid loss {loss:.4f}, accuracy {accuracy:.3f}")
         found = [entry["eval_choice"] for entry in state.log_history if "eval_choice" in entry]
-        since = len(found) - 1 - found.index(max(found))
+        # Epochs before the last group begins to learn do not try anybody's patience.
+        since = len(found) - 1 - max(found.index(max(found)), math.ceil(self.start * self.epochs) - 1)
         if since >= self.patience and len(found) < self.epochs:
             note(f"No better epoch in {since}: stopped.")
             control.should_training_stop = True
@@ -296,7 +318,7 @@ def train(
     with model.in_training(config, store.read, both), bar("train", steps) as progress, attention:
         model.calibrate(rows.rows)
         try:
-            said = _Progress(rows, progress, epochs, config.patience_of(epochs))
+            said = _Progress(model, rows, progress, epochs, config)
             trainer = _trainer(model, rows, valid, config, epochs, checkpoints, said)
             last = _last_complete(checkpoints)
             if last is not None:

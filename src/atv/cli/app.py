@@ -166,6 +166,9 @@ def train(
             help="Highest learning rate of the generator; by default 5e-5.",
         ),
     ] = None,
+    generator_start: Annotated[
+        float, typer.Option(help="Share of the steps after which a trained generator begins to learn.")
+    ] = 0.5,
     weight_decay: Annotated[float, typer.Option(help="Weight decay; of adam an L2 penalty.")] = 0.0,
     max_grad_norm: Annotated[float | None, typer.Option(help="Clip the gradient to this norm.")] = 1.0,
     adaptive_dropout: Annotated[
