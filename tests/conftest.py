@@ -158,7 +158,9 @@ def make_generator(config: ATVConfig, kind: str = "bert") -> Generator:
         encoder: nn.Module = BertModel(BertConfig(**sizes, hidden_size=24))
     else:
         encoder = GPT2Model(GPT2Config(**SIZES | {"hidden_size": 24, "num_hidden_layers": 2}))
-    return Generator(encoder, byte_level_tokenizer(), config.pooling, config.query_template, config.train_generator)
+    return Generator(
+        encoder, byte_level_tokenizer(), config.pooling, config.query_template, bool(config.train_generator)
+    )
 
 
 PAPER_FORM = {"parametrisation": "paper", "train_generator": True, "reads": "query", "scale": 0.3}

@@ -8,7 +8,7 @@ import torch
 from conftest import byte_level_tokenizer, make_atv, make_llm, toy_task
 
 from atv.batching import encode_answers
-from atv.config import ATVConfig
+from atv.config import ATVConfig, TrainConfig
 from atv.gate import Gate
 from atv.methods.atv import ATV
 from atv.model import ATVModel, Expansion
@@ -240,3 +240,36 @@ def test_with_the_defaults_alone_it_learns_on_any_llm(name, tmp_path):
             token = atv.llm(**atv.encode_prompts([prompt])).logits[0, -1].argmax()
         right += int(token == encode_answers(atv.tokenizer, prompt, [row.output])[1][0][0])
     assert right >= 0.95 * len(task.test)
+
+
+@pytest.mark.parametrize(("first", "second", "trained"), [(250, 150, True), (250, 149, False), (30, 30, False)])
+def test_the_generator_is_trained_where_there_are_rows_enough(first, second, trained):
+    """200 rows per task, on average."""
+
+    def task(name: str, count: int) -> Task:
+        rows = [Example(f"{name} {i}", "ab"[i % 2]) for i in range(count + 4)]
+        return Task(name, ("{input}",), tuple(rows[4:]), tuple(rows[:2]), tuple(rows[2:4]))
+
+    tasks = [task("one", first), task("two", second)]
+    atv = make_atv(parametrisation="calibrated", train_generator=None)
+    assert not any(p.requires_grad for p in atv.generator.parameters())
+    atv.settle(tasks)
+    assert atv.config.train_generator is trained
+    assert all(p.requires_grad == trained for p in atv.generator.parameters())
+    atv.settle([task("three", 30 if trained else 300)])  # decided once
+    assert atv.config.train_generator is trained
+
+
+def test_what_the_user_says_of_the_generator_is_not_decided_anew():
+    for said in (False, True):
+        atv = make_atv(parametrisation="calibrated", train_generator=said)
+        atv.settle([toy_task()])
+        assert atv.config.train_generator is said
+
+
+def test_the_decision_is_saved_and_a_finished_training_recognised(tmp_path, capsys):
+    for _ in range(2):
+        atv = make_atv(parametrisation="calibrated", train_generator=None, dtype=torch.float32)
+        result = train(atv, [toy_task()], tmp_path / "out", TrainConfig(epochs=1))
+        assert result.record["settings"]["config"]["train_generator"] is False
+    assert "holds this training already" in capsys.readouterr().err

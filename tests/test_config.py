@@ -46,6 +46,7 @@ def test_the_training_of_the_paper():
         "weight_decay": 0.00001,
         "max_grad_norm": None,
         "adaptive_dropout": 0.0,
+        "state_dropout": 0.0,
         "best_epoch": "loss",
         "patience": 15,
         "bf16": False,
@@ -121,7 +122,7 @@ def test_a_rate_that_training_cannot_do_without_is_refused_as_none(name):
         TrainConfig(**{name: None})
 
 
-@pytest.mark.parametrize("name", ["adaptive_dropout", "generator_start"])
+@pytest.mark.parametrize("name", ["adaptive_dropout", "state_dropout", "generator_start"])
 @pytest.mark.parametrize("value", [-0.1, 1, math.nan, "0.3", None])
 def test_a_share_that_is_none_is_refused(name, value):
     with refused(f"{name} is {value!r};", "a share from 0 to less than 1"):

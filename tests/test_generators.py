@@ -40,7 +40,9 @@ def encoder(kind, **options):
 
 def with_generator(model, **options):
     config = ATVConfig(**PAPER_FORM | options)
-    generator = Generator(model, byte_level_tokenizer(), config.pooling, config.query_template, config.train_generator)
+    generator = Generator(
+        model, byte_level_tokenizer(), config.pooling, config.query_template, bool(config.train_generator)
+    )
     set_seed(3)
     return ATVModel(make_llm(dtype=torch.float32), config, tokenizer=byte_level_tokenizer(), generator=generator).eval()
 

@@ -409,6 +409,7 @@ def test_by_default_it_is_adamw_with_a_falling_rate_and_clipped_gradients_as_a_l
         generator_learning_rate=0.001,
         weight_decay=0.1,
         adaptive_dropout=0.0,
+        state_dropout=0.0,
         patience=8,
     )
     options = {"parametrisation": "calibrated", "train_generator": trained}
@@ -439,14 +440,16 @@ def test_by_default_it_is_adamw_with_a_falling_rate_and_clipped_gradients_as_a_l
                     means[place] = 0.9 * means[place] + 0.1 * g
                     squares[place] = 0.999 * squares[place] + 0.001 * g * g
                     p -= rate * 0.1 * p
-                    p -= rate * (means[place] / (1 - 0.9 ** done[place])) / (
-                        (squares[place] / (1 - 0.999 ** done[place])).sqrt() + 1e-8
+                    p -= (
+                        rate
+                        * (means[place] / (1 - 0.9 ** done[place]))
+                        / ((squares[place] / (1 - 0.999 ** done[place])).sqrt() + 1e-8)
                     )
         validated.append({name: p.clone() for name, p in by_hand.named_parameters()})
     result = train(atv, [task], tmp_path / "out", config)
     kept = validated[result.record["best_step"] // 3 - 1]
     for name, p in atv.named_parameters():
-        if not name.endswith("key.bias"):  # softmax does not see it: its gradient is rounding alone, which Adam scales up
+        if not name.endswith("key.bias"):  # softmax does not see it: its gradient is rounding, scaled up by Adam
             torch.testing.assert_close(p, kept[name], atol=2e-5, rtol=1e-3)
     assert (atv.expansion.map.weight.abs().max() > 0.01).item()
 

@@ -43,12 +43,15 @@ PAPER_TRAINING: dict[str, Any] = {
     "weight_decay": 1e-5,
     "max_grad_norm": None,
     "adaptive_dropout": 0.0,
+    "state_dropout": 0.0,
     "best_epoch": "loss",
     "patience": 15,
     "templates_per_row": 3,
 }
 """What the paper's training has otherwise."""
 BEST_EPOCH = ("accuracy", "loss")
+ENOUGH_TO_TRAIN = 200
+"""Training rows per task from which on a trained generator gets more right than a frozen one (docs/lab-notes.md)."""
 
 
 class Positions(NamedTuple):
@@ -156,9 +159,10 @@ class ATVConfig(Checked):
     pooling: Literal["last", "mean", "cls"] = "mean"
     """How the generator's hidden states become one vector: their mean, its last token (the paper), or the first. Of
     `self` always the last."""
-    train_generator: bool = False
-    """Train generator and expansion together (the paper), or keep the generator frozen. Of `self` always false, of a
-    new decoder always true."""
+    train_generator: bool | None = None
+    """Train the generator too (the paper), or keep it frozen; none: train it where there are at least
+    `ENOUGH_TO_TRAIN` rows per task, decided when the training begins. Of `self` always false, of a new decoder always
+    true."""
     reads: Literal["query", "prompt"] = "prompt"
     """What the generator is given: the prompt, that is the query in the first template of its task, so that it knows
     what is asked; or the query alone (the paper). Of `self` always the prompt."""
@@ -193,7 +197,6 @@ class ATVConfig(Checked):
             value = getattr(self, name)
             if not isinstance(value, str) and (value is not None or name == "generator"):
                 raise ATVError(f"{name} is {value!r}; expected a text.")
-        _check_bool("train_generator", self.train_generator)
         Positions.parse(self.positions)
         for name, known in (("pooling", POOLINGS), ("reads", READS), ("parametrisation", PARAMETRISATIONS)):
             if getattr(self, name) not in known:
@@ -215,6 +218,8 @@ class ATVConfig(Checked):
 
     def _check_generator(self) -> None:
         """Refuse what does not go with the generator that is named."""
+        if self.train_generator is not None:
+            _check_bool("train_generator", self.train_generator)
         if self.generator == SELF:
             self.train_generator, self.pooling, self.reads = False, "last", "prompt"
             if self.query_template != QUERY_TEMPLATE:
@@ -287,7 +292,7 @@ class TrainConfig(Checked):
     """Highest learning rate of the generator; none: 5e-5, or 1e-3 of one that begins with random weights."""
     generator_start: float = 0.5
     """Share of the steps after which a trained generator begins to learn; until then the expansion is fitted to its
-    states as they are (Kumar et al., arXiv 2202.10054). 0: from the beginning (the paper). A new decoder always does."""
+    states as they are (arXiv 2202.10054). 0: from the beginning (the paper), as a new decoder always does."""
     lr_schedule: Literal["linear", "constant"] = "linear"
     """From zero over the first 5% of the steps, then down to zero in a straight line; or constant (the paper)."""
     optimizer: Literal["adamw", "adam"] = "adamw"
@@ -298,6 +303,8 @@ class TrainConfig(Checked):
     """Clip the gradient to this norm; none: no clipping (the paper)."""
     adaptive_dropout: float = 0.3
     """Share of the rows of a step that an ATV answers with the common vector alone, so that it is of use by itself."""
+    state_dropout: float = 0.5
+    """Dropout of an ATV's standardised states: no few of their numbers decide alone."""
     best_epoch: Literal["accuracy", "loss"] = "accuracy"
     """What is kept: the epoch that answers most validation rows, of equal ones that with the lowest loss; or that with
     the lowest loss."""
@@ -340,7 +347,7 @@ class TrainConfig(Checked):
                 continue
             if not _is_finite(value) or value < 0:
                 raise ATVError(f"{name} is {value!r}; expected a finite number that is not negative.")
-        for name in ("adaptive_dropout", "generator_start"):
+        for name in ("adaptive_dropout", "state_dropout", "generator_start"):
             value = getattr(self, name)
             if not _is_finite(value) or not 0 <= value < 1:
                 raise ATVError(f"{name} is {value!r}; expected a share from 0 to less than 1.")

@@ -65,7 +65,7 @@ class Generator(nn.Module):
         self.tokenizer = tokenizer
         self.pooling = pooling
         self.query_template = query_template
-        self.trainable = trainable
+        self.set_trainable(trainable)
         self.name_or_path: str = encoder.name_or_path  # type: ignore[assignment]
         self.revision: str | None = getattr(config, "_commit_hash", None)
         self.hidden_size, self.context = read_sizes(self.encoder, self.name_or_path or type(encoder).__name__)
@@ -77,14 +77,13 @@ class Generator(nn.Module):
         """Matrix products in bfloat16 (torch's autocast); weights, sums and what comes out stay as they are."""
         self._told_of_cut = False
         self._read: dict[tuple[int, ...], Tensor] = {}
-        self.requires_grad_(trainable)
 
     @classmethod
     def load(cls, config: ATVConfig) -> "Generator":
         """Load the generator that `config` names."""
         encoder = load_encoder(config.generator, config.generator_revision)
         tokenizer = load_tokenizer(config.generator, config.generator_revision)
-        generator = cls(encoder, tokenizer, config.pooling, config.query_template, config.train_generator)
+        generator = cls(encoder, tokenizer, config.pooling, config.query_template, bool(config.train_generator))
         generator.name_or_path = config.generator
         generator.loaded_by = config.generator, config.generator_revision
         return generator
@@ -93,9 +92,14 @@ class Generator(nn.Module):
     def load_saved(cls, config: ATVConfig, folder: Path) -> "Generator":
         """Load the generator that `save` wrote; `config` is that of the ATV which it is of."""
         encoder, tokenizer = load_saved_encoder(folder), load_tokenizer(str(folder))
-        generator = cls(encoder, tokenizer, config.pooling, config.query_template, config.train_generator)
+        generator = cls(encoder, tokenizer, config.pooling, config.query_template, bool(config.train_generator))
         generator.name_or_path = config.generator
         return generator
+
+    def set_trainable(self, trainable: bool) -> None:
+        """Whether it is trained with what is made of its states."""
+        self.trainable = trainable
+        self.requires_grad_(trainable)
 
     @property
     def device(self) -> torch.device:

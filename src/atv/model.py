@@ -22,7 +22,7 @@ from atv import adapter, artifact
 from atv.batching import Collator, EncodedRow, Row, like_lengths, pad, pad_id
 from atv.cache import AdapterHash, Lock, VectorCache
 from atv.calls import Calls, around_methods, eager
-from atv.config import ATVConfig, Positions, TrainConfig, random_sizes
+from atv.config import ENOUGH_TO_TRAIN, ATVConfig, Positions, TrainConfig, random_sizes
 from atv.errors import ATVError
 from atv.gate import Gate
 from atv.generator import READ_TOKENS, Generator, Itself, check_queries, load_generator
@@ -30,6 +30,7 @@ from atv.hooks import base_llm, capture_outputs, decoder_layers, edit_outputs, i
 from atv.models import load_llm
 from atv.prefix import ReadPrefix, first_edited, steered_logits
 from atv.steering import GENERATES, PromptTracker, refuse_untracked
+from atv.tasks import Task
 from atv.trainable import AnswerLoss, Trainable, answer_loss
 
 
@@ -81,6 +82,8 @@ class Expansion(nn.Module):
     sizes: Tensor
     mean: Tensor
     deviation: Tensor
+    dropout = 0.0
+    """Of z, in training mode."""
 
     def calibrate(self, states: Tensor, sizes: Tensor) -> None:
         """Take what z and r are from training rows.
@@ -116,7 +119,8 @@ class Expansion(nn.Module):
         """(batch, state) to (batch, layers, hidden); `share`, (batch,), is a, and 1 by default."""
         vectors = self.common.expand(len(state), -1, -1)
         if self.map is not None:
-            own = self.map(self.standardised(state)).unflatten(-1, self.shape)
+            z = nn.functional.dropout(self.standardised(state), self.dropout, self.training)
+            own = self.map(z).unflatten(-1, self.shape)
             vectors = vectors + (own if share is None else share[:, None, None] * own)
         return self.sizes[:, None] * vectors
 
@@ -318,6 +322,13 @@ class ATVModel(Trainable):
                 groups.setdefault((of_it, start), []).append(parameter)
         return [{"params": own, "lr": of_them, "start": start} for (of_them, start), own in groups.items()]
 
+    def settle(self, tasks: Sequence[Task]) -> None:
+        """Decide whether the generator is trained, if the configuration does not say so."""
+        if self.config.train_generator is None:
+            enough = sum(len(task.train) for task in tasks) >= ENOUGH_TO_TRAIN * len(tasks)
+            self.config = replace(self.config, train_generator=enough)
+            self.generator.set_trainable(enough)
+
     def generator_start(self, config: TrainConfig) -> float:
         """Share of the steps before the generator learns: none of one that has yet to learn to read."""
         return config.generator_start if random_sizes(self.config.generator) is None else 0.0
@@ -377,6 +388,8 @@ class ATVModel(Trainable):
         `self` reads none ahead: it reads prompts, in the LLM's own passes.
         """
         self.generator.bf16, self.adaptive_dropout = config.bf16, config.adaptive_dropout
+        if isinstance(self.expansion, Expansion):
+            self.expansion.dropout = config.state_dropout
         self._start = self.generator_start(config)
         self.generator.waits = self.generator.trainable and self._start > 0
         queries = {tuple(row.query) for row in rows}

@@ -17,6 +17,7 @@ from atv.errors import ATVError
 from atv.hooks import base_llm, input_device, keep_differentiable, uncompiled
 from atv.models import context_length, load_tokenizer
 from atv.prefix import ReadPrefix, call_llm, read_prefix
+from atv.tasks import Task
 
 
 @dataclass
@@ -159,6 +160,9 @@ class Trainable(nn.Module, ABC):
 
     def set_gate(self, rows: Sequence[EncodedRow]) -> None:
         """Take from training rows how far what was learned reaches, after training on them."""
+
+    def settle(self, tasks: Sequence[Task]) -> None:
+        """Decide what the configuration leaves to the tasks that are trained on; once decided it stays so."""
 
     def reach(self, share: float) -> None:
         """Told before each step which share of the steps is done."""

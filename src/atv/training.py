@@ -272,6 +272,7 @@ def train(
     """
     config, out = config or TrainConfig(), local(out)
     config.rows_per_call(world_size())
+    model.settle(tasks)
     model.require_savable()
     device = input_device(model.llm)
     if device.type == "cuda" and (device.index or 0) != local_rank():

@@ -136,9 +136,12 @@ def train(
         ),
     ] = 0.05,
     train_generator: Annotated[
-        bool,
-        typer.Option("--train-generator/--freeze-generator", help="Train the generator too, or the expansion alone."),
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--train-generator/--freeze-generator",
+            help="Train the generator too, or the expansion alone; by default trained from 200 rows per task on.",
+        ),
+    ] = None,
     expansion_rank: Annotated[int | None, typer.Option(help="Rank of the expansion; by default full.")] = None,
     query_template: Annotated[
         str, typer.Option(help="What stands around what the generator reads, with {query}.")
@@ -174,6 +177,7 @@ def train(
     adaptive_dropout: Annotated[
         float, typer.Option(help="Share of a step's rows that the common vector answers alone.")
     ] = 0.3,
+    state_dropout: Annotated[float, typer.Option(help="Dropout of the standardised states.")] = 0.5,
     best_epoch: Annotated[
         str, typer.Option(help="Keep the epoch with the best validation accuracy, or loss.")
     ] = "accuracy",

@@ -57,7 +57,7 @@ SETTINGS = {
     **{name: name for name in ("best_epoch", "patience")},
     **{name: name for name in ("query_template", "epochs", "batch_size", "gradient_accumulation_steps")},
     **{name: name for name in ("learning_rate", "generator_learning_rate", "weight_decay", "max_grad_norm")},
-    **{name: name for name in ("bf16", "templates_per_row", "train_generator", "generator_start")},
+    **{name: name for name in ("bf16", "templates_per_row", "train_generator", "generator_start", "state_dropout")},
 }
 """Options of `atv train` that are settings of a method or of its training, and the fields that they set."""
 

@@ -52,6 +52,7 @@ class ATV(Method):
 
         set_seed(train.seed)
         atv = cls.model_class(llm, config, tokenizer=tokenizer)
+        atv.settle(tasks)
         note(model_summary(atv))
         return training.train(atv, tasks, out, train, force, store).adapter
 

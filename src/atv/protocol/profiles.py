@@ -64,7 +64,7 @@ PROFILES = {
             "ablation",
             "One short task of each category and three unseen ones, so that many conditions can be compared on two CPU "
             "cores: 90 training, 30 validation and 100 test rows per task (fewer where a task has fewer), the first "
-            "template with A:, 4 demonstrations.",
+            "template with A:, 4 demonstrations; LoRA, whose step reads whole prompts, for 5 epochs.",
             variants="first",
             shots=4,
             tasks=(
@@ -77,7 +77,7 @@ PROFILES = {
                 "mmlu_high_school_psychology",
                 "deepmind",
             ),
-            settings=_SMOLLM2 | {"elicit": {"layer_rows": 5}},
+            settings={"lora": _SMOLLM2["lora"] | {"epochs": 5}, "elicit": {"layer_rows": 5}},
         ),
         Profile(
             "smoke",
