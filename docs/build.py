@@ -72,7 +72,7 @@ def _argument(parameter: Any) -> str:
 
 
 def _flags(parameter: Any, kind: Any) -> str:
-    if kind is bool:
+    if bool in (kind, *get_args(kind)):
         return ", ".join(parameter.opts)
     # From the annotation: how a parsed option knows its type differs between versions of typer.
     named = {int: "NUMBER", float: "NUMBER", Path: "PATH", str: "TEXT"}
