@@ -9,9 +9,10 @@ from conftest import byte_level_tokenizer, make_atv, make_llm, toy_task
 
 from atv.batching import encode_answers
 from atv.config import ATVConfig, TrainConfig
+from atv.expansion import Expansion
 from atv.gate import Gate
 from atv.methods.atv import ATV
-from atv.model import ATVModel, Expansion
+from atv.model import ATVModel
 from atv.sampling import training_rows
 from atv.tasks import Example, Task
 from atv.training import train
@@ -129,6 +130,46 @@ def test_the_gate_is_open_among_the_training_queries_and_closed_far_from_them():
     assert gate(-centre + 0.3 * torch.randn(50, 16)).max() == 0
 
 
+def test_the_gate_is_closed_where_the_validation_rows_nearest_to_a_query_were_harmed():
+    torch.manual_seed(0)
+    gate, states, gains, asked = Gate(6), torch.randn(40, 6), torch.randn(40), torch.randn(30, 6)
+    gate.judge(states, gains)
+    found = gate(asked)
+    assert 0 < found.mean() < 1
+    for state, share in zip(asked.numpy(), found, strict=True):
+        cosines = [float(state @ o / np.linalg.norm(state) / np.linalg.norm(o)) for o in states.numpy()]
+        nearest = np.argsort(cosines)[-16:]
+        assert share.item() == float(gains.numpy()[nearest].mean() >= 0)
+    few = Gate(6)
+    few.judge(states[:3], torch.tensor([-1.0, -1.0, 3.0]))
+    assert few(asked).min() == 1
+
+
+def test_what_the_own_part_gains_is_the_rise_of_the_right_answers_probability():
+    atv = calibrated(dtype=torch.float32).eval()
+    rows = rows_of(atv, 20)
+    atv.calibrate(rows)
+    atv.set_gate(rows[:12], valid := rows[12:])
+    assert len(valid) == len(atv.expansion.gate.gains) == 8
+    for row, state, gain in zip(valid, atv.expansion.gate.judged, atv.expansion.gate.gains, strict=True):
+        read = atv.generator(torch.tensor([row.query]), torch.ones(1, len(row.query), dtype=torch.long))
+        torch.testing.assert_close(state, torch.nn.functional.normalize(read, dim=-1)[0])
+        (prompt, answer), likely = row.pairs[0], []
+        for share in (0.0, 1.0):
+            vectors = atv.expansion(read, torch.tensor([share]))
+            with torch.no_grad():
+                with atv.steer([""], vectors=vectors):
+                    read_prompt = atv.llm(torch.tensor([prompt]), use_cache=True)
+                logits = [read_prompt.logits[0, -1:]]
+                if answer[1:]:
+                    cached = read_prompt.past_key_values
+                    logits.append(atv.llm(torch.tensor([answer[:-1]]), past_key_values=cached).logits[0])
+            at = torch.cat(logits).double().log_softmax(-1)
+            likely.append(at[range(len(answer)), answer].mean().exp())
+        assert abs(likely[1] - likely[0]) > 1e-7
+        assert gain.item() == pytest.approx((likely[1] - likely[0]).item(), rel=1e-3, abs=1e-9)
+
+
 def test_the_same_query_twice_in_training_does_not_make_the_gate_strict():
     torch.manual_seed(0)
     once, twice, states = Gate(8), Gate(8), torch.randn(30, 8)
@@ -144,7 +185,7 @@ def test_before_it_knows_anything_and_switched_off_the_gate_changes_nothing():
     atv.calibrate(rows := rows_of(atv))
     opened = atv.task_vectors(queries)
     assert not torch.equal(before, opened)
-    atv.set_gate(rows)
+    atv.set_gate(rows, rows)
     atv.expansion.gate.limits += 2  # as if all training queries were nearly alike
     assert not torch.equal(atv.task_vectors(queries), opened)
     atv.config.gate = 0.0
@@ -154,7 +195,7 @@ def test_before_it_knows_anything_and_switched_off_the_gate_changes_nothing():
 def test_a_closed_gate_leaves_the_common_vector():
     atv = calibrated()
     atv.calibrate(rows := rows_of(atv))
-    atv.set_gate(rows)
+    atv.set_gate(rows, rows)
     atv.expansion.gate.limits = torch.tensor([2.0, 3.0], dtype=torch.float64)
     expected = atv.expansion.sizes[:, None] * atv.expansion.common
     assert torch.allclose(atv.task_vectors(["whatever"])[0], expected)
@@ -164,12 +205,13 @@ def test_a_closed_gate_leaves_the_common_vector():
 def test_an_adapter_holds_calibration_and_gate(tmp_path, options):
     atv = calibrated(dtype=torch.float32, **options)
     atv.calibrate(rows := rows_of(atv))
-    atv.set_gate(rows)
+    atv.set_gate(rows, rows)
     atv.save_pretrained(tmp_path / "a")
     loaded = ATVModel.from_pretrained(make_llm(dtype=torch.float32), tmp_path / "a", tokenizer=atv.tokenizer)
     queries = ["the harbour quiet 3", "something else"]
     assert torch.allclose(loaded.task_vectors(queries), atv.task_vectors(queries), atol=1e-6)
-    assert torch.equal(loaded.expansion.gate.references, atv.expansion.gate.references)
+    for kept in ("references", "judged", "gains"):
+        assert torch.equal(getattr(loaded.expansion.gate, kept), getattr(atv.expansion.gate, kept))
     other = make_atv(dtype=torch.float32, parametrisation="calibrated", **options)
     other.load_weights(tmp_path / "a")
     assert torch.allclose(other.task_vectors(queries), atv.task_vectors(queries), atol=1e-6)

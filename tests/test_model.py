@@ -9,8 +9,9 @@ from torch import nn
 
 from atv.batching import Row
 from atv.errors import ATVError
+from atv.expansion import PaperExpansion
 from atv.hooks import base_llm, capture_outputs
-from atv.model import PaperExpansion, add_vectors, inject
+from atv.model import add_vectors, inject
 from atv.prefix import call_llm
 
 ROWS = [

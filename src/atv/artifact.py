@@ -27,7 +27,7 @@ from atv.errors import ATVError
 from atv.files import local, occupied, read_json, recover_folder, replace_folder, sha256, write_json
 from atv.hooks import base_llm, decoder_layers, quantization, text_config
 
-FORMAT = 3
+FORMAT = 4
 CONFIG_FILE = "atv_config.json"
 CARD_FILE = "README.md"
 """The model card: the one file that its user may edit."""

@@ -179,7 +179,7 @@ class ATVConfig(Checked):
     """Tokens that receive the vector: last (the paper, Eq. 6), last:K, answer, or all (the paper's released code)."""
     parametrisation: Literal["calibrated", "paper"] = "calibrated"
     """What is learned: a common vector and the query's own part of a standardised state, both relative to the size that
-    the residual stream has at each layer (`atv.model.Expansion`); or the paper's one linear map of the state."""
+    the residual stream has at each layer (`atv.expansion.Expansion`); or the paper's one linear map of the state."""
     scale: float = 0.05
     """lambda, the strength of the injection."""
     gate: float = 0.05

@@ -158,8 +158,8 @@ class Trainable(nn.Module, ABC):
     def calibrate(self, rows: Sequence[EncodedRow]) -> None:
         """Take from training rows what is computed rather than learned, before training on them."""
 
-    def set_gate(self, rows: Sequence[EncodedRow]) -> None:
-        """Take from training rows how far what was learned reaches, after training on them."""
+    def set_gate(self, rows: Sequence[EncodedRow], valid: Sequence[EncodedRow]) -> None:
+        """Take from training and validation rows where what was learned is of use, after training."""
 
     def settle(self, tasks: Sequence[Task]) -> None:
         """Decide what the configuration leaves to the tasks that are trained on; once decided it stays so."""

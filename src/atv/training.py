@@ -318,18 +318,12 @@ def train(
     both = [*rows.rows, *valid.rows]
     with model.in_training(config, store.read, both), bar("train", steps) as progress, attention:
         model.calibrate(rows.rows)
-        try:
-            said = _Progress(model, rows, progress, epochs, config)
-            trainer = _trainer(model, rows, valid, config, epochs, checkpoints, said)
-            last = _last_complete(checkpoints)
-            if last is not None:
-                note(f"Resuming from {last}")
-            if rank() > 0:
-                torch.manual_seed(config.seed + rank())  # dropout of its own for each process's rows
-            trainer.train(resume_from_checkpoint=str(last) if last else None)
-            finite = True
-        except NonFiniteLoss:
-            finite = False
+        said = _Progress(model, rows, progress, epochs, config)
+        trainer = _trainer(model, rows, valid, config, epochs, checkpoints, said)
+        finite = _run(trainer, checkpoints)
+        if trainer.state.best_model_checkpoint is not None:
+            model.eval()
+            model.set_gate(rows.rows, valid.rows)
     if not finite:
         message = _after_non_finite(trainer, model, record, out)
         shutil.rmtree(out / "prefixes" / str(rank()), ignore_errors=True)
@@ -337,6 +331,26 @@ def train(
         raise ATVError(message)
     _finish(trainer, model, record, out)
     return TrainResult(out / "adapter", record)
+
+
+def _run(trainer: ATVTrainer, checkpoints: Path) -> bool:
+    """Train, from the last complete checkpoint on if there is one; the model has its best epoch, if there is one.
+
+    Returns:
+        Whether the loss stayed finite.
+    """
+    last = _last_complete(checkpoints)
+    if last is not None:
+        note(f"Resuming from {last}")
+    if rank() > 0:
+        torch.manual_seed(trainer.train_config.seed + rank())  # dropout of its own for each process's rows
+    try:
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    except NonFiniteLoss:
+        if trainer.state.best_model_checkpoint is not None:
+            trainer._load_best_model()
+        return False
+    return True
 
 
 def _require_gradient(model: Trainable, row: EncodedRow) -> None:
@@ -525,8 +539,6 @@ def _save(trainer: ATVTrainer, model: Trainable, record: dict[str, Any], out: Pa
         "best_eval_accuracy": record["best_eval_accuracy"],
         "best_eval_loss": record["best_eval_loss"],
     }
-    model.eval()
-    model.set_gate(cast(Rows, trainer.train_dataset).rows)
     if is_main():
         model.save_pretrained(out / "adapter")
     barrier()
@@ -565,6 +577,5 @@ def _after_non_finite(trainer: ATVTrainer, model: Trainable, record: dict[str, A
     advice = "Try a lower --lr or --scale, or --max-grad-norm 1; then start over with --force."
     if state.best_model_checkpoint is None:
         return f"{said} No epoch had been completed, so there is no adapter to keep. {advice}"
-    trainer._load_best_model()
     _save(trainer, model, record, out)
     return f"{said} {out / 'adapter'} holds the best epoch before that. {advice}"
