@@ -184,7 +184,8 @@ class ATVConfig(Checked):
     """lambda, the strength of the injection."""
     gate: float = 0.05
     """Fade the query's own part out far from the training queries, beginning at the nearness below which that share of
-    the training queries themselves are; 0: never. Only if calibrated."""
+    the training queries themselves are, and leave it out where it did harm to validation rows (`atv.gate`); 0: never.
+    Only if calibrated."""
 
     @classmethod
     def paper(cls, **options: Any) -> Self:

@@ -6,7 +6,8 @@ prompt --frozen LLM, with  h~_l = h_l + scale * v_l  at the chosen tokens of eve
     v_l = r_l * (b_l + a * W_l z)
 
 z is the state, standardised; b_l is common to all queries, W_l z is the query's own; r_l is the size that the residual
-stream has at layer l; a, between 0 and 1, fades the query's own part out far from the queries of the training.
+stream has at layer l; a, between 0 and 1, fades the query's own part out far from the queries of the training, and
+where it did not help validation rows.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -131,8 +131,8 @@ def train(
     gate: Annotated[
         float,
         typer.Option(
-            help="Fade the query's own part out far from the training queries, beginning with this share of them; "
-            "0: never."
+            help="Fade the query's own part out far from the training queries, beginning with this share of them, and "
+            "leave it out where it did harm to validation rows; 0: never."
         ),
     ] = 0.05,
     train_generator: Annotated[
