@@ -127,7 +127,7 @@ def test_a_finished_training_is_not_repeated_and_other_settings_are_refused(tmp_
 
 def test_it_learns_and_answers_known_and_unknown_tasks_without_a_call_of_the_llm(tmp_path, generator, monkeypatch):
     adapter = fitted(
-        tmp_path / "out", generator, train=quick(epochs=20, learning_rate=0.01, generator_learning_rate=2e-3)
+        tmp_path / "out", generator, train=quick(epochs=30, learning_rate=0.02, generator_learning_rate=1e-3)
     )
     method = load(adapter)
     monkeypatch.setattr(type(base_llm(method.llm)), "forward", None)

@@ -454,6 +454,13 @@ def test_by_default_it_is_adamw_with_a_falling_rate_and_clipped_gradients_as_a_l
     assert (atv.expansion.map.weight.abs().max() > 0.01).item()
 
 
+@pytest.mark.parametrize("start", [0.0, 0.5, 0.99])
+def test_a_training_of_one_step_ends_whenever_the_generator_would_begin(tmp_path, start):
+    config = TrainConfig(epochs=1, batch_size=100, generator_start=start)
+    model = tiny(parametrisation="calibrated", train_generator=True)
+    assert train(model, [toy_task()], tmp_path / "out", config).record["finished"]
+
+
 @pytest.mark.parametrize("kept", ["accuracy", "loss"])
 def test_the_epoch_is_kept_that_the_configuration_asks_for(tmp_path, kept):
     config = quick(epochs=6, learning_rate=0.05, best_epoch=kept)

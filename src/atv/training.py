@@ -92,7 +92,7 @@ class ATVTrainer(Trainer):
 
             def share(step: int) -> float:
                 done = step - first
-                if done < 0:
+                if done < 0 or done == steps:  # not yet, or over
                     return 0.0
                 if self.train_config.lr_schedule == "constant":
                     return 1.0
