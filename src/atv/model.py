@@ -461,7 +461,7 @@ class ATVModel(Trainable):
 
     @torch.no_grad()
     def gate(self, queries: Sequence[str]) -> Tensor:
-        """How much of its own part each query has in use, (queries,): 1 near the training queries, 0 far from them."""
+        """Share of its own part that each query has in use, (queries,), from 0 to 1; see `atv.gate.Gate`."""
         states = self._states(self.generator.encode(queries))
         if isinstance(self.expansion, Expansion) and self.config.gate:
             return cast(Tensor, self.expansion.gate(states))

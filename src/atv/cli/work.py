@@ -153,7 +153,7 @@ def answer(options: Mapping[str, Any]) -> None:
         queries, unsteered(atv, prompts, **how), steered, atv.gate(read).tolist(), strict=True
     ):
         lines = [f"query:     {query}", f"unsteered: {without.strip()!r}", f"steered:   {given!r}"]
-        print_lines([*lines, f"gate:      {gate:.2f} (1: near the training queries, 0: far from them)", ""])
+        print_lines([*lines, f"gate:      {gate:.2f} (1: with the query's own part, 0: the common vector alone)", ""])
 
 
 def examine(options: Mapping[str, Any]) -> bool:
