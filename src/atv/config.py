@@ -305,7 +305,7 @@ class TrainConfig(Checked):
     adaptive_dropout: float = 0.3
     """Share of the rows of a step that an ATV answers with the common vector alone, so that it is of use by itself."""
     state_dropout: float = 0.5
-    """Dropout of an ATV's standardised states: no few of their numbers decide alone."""
+    """Dropout of an ATV's standardised states in training, so that it does not lean on a few of their numbers."""
     best_epoch: Literal["accuracy", "loss"] = "accuracy"
     """What is kept: the epoch that answers most validation rows, of equal ones that with the lowest loss; or that with
     the lowest loss."""
