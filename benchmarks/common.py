@@ -20,9 +20,9 @@ from rich.table import Table
 from transformers import set_seed
 
 from atv.files import write_json
-from atv.models import quiet_transformers
+from atv.lm.load import quiet_transformers
 from atv.progress import bar
-from atv.records import provenance
+from atv.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results"
 SEED = 42

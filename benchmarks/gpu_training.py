@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from atv.batching import EncodedRow
+from atv.data.collate import EncodedRow
 from atv.model import ATVModel
 from benchmarks.common import Figure, Record, in_turn, parse_options, rate, ratio, times
 from benchmarks.reference import train_rows

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atv.batching import edit_mask, left_padded, pad_id
 from atv.config import SELF
+from atv.data.collate import edit_mask, left_padded, pad_id
+from atv.lm.prefix import call_llm, steered_logits
 from atv.model import ATVModel, inject
-from atv.prefix import call_llm, steered_logits
 from benchmarks.common import Figure, Record, in_turn, parse_options, ratio, times
 from benchmarks.subjects import large_llm, make_atv, rows_of, small_llm, tasks
 

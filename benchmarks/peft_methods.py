@@ -17,7 +17,7 @@ import psutil
 import torch
 from torch import nn
 
-from atv.batching import IGNORED, EncodedRow, pad
+from atv.data.collate import IGNORED, EncodedRow, pad
 from atv.progress import bar
 from benchmarks.common import Figure, Options, Record, in_turn, options_of, parser, ratio, times
 from benchmarks.reference import update

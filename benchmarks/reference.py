@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from atv.batching import EncodedRow, pad
-from atv.hooks import decoder_layers
+from atv.data.collate import EncodedRow, pad
+from atv.lm.hooks import decoder_layers
 from atv.model import ATVModel
 
 

@@ -17,14 +17,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from atv.batching import EncodedRow, encode_pair
 from atv.config import EMBEDDED_GENERATOR, EMBEDDED_LLM, SELF, ATVConfig
+from atv.data import Task, load_tasks
+from atv.data.collate import EncodedRow, encode_pair
 from atv.generator import Generator, load_generator
+from atv.lm.load import load_llm, load_tokenizer
+from atv.lm.prefix_store import PrefixStore
 from atv.model import ATVModel
-from atv.models import load_llm, load_tokenizer
-from atv.sampling import training_rows
-from atv.store import PrefixStore
-from atv.tasks import Task, load_tasks
+from atv.training.batches import training_rows
 from benchmarks.common import SEED, Options
 
 GENERATORS = {"minilm": "MiniLM (22.6M)", "gpt2": "GPT-2-sized (124M)"}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from atv.batching import EncodedRow
+from atv.data.collate import EncodedRow
 from atv.model import ATVModel
 from benchmarks.common import Figure, Options, Record, in_turn, parse_options, rate, ratio, times
 from benchmarks.reference import batch_loss, row_loss, train_rows, update

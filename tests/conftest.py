@@ -27,9 +27,9 @@ from transformers import (
 )
 
 from atv.config import ATVConfig
+from atv.data import Example, Task
 from atv.generator import Generator
 from atv.model import ATVModel
-from atv.tasks import Example, Task
 
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 

@@ -21,9 +21,10 @@ from typer.main import get_command
 from atv.cli import main
 from atv.cli.app import app
 from atv.cli.options import read_config, spellings
+from atv.data import load_tasks
 from atv.methods import METHODS
-from atv.protocol import PROFILES, read_settings
-from atv.tasks import load_tasks
+from atv.methods.settings import read_settings
+from atv.paper.profiles import PROFILES
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = get_command(app).commands

@@ -25,11 +25,11 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, set_seed
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as FAMILIES
 
 from atv import __version__
-from atv.batching import pad
 from atv.config import ATVConfig, Positions
+from atv.data.collate import pad
 from atv.doctor import check_wiring
 from atv.errors import ATVError
-from atv.hooks import capture_outputs
+from atv.lm.hooks import capture_outputs
 from atv.model import ATVModel
 
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"

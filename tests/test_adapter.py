@@ -16,8 +16,9 @@ from atv import artifact
 from atv.config import ATVConfig, TrainConfig
 from atv.errors import ATVError
 from atv.generator import Generator
+from atv.lm import identity
 from atv.model import ATVModel
-from atv.training import train
+from atv.training.loop import train
 
 QUERIES = ["the kettle leaks", "a quiet harbour"]
 
@@ -93,8 +94,8 @@ def test_the_same_llm_in_another_dtype_is_accepted(tmp_path, dtype):
 
     set_seed(1)
     llm = AutoModelForCausalLM.from_config(CONFIGS["llama"]).bfloat16()  # as checkpoints are published
-    expected = artifact.describe_llm(llm)
-    assert artifact.describe_llm(llm.to(dtype)) == expected
+    expected = identity.describe_llm(llm)
+    assert identity.describe_llm(llm.to(dtype)) == expected
 
 
 def truncate(path):

@@ -13,16 +13,16 @@ import torch
 from conftest import ARCHITECTURES, byte_level_tokenizer, make_atv, make_llm, toy_task
 from refusals import refused
 
-from atv.analysis import Readout, analyse, cosine_means, geometry, map_of, variation
-from atv.analysis.measure import shared_words
 from atv.cli import main
 from atv.config import TrainConfig
-from atv.hooks import capture_outputs, decoder_layers
+from atv.data import Example, Task
+from atv.lm.hooks import capture_outputs, decoder_layers
 from atv.methods.elicit import Elicit, ElicitConfig
+from atv.paper.analysis import Readout, analyse, cosine_means, geometry, map_of, variation
+from atv.paper.analysis.measure import shared_words
 from atv.report import analysis_tables, markdown
 from atv.report.analysis import _exchange_table
 from atv.report.plots import draw
-from atv.tasks import Example, Task
 
 CONFIG = {"positions": "last:2", "layers": [0, 1]}
 ROWS = 3

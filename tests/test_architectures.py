@@ -18,11 +18,11 @@ from transformers import (
     set_seed,
 )
 
-from atv.batching import left_padded
 from atv.config import ATVConfig
+from atv.data.collate import left_padded
+from atv.lm.prefix import SharedPrefix, call_llm
+from atv.lm.prefix_store import PrefixStore
 from atv.model import ATVModel
-from atv.prefix import SharedPrefix, call_llm
-from atv.store import PrefixStore
 
 GROUPED = SIZES | {"num_key_value_heads": 2}
 CONFIGS = {

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from atv.attention import grouped, grouped_attention, shared, shared_attention
+from atv.lm.attention import grouped, grouped_attention, shared, shared_attention
 
 
 def inputs(heads, key_heads, new, seq, dtype=torch.float64):
@@ -105,7 +105,7 @@ def test_training_uses_it_on_a_cpu_for_the_tail_alone(name, monkeypatch):
         calls.append(1)
         return grouped_attention(*args, **options)
 
-    monkeypatch.setattr("atv.attention.grouped_attention", counting)
+    monkeypatch.setattr("atv.lm.attention.grouped_attention", counting)
     former = ALL_ATTENTION_FUNCTIONS["sdpa"]
     atv(**batch_of(atv)).loss.backward()
     assert len(calls) == 3  # one per layer

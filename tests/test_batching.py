@@ -6,8 +6,18 @@ from conftest import byte_level_tokenizer, make_atv, sentencepiece_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atv.batching import IGNORED, Collator, EncodedRow, Row, edit_mask, encode_pair, encode_prompt, pad, position_ids
 from atv.config import Positions
+from atv.data.collate import (
+    IGNORED,
+    Collator,
+    EncodedRow,
+    Row,
+    edit_mask,
+    encode_pair,
+    encode_prompt,
+    pad,
+    position_ids,
+)
 from atv.errors import ATVError
 
 TOKENIZERS = {"byte-level": byte_level_tokenizer(), "sentencepiece": sentencepiece_tokenizer()}

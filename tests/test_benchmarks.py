@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import make_atv
 
-from atv.batching import Row
+from atv.data.collate import Row
 from benchmarks import common, peft_methods, report, run_all
 from benchmarks.reference import batch_loss, row_loss
 from benchmarks.step import PARTS, floor_step, loss_of, own_optimizer, timed_step, train_step

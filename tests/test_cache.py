@@ -9,11 +9,11 @@ import pytest
 import torch
 from conftest import make_atv, make_llm, toy_task
 
-from atv.cache import VectorCache
 from atv.config import TrainConfig
 from atv.errors import ATVError
 from atv.model import ATVModel
-from atv.training import train
+from atv.training.loop import train
+from atv.vector_cache import VectorCache
 
 QUERIES = ["the kettle leaks", "quiet", "one two three"]
 BYTES = 3 * 32 * 4  # of one query's vectors: layers x hidden, float32
@@ -162,7 +162,7 @@ def test_no_stale_vectors_after_a_change(atv, change):
 def test_the_weights_are_hashed_only_after_a_change_and_the_same_weights_find_their_vectors_again(
     atv, read, monkeypatch
 ):
-    import atv.cache as cache
+    import atv.vector_cache as cache
 
     hashed = []
     real = cache._hash

@@ -7,15 +7,15 @@ import pytest
 import torch
 from conftest import byte_level_tokenizer, make_atv, make_llm, toy_task
 
-from atv.batching import encode_answers
 from atv.config import ATVConfig, TrainConfig
+from atv.data import Example, Task
+from atv.data.collate import encode_answers
 from atv.expansion import Expansion
 from atv.gate import Gate
 from atv.methods.atv import ATV
 from atv.model import ATVModel
-from atv.sampling import training_rows
-from atv.tasks import Example, Task
-from atv.training import train
+from atv.training.batches import training_rows
+from atv.training.loop import train
 
 
 def calibrated(name: str = "llama", **options: object) -> ATVModel:

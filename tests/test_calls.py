@@ -23,8 +23,8 @@ from transformers import (
 
 from atv import unsteered
 from atv.config import ATVConfig
+from atv.lm.tracking import PromptTracker, continuing
 from atv.model import ATVModel
-from atv.steering import PromptTracker, continuing
 
 RECURRENT = {
     "mamba": MambaConfig(
@@ -101,7 +101,7 @@ def test_an_llm_compiled_in_place_or_inside_a_function_is_steered():
 
 
 def rows():
-    from atv.batching import Row
+    from atv.data.collate import Row
 
     return [Row(query, (prompt,), "yes") for query, prompt in zip(QUERIES, PROMPTS, strict=True)]
 
@@ -140,7 +140,7 @@ def test_decoding_steps_compiled_inside_a_context_are_plain_after_it(positions):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "peft"])
 def test_a_way_past_the_llm_into_its_layers_is_refused(name):
-    from atv.hooks import base_llm
+    from atv.lm.hooks import base_llm
 
     atv = make_atv(name)
     llm, inputs = base_llm(atv.llm), atv.encode_prompts(PROMPTS)

@@ -309,12 +309,12 @@ def test_theory_writes_nothing_without_out(atv, tmp_path, monkeypatch):
 
 SLOWLY = """
 import sys, time
-import atv.evaluation, atv.training
+import atv.evaluation.run, atv.training.loop
 def wait(*args, **kwargs):
     print("waiting", flush=True)
     time.sleep(60)
-atv.evaluation._ask = wait
-atv.training.require_wiring = wait
+atv.evaluation.run._ask = wait
+atv.training.loop.require_wiring = wait
 from atv.cli import main
 sys.argv = ["atv", *sys.argv[1:]]
 main()
@@ -481,19 +481,16 @@ def test_wrong_data_is_one_line_and_exit_code_2(atv, world, tmp_path, change, na
 
 
 def test_unseen_tasks_are_not_trained_on_unless_they_are_named(atv, world, tmp_path):
-    """CoLA is one of the unseen tasks of the paper, whatever folder it stands in."""
-    data = task_file(world, tmp_path / "data", lambda rows: rows)
+    data = task_file(world, tmp_path / "data", lambda rows: rows | {"category": "Unseen"})
     rows = (data / "toy.json").read_text()
-    (data / "toy.json").unlink()
-    (data / "glue_cola.json").write_text(rows)
     options = ["train", *train_options(world), "--data", data, "--out", tmp_path / "out"]
     check_refused(*atv(*options), ["All tasks are of the category Unseen", "name them with --task"])
-    (data / "mine.json").write_text(rows.replace("harbour", "quay"))
-    (data / "templates.json").write_text(json.dumps({"mine": ["{input}\nso?"] * 3}))
+    (data / "mine.json").write_text(rows.replace("harbour", "quay").replace("Unseen", "mine"))
+    (data / "templates.json").write_text(json.dumps(dict.fromkeys(("mine", "toy"), ["{input}\nso?"] * 3)))
     said = " ".join(atv(*options)[2].split())
-    assert "Not trained on, since their category is Unseen: glue_cola" in said
+    assert "Not trained on, since their category is Unseen: toy" in said
     assert "training rows of mine" in said
-    assert "training rows of glue_cola" in " ".join(atv(*options, "--task", "glue_cola", "--force")[2].split())
+    assert "training rows of toy" in " ".join(atv(*options, "--task", "toy", "--force")[2].split())
 
 
 def test_wrong_use_of_eval_generate_and_report_is_one_line(atv, world, tmp_path):
@@ -558,7 +555,7 @@ def test_every_option_of_every_command_is_explained():
 
 def test_every_setting_that_train_has_an_option_for_is_one_of_the_method():
     from atv.cli.options import SETTINGS
-    from atv.protocol import method_settings
+    from atv.methods.settings import method_settings
 
     options = {p.name: p.default for p in get_command(command_line.app).commands["train"].params}
     config, train = method_settings("atv", [], seed=42)

@@ -15,13 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from refusals import refused
 
-from atv.evaluation import evaluate
+from atv.data import Example, Task, Variant
+from atv.evaluation.records import RunWriter
+from atv.evaluation.run import evaluate
+from atv.lm.prefix import SharedPrefix
 from atv.methods import METHODS
 from atv.methods.bm25 import words
 from atv.methods.demonstrations import Demonstrated
-from atv.prefix import SharedPrefix
-from atv.records import RunWriter
-from atv.tasks import Example, Task, Variant
 
 FIRST = Variant(0, "A:")
 WORDS = ["harbour", "kettle", "lid", "boat", "quiet", "not", "A", "7", "the", "the", "the"]

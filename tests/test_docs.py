@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaConfi
 from atv import __all__ as public
 from atv import doctor
 from atv.config import ATVConfig, TrainConfig
+from atv.data import builtin_task
+from atv.evaluation.measure import measure
 from atv.generator import Generator
 from atv.methods import METHODS
 from atv.model import ATVModel
-from atv.protocol import measure
-from atv.tasks import builtin_task
-from atv.training import train
+from atv.training.loop import train
 
 LLM, GENERATOR = "embedded:smollm2-135m", "embedded:minilm-l6"
 FOLLOWED = ("README.md", "docs/index.md", "docs/quickstart.md", "docs/add-a-task.md", "docs/add-an-llm.md")
@@ -52,9 +52,9 @@ def place(world, tmp_path, monkeypatch):
         (tmp_path / part).symlink_to(world / part)
     monkeypatch.chdir(tmp_path)
     embedded = {LLM: str(world / "llm"), GENERATOR: str(world / "generator")}
-    monkeypatch.setattr("atv.models.resolve", lambda name: embedded.get(name, name))
-    monkeypatch.setattr("atv.tasks.folder.builtin_task", lambda name: builtin_task(name).drawn(6, 2, 42, test=4))
-    monkeypatch.setattr("atv.training.train", one_epoch)
+    monkeypatch.setattr("atv.lm.load.resolve", lambda name: embedded.get(name, name))
+    monkeypatch.setattr("atv.data.folder.builtin_task", lambda name: builtin_task(name).drawn(6, 2, 42, test=4))
+    monkeypatch.setattr("atv.training.loop.train", one_epoch)
     monkeypatch.setattr("os.fsync", lambda file: None)  # nobody pulls the plug here, and disks take their time
     before = set(METHODS)  # a page may add one, for itself
     atv = ATVModel(

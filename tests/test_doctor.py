@@ -5,11 +5,11 @@ import torch
 from conftest import ARCHITECTURES, make_atv
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+import atv.lm.tracking
 import atv.model
-import atv.steering
-from atv import attention, hooks
 from atv.doctor import check_wiring, require_wiring
 from atv.errors import ATVError
+from atv.lm import attention, hooks
 
 
 def failed(found):
@@ -87,12 +87,12 @@ def test_a_broken_injection_is_found_and_named(monkeypatch, broken, named):
 
 def test_a_vector_on_every_token_is_found(monkeypatch):
     """What the paper's released code does, where the last token was asked for."""
-    monkeypatch.setattr(atv.steering, "edit_mask", lambda attended, positions: attended.bool())
+    monkeypatch.setattr(atv.lm.tracking, "edit_mask", lambda attended, positions: attended.bool())
     assert "the tokens that changed are those asked for" in failed(check_wiring(make_atv(dtype=torch.float32)))
 
 
 def test_a_hook_that_loses_the_answers_edit_is_found_by_the_cache_check(monkeypatch):
-    from atv.steering import PromptTracker
+    from atv.lm.tracking import PromptTracker
 
     observe = PromptTracker.observe
 

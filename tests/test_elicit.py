@@ -10,12 +10,12 @@ from refusals import refused
 from safetensors.torch import load_file
 
 from atv.config import ATVConfig, TrainConfig
-from atv.evaluation import evaluate
-from atv.methods import METHODS, library
+from atv.data import Example, Task
+from atv.evaluation.records import RunWriter
+from atv.evaluation.run import evaluate
+from atv.methods import METHODS, exemplars
 from atv.methods.elicit import Elicit, ElicitConfig
 from atv.methods.retriever import Retriever, embed, fit_classifier, load_encoder
-from atv.records import RunWriter
-from atv.tasks import Example, Task
 
 
 def counting_task(name="counting"):
@@ -57,7 +57,7 @@ def with_state_added(llm, ids, vectors, scale):
             edited[:, -1] += (scale * vector).to(hidden.dtype)
             return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
-        handles.append(library.decoder_layers(llm)[layer].register_forward_hook(edit))
+        handles.append(exemplars.decoder_layers(llm)[layer].register_forward_hook(edit))
     with torch.no_grad():
         logits = llm(torch.tensor([ids])).logits[0, -1]
     for handle in handles:
@@ -68,7 +68,7 @@ def with_state_added(llm, ids, vectors, scale):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "peft"])
 def test_states_are_the_hidden_states_of_a_prompt_written_by_hand(name):
     llm, tokenizer, task = make_llm(name), byte_level_tokenizer(), toy_task()
-    prompts = library.exemplar_prompts(llm, tokenizer, task, count=4, shots=2, seed=7)
+    prompts = exemplars.exemplar_prompts(llm, tokenizer, task, count=4, shots=2, seed=7)
     assert len({row for row, _ in prompts}) == 4
     for number, (row, prompt) in enumerate(prompts):
         template = task.templates[number % 3]
@@ -79,7 +79,7 @@ def test_states_are_the_hidden_states_of_a_prompt_written_by_hand(name):
         assert task.train[row] not in [asked[text] for text in shown]
         with torch.no_grad():
             expected = llm(torch.tensor([prompt.ids]), output_hidden_states=True).hidden_states
-        (states,) = library.last_states(llm, tokenizer, [prompt.ids])
+        (states,) = exemplars.last_states(llm, tokenizer, [prompt.ids])
         assert states.shape == (3, 32)
         for layer in (0, 1):
             torch.testing.assert_close(states[layer], expected[layer + 1][0, -1])
@@ -91,28 +91,28 @@ def test_states_are_the_hidden_states_of_a_prompt_written_by_hand(name):
 def test_demonstrations_that_the_context_has_no_room_for_are_left_out_and_a_long_row_is_refused():
     task, tokenizer, llm = toy_task(), byte_level_tokenizer(), make_llm()
     llm.config.max_position_embeddings = 90
-    prompts = library.exemplar_prompts(llm, tokenizer, task, count=8, shots=16, seed=7)
+    prompts = exemplars.exemplar_prompts(llm, tokenizer, task, count=8, shots=16, seed=7)
     assert all(0 < prompt.demonstrations < 7 and len(prompt.ids) <= 90 for _, prompt in prompts)
-    rows = [row for row, _ in library.exemplar_prompts(llm, tokenizer, task, count=12, shots=1, seed=7)]
+    rows = [row for row, _ in exemplars.exemplar_prompts(llm, tokenizer, task, count=12, shots=1, seed=7)]
     assert sorted(rows[:8]) == list(range(8))
     assert rows[8:] == rows[:4]
     llm.config.max_position_embeddings = 9
     with refused("training row", "context is 9"):
-        library.exemplar_prompts(llm, tokenizer, task, count=1, shots=1, seed=7)
+        exemplars.exemplar_prompts(llm, tokenizer, task, count=1, shots=1, seed=7)
     with refused("validation row", "context is 9"):
-        library.layer_scores(llm, tokenizer, task, torch.zeros(1, 3, 32), 1.0, rows=2)
+        exemplars.layer_scores(llm, tokenizer, task, torch.zeros(1, 3, 32), 1.0, rows=2)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
 @pytest.mark.parametrize("at_once", [100, 10])
 def test_the_best_layer_is_that_of_full_passes_over_all_layers(name, at_once, monkeypatch):
-    monkeypatch.setattr(library, "AT_ONCE", at_once)
+    monkeypatch.setattr(exemplars, "AT_ONCE", at_once)
     llm, tokenizer = make_llm(name), byte_level_tokenizer()
     task = dataclasses.replace(toy_task(), valid=(Example("the kettle", "yes"), *toy_task().valid))  # unequal lengths
     torch.manual_seed(0)
     states, scale = 3 * torch.randn(4, 3, 32, dtype=torch.float64), 2.0
-    right, likely = library.layer_scores(llm, tokenizer, task, states, scale, rows=5)
-    best = library.best_layers(right, likely)
+    right, likely = exemplars.layer_scores(llm, tokenizer, task, states, scale, rows=5)
+    best = exemplars.best_layers(right, likely)
     for exemplar in range(4):
         scores = []
         for layer in range(3):
@@ -134,7 +134,7 @@ def test_the_best_layer_is_that_of_full_passes_over_all_layers(name, at_once, mo
 def test_more_right_answers_decide_then_the_likelier_ones_and_never_what_is_no_number():
     right = torch.tensor([[0.2, 0.5, 0.5], [0.1, 0.1, 0.1]])
     likely = torch.tensor([[-1.0, -3.0, -2.0], [float("nan"), -9.0, float("nan")]])
-    assert library.best_layers(right, likely).tolist() == [2, 1]
+    assert exemplars.best_layers(right, likely).tolist() == [2, 1]
 
 
 @pytest.mark.parametrize(("layers", "where"), [("best", None), ("all", [0, 1, 2]), ("top", [2])])
@@ -188,7 +188,7 @@ def test_the_retriever_names_the_task_and_then_the_nearest_entry_of_it(encoder):
 
 def test_a_killed_training_goes_on_and_ends_with_the_same_library(tmp_path, encoder, monkeypatch):
     whole = fit(tmp_path / "whole", encoder)
-    score, asked = library.layer_scores, []
+    score, asked = exemplars.layer_scores, []
 
     def killed(llm, tokenizer, task, *rest):
         asked.append(task.name)

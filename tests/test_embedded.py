@@ -9,9 +9,9 @@ import torch
 from conftest import make_llm
 from refusals import refused
 
-import atv.models as models
-from atv.batching import encode_pair, encode_prompt
-from atv.models import EMBEDDED, cache_folder, load_llm, load_tokenizer, resolve
+import atv.lm.load as models
+from atv.data.collate import encode_pair, encode_prompt
+from atv.lm.load import EMBEDDED, cache_folder, load_llm, load_tokenizer, resolve
 
 GEMMA = "embedded:gemma3-270m"
 TEXT = b"first second third"

@@ -11,14 +11,14 @@ from torch import nn
 from transformers import AutoModel, set_seed
 
 from atv.config import ATVConfig, TrainConfig
-from atv.evaluation import evaluate
-from atv.hooks import base_llm
+from atv.data import Example, Task, Variant
+from atv.evaluation.records import RunWriter
+from atv.evaluation.run import evaluate
+from atv.lm.hooks import base_llm
+from atv.lm.scoring import training_options
 from atv.methods import METHODS
 from atv.methods.encoder import Encoder, EncoderConfig, EncoderModel
-from atv.options import training_options
-from atv.records import RunWriter
-from atv.sampling import training_rows
-from atv.tasks import Example, Task, Variant
+from atv.training.batches import training_rows
 
 
 def ways():

@@ -9,8 +9,8 @@ from conftest import byte_level_tokenizer, make_atv, make_llm
 
 from atv.cli.app import app
 from atv.errors import ATVError
-from atv.protocol import PROFILES, Profile
-from atv.records import load_runs
+from atv.evaluation.records import load_runs
+from atv.paper.profiles import PROFILES, Profile
 from atv.report import experiment_tables, find_experiments, report_tables
 
 TOML = """

@@ -12,7 +12,7 @@ from torch import nn
 
 from atv.config import ATVConfig
 from atv.doctor import check_wiring
-from atv.hooks import capture_outputs, decoder_layers, edit_outputs
+from atv.lm.hooks import capture_outputs, decoder_layers, edit_outputs
 from atv.model import ATVModel
 
 

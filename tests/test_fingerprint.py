@@ -9,8 +9,8 @@ from peft import IA3Config, LoraConfig, PrefixTuningConfig, get_peft_model
 from refusals import refused
 from transformers import AutoModelForCausalLM, set_seed
 
-from atv import artifact
 from atv.config import ATVConfig
+from atv.lm import identity
 from atv.methods.lora import LoRA, LoRAConfig
 from atv.methods.peft_model import PEFTModel
 from atv.model import ATVModel
@@ -165,7 +165,7 @@ def test_loras_own_adapter_fits_the_plain_llm_and_no_other(tmp_path):
     model.save_pretrained(tmp_path / "lora")
     LoRA.load(llm, tokenizer, tmp_path / "lora")
     LoRA.load(plain(), tokenizer, tmp_path / "lora")
-    assert artifact.describe_llm(llm) == artifact.describe_llm(plain())
+    assert identity.describe_llm(llm) == identity.describe_llm(plain())
     with refused("they differ in weights"):
         LoRA.load(changed("model.layers.0.mlp.down_proj.weight"), tokenizer, tmp_path / "lora")
 

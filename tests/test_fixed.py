@@ -11,11 +11,11 @@ from torch import nn
 from atv.config import ATVConfig, TrainConfig
 from atv.doctor import check_wiring
 from atv.generator import CONSTANT
-from atv.hooks import decoder_layers
+from atv.lm.hooks import decoder_layers
 from atv.methods import METHODS
 from atv.methods.fixed import Fixed, FixedConfig, FixedModel
 from atv.model import ATVModel
-from atv.training import train
+from atv.training.loop import train
 
 QUERIES = ["the kettle leaks", "a quiet harbour"]
 PROMPTS = ["the kettle leaks\nA:", "a quiet harbour before the first boats came in\nA:"]

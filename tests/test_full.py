@@ -9,14 +9,14 @@ from conftest import byte_level_tokenizer, make_llm, toy_task
 from refusals import refused
 from safetensors.torch import load_file, save_file
 
-from atv import training
 from atv.config import TrainConfig
-from atv.evaluation import evaluate
+from atv.evaluation.records import RunWriter
+from atv.evaluation.run import evaluate
 from atv.files import sha256
 from atv.methods import METHODS
 from atv.methods.full import Full, FullConfig, FullModel
-from atv.records import RunWriter
-from atv.sampling import training_rows
+from atv.training import loop as training
+from atv.training.batches import training_rows
 
 NAMES = pytest.mark.parametrize("name", ["llama", "gpt2"])  # the second ties its head to its embeddings
 

@@ -8,9 +8,9 @@ from conftest import ARCHITECTURES, make_atv
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, StaticCache, TextStreamer
 
-from atv.batching import edit_mask
+from atv.data.collate import edit_mask
 from atv.errors import ATVError
-from atv.hooks import base_llm
+from atv.lm.hooks import base_llm
 from atv.model import inject
 
 PROMPTS = ["the kettle leaks and the lid sticks, yes or no?\nA:", "quiet\nA:", "x"]

@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModel, FunnelModel, set_seed
 
 from atv.config import ATVConfig
 from atv.generator import Generator
+from atv.lm.load import load_encoder
 from atv.model import ATVModel
-from atv.models import load_encoder
 
 QUERIES = ["the kettle leaks", "a quiet harbour before the first boats"]
 IDS = {"vocab_size": 400, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2}

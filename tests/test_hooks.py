@@ -6,7 +6,7 @@ from conftest import ARCHITECTURES, make_llm
 from torch import nn
 
 from atv.errors import ATVError
-from atv.hooks import base_llm, capture_outputs, decoder_layers, edit_outputs, flat_head
+from atv.lm.hooks import base_llm, capture_outputs, decoder_layers, edit_outputs, flat_head
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

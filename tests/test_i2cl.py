@@ -11,16 +11,16 @@ from conftest import CONFIGS, byte_level_tokenizer, make_llm, toy_task
 from refusals import refused
 from torch import nn
 
-from atv.batching import Row, encode_pair
 from atv.config import TrainConfig
+from atv.data import Example, Task, Variant
+from atv.data.collate import Row, encode_pair
 from atv.errors import ATVError
-from atv.evaluation import evaluate
-from atv.hooks import attention_and_mlp, base_llm
+from atv.evaluation.records import RunWriter
+from atv.evaluation.run import evaluate
+from atv.lm.hooks import attention_and_mlp, base_llm
 from atv.methods import METHODS
 from atv.methods.i2cl import I2CL, I2CLConfig, I2CLModel
-from atv.records import RunWriter
-from atv.sampling import training_rows
-from atv.tasks import Example, Task, Variant
+from atv.training.batches import training_rows
 
 NAMES = [*CONFIGS, "peft"]
 PARTS = {  # attention and MLP of the first layer, named by hand

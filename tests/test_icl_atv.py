@@ -7,9 +7,9 @@ import torch
 from conftest import byte_level_tokenizer, make_atv, make_llm, toy_task
 from refusals import refused
 
-from atv.evaluation import evaluate
+from atv.evaluation.records import RunWriter
+from atv.evaluation.run import evaluate
 from atv.methods import METHODS
-from atv.records import RunWriter
 
 
 def load(tmp_path, method="icl+atv", shots=3, seed=42, **options):

@@ -8,7 +8,7 @@ from conftest import byte_level_tokenizer, make_llm, toy_task
 from refusals import refused
 
 from atv.config import TrainConfig
-from atv.hooks import decoder_layers
+from atv.lm.hooks import decoder_layers
 from atv.methods import METHODS, once
 from atv.methods.fixed import Fixed, FixedConfig
 from atv.methods.learned_tv import LearnedTV, LearnedTVConfig
@@ -113,7 +113,7 @@ def test_the_layer_is_that_whose_vector_of_fixed_does_best_on_validation_rows(tm
 
 
 def test_a_killed_training_goes_on_with_the_layer_that_it_was_at(tmp_path, monkeypatch):
-    from atv import training
+    from atv.training import loop as training
 
     whole = trained(tmp_path / "whole")
     train, asked = training.train, []

@@ -9,16 +9,16 @@ from conftest import byte_level_tokenizer, make_llm, toy_task
 from refusals import refused
 from torch import nn
 
-from atv.batching import encode_prompt, left_padded
 from atv.config import TrainConfig
-from atv.evaluation import evaluate
-from atv.hooks import decoder_layers
-from atv.methods import METHODS, library
+from atv.data import Example, Task
+from atv.data.collate import encode_prompt, left_padded
+from atv.evaluation.records import RunWriter
+from atv.evaluation.run import evaluate
+from atv.lm.hooks import decoder_layers
+from atv.methods import METHODS, exemplars
 from atv.methods import linear as linear_module
-from atv.methods.library import exemplar_prompts
+from atv.methods.exemplars import exemplar_prompts
 from atv.methods.linear import Linear, LinearConfig, fit
-from atv.records import RunWriter
-from atv.tasks import Example, Task
 
 TOKENIZER = byte_level_tokenizer()
 
@@ -166,7 +166,7 @@ def test_layer_and_ridge_are_those_with_most_validation_rows_right(tmp_path, mon
             hits, chances = [], []
             for task in TASKS:
                 weights, intercept = by_normal_equations(*pairs_by_hand(llm, task, layer), ridge)
-                told = library.training_options(TOKENIZER, task).judged
+                told = exemplars.training_options(TOKENIZER, task).judged
                 assert set(told.values()) == {1}
                 for number, row in enumerate(task.valid):
                     prompt = task.templates[number % len(task.templates)].replace("{input}", row.input) + "\nA:"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from atv.models import parse_dtype
+from atv.lm.load import parse_dtype
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from atv.batching import Row
+from atv.data.collate import Row
 from atv.errors import ATVError
 from atv.expansion import PaperExpansion
-from atv.hooks import base_llm, capture_outputs
+from atv.lm.hooks import base_llm, capture_outputs
+from atv.lm.prefix import call_llm
 from atv.model import add_vectors, inject
-from atv.prefix import call_llm
 
 ROWS = [
     Row("the kettle leaks", ("the kettle leaks and the lid sticks\nA:", "is it so? the kettle\nA:"), "yes no"),

@@ -16,24 +16,24 @@ from hypothesis import strategies as st
 from refusals import refused
 from transformers import MambaConfig, MambaForCausalLM, set_seed
 
-from atv.analysis.exchange import OWN, exchanged
-from atv.batching import encode_pair, left_padded
 from atv.config import ATVConfig, Positions, TrainConfig
-from atv.evaluation import evaluate
-from atv.methods import METHODS, library
+from atv.data import Example, Task, Variant
+from atv.data.collate import encode_pair, left_padded
+from atv.evaluation.records import RunWriter
+from atv.evaluation.run import evaluate
+from atv.lm.prefix import call_llm
+from atv.lm.scoring import Options, answers_right, reader, task_options, training_options
+from atv.methods import METHODS, exemplars
 from atv.methods.atv import ATV
 from atv.methods.i2cl import I2CL, I2CLConfig, I2CLModel
 from atv.methods.lora import LoRA
 from atv.methods.peft_model import PEFTModel
 from atv.methods.prefix_tuning import PrefixTuning
 from atv.model import ATVModel, steering
-from atv.options import Options, answers_right, reader, task_options, training_options
-from atv.prefix import call_llm
+from atv.paper.analysis.swapped import OWN, exchanged
+from atv.paper.sweep import _judged
 from atv.progress import bar
-from atv.protocol.sweep import _judged
-from atv.records import RunWriter
-from atv.tasks import Example, Task, Variant
-from atv.training import train
+from atv.training.loop import train
 
 LABELS = {
     "digits": ("1", "2", "3", "4", "5"),
@@ -476,7 +476,7 @@ def test_the_best_layer_is_chosen_by_the_tokens_that_tell_an_answer_apart():
     llm, tokenizer, task = make_llm(), byte_level_tokenizer(), labelled(LABELS["nested"], rows=6)
     torch.manual_seed(0)
     states = 3 * torch.randn(2, 3, 32, dtype=torch.float64)
-    right, likely = library.layer_scores(llm, tokenizer, task, states, 2.0, rows=5)
+    right, likely = exemplars.layer_scores(llm, tokenizer, task, states, 2.0, rows=5)
     ids = [tuple(encode_pair(tokenizer, "A:", option)[1]) for option in task.options]
     for exemplar, layer in itertools.product(range(2), range(3)):
         hits, chances = [], []

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from refusals import refused
 
 import atv.report
-from atv.records import load_runs
-from atv.report import all_tables, check_format, formats, paper_tables
+from atv.evaluation.records import load_runs
+from atv.paper.published import PaperNumbers
+from atv.report import all_tables, check_format, comparison_tables, formats
 from atv.report.page import provenance_of
 from atv.report.plots import COLOURS, INK, _apart, draw
 from atv.report.tables import Table, number
@@ -116,7 +117,7 @@ def page(folder):
 @pytest.fixture(scope="module")
 def tables(folder):
     with contextlib.chdir(folder):
-        return all_tables(load_runs(["runs"]))
+        return all_tables(load_runs(["runs"]), PaperNumbers())
 
 
 def test_the_page_is_well_formed_and_everything_that_is_referred_to_is_there(page):
@@ -422,7 +423,7 @@ def test_in_a_browser_tables_sort_nothing_is_fetched_and_a_phone_shows_it(folder
 
 def test_paper_tables_say_which_runs_are_behind_what_is_drawn(folder):
     rows = load_runs([folder / "runs"])
-    assert [table.plots for table in paper_tables(rows)] == [
+    assert [table.plots for table in comparison_tables(rows)] == [
         ("scores", "cost"), ("scores",), ("scores", "cost"), ("scores",), (), ("differences",)]  # fmt: skip
 
 

@@ -7,12 +7,13 @@ from itertools import product
 import pytest
 from refusals import refused
 
-from atv.report import all_tables, check_format, markdown, paper_tables, write_tables
+from atv.paper.published import PaperNumbers, paper_results
+from atv.paper.tasks import PAPER
+from atv.report import all_tables, check_format, comparison_tables, markdown, write_tables
+from atv.report.comparison import comparison_table, in_domain_table, summary_table, unseen_table
 from atv.report.formats import comma_separated, latex
-from atv.report.paper_tables import comparison_table, in_domain_table, paper_results, summary_table, unseen_table
 from atv.report.statistics import paired
 from atv.report.tables import Table
-from atv.tasks import PAPER
 
 CATEGORY = {"a_b": "NLU", "c": "NLU", "d": "Handwork", "e": "Unseen", "f": "Unseen"}
 
@@ -156,10 +157,10 @@ def test_a_comparison_is_of_the_tasks_that_are_left_and_says_so():
 
 def test_the_paper_s_numbers_do_not_stand_beside_fewer_tasks():
     rows = [row | {"correct": None} if row["task"] == "glue_sst2" else row for row in paper_rows("elicit", "icl")]
-    line = lines_of(in_domain_table(rows))["paper, LLaMA3-8B: icl"]
+    line = lines_of(in_domain_table(rows, beside=PaperNumbers()))["paper, LLaMA3-8B: icl"]
     assert (line["NLU"], line["Avg"]) == ("–", "–")
     assert line["Reasoning"] == "56.0 ± 0.4"
-    summary = lines_of(summary_table(rows))
+    summary = lines_of(summary_table(rows, beside=PaperNumbers()))
     assert summary["icl"]["in-domain"].endswith("†")
     assert {line["in-domain"] for name, line in summary.items() if name.startswith("paper")} <= {"–"}
 
@@ -169,7 +170,7 @@ def test_methods_stand_in_the_paper_s_order_and_each_llm_has_tables_of_its_own()
               "i2cl", "elicit", "bm25", "icl", "zero-shot")  # fmt: skip
     rows = [row for method in others for row in rows_of(method, "d", "x-")]
     assert [line[0] for line in in_domain_table(rows).rows] == [*others[:0:-1], "own"]
-    titles = [table.title for table in paper_tables([*rows, *rows_of("atv", "e", "x", llm="large")])]
+    titles = [table.title for table in comparison_tables([*rows, *rows_of("atv", "e", "x", llm="large")])]
     assert titles == ["In-domain accuracy: small", "In-domain accuracy among options: small",
                       "atv against each other: small", "Unseen accuracy: large",
                       "Unseen accuracy among options: large"]  # fmt: skip
@@ -192,7 +193,7 @@ def paper_rows(*methods, without=()):
 
 def test_the_paper_s_numbers_stand_beside_ours_and_are_marked():
     rows = paper_rows("elicit", "icl", "lora", "fixed")
-    table = in_domain_table(rows)
+    table = in_domain_table(rows, beside=PaperNumbers())
     assert [line[0] for line in table.rows] == [
         "icl", "elicit", "lora", "fixed", "paper, LLaMA3-8B: icl", "paper, LLaMA3-8B: elicit",
         "paper, Mistral-7B: icl", "paper, Mistral-7B: elicit",
@@ -204,8 +205,8 @@ def test_the_paper_s_numbers_stand_beside_ours_and_are_marked():
     assert "Lines marked 'paper' are other LLMs' numbers" in table.note
     assert "arXiv 2506.03426" in table.note
     assert len(in_domain_table(rows, "correct_among_options").rows) == 4
-    assert lines_of(unseen_table(rows))["paper, Mistral-7B: elicit"]["deepmind"] == "25.1 ± 1.2"
-    summary = lines_of(summary_table(rows))
+    assert lines_of(unseen_table(rows, beside=PaperNumbers()))["paper, Mistral-7B: elicit"]["deepmind"] == "25.1 ± 1.2"
+    summary = lines_of(summary_table(rows, beside=PaperNumbers()))
     assert summary["paper, LLaMA3-8B: lora"] == dict.fromkeys(summary["lora"], "–") | {
         "in-domain": "56.0 ± 1.4", "unseen": "52.0 ± 3.2", "Avg": "54.0 ± 2.3"}  # fmt: skip
     assert summary["paper, Mistral-7B: icl"]["in-domain"] == "53.0 ± 0.1"
@@ -214,12 +215,14 @@ def test_the_paper_s_numbers_stand_beside_ours_and_are_marked():
 
 def test_a_number_of_the_paper_stands_only_beside_one_of_the_same_tasks():
     rows = paper_rows("icl", "bm25", without=("boolq", "glue_cola"))
-    line = lines_of(in_domain_table(rows))["paper, LLaMA3-8B: bm25"]
+    line = lines_of(in_domain_table(rows, beside=PaperNumbers()))["paper, LLaMA3-8B: bm25"]
     assert {name for name, cell in line.items() if cell != "–"} == {"NLU", "Reasoning", "Mathematics", "Safety"}
-    line = lines_of(unseen_table(rows))["paper, LLaMA3-8B: bm25"]
+    line = lines_of(unseen_table(rows, beside=PaperNumbers()))["paper, LLaMA3-8B: bm25"]
     assert (line["deepmind"], line["Avg"], line["tokens"]) == ("30.7 ± 1.7", "–", "–")
-    assert [line[0] for line in summary_table(rows).rows] == ["icl", "bm25"]
-    assert not any("paper" in line[0] for table in paper_tables(ROWS) for line in table.rows)
+    assert [line[0] for line in summary_table(rows, beside=PaperNumbers()).rows] == ["icl", "bm25"]
+    assert not any(
+        "paper" in line[0] for table in comparison_tables(ROWS, beside=PaperNumbers()) for line in table.rows
+    )
 
 
 def test_the_averages_of_the_paper_are_those_of_its_parts():
@@ -251,7 +254,7 @@ def test_latex_is_escaped_and_balanced():
     assert r"y\#2 \{z\} & -- & +2.00 \\" in text
     assert r"\caption{A\_b \& c: 50\%. Below 10\% \textasciitilde{} $<$5\textbackslash{} and \$3.}" in text
     assert r"\begin{tabular}{lrr}" in text
-    for table in all_tables([*ROWS, *paper_rows("icl")]):
+    for table in all_tables([*ROWS, *paper_rows("icl")], PaperNumbers()):
         text = latex(table)
         bare = re.sub(r"\\[\\&%$#_{}]", "", text)  # without what is escaped
         assert bare.count("{") == bare.count("}")

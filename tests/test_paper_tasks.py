@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from refusals import refused
 
-from atv.tasks import PAPER, load_task, paper_templates
+from atv.data import load_task
+from atv.paper.tasks import PAPER, load_paper_tasks, paper_templates
 
 ROWS = {
     "train": [{"input": "a", "output": "Yes"}],
@@ -47,19 +48,19 @@ def test_the_templates_name_the_answers_of_the_table():
 
 def test_a_task_named_as_the_papers_has_its_category_and_templates_without_a_word_about_them(tmp_path):
     write(tmp_path / "superglue_wic.json", ROWS)
-    task = load_task("superglue_wic", tmp_path)
+    task = load_paper_tasks(["superglue_wic"], tmp_path)[0]
     assert task.category == "NLU"
     assert list(task.templates) == paper_templates()["superglue_wic"]
     write(tmp_path / "templates.json", {"another": ["{input}"]})
-    assert load_task("superglue_wic", tmp_path) == task
+    assert load_paper_tasks(["superglue_wic"], tmp_path)[0] == task
 
 
 def test_what_the_folder_says_stands(tmp_path):
     write(tmp_path / "superglue_wic.json", ROWS | {"category": "Mine"})
     write(tmp_path / "templates.json", {"superglue_wic": ["{input}?"]})
-    task = load_task("superglue_wic", tmp_path)
+    task = load_paper_tasks(["superglue_wic"], tmp_path)[0]
     assert (task.category, task.templates) == ("Mine", ("{input}?",))
-    assert load_task("superglue_wic", tmp_path, ["{input}!"]).templates == ("{input}!",)
+    assert load_paper_tasks(["superglue_wic"], tmp_path, ["{input}!"])[0].templates == ("{input}!",)
 
 
 def test_wrong_templates_of_the_folder_are_not_passed_over(tmp_path):
@@ -67,7 +68,7 @@ def test_wrong_templates_of_the_folder_are_not_passed_over(tmp_path):
     for wrong in ([], {"superglue_wic": "{input}"}):
         write(tmp_path / "templates.json", wrong)
         with refused("templates.json has no list of templates for superglue_wic"):
-            load_task("superglue_wic", tmp_path)
+            load_paper_tasks(["superglue_wic"], tmp_path)[0]
 
 
 @pytest.mark.parametrize("category", ["", " ", 1, None, ["NLU"]])
@@ -80,3 +81,16 @@ def test_a_category_that_is_no_text_is_refused(tmp_path, category):
 def test_a_task_of_another_name_has_the_category_of_its_file(tmp_path):
     write(tmp_path / "mine.json", ROWS | {"category": "Safety"})
     assert load_task("mine", tmp_path, ["{input}"]).category == "Safety"
+
+
+def test_answers_that_the_papers_task_does_not_have_are_told(tmp_path, capsys):
+    told = "answers 'great', where the paper's task has 'negative', 'positive'."
+    rows = {
+        split: [{"input": f"{split} {answer}", "output": answer} for answer in ("negative", "great")] for split in ROWS
+    }
+    write(tmp_path / "glue_sst2.json", rows)
+    write(tmp_path / "math_qa.json", rows)  # whose options are each row's own
+    load_paper_tasks(["glue_sst2", "math_qa"], tmp_path)
+    err = capsys.readouterr().err
+    assert f"glue_sst2: {told}" in err
+    assert "math_qa" not in err

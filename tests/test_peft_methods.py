@@ -13,21 +13,21 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
 
-from atv import training
-from atv.batching import left_padded
 from atv.config import TrainConfig
+from atv.data import Variant
+from atv.data.collate import left_padded
 from atv.errors import ATVError
-from atv.evaluation import evaluate
+from atv.evaluation.records import RunWriter
+from atv.evaluation.run import evaluate
 from atv.files import sha256
+from atv.lm.load import load_llm
+from atv.lm.prefix import SharedPrefix, call_llm
 from atv.methods import METHODS
 from atv.methods.lora import LoRA, LoRAConfig, query_and_value
 from atv.methods.peft_model import PEFTModel
 from atv.methods.prefix_tuning import PrefixConfig, PrefixTuning
-from atv.models import load_llm
-from atv.prefix import SharedPrefix, call_llm
-from atv.records import RunWriter
-from atv.sampling import training_rows
-from atv.tasks import Variant
+from atv.training import loop as training
+from atv.training.batches import training_rows
 
 BOTH = pytest.mark.parametrize("method", [LoRA, PrefixTuning])
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15], [16]]

@@ -8,13 +8,13 @@ from conftest import ARCHITECTURES, make_atv, make_llm, toy_task
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from atv.batching import left_padded, pad_id
-from atv.evaluation import evaluate
+from atv.data import Task
+from atv.data.collate import left_padded, pad_id
+from atv.evaluation.records import RunWriter
+from atv.evaluation.run import evaluate
+from atv.lm.prefix import SharedPrefix, call_llm
 from atv.methods.atv import ATV
 from atv.methods.zero_shot import ZeroShot
-from atv.prefix import SharedPrefix, call_llm
-from atv.records import RunWriter
-from atv.tasks import Task
 
 INSTRUCTION = "Is this opinion positive or negative? Answer positive or negative. "
 PROMPTS = [

@@ -6,8 +6,9 @@ import sys
 import pytest
 from refusals import refused
 
-from atv.tasks import PAPER, Example, available_tasks, load_task, paper_templates
-from atv.tasks.prepare import MOST, SOURCES, parse_rows, prepare, prepared, public_rows
+from atv.data import Example, available_tasks
+from atv.paper.prepare import MOST, SOURCES, parse_rows, prepare, prepared, public_rows
+from atv.paper.tasks import PAPER, load_paper_tasks, paper_templates
 
 ASKED = {"question": "Where do boats sleep?", "answerKey": "B"}
 TWO = "Where do boats sleep?\nOptions:\nA. in a nest\nB. in a harbour"
@@ -197,7 +198,7 @@ def test_what_is_written_is_loaded_with_the_papers_category_and_templates(tmp_pa
     lines = list(prepare(["glue_cola", "glue_cola"], tmp_path, load, revision="abc"))
     assert lines == ["glue_cola: 45 train, 5 valid, 40 test rows of nyu-mll/glue at abc; 0 left out."]
     assert available_tasks(tmp_path) == ["glue_cola"]
-    task = load_task("glue_cola", tmp_path)
+    task = load_paper_tasks(["glue_cola"], tmp_path)[0]
     assert (task.category, list(task.templates)) == ("Unseen", paper_templates()["glue_cola"])
     written = (tmp_path / "glue_cola.json").read_bytes()
     assert "already and stays" in next(iter(prepare(["glue_cola"], tmp_path, load, seed=7)))

@@ -11,17 +11,17 @@ from refusals import refused
 from safetensors.torch import load_file, save_file
 
 from atv.config import ATVConfig, TrainConfig
-from atv.evaluation import evaluate
+from atv.data import Example, Task, Variant
+from atv.evaluation.records import RunWriter
+from atv.evaluation.run import evaluate
 from atv.files import sha256
-from atv.hooks import decoder_layers
+from atv.lm.hooks import decoder_layers
+from atv.lm.load import load_encoder as load_model
 from atv.methods import METHODS, Choice, Method, once
 from atv.methods.answers import choices
-from atv.methods.library import last_states
+from atv.methods.exemplars import last_states
 from atv.methods.probe import PENALTIES, Labelled, Probe, ProbeConfig, best_layer, best_penalty, fit
 from atv.methods.retriever import load_encoder
-from atv.models import load_encoder as load_model
-from atv.records import RunWriter
-from atv.tasks import Example, Task, Variant
 
 linear_model = pytest.importorskip("sklearn.linear_model")
 

@@ -16,10 +16,10 @@ from torch import multiprocessing
 
 from atv.config import TrainConfig
 from atv.errors import ATVError
-from atv.evaluation import evaluate
+from atv.evaluation.records import RunWriter, read_rows
+from atv.evaluation.run import evaluate
 from atv.methods import METHODS
-from atv.records import RunWriter, read_rows
-from atv.training import train
+from atv.training.loop import train
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -14,24 +14,16 @@ import torch
 from conftest import byte_level_tokenizer, make_atv, make_llm, toy_task
 
 from atv.config import ATVConfig, TrainConfig
+from atv.data import UNSEEN
 from atv.errors import ATVError
+from atv.evaluation.measure import Frozen
+from atv.evaluation.records import load_runs
 from atv.methods import METHODS
-from atv.protocol import (
-    PROFILES,
-    Condition,
-    Frozen,
-    Profile,
-    conditions_of,
-    known_experiments,
-    method_settings,
-    read_experiment,
-    read_settings,
-    reproduce,
-    sweep,
-)
-from atv.protocol.sweep import trials_of
-from atv.records import load_runs
-from atv.tasks import UNSEEN
+from atv.methods.settings import method_settings, read_settings
+from atv.paper.experiments import Condition, conditions_of, known_experiments, read_experiment
+from atv.paper.profiles import PROFILES, Profile
+from atv.paper.reproduce import reproduce
+from atv.paper.sweep import sweep, trials_of
 
 TINY = Profile(
     "tiny", "", train_rows=6, valid_rows=3, test_rows=4, seeds=(1,), variants="first", shots=2,
@@ -92,8 +84,9 @@ import os, signal, sys
 sys.path[:0] = {path!r}
 import test_protocol as here
 from pathlib import Path
-from atv.protocol import Frozen, reproduce
-from atv.records import RunWriter
+from atv.evaluation.measure import Frozen
+from atv.paper.reproduce import reproduce
+from atv.evaluation.records import RunWriter
 left = [{rows}]
 append = RunWriter.append
 def dying(self, predictions):
@@ -120,7 +113,7 @@ def test_killed_and_started_again_no_row_is_asked_twice_and_the_rows_are_equal(w
     before = [line for file in sorted(out.rglob("predictions.jsonl")) for line in file.read_text().splitlines()]
     assert len(before) == 18
     asked = []
-    from atv.records import RunWriter
+    from atv.evaluation.records import RunWriter
 
     append = RunWriter.append
     monkeypatch.setattr(RunWriter, "append", lambda run, rows: asked.extend(rows) or append(run, rows))
@@ -214,13 +207,13 @@ def test_trials_begin_with_the_default_and_differ(name):
 def test_a_sweep_never_sees_the_test_rows_and_keeps_the_best(world, tmp_path, monkeypatch):
     frozen, given = world
     seen = []
-    from atv.evaluation import evaluate
+    from atv.evaluation.run import evaluate
 
     def watched(method, tasks, run, **how):
         seen.extend(row for task in tasks for split in (task.train, task.valid, task.test) for row in split)
         return evaluate(method, tasks, run, **how)
 
-    monkeypatch.setattr(sys.modules["atv.protocol.measure"], "evaluate", watched)  # the module, not the function
+    monkeypatch.setattr(sys.modules["atv.evaluation.measure"], "evaluate", watched)  # the module, not the function
     best = sweep(TINY, frozen, tasks(), tmp_path, methods=["fixed", "lora", "probe"], trials=2, given=given)
     assert seen
     assert not {row for task in tasks() for row in task.test} & set(seen)

@@ -8,16 +8,16 @@ import torch
 from conftest import GROUPED, PAPER_FORM, byte_level_tokenizer, make_generator, toy_task
 from transformers import AutoModelForCausalLM, LlamaConfig, set_seed
 
-import atv.models as models
-from atv.artifact import describe_llm
-from atv.batching import Row
+import atv.lm.load as models
 from atv.config import ATVConfig, TrainConfig
+from atv.data.collate import Row
 from atv.doctor import check_wiring
 from atv.errors import ATVError
-from atv.hooks import quantization
+from atv.lm.hooks import quantization
+from atv.lm.identity import describe_llm
+from atv.lm.load import load_llm
 from atv.model import ATVModel
-from atv.models import load_llm
-from atv.training import train
+from atv.training.loop import train
 
 needs_package = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 BITS = ["8bit", "4bit"]

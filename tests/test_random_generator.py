@@ -10,7 +10,7 @@ from transformers import LlamaModel, set_seed
 from atv.config import ATVConfig, TrainConfig
 from atv.doctor import check_wiring, model_summary
 from atv.model import ATVModel
-from atv.training import train
+from atv.training.loop import train
 
 QUERIES = ["the kettle leaks", "quiet", "a quiet harbour before the first boats came in"]
 

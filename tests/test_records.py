@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from refusals import refused
 
 import atv
-from atv.records import Prediction, RunWriter, load_runs, read_rows
+from atv.evaluation.records import Prediction, RunWriter, load_runs, read_rows
 
 SETTINGS = {"method": "atv", "llm": "tiny", "seed": 42, "tasks": {"sentiment": 120}}
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atv.cli.show import print_table
+from atv.cli.output import print_table
 from atv.report import accuracy_table, markdown
 from atv.report.formats import comma_separated, latex
 from atv.report.tables import marked, number
@@ -247,5 +247,5 @@ def test_a_mark_stands_before_the_spread():
 
 
 def test_reports_records_and_tasks_are_read_without_loading_torch():
-    code = "import sys, atv.config, atv.records, atv.report, atv.tasks; sys.exit('torch' in sys.modules)"
+    code = "import sys, atv.config, atv.evaluation.records, atv.report, atv.data; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -9,19 +9,19 @@ from test_generate import NEW, generated, recomputed
 from test_model import POSITIONS, batch_of, full_pass_loss
 from transformers import StaticCache, set_seed
 
-from atv.analysis import analyse
-from atv.batching import pad
 from atv.config import ATVConfig, TrainConfig
+from atv.data.collate import pad
 from atv.doctor import check_wiring, model_summary
-from atv.evaluation import evaluate
-from atv.hooks import base_llm, decoder_layers
+from atv.evaluation.records import RunWriter
+from atv.evaluation.run import evaluate
+from atv.lm.hooks import base_llm, decoder_layers
+from atv.lm.tracking import PromptTracker
 from atv.methods.atv import ATV
 from atv.methods.icl_atv import ICLWithATV
+from atv.methods.settings import method_settings
 from atv.model import ATVModel
-from atv.protocol import method_settings
-from atv.records import RunWriter
-from atv.steering import PromptTracker
-from atv.training import train
+from atv.paper.analysis import analyse
+from atv.training.loop import train
 
 PROMPTS = ["the kettle leaks and the lid sticks, yes or no?\nA:", "quiet\nA:", "a quiet harbour before the first boats"]
 NAMES = ["llama", "gpt2", "opt", "gemma3", "mistral", "peft", "tuple"]
@@ -228,7 +228,7 @@ def test_the_wiring_is_right(name):
 def test_training_learns_without_a_pass_of_its_own(tmp_path, monkeypatch):
     atv, task = made(dtype=torch.float32, scale=0.5), toy_task(rows=24)
     frozen = {name: p.clone() for name, p in atv.llm.named_parameters()}
-    monkeypatch.setattr("atv.training.require_wiring", lambda atv: None)
+    monkeypatch.setattr("atv.training.loop.require_wiring", lambda atv: None)
     monkeypatch.setattr(type(atv.generator), "states", None)  # whoever reads anything apart fails
     result = train(atv, [task], tmp_path / "out", TrainConfig.paper(epochs=12, batch_size=4, learning_rate=5e-3))
     losses = [entry["eval_loss"] for entry in result.record["history"] if "eval_loss" in entry]

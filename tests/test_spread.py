@@ -12,17 +12,17 @@ from accelerate import dispatch_model
 from conftest import byte_level_tokenizer, make_atv, make_generator, make_llm, toy_task
 from transformers import Trainer, TrainingArguments
 
-from atv.artifact import describe_llm
-from atv.batching import Row
 from atv.config import ATVConfig
+from atv.data.collate import Row
 from atv.doctor import check_wiring
 from atv.errors import ATVError
-from atv.evaluation import evaluate
-from atv.hooks import input_device
+from atv.evaluation.records import RunWriter
+from atv.evaluation.run import evaluate
+from atv.lm.hooks import input_device
+from atv.lm.identity import describe_llm
+from atv.lm.load import load_llm
 from atv.methods.atv import ATV
 from atv.model import ATVModel
-from atv.models import load_llm
-from atv.records import RunWriter
 
 ROWS = [Row("the kettle leaks", ("the kettle leaks and the lid sticks\nA:", "is it so?\nA:"), "yes no")]
 MAPS = {

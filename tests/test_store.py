@@ -8,10 +8,10 @@ from conftest import ARCHITECTURES, make_atv, toy_task
 from safetensors.torch import load_file
 from test_training import quick, tiny, weights
 
-from atv.batching import Row, left_padded
-from atv.prefix import read_prefix
-from atv.store import PrefixStore
-from atv.training import train
+from atv.data.collate import Row, left_padded
+from atv.lm.prefix import read_prefix
+from atv.lm.prefix_store import PrefixStore
+from atv.training.loop import train
 
 TEXTS = ["the harbour was quiet", "is it? yes or no, six", "two", "the kettle leaks and the lid sticks"]
 BIG = 1 << 30
@@ -36,7 +36,7 @@ def count_reads(monkeypatch):
         rows.append(len(input_ids))
         return read_prefix(llm, input_ids, *rest, **named)
 
-    monkeypatch.setattr("atv.store.read_prefix", counting)
+    monkeypatch.setattr("atv.lm.prefix_store.read_prefix", counting)
     return rows
 
 
@@ -119,7 +119,7 @@ def test_a_full_disk_is_said_and_training_goes_on(tmp_path, monkeypatch, capfd):
     def no_space(path, data):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("atv.store.write_bytes", no_space)
+    monkeypatch.setattr("atv.lm.prefix_store.write_bytes", no_space)
     result = train(tiny(), [toy_task()], tmp_path / "out", quick(), store=PrefixStore(0))
     said = " ".join(capfd.readouterr().err.split())
     assert "No space left on device" in said
@@ -130,7 +130,7 @@ def test_a_full_disk_is_said_and_training_goes_on(tmp_path, monkeypatch, capfd):
 
 def test_files_of_an_interrupted_training_are_used_again(tmp_path, monkeypatch):
     atv, calls = make_atv(), count_reads(monkeypatch)
-    monkeypatch.setattr("atv.store.READ_TOKENS", 20)
+    monkeypatch.setattr("atv.lm.prefix_store.READ_TOKENS", 20)
     first = filled(atv, (0, BIG), tmp_path)
     files = sorted(tmp_path.iterdir())
     assert len(files) == len(calls) > 1

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from refusals import refused
 
-from atv.tasks import BUILTIN, UNSEEN, Example, Task, Variant, available_tasks, builtin_task, load_task, load_tasks
+from atv.data import BUILTIN, UNSEEN, Example, Task, Variant, available_tasks, builtin_task, load_task, load_tasks
 
 SPLITS = ("train", "valid", "test")
 KNOWN = {
@@ -92,7 +92,7 @@ def test_a_built_in_task_has_three_different_templates_that_take_the_input_once(
 
 DIGEST = """
 import hashlib
-from atv.tasks import load_tasks
+from atv.data import load_tasks
 
 print(hashlib.sha256(repr(load_tasks()).encode()).hexdigest())
 """

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from atv.cli import main
 from atv.errors import ATVError
-from atv.theory import (
+from atv.paper.theory import (
     CONDITIONS,
     FAILS,
     HOLDS,
@@ -23,8 +23,8 @@ from atv.theory import (
     theorem1,
     theorem2,
 )
-from atv.theory.lora import atv_as_lora, best_static_lora, lora_as_atv, relative, truncated
-from atv.theory.prefix import (
+from atv.paper.theory.lora import atv_as_lora, best_static_lora, lora_as_atv, relative, truncated
+from atv.paper.theory.prefix import (
     Three,
     atv_attention,
     best_prefix,
@@ -38,7 +38,7 @@ from atv.theory.prefix import (
     rows_of,
     softmax,
 )
-from atv.theory.statement import beyond_reach, equality
+from atv.paper.theory.statement import beyond_reach, equality
 
 few = st.integers(1, 5)
 shapes = settings(max_examples=25, deadline=None)
@@ -320,7 +320,7 @@ def run(monkeypatch, capsys, *arguments):
 
 
 def test_the_command_writes_every_statement(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("atv.theory.containment.STEPS", 3)
+    monkeypatch.setattr("atv.paper.theory.containment.STEPS", 3)
     make_llm("llama", torch.float32).save_pretrained(tmp_path / "llm")
     byte_level_tokenizer().save_pretrained(tmp_path / "llm")
     capsys.readouterr()

@@ -20,9 +20,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, set_seed
 
-from atv import training
-from atv.batching import EncodedRow
 from atv.config import ATVConfig, TrainConfig
+from atv.data.collate import EncodedRow
 from atv.errors import ATVError
 from atv.files import sha256
 from atv.generator import Generator
@@ -34,8 +33,9 @@ from atv.methods.lora import LoRA
 from atv.methods.peft_model import PEFTModel
 from atv.methods.prefix_tuning import PrefixTuning
 from atv.model import ATVModel
-from atv.sampling import PADDING, Batches, Rows, training_rows
-from atv.training import train
+from atv.training import loop as training
+from atv.training.batches import PADDING, Batches, Rows, training_rows
+from atv.training.loop import train
 
 
 def quick(**options):
@@ -129,7 +129,7 @@ import sys
 sys.path.insert(0, {tests!r})
 from test_training import tiny, quick, toy_task
 from transformers import set_seed
-from atv.training import train
+from atv.training.loop import train
 set_seed(42)
 train(tiny(), [toy_task(rows=36)], {out!r}, quick(epochs=5, generator_start={start}))
 """
@@ -284,7 +284,7 @@ def test_a_frozen_generator_reads_each_query_once_and_a_trained_one_anew(tmp_pat
             return states(self, ids, mask)
 
         with monkeypatch.context() as patch:
-            patch.setattr("atv.training.require_wiring", lambda atv: None)
+            patch.setattr("atv.training.loop.require_wiring", lambda atv: None)
             patch.setattr("atv.adapter._require_read_back", lambda *_: None)  # reads queries of its own
             patch.setattr(type(atv.generator), "states", watched)
             train(atv, [task], tmp_path / str(trained), TrainConfig(epochs=3, batch_size=4, generator_start=1 / 3))

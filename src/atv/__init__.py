@@ -13,16 +13,16 @@ _HOME = {
     "ATVConfig": "atv.config",
     "ATVError": "atv.errors",
     "ATVModel": "atv.model",
-    "Example": "atv.tasks",
-    "Task": "atv.tasks",
+    "Example": "atv.data",
+    "Task": "atv.data",
     "TrainConfig": "atv.config",
     "check_wiring": "atv.doctor",
-    "evaluate": "atv.evaluation",
-    "load_llm": "atv.models",
-    "load_runs": "atv.records",
-    "load_tasks": "atv.tasks",
-    "train": "atv.training",
-    "unsteered": "atv.calls",
+    "evaluate": "atv.evaluation.run",
+    "load_llm": "atv.lm.load",
+    "load_runs": "atv.evaluation.records",
+    "load_tasks": "atv.data",
+    "train": "atv.training.loop",
+    "unsteered": "atv.lm.calls",
 }
 
 __all__ = [
@@ -42,16 +42,16 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from atv.calls import unsteered
     from atv.config import ATVConfig, TrainConfig
+    from atv.data import Example, Task, load_tasks
     from atv.doctor import check_wiring
     from atv.errors import ATVError
-    from atv.evaluation import evaluate
+    from atv.evaluation.records import load_runs
+    from atv.evaluation.run import evaluate
+    from atv.lm.calls import unsteered
+    from atv.lm.load import load_llm
     from atv.model import ATVModel
-    from atv.models import load_llm
-    from atv.records import load_runs
-    from atv.tasks import Example, Task, load_tasks
-    from atv.training import train
+    from atv.training.loop import train
 
 
 def __getattr__(name: str) -> Any:

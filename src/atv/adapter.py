@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from atv import artifact
-from atv.batching import pad, pad_id
 from atv.config import SELF, ATVConfig
+from atv.data.collate import pad, pad_id
 from atv.errors import ATVError
 from atv.generator import CONSTANT, Constant, Generator, Itself
-from atv.hooks import decoder_layers
-from atv.models import ENCODER_FILE, new_model, reading_part
+from atv.lm import identity
+from atv.lm.hooks import decoder_layers
+from atv.lm.load import ENCODER_FILE, new_model, reading_part
 
 if TYPE_CHECKING:
     from atv.model import ATVModel
@@ -80,7 +81,7 @@ def save(model: "ATVModel", path: Path) -> None:
         ATVError: what would be read back is not the model.
     """
     require_savable(model)
-    llm = artifact.describe_llm(model.llm, model.config.layer_path)
+    llm = identity.describe_llm(model.llm, model.config.layer_path)
     named = (model.config.generator, model.config.generator_revision)
     kept = type(model.generator) is Generator and (model.config.train_generator or model.generator.loaded_by != named)
 
@@ -94,7 +95,7 @@ def save(model: "ATVModel", path: Path) -> None:
 
     generator: dict[str, Any] = {"name": model.generator.name_or_path, "revision": model.generator.revision}
     if type(model.generator) is Generator and not kept:
-        generator["weights"] = artifact.sample_weights(model.generator.encoder)
+        generator["weights"] = identity.sample_weights(model.generator.encoder)
     config, training = model.config.to_dict(), model.training_summary
     artifact.save(path, model.method, llm, config, training, write, {"generator": generator})
 
@@ -167,8 +168,8 @@ def require_named_generator(saved: artifact.Saved, generator: Generator, folder:
     made = saved.about.get("generator", {}).get("weights")
     if not made:
         return
-    found = artifact.sample_weights(generator.encoder)
-    if made.keys() != found.keys() or not all(artifact.alike(made[name], found[name]) for name in made):
+    found = identity.sample_weights(generator.encoder)
+    if made.keys() != found.keys() or not all(identity.alike(made[name], found[name]) for name in made):
         raise ATVError(
             f"The adapter {folder} was made with a frozen generator named {generator.name_or_path}, and what has that "
             "name now has other weights. Restore that model, or train the adapter again."
@@ -219,7 +220,7 @@ def push(model: "ATVModel", repo_id: str, *, private: bool | None, token: str | 
 
 def model_card(model: "ATVModel", llm: dict[str, Any]) -> str:
     """The card that goes with an adapter: what it is, what it was trained on, how to use it."""
-    name = artifact.public_name(str(llm["name"]))
+    name = identity.public_name(str(llm["name"]))
     about = ["---", "library_name: adaptive-task-vectors", "tags: [adaptive-task-vectors, steering]"]
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         about.append(f"base_model: {name}")
@@ -227,7 +228,7 @@ def model_card(model: "ATVModel", llm: dict[str, Any]) -> str:
         name=name,
         layers=llm["num_layers"],
         hidden=llm["hidden_size"],
-        generator=artifact.public_name(model.generator.describe()),
+        generator=identity.public_name(model.generator.describe()),
         reads=model.config.reads,
         queries="" if model.config.reads == "prompt" else ', queries=["the query in it"]',
         config=model.config,

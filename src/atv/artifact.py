@@ -4,28 +4,21 @@
 weights are safetensors, never pickle. Written beside its place and renamed into it.
 """
 
-import base64
-import hashlib
-import json
 import re
 import shutil
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path, PureWindowsPath
-from typing import Any, cast
+from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
-from accelerate.utils import align_module_device
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from atv.errors import ATVError
 from atv.files import local, occupied, read_json, recover_folder, replace_folder, sha256, write_json
-from atv.hooks import base_llm, decoder_layers, quantization, text_config
+from atv.lm.identity import describe_llm, different_weights
 
 FORMAT = 4
 CONFIG_FILE = "atv_config.json"
@@ -46,160 +39,6 @@ class Saved:
     """The weight files, relative to the folder."""
     about: dict[str, Any]
     """What the method has said beside."""
-
-
-# ---- which LLM it is ----
-
-SAMPLES = 8
-"""Values that are kept of each tensor."""
-ROWS = 16
-"""Embeddings that values are kept of."""
-
-
-def describe_llm(llm: nn.Module, layer_path: str | None = None) -> dict[str, Any]:
-    """What identifies an LLM: name, revision, shape, quantisation and a fingerprint."""
-    config: Any = base_llm(llm).config
-    return {
-        "name": base_llm(llm).name_or_path,
-        "revision": getattr(config, "_commit_hash", None),
-        "model_type": config.model_type,
-        "num_layers": len(decoder_layers(llm, layer_path)),
-        "hidden_size": text_config(llm).hidden_size,
-        "vocab_size": text_config(llm).vocab_size,
-        "quantization": quantization(llm),
-        "fingerprint": fingerprint(llm),
-    }
-
-
-def fingerprint(llm: nn.Module) -> dict[str, Any]:
-    """A few values of an LLM's embeddings, of its other weights and of its active PEFT adapters, rounded to bfloat16.
-
-    Returns:
-        `rows`: how many embeddings there are;
-        `embeddings`: of some of them, spread over the vocabulary;
-        `head`: of the same rows of the language-model head; empty if it is tied to the embeddings, or quantised;
-        `weights`: by name, those of all layers together. Of a quantised LLM only tensors with one dimension, such as
-            those of norms: quantisation leaves them alone, while it changes matrices;
-        `adapters`: empty if there is none.
-    """
-    base = base_llm(llm)
-    embeddings: nn.Module = base.get_input_embeddings()  # type: ignore[operator]
-    head: nn.Module | None = base.get_output_embeddings()  # type: ignore[operator]
-    with align_module_device(embeddings):  # brings them back if they are offloaded
-        rows = len(cast(Tensor, embeddings.weight))
-    parts, adapters = _adapters(llm)
-    apart = {module for part in (embeddings, head, *parts) if part is not None for module in part.modules()}
-    return {
-        "rows": rows,
-        "embeddings": _packed(_row_values(embeddings, rows)),
-        "head": "" if (values := _head_values(llm, rows)) is None else _packed(values),
-        "weights": sample_weights(base, apart, quantization(llm) is None, rows),
-        "adapters": _packed(torch.cat(adapters)) if adapters else "",
-    }
-
-
-def sample_weights(
-    module: nn.Module, apart: Set[nn.Module] = frozenset(), matrices: bool = True, vocabulary: int | None = None
-) -> dict[str, str]:
-    """A few values of every weight, rounded to bfloat16, by its name without the numbers of layers.
-
-    Args:
-        module: in any dtype, on any devices, offloaded in part or not.
-        apart: modules whose weights are left out.
-        matrices: false takes only tensors with at most one dimension.
-        vocabulary: tensors with as many rows are left out too: they grow with the embeddings.
-    """
-    found: dict[str, list[Tensor]] = defaultdict(list)
-    for place, part in module.named_modules():
-        if part in apart:
-            continue
-        with align_module_device(part):
-            for name, p in part.named_parameters(recurse=False):
-                plain = p.is_floating_point() and p.element_size() > 1  # neither packed bits nor float8
-                if plain and (matrices or p.dim() <= 1) and p.shape[:1] != (vocabulary,):
-                    where = re.sub(r"\.(base_layer|original_module)\b", "", f"{place}.{name}")  # as without PEFT
-                    found[re.sub(r"\.\d+\b", ".*", where)].append(_values(p))
-    return {name: _packed(torch.cat(values)) for name, values in found.items()}
-
-
-def _adapters(llm: nn.Module) -> tuple[list[nn.Module], list[Tensor]]:
-    """What PEFT has put into an LLM, and values of what is active of it."""
-    parts: list[nn.Module] = []
-    values: list[Tensor] = []
-    for module in cast(Any, llm).modules():
-        names = getattr(module, "adapter_layer_names", ())  # of PEFT's layers alone
-        kinds = [part for name in names if isinstance(part := getattr(module, name, None), nn.Module)]
-        parts += kinds
-        if kinds and not module.disable_adapters:
-            active = module.active_adapters
-            values += [
-                _values(p) for kind in kinds for key, p in kind.named_parameters() if key.split(".")[0] in active
-            ]
-            scaling = getattr(module, "scaling", {})
-            values += [torch.tensor([scaling[name]], dtype=torch.bfloat16) for name in active if name in scaling]
-    prompts = getattr(llm, "prompt_encoder", None)  # of prefix- and prompt-tuning
-    if isinstance(prompts, nn.Module):
-        active = cast(Any, llm).active_adapters
-        values += [_values(p) for key, p in prompts.named_parameters() if key.split(".")[0] in active]
-    return parts, values
-
-
-def _head_values(llm: nn.Module, rows: int) -> Tensor | None:
-    """Of the language-model head, if it has a plain weight that is not the embeddings'."""
-    base = base_llm(llm)
-    head: nn.Module | None = base.get_output_embeddings()  # type: ignore[operator]
-    weight = getattr(head, "weight", None)
-    plain = isinstance(weight, Tensor) and weight.is_floating_point() and weight.element_size() > 1
-    tied = weight is base.get_input_embeddings().weight  # type: ignore[operator]
-    return _row_values(head, rows) if plain and not tied and head is not None else None
-
-
-def _row_values(module: nn.Module, count: int) -> Tensor:
-    """Values of rows spread over the first `count` of a module's weight, (rows, values) bfloat16; of those it has."""
-    with align_module_device(module):
-        weight = cast(Tensor, module.weight).detach()
-        rows = _spread(count, ROWS)
-        columns = _spread(weight.shape[1], SAMPLES)
-        rows = rows[rows < len(weight)]
-        return weight[rows.to(weight.device)][:, columns.to(weight.device)].float().cpu().to(torch.bfloat16)
-
-
-def _spread(length: int, count: int) -> Tensor:
-    return torch.linspace(0, length - 1, count, dtype=torch.float64).long()
-
-
-def _values(tensor: Tensor) -> Tensor:
-    """Values spread over a tensor, on the CPU, bfloat16."""
-    flat = tensor.detach().reshape(-1)
-    return flat[_spread(len(flat), SAMPLES).to(flat.device)].float().cpu().to(torch.bfloat16)
-
-
-def _packed(values: Tensor) -> str:
-    return base64.b64encode(values.flatten().view(torch.int16).numpy().astype("<i2").tobytes()).decode()
-
-
-def _unpacked(text: str) -> Tensor:
-    return torch.from_numpy(np.frombuffer(base64.b64decode(text), "<i2").astype(np.int16)).view(torch.bfloat16).float()
-
-
-def alike(one: str, other: str) -> bool:
-    """Whether samples of weights are equal, but for one step of bfloat16, or of float16 near 0: rounding to a dtype."""
-    a, b = _unpacked(one), _unpacked(other)
-    return a.shape == b.shape and bool(torch.isclose(a, b, rtol=2**-7, atol=2**-23, equal_nan=True).all())
-
-
-def public_name(name: str) -> str:
-    """A model's name as a model card says it: of a local folder its last part, since the rest is nobody's business."""
-    local = Path(name).is_absolute() or PureWindowsPath(name).is_absolute() or Path(name).exists()
-    return PureWindowsPath(name).name if local else name
-
-
-def llm_digest(llm: nn.Module) -> str:
-    """One word for an LLM's fingerprint."""
-    return hashlib.sha256(json.dumps(fingerprint(llm), sort_keys=True).encode()).hexdigest()[:16]
-
-
-# ---- the folder ----
 
 
 def save(
@@ -359,7 +198,7 @@ def check_llm(saved: Saved, llm: nn.Module, folder: Path) -> None:
     same = ("model_type", "num_layers", "hidden_size")
     differing = [f"{name} {made.get(name)} against {found[name]}" for name in same if made.get(name) != found[name]]
     try:
-        differing = differing or _different_weights(made, found, llm)
+        differing = differing or different_weights(made, found, llm)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ATVError(f"{folder / CONFIG_FILE} is damaged: {error!r}. Restore it or train again.") from error
     if differing:
@@ -368,32 +207,3 @@ def check_llm(saved: Saved, llm: nn.Module, folder: Path) -> None:
             f"The adapter {folder} was made for {names[0]} and the LLM given is {names[1]}; they differ in "
             f"{', '.join(differing)}. Load it onto {names[0]}, or train an adapter for {names[1]}."
         )
-
-
-def _different_weights(made: dict[str, Any], found: dict[str, Any], llm: nn.Module) -> list[str]:
-    """In what the fingerprint of an LLM differs from the one that an adapter was made for, in words."""
-    one, other = made["fingerprint"], found["fingerprint"]
-    # Of matrices nothing is known where one of the two is quantised.
-    plain = made["quantization"] is None and found["quantization"] is None
-
-    def same_rows(of: str, given: Tensor | None) -> bool:
-        rows = _unpacked(of).view(-1, SAMPLES).to(torch.bfloat16)
-        return given is None or not len(rows) or alike(_packed(rows[: len(given)]), _packed(given))
-
-    embeddings: nn.Module = base_llm(llm).get_input_embeddings()  # type: ignore[operator]
-    differing = [] if same_rows(one["embeddings"], _row_values(embeddings, one["rows"])) else ["embeddings"]
-    weights, own = one["weights"], other["weights"]
-    names = weights.keys() | own.keys() if plain else weights.keys() & own.keys()
-    changed = sorted(
-        name for name in names if name not in weights or name not in own or not alike(weights[name], own[name])
-    )
-    if changed:
-        differing.append(f"weights ({changed[0]}{f' and {len(changed) - 1} more' if changed[1:] else ''})")
-    if plain and not same_rows(one["head"], _head_values(llm, one["rows"])):
-        differing.append("language-model head")
-    if not alike(one["adapters"], other["adapters"]):
-        said = ["some" if side["adapters"] else "none" for side in (one, other)]
-        differing.append(
-            f"active PEFT adapters ({said[0]} against {said[1] if said != ['some', 'some'] else 'others'})"
-        )
-    return differing

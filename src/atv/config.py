@@ -21,7 +21,7 @@ READS = ("query", "prompt")
 PARAMETRISATIONS = ("calibrated", "paper")
 EMBEDDED_LLM = "embedded:smollm2-135m"
 EMBEDDED_GENERATOR = "embedded:minilm-l6"
-"""Models that come as packages (`atv.models`), for whoever names none."""
+"""Models that come as packages (`atv.lm.load`), for whoever names none."""
 PAPER: dict[str, Any] = {
     "generator": "openai-community/gpt2",
     "pooling": "last",

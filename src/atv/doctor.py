@@ -12,11 +12,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from atv.batching import Row, edit_mask
+from atv.data.collate import Row, edit_mask
 from atv.errors import ATVError
-from atv.hooks import base_llm, capture_outputs, decoder_layers, quantization
+from atv.lm.hooks import base_llm, capture_outputs, decoder_layers, quantization
+from atv.lm.prefix import call_llm, steered_logits
 from atv.model import ATVModel, inject
-from atv.prefix import call_llm, steered_logits
 
 PROMPTS = (
     "The harbour was quiet before the first boats came in.\nA:",

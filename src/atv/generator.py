@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, LlamaConfig
 
-from atv.batching import encode_prompt, like_lengths, pad, pad_id, position_ids
 from atv.config import SELF, ATVConfig, random_sizes
+from atv.data.collate import encode_prompt, like_lengths, pad, pad_id, position_ids
 from atv.errors import ATVError
-from atv.hooks import decoder_layers, edit_outputs, read_up_to, text_config
-from atv.models import (
+from atv.lm.hooks import decoder_layers, edit_outputs, read_up_to, text_config
+from atv.lm.load import (
     context_length,
     load_encoder,
     load_saved_encoder,

@@ -20,19 +20,19 @@ import torch
 from torch import Tensor, nn
 
 from atv import adapter, artifact
-from atv.batching import Collator, EncodedRow, Row, like_lengths, pad, pad_id
-from atv.cache import AdapterHash, Lock, VectorCache
-from atv.calls import Calls, around_methods, eager
 from atv.config import ENOUGH_TO_TRAIN, ATVConfig, Positions, TrainConfig, random_sizes
+from atv.data import Task
+from atv.data.collate import Collator, EncodedRow, Row, like_lengths, pad, pad_id
 from atv.errors import ATVError
 from atv.expansion import Expansion, PaperExpansion
 from atv.generator import READ_TOKENS, Generator, Itself, check_queries, load_generator
-from atv.hooks import base_llm, capture_outputs, decoder_layers, edit_outputs, input_device, text_config
-from atv.models import load_llm
-from atv.prefix import ReadPrefix, first_edited, steered_logits
-from atv.steering import GENERATES, PromptTracker, refuse_untracked
-from atv.tasks import Task
-from atv.trainable import AnswerLoss, Trainable, answer_loss
+from atv.lm.calls import Calls, around_methods, eager
+from atv.lm.frozen import AnswerLoss, Trainable, answer_loss
+from atv.lm.hooks import base_llm, capture_outputs, decoder_layers, edit_outputs, input_device, text_config
+from atv.lm.load import load_llm
+from atv.lm.prefix import ReadPrefix, first_edited, steered_logits
+from atv.lm.tracking import GENERATES, PromptTracker, refuse_untracked
+from atv.vector_cache import AdapterHash, Lock, VectorCache
 
 
 def add_vectors(hidden: Tensor, vectors: Tensor, mask: Tensor, scale: float) -> Tensor:

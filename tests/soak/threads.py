@@ -15,7 +15,7 @@ from threading import Thread
 import torch
 
 from atv import ATVConfig, ATVError, ATVModel, load_llm
-from atv.models import EMBEDDED_GENERATOR
+from atv.lm.load import EMBEDDED_GENERATOR
 
 PROMPTS = ["The kettle leaks and the lid sticks.\nA:", "The harbour was quiet.\nA:", "Two and two are\nA:"]
 QUERIES = ["The kettle leaks.", "The harbour was quiet.", "Two and two are"]

@@ -7,20 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from atv import artifact
-from atv.analysis import analyse, require_sklearn
-from atv.cli.show import print_lines, print_table
+from atv.cli.output import print_lines, print_table
 from atv.cli.work import frozen, named_tasks
+from atv.data import Task
 from atv.errors import ATVError
+from atv.evaluation.measure import Frozen
+from atv.evaluation.records import ANALYSIS_FILE, SCHEMA
 from atv.files import write_json
-from atv.hooks import input_device
+from atv.lm.hooks import input_device
+from atv.lm.load import quiet_transformers
 from atv.methods.elicit import Elicit
 from atv.model import ATVModel
-from atv.models import quiet_transformers
-from atv.protocol import Frozen
-from atv.records import ANALYSIS_FILE, SCHEMA, provenance
+from atv.paper.analysis import analyse, require_sklearn
+from atv.provenance import provenance
 from atv.report import analysis_tables, write_plots, write_tables
 from atv.report.analysis import SHORT
-from atv.tasks import Task
 
 quiet_transformers()
 

@@ -477,7 +477,7 @@ def prepare(
     force: opt.Force = False,
 ) -> None:
     """Write the paper's tasks from their public data sets; needs a network and the extra 'data'."""
-    from atv.tasks.prepare import prepare as write_tasks
+    from atv.paper.prepare import prepare as write_tasks
 
     for line in write_tasks(task or [], out, revision=revision, seed=seed, force=force):
         _say(line)
@@ -502,15 +502,16 @@ def report(
     Runs of an experiment, in a folder with its record, have the experiment's tables. What atv analysis found about
     adapters in these folders comes after; its long tables are only written, with --out.
     """
-    from atv.cli.show import print_table
-    from atv.records import load_analyses
+    from atv.cli.output import print_table
+    from atv.evaluation.records import load_analyses
+    from atv.paper.published import PaperNumbers
     from atv.report import FORMATS, analysis_tables, check_format, report_tables, write_page, write_tables
     from atv.report.analysis import SHORT
 
     if out is not None:
         check_format(out, page=True)
     analyses = load_analyses(runs)
-    rows, tables = report_tables(runs)
+    rows, tables = report_tables(runs, PaperNumbers())
     found = [analysis_tables(record) for record in analyses]
     for table in [*tables, *(table for some in found for table in some[:SHORT])]:
         print_table(table)

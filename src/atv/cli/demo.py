@@ -4,17 +4,17 @@ from pathlib import Path
 from typing import Any
 
 from atv.artifact import read
-from atv.cli.show import print_lines, print_table
+from atv.cli.output import print_lines, print_table
 from atv.cli.work import evaluate_method, prompts_of, train_adapter, unsteered
 from atv.config import EMBEDDED_LLM
+from atv.data import UNSEEN, builtin_task, load_tasks
+from atv.evaluation.measure import Frozen
+from atv.evaluation.records import load_runs
 from atv.files import write_text
+from atv.lm.prefix_store import PrefixStore
 from atv.model import ATVModel
 from atv.progress import note
-from atv.protocol import Frozen
-from atv.records import load_runs
 from atv.report import accuracy_table, markdown
-from atv.store import PrefixStore
-from atv.tasks import UNSEEN, builtin_task, load_tasks
 
 TRAINED = ("probe", "fixed", "atv")
 """What is trained: a classifier of the generator's states, one vector for all queries, and the ATV."""

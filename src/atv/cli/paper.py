@@ -7,36 +7,31 @@ from typing import Any
 
 from atv import artifact
 from atv.cli.analysis import require_packages, write_analysis
-from atv.cli.show import print_lines, print_table
-from atv.cli.work import frozen, named_tasks
+from atv.cli.output import print_lines, print_table
+from atv.cli.work import frozen
+from atv.data import Task
 from atv.errors import ATVError, unknown
+from atv.evaluation.measure import Frozen
+from atv.evaluation.records import load_runs
 from atv.files import write_json
+from atv.methods.settings import read_settings
+from atv.paper.experiments import Condition, Experiment, conditions_of, read_experiment
+from atv.paper.profiles import PROFILES, Profile
+from atv.paper.published import PaperNumbers
+from atv.paper.reproduce import chosen_tasks, reproduce
+from atv.paper.sweep import sweep
+from atv.paper.tasks import load_paper_tasks
 from atv.processes import is_main
 from atv.progress import note
-from atv.protocol import (
-    PROFILES,
-    Condition,
-    Experiment,
-    Frozen,
-    Profile,
-    chosen_tasks,
-    conditions_of,
-    read_experiment,
-    read_settings,
-    reproduce,
-    sweep,
-)
-from atv.records import load_runs
 from atv.report import (
     EXPERIMENTS,
     FORMATS,
     all_tables,
+    comparison_tables,
     experiment_tables,
     load_experiment,
-    paper_tables,
     write_tables,
 )
-from atv.tasks import Task
 
 
 def _profile(options: Mapping[str, Any]) -> Profile:
@@ -45,6 +40,11 @@ def _profile(options: Mapping[str, Any]) -> Profile:
         raise unknown("profile", name, PROFILES)
     note(f"Profile {name}: {PROFILES[name].says}")
     return PROFILES[name]
+
+
+def paper_tasks(options: Mapping[str, Any]) -> list[Task]:
+    """The tasks that the options of a command name; the paper's have what it says of them."""
+    return load_paper_tasks(options["task"], options["data"], options["template"])
 
 
 def _settings(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,12 +62,14 @@ def reproduce_tables(options: Mapping[str, Any]) -> None:
     analysed = any(of.analysis for of in experiments)
     if analysed:
         require_packages()
-    llm, tasks = frozen(options), named_tasks(options)
+    llm, tasks = frozen(options), paper_tasks(options)
     runs = reproduce(profile, llm, tasks, out, conditions=conditions, **how)
     rows = load_runs(runs)
-    named = {of.name: experiment_tables(load_experiment(_record(of, profile, out))) for of in experiments}
-    for name, tables in (named or {"tables": all_tables(rows)}).items():
-        for table in tables if named else paper_tables(rows):
+    named = {
+        of.name: experiment_tables(load_experiment(_record(of, profile, out)), PaperNumbers()) for of in experiments
+    }
+    for name, tables in (named or {"tables": all_tables(rows, PaperNumbers())}).items():
+        for table in tables if named else comparison_tables(rows, PaperNumbers()):
             print_table(table)
         for suffix in FORMATS:
             write_tables(tables, out / "tables" / f"{name}{suffix}")
@@ -106,6 +108,6 @@ def choose_settings(options: Mapping[str, Any]) -> None:
     rows = {name: options[name] for name in ("train_rows", "valid_rows") if options[name] is not None}
     how = _settings(options) | {name: options[name] for name in ("trials", "force")}
     how["methods"] = options["method"] or ()
-    best = sweep(replace(profile, **rows), frozen(options), named_tasks(options), out, **how)
+    best = sweep(replace(profile, **rows), frozen(options), paper_tasks(options), out, **how)
     print_lines([f"{name}: {', '.join(f'{key} {value}' for key, value in of.items())}" for name, of in best.items()])
     print_lines([f"Next: atv reproduce --settings {out / 'settings.toml'}"])

@@ -5,11 +5,9 @@ from pathlib import Path
 
 import torch
 
-from atv.cli.show import print_lines, print_table
-from atv.models import load_llm, load_tokenizer, quiet_transformers
-from atv.report.formats import check_format, write_tables
-from atv.report.tables import Table
-from atv.theory import (
+from atv.cli.output import print_lines, print_table
+from atv.lm.load import load_llm, load_tokenizer, quiet_transformers
+from atv.paper.theory import (
     Fit,
     Material,
     Pairs,
@@ -21,6 +19,8 @@ from atv.theory import (
     theorem1,
     theorem2,
 )
+from atv.report.formats import check_format, write_tables
+from atv.report.tables import Table
 
 quiet_transformers()
 

@@ -8,20 +8,21 @@ from typing import Any
 from accelerate.utils import set_seed  # that of transformers imports peft, which takes seconds
 
 from atv import artifact
-from atv.batching import encode_prompt, pad_id
-from atv.cli.show import output, print_lines
+from atv.cli.output import output, print_lines
 from atv.config import EMBEDDED_LLM, ATVConfig
+from atv.data import TRAIN_PREFIX, UNSEEN, Task, composed, findings, load_tasks, long_prompts, refuse_shared_inputs
+from atv.data.collate import encode_prompt, pad_id
 from atv.doctor import check_wiring, model_summary
 from atv.errors import ATVError, unknown
+from atv.evaluation.measure import Frozen, measure
+from atv.lm.load import load_context_length, load_tokenizer, quiet_transformers
+from atv.lm.prefix_store import PrefixStore
+from atv.lm.scoring import option_ids
 from atv.methods import METHODS
+from atv.methods.settings import method_settings
 from atv.model import ATVModel
-from atv.models import load_context_length, load_tokenizer, quiet_transformers
-from atv.options import option_ids
 from atv.processes import world_size
 from atv.progress import note
-from atv.protocol import Frozen, measure, method_settings
-from atv.store import PrefixStore
-from atv.tasks import TRAIN_PREFIX, UNSEEN, Task, composed, findings, load_tasks, long_prompts, refuse_shared_inputs
 
 quiet_transformers()
 

@@ -9,13 +9,13 @@ from accelerate.utils import set_seed  # that of transformers imports peft, whic
 from torch import nn
 
 from atv.config import ATVConfig, Checked, TrainConfig
+from atv.data import Example, Task
 from atv.doctor import model_summary
+from atv.lm.prefix_store import PrefixStore
 from atv.methods.base import Method
 from atv.model import ATVModel
 from atv.progress import note
-from atv.sampling import generator_text
-from atv.store import PrefixStore
-from atv.tasks import Example, Task
+from atv.training.batches import generator_text
 
 
 class ATV(Method):
@@ -48,7 +48,9 @@ class ATV(Method):
         store: PrefixStore | None = None,
     ) -> Path:
         """Train generator and expansion together."""
-        from atv import training  # the Trainer brings peft and bitsandbytes along: seconds that measuring saves
+        from atv.training import (
+            loop as training,  # the Trainer brings peft and bitsandbytes along: seconds that measuring saves
+        )
 
         set_seed(train.seed)
         atv = cls.model_class(llm, config, tokenizer=tokenizer)

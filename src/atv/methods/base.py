@@ -8,11 +8,11 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 from torch import nn
 
-from atv.batching import encode_prompt
 from atv.config import Checked, TrainConfig
+from atv.data import Example, Task, Variant
+from atv.data.collate import encode_prompt
 from atv.errors import ATVError
-from atv.store import PrefixStore
-from atv.tasks import Example, Task, Variant
+from atv.lm.prefix_store import PrefixStore
 
 
 class Prompt(NamedTuple):

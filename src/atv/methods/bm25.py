@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from atv.data import Example, Task
 from atv.errors import ATVError
 from atv.methods.demonstrations import Demonstrated
-from atv.tasks import Example, Task
 
 UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Yi}\p{Line_Break=SA}ーｰ"
 """Characters of scripts that put no spaces between words: Chinese, Japanese, Yi, and those of South-East Asia, as Thai,

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from atv.batching import encode_prompt
+from atv.data import Example, Task, Variant
+from atv.data.collate import encode_prompt
+from atv.lm.load import context_length
+from atv.lm.scoring import task_options
 from atv.methods.base import Method, Prompt
-from atv.models import context_length
-from atv.options import task_options
-from atv.tasks import Example, Task, Variant
 
 
 def with_demonstrations(task: Task, demonstrations: Sequence[Example], query: str, variant: Variant) -> str:

@@ -12,17 +12,18 @@ from torch import Tensor, nn
 
 from atv import artifact
 from atv.config import EMBEDDED_GENERATOR, REGIONS, ATVConfig, Checked, Positions, TrainConfig
+from atv.data import Example, Task
 from atv.errors import unknown
 from atv.files import write_bytes
-from atv.hooks import decoder_layers, input_device
+from atv.lm import identity
+from atv.lm.hooks import decoder_layers, input_device
+from atv.lm.prefix_store import PrefixStore
 from atv.methods.base import Method
-from atv.methods.library import Exemplars, best_layers, exemplar_prompts, last_states, layer_scores
+from atv.methods.exemplars import Exemplars, best_layers, exemplar_prompts, last_states, layer_scores
 from atv.methods.once import BEST, at_least_one, learn_once
 from atv.methods.retriever import Retriever, embed, fit_classifier, load_encoder
 from atv.model import steering
 from atv.progress import Bar, bar
-from atv.store import PrefixStore
-from atv.tasks import Example, Task
 
 NO_LAYER = -1
 """An entry's best layer where the configuration names the layers instead."""
@@ -208,4 +209,4 @@ def _save(
         save_file({"weight": weight, "bias": bias}, part / RETRIEVER_FILE, metadata={"format": "pt"})
 
     named = {"encoder": {"name": encoder.name_or_path, "revision": encoder.revision}}
-    artifact.save(adapter, Elicit.name, artifact.describe_llm(llm), config.to_dict(), summary, write, named)
+    artifact.save(adapter, Elicit.name, identity.describe_llm(llm), config.to_dict(), summary, write, named)

@@ -17,19 +17,20 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from atv import artifact
-from atv.batching import Collator, EncodedRow, Row, pad, pad_id
 from atv.config import EMBEDDED_GENERATOR, ATVConfig, Checked, Positions, TrainConfig
+from atv.data import Example, Task, Variant
+from atv.data.collate import Collator, EncodedRow, Row, pad, pad_id
 from atv.errors import ATVError
 from atv.generator import Generator
-from atv.hooks import input_device
+from atv.lm import identity
+from atv.lm.frozen import AnswerLoss, Trainable, answer_loss
+from atv.lm.hooks import input_device
+from atv.lm.prefix import ReadPrefix
+from atv.lm.prefix_store import PrefixStore
+from atv.lm.scoring import training_options
 from atv.methods.answers import choices
 from atv.methods.base import Choice, Method
 from atv.methods.retriever import check_encoder
-from atv.options import training_options
-from atv.prefix import ReadPrefix
-from atv.store import PrefixStore
-from atv.tasks import Example, Task, Variant
-from atv.trainable import AnswerLoss, Trainable, answer_loss
 
 HEAD_FILE = "head.safetensors"
 GENERATOR_FOLDER = "generator"
@@ -180,7 +181,7 @@ class EncoderModel(Trainable):
             head = {name: tensor.detach().contiguous().cpu() for name, tensor in self.head.state_dict().items()}
             save_file(head, part / HEAD_FILE, metadata={"format": "pt"})
 
-        llm, config = artifact.describe_llm(self.llm), self.config.to_dict()
+        llm, config = identity.describe_llm(self.llm), self.config.to_dict()
         about = {"name": self.generator.name_or_path, "revision": self.generator.revision}
         artifact.save(
             Path(path),
@@ -250,7 +251,9 @@ class Encoder(Method):
         store: PrefixStore | None = None,
     ) -> Path:
         """Train encoder and head together."""
-        from atv import training  # the Trainer brings peft and bitsandbytes along: seconds that measuring saves
+        from atv.training import (
+            loop as training,  # the Trainer brings peft and bitsandbytes along: seconds that measuring saves
+        )
 
         set_seed(train.seed)
         model = EncoderModel.of(llm, config, tokenizer, tasks)

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from atv import artifact
 from atv.config import Checked, TrainConfig
+from atv.data import Task
 from atv.errors import ATVError
-from atv.hooks import base_llm, quantization
+from atv.lm import identity
+from atv.lm.frozen import AnswerLoss, Trainable, plain_loss
+from atv.lm.hooks import base_llm, quantization
+from atv.lm.prefix_store import PrefixStore
 from atv.methods.base import Method
-from atv.store import PrefixStore
-from atv.tasks import Task
-from atv.trainable import AnswerLoss, Trainable, plain_loss
 
 WEIGHTS_FILE = "model.safetensors"
 
@@ -92,7 +93,7 @@ class FullModel(Trainable):
             tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in self.tuned.named_parameters()}
             save_file(tensors, part / WEIGHTS_FILE, metadata={"format": "pt"})
 
-        artifact.save(Path(path), Full.name, artifact.describe_llm(self.llm), {}, self.training_summary, write)
+        artifact.save(Path(path), Full.name, identity.describe_llm(self.llm), {}, self.training_summary, write)
 
     def load_weights(self, folder: Path) -> None:
         """Take the weights of an adapter, as they were rounded."""
@@ -139,7 +140,9 @@ class Full(Method):
         store: PrefixStore | None = None,
     ) -> Path:
         """Train all weights of a copy. Every state depends on them: no prefix can be stored."""
-        from atv import training  # the Trainer brings peft and bitsandbytes along: seconds that measuring saves
+        from atv.training import (
+            loop as training,  # the Trainer brings peft and bitsandbytes along: seconds that measuring saves
+        )
 
         del config
         set_seed(train.seed)

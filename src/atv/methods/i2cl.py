@@ -33,17 +33,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from atv import artifact
-from atv.batching import Row, left_padded, pad_id
 from atv.config import Checked, TrainConfig
+from atv.data import Example, Task
+from atv.data.collate import Row, left_padded, pad_id
 from atv.errors import ATVError
-from atv.hooks import attention_and_mlp, capture_outputs, decoder_layers, edit_outputs, input_device, text_config
+from atv.lm import identity
+from atv.lm.frozen import AnswerLoss, Trainable, plain_loss
+from atv.lm.hooks import attention_and_mlp, capture_outputs, decoder_layers, edit_outputs, input_device, text_config
+from atv.lm.prefix import call_llm
+from atv.lm.prefix_store import PrefixStore
 from atv.methods.base import Method
-from atv.prefix import call_llm
 from atv.progress import bar
-from atv.sampling import training_rows
-from atv.store import PrefixStore
-from atv.tasks import Example, Task
-from atv.trainable import AnswerLoss, Trainable, plain_loss
+from atv.training.batches import training_rows
 
 WEIGHTS_FILE = "i2cl.safetensors"
 READ_TOGETHER = 16
@@ -226,7 +227,7 @@ class I2CLModel(Trainable):
             kept = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
             save_file(kept, part / WEIGHTS_FILE, metadata={"format": "pt"})
 
-        llm = artifact.describe_llm(self.llm)
+        llm = identity.describe_llm(self.llm)
         artifact.save(Path(path), I2CL.name, llm, self.config.to_dict(), self.training_summary, write)
 
     def load_weights(self, folder: Path) -> None:
@@ -288,7 +289,9 @@ class I2CL(Method):
         store: PrefixStore | None = None,
     ) -> Path:
         """Make the context vectors, then train the coefficients. Every token changes: no prefix can be stored."""
-        from atv import training  # the Trainer brings peft and bitsandbytes along: seconds that measuring saves
+        from atv.training import (
+            loop as training,  # the Trainer brings peft and bitsandbytes along: seconds that measuring saves
+        )
 
         set_seed(train.seed)
         model = I2CLModel(llm, config, tokenizer).read(tasks, train.seed)

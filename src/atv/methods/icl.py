@@ -3,9 +3,9 @@
 import random
 from collections.abc import Sequence
 
+from atv.data import Example, Task, Variant
 from atv.methods.base import Prompt
 from atv.methods.demonstrations import Demonstrated, fitted
-from atv.tasks import Example, Task, Variant
 
 
 class ICL(Demonstrated):

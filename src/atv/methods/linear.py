@@ -25,18 +25,19 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
 from atv import artifact
-from atv.batching import encode_prompt
 from atv.config import ATVConfig, Checked, Positions, TrainConfig
+from atv.data import TRAIN_PREFIX, Example, Task, Variant
+from atv.data.collate import encode_prompt
 from atv.files import write_bytes
-from atv.hooks import decoder_layers, edit_outputs, input_device
+from atv.lm import identity
+from atv.lm.hooks import decoder_layers, edit_outputs, input_device
+from atv.lm.prefix_store import PrefixStore
+from atv.lm.tracking import PromptTracker
 from atv.methods.base import Method
-from atv.methods.library import check_length, exemplar_prompts, in_turn, last_states, layer_scores
+from atv.methods.exemplars import check_length, exemplar_prompts, in_turn, last_states, layer_scores
 from atv.methods.once import BEST, at_least_one, layers_to_try, learn_once, note_few, number_or_best
 from atv.model import editing, inject
 from atv.progress import bar
-from atv.steering import PromptTracker
-from atv.store import PrefixStore
-from atv.tasks import TRAIN_PREFIX, Example, Task, Variant
 
 WEIGHTS_FILE = "linear.safetensors"
 RIDGES = (100.0, 10.0, 1.0, 0.1)
@@ -174,7 +175,7 @@ class Linear(Method):
                 tensors = {f"{name}/{key}": t for name, made in maps.items() for key, t in made._asdict().items()}
                 save_file({name: t.contiguous() for name, t in tensors.items()}, part / WEIGHTS_FILE)
 
-            artifact.save(folder, cls.name, artifact.describe_llm(llm), config.to_dict(), summary, write)
+            artifact.save(folder, cls.name, identity.describe_llm(llm), config.to_dict(), summary, write)
 
         return learn_once(llm, tokenizer, tasks, out, config, {"seed": train.seed}, learn, force=force)
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from atv.config import Checked
 from atv.errors import ATVError
-from atv.hooks import text_config
+from atv.lm.hooks import text_config
 from atv.methods.peft_model import Adapted, PEFTMethod
 
 

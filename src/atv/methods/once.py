@@ -10,14 +10,14 @@ from typing import Any, cast
 from torch import nn
 
 from atv.config import Checked
+from atv.data import Task
 from atv.errors import ATVError
 from atv.files import write_json
-from atv.hooks import decoder_layers
-from atv.options import note_shared
+from atv.lm.hooks import decoder_layers
+from atv.lm.scoring import note_shared
 from atv.processes import barrier, is_main
 from atv.progress import note
-from atv.records import provenance
-from atv.tasks import Task
+from atv.provenance import provenance
 
 BEST = "best"
 """In place of a number: the one that does best on validation rows."""
@@ -59,7 +59,9 @@ def learn_once(
     Raises:
         ATVError: `out` holds another training.
     """
-    from atv import training  # the Trainer brings peft and bitsandbytes along: seconds that measuring saves
+    from atv.training import (
+        loop as training,  # the Trainer brings peft and bitsandbytes along: seconds that measuring saves
+    )
 
     note_shared(tokenizer, tasks)
     settings = training.training_settings(llm, tasks, config.to_dict(), train)

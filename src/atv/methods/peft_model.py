@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from atv import artifact
 from atv.config import Checked, TrainConfig
+from atv.data import Task
 from atv.errors import ATVError
-from atv.hooks import base_llm
+from atv.lm import identity
+from atv.lm.frozen import AnswerLoss, Trainable, plain_loss
+from atv.lm.hooks import base_llm
+from atv.lm.prefix_store import PrefixStore
 from atv.methods.base import Method
-from atv.store import PrefixStore
-from atv.tasks import Task
-from atv.trainable import AnswerLoss, Trainable, plain_loss
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 """PEFT's own name, so that PEFT reads the folder too."""
@@ -83,7 +84,7 @@ class PEFTModel(Trainable):
             )
         super().__init__(llm, tokenizer)
         self.method, self.config = method.name, config
-        self._about_llm = artifact.describe_llm(llm)
+        self._about_llm = identity.describe_llm(llm)
         object.__setattr__(self, "adapted", method.adapt(llm, config))
         self.learned = self.adapted.learned()
 
@@ -130,7 +131,7 @@ class PEFTModel(Trainable):
 
 def _hide_local_path(card: Path, name: str) -> None:
     """PEFT's card names the LLM as it was loaded: of a folder only the last part is for others to read."""
-    public = artifact.public_name(name)
+    public = identity.public_name(name)
     if public == name:
         return
     written = ModelCard.load(card)
@@ -169,7 +170,9 @@ class PEFTMethod(Method):
         store: PrefixStore | None = None,
     ) -> Path:
         """Train the adapter, in float32, around the frozen LLM."""
-        from atv import training  # the Trainer brings peft and bitsandbytes along: seconds that measuring saves
+        from atv.training import (
+            loop as training,  # the Trainer brings peft and bitsandbytes along: seconds that measuring saves
+        )
 
         set_seed(train.seed)
         return training.train(PEFTModel(llm, tokenizer, cls, config), tasks, out, train, force, store).adapter

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from atv.config import Checked
 from atv.errors import ATVError
+from atv.lm.load import context_length
+from atv.lm.prefix import counts_positions
 from atv.methods.peft_model import Adapted, PEFTMethod
-from atv.models import context_length
-from atv.prefix import counts_positions
 
 
 @dataclass

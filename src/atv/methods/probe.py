@@ -20,18 +20,19 @@ from torch import Tensor, nn
 
 from atv import adapter as adapters
 from atv import artifact
-from atv.batching import encode_prompt
 from atv.config import EMBEDDED_GENERATOR, Checked, TrainConfig
+from atv.data import TRAIN_PREFIX, Example, Task, Variant
+from atv.data.collate import encode_prompt
 from atv.errors import ATVError, unknown
-from atv.hooks import input_device, text_config
+from atv.lm import identity
+from atv.lm.hooks import input_device, text_config
+from atv.lm.prefix_store import PrefixStore
 from atv.methods.answers import choices
 from atv.methods.base import Choice, Method
-from atv.methods.library import check_length, last_states
+from atv.methods.exemplars import check_length, last_states
 from atv.methods.once import BEST, layers_to_try, learn_once, note_few, number_or_best
 from atv.methods.retriever import check_encoder, fit_classifier, load_encoder, read_queries
 from atv.progress import bar
-from atv.store import PrefixStore
-from atv.tasks import TRAIN_PREFIX, Example, Task, Variant
 
 WEIGHTS_FILE = "probe.safetensors"
 SOURCES = ("generator", "llm")
@@ -182,7 +183,7 @@ class Reader:
         """What is kept of the generator, so that another one is refused."""
         if self.generator is None:
             return {}
-        weights = artifact.sample_weights(self.generator.encoder)
+        weights = identity.sample_weights(self.generator.encoder)
         return {"name": self.generator.name_or_path, "revision": self.generator.revision, "weights": weights}
 
 
@@ -254,7 +255,7 @@ class Probe(Method):
                 save_file(tensors, part / WEIGHTS_FILE, metadata={"format": "pt"})
 
             about = {"answers": {name: known for name, (known, _) in learnt.items()}, "generator": reader.about()}
-            artifact.save(folder, cls.name, artifact.describe_llm(llm), config.to_dict(), summary, write, about)
+            artifact.save(folder, cls.name, identity.describe_llm(llm), config.to_dict(), summary, write, about)
 
         return learn_once(llm, tokenizer, tasks, out, config, {}, learn, force=force)
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from atv.batching import pad, pad_id
 from atv.config import EMBEDDED_GENERATOR, SELF, ATVConfig, random_sizes
+from atv.data.collate import pad, pad_id
 from atv.errors import ATVError
 from atv.generator import CONSTANT, Generator
 

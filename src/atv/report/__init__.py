@@ -1,11 +1,11 @@
 """Reports: pure functions of recorded rows. Nothing here loads torch."""
 
 from atv.report.analysis import analysis_tables
+from atv.report.comparison import all_tables, comparison_tables
 from atv.report.experiments import FOLDER as EXPERIMENTS
 from atv.report.experiments import experiment_tables, find_experiments, load_experiment, report_tables
 from atv.report.formats import FORMATS, check_format, markdown, write_tables
 from atv.report.page import write_page, write_plots
-from atv.report.paper_tables import all_tables, paper_tables
 from atv.report.tables import accuracy_table
 
 __all__ = [
@@ -15,11 +15,11 @@ __all__ = [
     "all_tables",
     "analysis_tables",
     "check_format",
+    "comparison_tables",
     "experiment_tables",
     "find_experiments",
     "load_experiment",
     "markdown",
-    "paper_tables",
     "report_tables",
     "write_page",
     "write_plots",

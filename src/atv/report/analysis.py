@@ -24,7 +24,7 @@ def analysis_tables(record: Record) -> list[Table]:
     """Every table of an analysis: in short, norms, variation, neighbours, map, and the logit lens where it was read.
 
     Args:
-        record: from `atv.analysis.analyse`, or one of `load_analyses`; then the tables name its file.
+        record: from `atv.paper.analysis.analyse`, or one of `load_analyses`; then the tables name its file.
     """
     lens = [_layers_table(record), _lens_table(record)] if record["lens"] else []
     return [

@@ -6,10 +6,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from atv.evaluation.records import load_runs
 from atv.files import read_json
-from atv.records import load_runs
-from atv.report.paper_tables import (
+from atv.report.comparison import (
     ACCURACY,
+    Published,
     all_tables,
     averages_of,
     comparison_table,
@@ -58,27 +59,28 @@ def load_experiment(file: Path) -> Found:
     return Found(record["title"], record["asks"], record["reference"], rows, trained)
 
 
-def report_tables(folders: Sequence[str | Path]) -> tuple[list[Row], list[Table]]:
+def report_tables(folders: Sequence[str | Path], beside: Published | None = None) -> tuple[list[Row], list[Table]]:
     """The rows of all runs below folders, and tables: of runs that belong to no experiment, and of each experiment."""
     experiments = find_experiments(map(Path, folders))
     rows = load_runs(folders)
     named = {Path(run).resolve() for found in experiments for run in runs_of(found.rows)}
     rest = [row for row in rows if Path(row["run"]).resolve() not in named]
-    tables = all_tables(rest) if rest else []
-    return rows, tables + [table for found in experiments for table in experiment_tables(found)]
+    tables = all_tables(rest, beside) if rest else []
+    return rows, tables + [table for found in experiments for table in experiment_tables(found, beside)]
 
 
-def experiment_tables(found: Found) -> list[Table]:
+def experiment_tables(found: Found, beside: Published | None = None) -> list[Table]:
     """What each condition costs and scores; categories; the reference against each other condition.
 
     Args:
         found: on any number of LLMs; each has tables of its own.
+        beside: numbers published elsewhere.
     """
     tables = []
     for llm in dict.fromkeys(row["llm"] for row in found.rows):
         rows = [row for row in found.rows if row["llm"] == llm]
         tables.append(_overview(found, rows))
-        tables.append(in_domain_table(rows))
+        tables.append(in_domain_table(rows, beside=beside))
         if len({row["method"] for row in rows}) > 1:
             tables.append(comparison_table(rows, found.reference))
     return [replace(table, title=f"{found.title}. {table.title}") for table in tables]

@@ -11,8 +11,8 @@ from urllib.parse import quote
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from atv.evaluation.records import read_run
 from atv.files import write_bytes, write_text
-from atv.records import read_run
 from atv.report.formats import slug
 from atv.report.plots import Plot, draw
 from atv.report.statistics import Row

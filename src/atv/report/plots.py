@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from atv.report.analysis_plots import map_plot, norms_plot
+from atv.report.comparison import ATV, PUBLISHED
 from atv.report.figure import (
     COLOURS,
     FILES,
@@ -17,7 +18,6 @@ from atv.report.figure import (
     new_figure,
     written,
 )
-from atv.report.paper_tables import ATV, PAPER_LINE
 from atv.report.tables import Table, number
 
 _LEADER = {"arrowstyle": "-", "color": INK, "alpha": 0.35, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 4}
@@ -167,7 +167,7 @@ _KINDS: dict[str, Callable[[Table], Drawn]] = {
 def _numbers(table: Table, title: str, columns: Sequence[str]) -> Table:
     """The lines of our own methods that have any number, in these columns."""
     places = [0, *(table.columns.index(column) for column in columns)]
-    rows = [[row[place] for place in places] for row in table.rows if not row[0].startswith(PAPER_LINE)]
+    rows = [[row[place] for place in places] for row in table.rows if not row[0].startswith(PUBLISHED)]
     known = [row for row in rows if any(number(cell) is not None for cell in row[1:])]
     return Table(title, [table.columns[place] for place in places], known, "", text=1)
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from atv.data import UNSEEN
 from atv.errors import ATVError
-from atv.records import row_key
-from atv.tasks import UNSEEN
+from atv.evaluation.records import row_key
 
 RESAMPLES = 10_000
 """Of the bootstrap, and sign flips of the permutation test."""

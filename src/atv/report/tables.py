@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from atv.tasks import UNSEEN
+from atv.data import UNSEEN
 
 MARK = "†"
 """Behind a number or a dash that a table's footnote explains."""

@@ -1,0 +1,25 @@
+"""Tasks: data, templates and judging. A task knows no model."""
+
+from atv.data.audit import findings, long_prompts, refuse_shared_inputs, shared_beginnings
+from atv.data.builtin import BUILTIN, builtin_task
+from atv.data.folder import available_tasks, load_task, load_tasks
+from atv.data.task import ANSWER_PREFIXES, TRAIN_PREFIX, UNSEEN, Example, Task, Variant, composed
+
+__all__ = [
+    "ANSWER_PREFIXES",
+    "BUILTIN",
+    "TRAIN_PREFIX",
+    "UNSEEN",
+    "Example",
+    "Task",
+    "Variant",
+    "available_tasks",
+    "builtin_task",
+    "composed",
+    "findings",
+    "load_task",
+    "load_tasks",
+    "long_prompts",
+    "refuse_shared_inputs",
+    "shared_beginnings",
+]

@@ -1,0 +1,75 @@
+"""What would make a measured number dishonest, and what one should know beside it.
+
+A `Task` refuses by itself what one can see in it alone: an input in two splits, a constant test answer. What takes
+several tasks is refused here. What takes a tokenizer comes in as a function, since a task knows none.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+from atv.data.task import Task, Variant
+from atv.errors import ATVError
+
+
+def refuse_shared_inputs(tasks: Sequence[Task]) -> None:
+    """Raise ATVError if an input that one of the tasks trains on is a test input of another."""
+    trained = {row.input: task.name for task in reversed(tasks) for row in task.train}
+    for task in tasks:
+        shared = [row.input for row in task.test if row.input in trained]
+        if shared:
+            raise ATVError(
+                f"Task {task.name}: {len(shared)} of {len(task.test)} test inputs are training inputs of another task "
+                f"({shared[0][:60]!r} of {trained[shared[0]]}); remove them from one of the two, or the test measures "
+                "memory."
+            )
+
+
+Encode = Callable[[Variant], Sequence[Sequence[int]]]
+"""The token ids of each of a task's options, as they follow its prompts in a variant."""
+
+
+def findings(task: Task, encode: Encode | None = None, variants: Iterable[Variant] | None = None) -> list[str]:
+    """What is no mistake but should be known beside the task's numbers, a line each.
+
+    Args:
+        task: what is looked at.
+        encode: encodes its options; None: their tokens are not looked at.
+        variants: templates and answer prefixes that will be asked; None: all of the task's.
+    """
+    found = [f"{task.name}: the most frequent answer alone scores {100 * task.majority():.1f}%."]
+    return found if encode is None else found + shared_beginnings(task, encode, variants)
+
+
+def shared_beginnings(task: Task, encode: Encode, variants: Iterable[Variant] | None = None) -> list[str]:
+    """A line for each group of options that begin with one token; the arguments are those of `findings`."""
+    shared: dict[tuple[str, ...], str] = {}
+    for variant in task.variants() if variants is None else variants:
+        groups: dict[int, list[str]] = {}
+        for option, ids in zip(task.options, encode(variant), strict=True):
+            groups.setdefault(ids[0], []).append(option)
+        for group in groups.values():
+            if len(group) > 1:
+                shared.setdefault(tuple(group), variant.answer_prefix)
+    return [
+        f"{task.name}: the answers {listed(options)} begin with the same token after {prefix!r}; the first token "
+        "cannot tell them apart. They are judged by their tokens up to where they differ, and the accuracy over the "
+        "whole vocabulary, which is of the first token, is left out."
+        for options, prefix in shared.items()
+    ]
+
+
+def long_prompts(task: Task, count_tokens: Callable[[str], int], limit: int) -> list[str]:
+    """A line if test prompts, in any variant, have more than `limit` tokens."""
+    lengths = [max(count_tokens(task.prompt(row.input, variant)) for variant in task.variants()) for row in task.test]
+    above = sum(length > limit for length in lengths)
+    if not above:
+        return []
+    return [
+        f"{task.name}: {above} of {len(lengths)} test rows make a prompt of more than {limit} tokens (up to "
+        f"{max(lengths)}); eval refuses them."
+    ]
+
+
+def listed(options: Sequence[str], most: int = 8) -> str:
+    """Options as words, the first ones if they are many."""
+    rest = f" and {len(options) - most} others" if len(options) > most else ""
+    return ", ".join(map(repr, options[:most])) + rest

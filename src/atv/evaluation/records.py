@@ -1,0 +1,243 @@
+"""The one record format: a run is a folder with `run.json` and `predictions.jsonl`.
+
+Rows are appended as they come, so that an interrupted run is resumed where it stopped. Nothing averaged is stored:
+tables are computed from rows. What is found about an adapter's vectors is one file beside, `analysis.json`.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from atv.errors import ATVError
+from atv.files import local, occupied, read_json, same_settings, write_json, write_text
+from atv.processes import barrier, is_main, rank
+from atv.provenance import provenance
+
+SCHEMA = 1
+RUN_FILE = "run.json"
+ROWS_FILE = "predictions.jsonl"
+ANALYSIS_FILE = "analysis.json"
+OTHERS_FILES = "predictions-*.jsonl"
+"""Rows of the processes beside the main one, each in a file of its own, until the run is finished or continued."""
+
+Key = tuple[str, int, str, int]
+"""Task, template, answer prefix and example."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One row: one example asked in one variant."""
+
+    task: str
+    category: str
+    split: str
+    template: int
+    answer_prefix: str
+    example: int
+    """Its place among the task's test rows, or among those that `--test-rows` drew, in the order of the file."""
+    target: str
+    prediction: str
+    """The most likely next token over the whole vocabulary, as text."""
+    correct: bool | None
+    """It is the first token of the answer (the paper's score). None: not defined, since first tokens do not tell the
+    task's options apart. (Runs made before that was recorded say true or false there too.)"""
+    prediction_among_options: str
+    """The likeliest of the task's options, judged by their tokens up to where they differ."""
+    correct_among_options: bool
+    """It is the answer."""
+    prompt_tokens: int
+    seconds: float
+    """Prompt to prediction, everything that the method does included; a batch's time shared by its rows."""
+    demonstrations: int = 0
+    """How many stood in the prompt: those that the LLM's context had no room for are not counted. Rows of runs made
+    before there were any have no such field."""
+
+
+_ALWAYS = {each.name for each in fields(Prediction) if each.default is MISSING}
+"""Fields that every recorded row has."""
+
+
+class RunWriter:
+    """A run that is being made: opens or continues its folder.
+
+    Of several processes each appends to a file of its own; the main one writes everything else.
+
+    Args:
+        folder: of the run.
+        settings: what decides the rows (method, LLM, tasks, seed ...); an existing run must have the same.
+        force: start over, even if the folder holds a run.
+    """
+
+    def __init__(self, folder: str | Path, settings: dict[str, Any], force: bool = False) -> None:
+        self.folder = folder = local(folder)
+        self.run: dict[str, Any] = {"schema": SCHEMA, "finished": False, "settings": settings, "seconds": 0.0}
+        self.rows: list[dict[str, Any]] = []
+        self._file = folder / (ROWS_FILE if is_main() else OTHERS_FILES.replace("*", str(rank())))
+        if is_main():
+            self._open(settings, force)
+        barrier()
+        if not is_main():
+            self.run, self.rows = read_run(folder), read_rows(folder)
+        barrier()  # before anybody appends
+
+    def _open(self, settings: dict[str, Any], force: bool) -> None:
+        folder = self.folder
+        if (folder / RUN_FILE).exists() and not force:
+            former = read_run(folder)
+            same_settings(former.get("settings", {}), settings, folder)
+            self.run = former
+            self.rows = read_rows(folder)
+            self._keep_in_one_file()  # without a line that a kill cut short
+        elif occupied(folder) and not (folder / RUN_FILE).exists():
+            raise ATVError(f"{folder} exists and is not a run; choose a new folder, so that nothing there is lost.")
+        else:
+            self.run |= provenance()
+            for file in (folder / ROWS_FILE, *_others_files(folder)):
+                file.unlink(missing_ok=True)  # first: a kill must not leave former rows in the new run
+            write_json(folder / RUN_FILE, self.run)
+            self._keep_in_one_file()
+
+    def _keep_in_one_file(self) -> None:
+        """A kill in between leaves rows in two files; `read_rows` takes them once."""
+        write_text(self.folder / ROWS_FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows))
+        for file in _others_files(self.folder):
+            file.unlink()
+
+    @property
+    def finished(self) -> bool:
+        """The run was already complete when it was opened, or has been completed."""
+        return bool(self.run["finished"])
+
+    def append(self, predictions: Iterable[Prediction]) -> None:
+        """Add rows; they are on disk when this returns."""
+        rows = [asdict(prediction) for prediction in predictions]
+        with self._file.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        self.rows.extend(rows)
+
+    def describe(self, **facts: Any) -> None:
+        """Note `facts` about the run: the method's configuration, the device."""
+        self.run |= facts
+        if is_main():
+            write_json(self.folder / RUN_FILE, self.run)
+
+    def gather(self, order: Sequence[Key]) -> None:
+        """Wait for all processes and put the rows of all of them into one file, in this order."""
+        barrier()
+        place = {key: index for index, key in enumerate(order)}
+        self.rows = sorted(read_rows(self.folder), key=lambda row: place.get(row_key(row), len(place)))
+        barrier()  # before the files that others read are gone
+        if is_main():
+            self._keep_in_one_file()
+
+    def finish(self, **facts: Any) -> None:
+        """Mark the run as complete and note `facts` about it."""
+        self.describe(**facts, finished=True)
+        barrier()
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """A run's description, `run.json`."""
+    return _of_schema(folder / RUN_FILE, "a run's description")
+
+
+def _of_schema(file: Path, expected: str) -> dict[str, Any]:
+    record = read_json(file, expected)
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        raise ATVError(f"{file} is not of schema {SCHEMA}; it was written by another version.")
+    if not isinstance(record.get("settings", {}), dict):
+        raise ATVError(f"{file} has settings {record['settings']!r}; expected an object. Restore it.")
+    return record
+
+
+def _others_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob(OTHERS_FILES))
+
+
+def row_key(row: dict[str, Any]) -> Key:
+    """What a row answers: one example in one variant."""
+    return row["task"], row["template"], row["answer_prefix"], row["example"]
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run; a last line that a kill cut short is left out, any other damage raises ATVError."""
+    rows = _read_file(folder / ROWS_FILE)
+    for file in _others_files(folder):
+        there = {row_key(row) for row in rows}
+        rows += [row for row in _read_file(file) if row_key(row) not in there]
+    return rows
+
+
+def _read_file(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line.decode("utf-8")) if line else None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            if number == len(lines):
+                break
+            raise ATVError(f"{path} line {number} is not JSON ({error}); expected one prediction a line.") from None
+        if not line:
+            continue
+        if not isinstance(row, dict) or not row.keys() >= _ALWAYS:
+            raise ATVError(f"{path} line {number} is {line[:60]!r}; expected a prediction with all of its fields.")
+        rows.append(row)
+    return rows
+
+
+def load_runs(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
+    """Rows of several runs, each with its run's `method` (or label), `llm`, `seed` and `run` (the folder) in it.
+
+    Args:
+        folders: of runs, or folders that hold runs at any depth; a run that is found twice is read once.
+
+    Raises:
+        ATVError: there is no run; one is not finished; or two were asked other test rows of a task with one name.
+    """
+    flat: list[dict[str, Any]] = []
+    asked: dict[tuple[str, str], tuple[Any, Path]] = {}  # by LLM and task: its test rows, and the first run on them
+    for folder in dict.fromkeys(run for name in folders for run in _runs_below(local(name))):
+        run = read_run(folder)
+        settings = run.get("settings", {})
+        about = {key: settings.get(key) for key in ("llm", "seed")} | {"run": str(folder)}
+        about["method"] = settings.get("label", settings.get("method"))
+        rows = read_rows(folder)
+        if not run.get("finished"):
+            raise ATVError(f"{folder} is not finished ({len(rows)} rows); run the command that began it again.")
+        for task, test in settings.get("tasks", {}).items():
+            first, where = asked.setdefault((str(settings.get("llm")), task), (test, folder))
+            if first != test:
+                raise ATVError(
+                    f"{where} and {folder} were asked other test rows of the task {task} ({first}; {test}), and a "
+                    "number stands for one row in all of them. Report them apart, or evaluate both on the same rows."
+                )
+        flat.extend(about | row for row in rows)
+    return flat
+
+
+def load_analyses(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
+    """What `atv analysis` wrote into these folders or below, each with its `file` in it, and read once."""
+    found = dict.fromkeys(place / ANALYSIS_FILE for name in folders for place in _below(local(name), ANALYSIS_FILE))
+    return [_of_schema(file, "what atv analysis wrote") | {"file": str(file)} for file in found]
+
+
+def _below(folder: Path, name: str) -> list[Path]:
+    """The folder itself, if it holds such a file, and those below it, without what a kill left in hidden folders."""
+    below = (path.parent for path in sorted(folder.rglob(name)))
+    return [found for found in below if not any(part.startswith(".") for part in found.relative_to(folder).parts)]
+
+
+def _runs_below(folder: Path) -> list[Path]:
+    """Those that there are; none is a mistake, unless an analysis is there."""
+    runs = _below(folder, RUN_FILE)
+    if not runs and not _below(folder, ANALYSIS_FILE):
+        raise ATVError(
+            f"{folder} is not a run and holds none: {RUN_FILE} is missing there and below. "
+            "Make one with: atv eval --out DIR"
+        )
+    return runs

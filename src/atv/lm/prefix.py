@@ -1,0 +1,217 @@
+"""The prompt before the first edited token depends on no vector: it is read once, without gradient.
+
+Attention is causal, so with positions `last`, `last:K` and `answer` the hidden states, keys and values of every
+column before the first edited one are those of the unsteered model. The loss and its gradient from the remaining
+columns are exactly those of the full pass. `read_prefix` is the one place where such keys and values are made;
+`store.PrefixStore` keeps them between epochs.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import takewhile
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from atv.data.collate import left_padded, position_ids
+from atv.lm.attention import grouped, shared
+from atv.lm.hooks import accepted, base_llm, flat_head, input_device, text_config
+
+ReadPrefix = Callable[[nn.Module, Tensor, Tensor, Tensor], Any]
+
+
+def first_edited(edit_mask: Tensor) -> int:
+    """The first column of `edit_mask` (batch, seq) with an edit in any row; its width if there is none."""
+    columns = edit_mask.any(dim=0).nonzero()
+    return int(columns[0]) if len(columns) else edit_mask.shape[1]
+
+
+def call_llm(llm: nn.Module, *, keep: int, **inputs: Any) -> Any:
+    """One forward call with what this LLM's signature accepts; logits of the last `keep` columns only.
+
+    Returns:
+        The model's output; its `logits` are (batch, keep, vocabulary).
+    """
+    with flat_head(llm):
+        output = llm(**accepted(llm, inputs | {"logits_to_keep": keep}))
+    output.logits = output.logits[:, -keep:]
+    return output
+
+
+@torch.no_grad()
+def read_prefix(llm: nn.Module, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Any:
+    """Keys and values of a prompt prefix, unsteered and without gradient.
+
+    Args:
+        llm: the frozen LLM.
+        input_ids: (batch, prefix), like the other two.
+        attention_mask: 1 where a token is.
+        position_ids: explicit positions.
+
+    Returns:
+        A transformers `Cache` of `prefix` columns; None from an LLM that has none (a recurrent one).
+    """
+    output = call_llm(
+        llm,
+        keep=1,
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        use_cache=True,
+    )
+    return getattr(output, "past_key_values", None)
+
+
+class KeptLayer(DynamicLayer):
+    """A filled cache layer, which moves to the device that the LLM's layer turns out to be on."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.keys: Tensor = keys
+        self.values: Tensor = values
+        self.dtype, self.device = keys.dtype, keys.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append, as any cache layer."""
+        self.keys, self.values = self.keys.to(key_states.device), self.values.to(key_states.device)
+        return super().update(key_states, value_states, *args, **kwargs)
+
+
+def as_cache(sides: Iterable[tuple[Tensor, Tensor]]) -> DynamicCache:
+    """A cache of each layer's keys and values (batch, heads, seq, head width), without a copy."""
+    cache = DynamicCache()
+    cache.layers = [KeptLayer(keys, values) for keys, values in sides]
+    return cache
+
+
+def attention_alone(cache: Any) -> bool:
+    """A cache holds keys and values alone: no recurrent state, which some LLMs ignore where many tokens follow."""
+    plain = {DynamicLayer, DynamicSlidingWindowLayer, KeptLayer}
+    return type(cache) is DynamicCache and {type(layer) for layer in cache.layers} <= plain
+
+
+def full_sides(cache: Any, width: int) -> list[tuple[Tensor, Tensor]] | None:
+    """Each layer's keys and values; None unless every layer has all of `width` columns, and nothing else."""
+    if not attention_alone(cache):
+        return None
+    sides = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
+    if any(side is None or side.shape[2] != width for pair in sides for side in pair):
+        return None
+    return cast(list[tuple[Tensor, Tensor]], sides)
+
+
+def counts_positions(llm: nn.Module, columns: float = math.inf) -> bool:
+    """Distances between tokens are those of `position_ids`, whatever padding stands among so many columns."""
+    config = text_config(llm)
+    windows = ("sliding_window", "window_size", "attention_chunk_size")
+    return "position_ids" in inspect.signature(base_llm(llm).forward).parameters and all(
+        columns <= (getattr(config, name, None) or math.inf) for name in windows
+    )
+
+
+class SharedPrefix:
+    """The tokens that all prompts of a set begin with (a task's instruction, demonstrations), read once for all.
+
+    The columns of a batch are then: the shared tokens, padding, each prompt's own tokens. A sliding window, or
+    positions that the LLM counts by itself, would count that padding: an LLM which has them shares nothing.
+
+    Args:
+        llm: the frozen LLM, or a PEFT model around it.
+        prompts: token ids of every prompt.
+        edited: how many of a prompt's last tokens may be edited, and are thus no part of it; None: any, share nothing.
+        least: fewer tokens than that are not worth a call.
+    """
+
+    def __init__(self, llm: nn.Module, prompts: Sequence[Sequence[int]], edited: int | None, least: int = 8) -> None:
+        self.length = 0
+        self._sides: list[tuple[Tensor, Tensor]] = []
+        if edited is None or len(prompts) < 2 or not counts_positions(llm):
+            return
+        pairs = zip(
+            *(choose(map(list, prompts)) for choose in (min, max)), strict=False
+        )  # all share what the first and the last in order share
+        length = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        length = min(length, min(map(len, prompts)) - max(1, edited))
+        if length < least:
+            return
+        inputs = left_padded([prompts[0][:length]], 0)
+        device = input_device(llm)
+        cache = read_prefix(llm, **{name: value.to(device) for name, value in inputs.items()})
+        sides = full_sides(cache, length)
+        if sides is not None and not any(layer.is_sliding for layer in cache.layers):
+            self.length, self._sides = length, sides
+
+    def inputs(self, prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[dict[str, Tensor], DynamicCache | None]:
+        """Some of the prompts as model inputs, all columns of them, and a cache that holds the first `length` ones.
+
+        Returns:
+            `input_ids`, `attention_mask`, `position_ids`, each (batch, seq), on the CPU; and the cache, None if nothing
+            is shared.
+        """
+        own = left_padded([prompt[self.length :] for prompt in prompts], pad_id)
+        if not self.length:
+            return own, None
+        shared = torch.tensor([prompt[: self.length] for prompt in prompts])  # (batch, length)
+        mask = torch.cat([torch.ones_like(shared), own["attention_mask"]], dim=1)
+        ids = torch.cat([shared, own["input_ids"]], dim=1)
+        size = (len(prompts), -1, -1, -1)
+        cache = as_cache((keys.expand(size), values.expand(size)) for keys, values in self._sides)
+        return {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids(mask)}, cache
+
+    def attention(self) -> AbstractContextManager[None]:
+        """Read what the cache of `inputs` shares once for all rows meanwhile; without this it is read row by row."""
+        return shared(self.length) if self.length else nullcontext()
+
+
+def steered_logits(
+    llm: nn.Module,
+    steer: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    position_ids: Tensor,
+    edit_mask: Tensor,
+    keep: int,
+    read: ReadPrefix = read_prefix,
+) -> Tensor:
+    """Logits of the last `keep` columns, where the columns from the first edited one on are read steered.
+
+    Args:
+        llm: the frozen LLM.
+        steer: called with the edit mask of the columns that are left to read; a context manager.
+        input_ids: (batch, seq), like the next three.
+        attention_mask: 1 where a token is.
+        position_ids: explicit positions.
+        edit_mask: true where a vector is added.
+        keep: columns whose logits are wanted, counted from the end.
+        read: where the prefix's keys and values come from: `read_prefix`, or a store's `read`.
+
+    Returns:
+        Logits (batch, keep, vocabulary).
+    """
+    llm.eval()  # whoever put it into training mode
+    # The columns whose logits are wanted must be read now, edited or not.
+    split = min(first_edited(edit_mask), input_ids.shape[1] - keep)
+    past = None
+    if split > 0:
+        past = read(llm, input_ids[:, :split], attention_mask[:, :split], position_ids[:, :split])
+        if not attention_alone(past):  # then all columns are read steered: dearer, and right
+            split, past = 0, None
+    on_cpu = input_ids.device.type == "cpu" and torch.is_grad_enabled()
+    with steer(edit_mask[:, split:]), grouped() if on_cpu else nullcontext():
+        output = call_llm(
+            llm,
+            keep=keep,
+            input_ids=input_ids[:, split:],
+            attention_mask=attention_mask,
+            position_ids=position_ids[:, split:],
+            past_key_values=past,
+            use_cache=past is not None,
+        )
+    logits: Tensor = output.logits
+    return logits

@@ -1,0 +1,192 @@
+"""ELICIT's library: the states of prompts with demonstrations, and the layer at which each of them helps most."""
+
+import random
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from atv.config import Positions
+from atv.data import TRAIN_PREFIX, Example, Task, Variant
+from atv.data.collate import IGNORED, Collator, EncodedRow, encode_pair, left_padded, like_lengths, pad_id
+from atv.errors import ATVError
+from atv.lm.hooks import capture_outputs, decoder_layers, input_device, read_up_to
+from atv.lm.load import context_length
+from atv.lm.prefix import ReadPrefix, as_cache, call_llm, full_sides, read_prefix, steered_logits
+from atv.lm.scoring import answers_right, training_options
+from atv.methods.base import Prompt
+from atv.methods.demonstrations import fitted
+from atv.model import inject
+
+AT_ONCE = 100
+"""Prompts in one call that looks for the best layer."""
+SPLIT_NAMES = {"train": "training", "valid": "validation", "test": "test"}
+READ_TOKENS = 1024
+"""Tokens in one call that takes states: those of all layers and tokens are held until it ends."""
+
+
+class Exemplars(NamedTuple):
+    """What the library holds of one task."""
+
+    states: Tensor
+    """(exemplars, layers, hidden): what each decoder layer gives out at a prompt's last token."""
+    layers: Tensor
+    """(exemplars,) int64: the layer at which adding an exemplar's state answers most validation rows."""
+    rows: Tensor
+    """(exemplars,) int64: the training row that each prompt asks."""
+
+
+def exemplar_prompts(
+    llm: nn.Module, tokenizer: Any, task: Task, count: int, shots: int, seed: int
+) -> list[tuple[int, Prompt]]:
+    """Prompts that ask `count` training rows, each behind `shots` others, and those rows' numbers.
+
+    Rows come again only if there are fewer than `count`; templates take turns. Demonstrations for which the LLM's
+    context has no room, or the task no rows, are left out.
+    """
+    draw = random.Random(f"{seed} {task.name}")
+    rows = draw.sample(range(len(task.train)), len(task.train))
+    prompts = []
+    for number in range(count):
+        asked = rows[number % len(rows)]
+        others = [row for index, row in enumerate(task.train) if index != asked]
+        shown = draw.sample(others, min(shots, len(others)))
+        variant = Variant(number % len(task.templates), TRAIN_PREFIX)
+        prompt = fitted(llm, tokenizer, task, shown, task.train[asked], variant)
+        check_length(llm, task, "train", prompt.ids)
+        prompts.append((asked, prompt))
+    return prompts
+
+
+def check_length(llm: nn.Module, task: Task, split: str, ids: Sequence[int]) -> None:
+    """Raise ATVError if the prompt of a row of a split exceeds the LLM's context."""
+    limit = context_length(llm)
+    if limit is not None and len(ids) > limit:
+        raise ATVError(
+            f"Task {task.name}: a {SPLIT_NAMES[split]} row makes a prompt of {len(ids)} tokens and the LLM's context "
+            f"is {limit}; shorten or drop the row."
+        )
+
+
+@torch.no_grad()
+def last_states(llm: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], layer: int | None = None) -> Tensor:
+    """What decoder layers give out at the last token of encoded prompts: (prompts, layers, hidden), on the CPU.
+
+    Args:
+        llm: the frozen LLM.
+        tokenizer: the LLM's.
+        prompts: token ids, none empty; prompts of about one length are read together.
+        layer: index of the only one wanted, where the pass then ends: (prompts, 1, hidden); None: all.
+    """
+    layers = decoder_layers(llm)
+    read: dict[tuple[int, ...], Tensor] = {}
+    for batch in like_lengths({tuple(ids) for ids in prompts}, READ_TOKENS):
+        inputs = {name: t.to(input_device(llm)) for name, t in left_padded(batch, pad_id(tokenizer)).items()}
+        if layer is None:
+            with capture_outputs(layers) as captured:
+                call_llm(llm, keep=1, **inputs, use_cache=False)
+            found = torch.stack([captured[index][:, -1].cpu() for index in range(len(layers))], dim=1)
+        else:
+            found = read_up_to(llm, layers[layer], **inputs, use_cache=False)[:, -1:].cpu()
+        read |= zip(batch, found, strict=True)  # found: (batch, layers, hidden)
+    return torch.stack([read[tuple(ids)] for ids in prompts])
+
+
+def in_turn(task: Task, rows: Sequence[Example]) -> list[str]:
+    """Prompts of rows with the answer prefix of training, the task's templates taking turns."""
+    return [task.prompt(row.input, Variant(n % len(task.templates), TRAIN_PREFIX)) for n, row in enumerate(rows)]
+
+
+@torch.no_grad()
+def layer_scores(
+    llm: nn.Module,
+    tokenizer: Any,
+    task: Task,
+    states: Tensor,
+    scale: float,
+    rows: int,
+    at: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """How well validation rows are answered with a state added at one layer, for every state and layer.
+
+    An answer is judged by its tokens up to where it differs from the task's other options: mostly the first. What
+    stands before the last token of a plain prompt depends on no state, and is read once for all of them.
+
+    Args:
+        llm: the frozen LLM.
+        tokenizer: the LLM's.
+        task: its first validation rows are asked, templates taking turns.
+        states: (exemplars, layers, hidden), added to every row; or one for each of the rows,
+            (exemplars, rows, layers, hidden).
+        scale: the strength.
+        rows: at most this many validation rows.
+        at: indices of the decoder layers that `states` are added at; None: all, in their order.
+
+    Returns:
+        Share of right answers over the whole vocabulary and mean log-probability of the right tokens, both
+        (exemplars, layers) float32, on the CPU.
+    """
+    told_apart, asked = training_options(tokenizer, task).judged, []
+    some_rows = task.valid[:rows]
+    for row, text in zip(some_rows, in_turn(task, some_rows), strict=True):
+        tokens = told_apart[row.output]
+        prompt, answer = encode_pair(tokenizer, text, row.output)
+        asked.append(EncodedRow([0], [(prompt, answer[:tokens])], tokens))
+        check_length(llm, task, "valid", prompt + answer[: tokens - 1])
+    inputs = Collator(Positions.parse("last"), pad_id(tokenizer), 0)(asked)  # each (rows, seq)
+    targets, judged = inputs.pop("labels"), torch.tensor([row.judged for row in asked])  # (rows, answer), (rows,)
+    steered = ("input_ids", "attention_mask", "position_ids", "edit_mask")
+    inputs = {name: inputs[name].to(input_device(llm)) for name in steered}
+    read = _read_once(llm, inputs, targets.shape[1])
+
+    def scores(layer: nn.Module, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Of vectors (some, 1, hidden) or (some, rows, 1, hidden), each (some,)."""
+        made = vectors.flatten(0, -3)
+        logits = steered_logits(
+            llm,
+            lambda mask: inject([layer], lambda: made, scale, lambda: mask),
+            **{name: tensor.repeat(len(vectors), 1) for name, tensor in inputs.items()},
+            keep=targets.shape[1],
+            read=read,
+        )  # (some * rows, answer, vocabulary)
+        wide = logits.float().cpu().unflatten(0, (len(vectors), -1))  # (some, rows, answer, vocabulary)
+        answers = targets.clamp(min=0).expand(len(vectors), -1, -1)[..., None]
+        likely = wide.log_softmax(-1).gather(-1, answers)[..., 0].masked_fill(targets == IGNORED, 0).sum(-1)
+        return answers_right(wide.argmax(-1) == targets, judged).float().mean(1), likely.mean(1)
+
+    layers = decoder_layers(llm)
+    chosen = layers if at is None else [layers[index] for index in at]
+    right, likely = torch.empty(2, len(states), len(chosen)).unbind()
+    at_once = max(1, AT_ONCE // len(asked))
+    for start in range(0, len(states), at_once):
+        some = slice(start, start + at_once)
+        for index, layer in enumerate(chosen):
+            right[some, index], likely[some, index] = scores(layer, states[some, ..., index : index + 1, :])
+    return right, likely
+
+
+def _read_once(llm: nn.Module, inputs: dict[str, Tensor], keep: int) -> ReadPrefix:
+    """What gives the keys and values of all columns but the last `keep`, for any number of copies of the rows."""
+    before = [inputs[name][:, :-keep] for name in ("input_ids", "attention_mask", "position_ids")]
+    rows, width = before[0].shape
+    sides = full_sides(read_prefix(llm, *before), width) if width else None
+
+    def read(llm: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor) -> Any:
+        if sides is None:  # a sliding window or a state: read again each time
+            return read_prefix(llm, ids, mask, positions)
+        copies = (len(ids) // rows, 1, 1, 1)
+        return as_cache((keys.repeat(copies), values.repeat(copies)) for keys, values in sides)
+
+    return read
+
+
+def best_layers(right: Tensor, likely: Tensor) -> Tensor:
+    """The layer with the most right answers for each exemplar, of equal ones that with the likeliest: (exemplars,)."""
+    likely = likely.nan_to_num(nan=float("-inf"))  # a strength that overflows has no probabilities
+    return torch.tensor(
+        [
+            max(range(right.shape[1]), key=lambda layer: (right[row, layer].item(), likely[row, layer].item()))
+            for row in range(len(right))
+        ]
+    )

@@ -1,0 +1,107 @@
+"""What the LLM answers if a query has other vectors than its own: what adaptivity does, not only how large it is."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atv.data import Example, Task
+from atv.lm.prefix import call_llm
+from atv.lm.scoring import likeliest, reader, training_options
+from atv.model import ATVModel
+from atv.paper.analysis.norms import batches
+from atv.progress import Bar
+
+OWN, TASK_MEAN, MEAN, SAME_TASK, OTHER_TASK, NONE = (
+    "its own",
+    "the mean of its task",
+    "the mean of all queries",
+    "of another query of its task",
+    "of a query of another task",
+    "none",
+)
+KINDS = (OWN, TASK_MEAN, MEAN, SAME_TASK, OTHER_TASK, NONE)
+"""Vectors that a query is answered with."""
+
+
+def others(vectors: Tensor, tasks: Sequence[str]) -> dict[str, Tensor]:
+    """For each kind but none the vectors that each query is answered with.
+
+    Another query is the next one of the task, the last one's the first; that of another task has the same place in the
+    next task, counted round if that has fewer. Where there is no such query the kind is left out.
+
+    Args:
+        vectors: (queries, layers, hidden), each query's own.
+        tasks: the name of each query's task.
+
+    Returns:
+        Each (queries, layers, hidden).
+    """
+    places: dict[str, list[int]] = {}
+    for place, task in enumerate(tasks):
+        places.setdefault(task, []).append(place)
+    names = list(places)
+    following = dict(zip(names, [*names[1:], names[0]], strict=True))
+    of_task, same, other = torch.empty_like(vectors), [0] * len(tasks), [0] * len(tasks)
+    for task, own in places.items():
+        of_task[own] = vectors[own].mean(0)
+        there = places[following[task]]
+        for number, place in enumerate(own):
+            same[place] = own[(number + 1) % len(own)]
+            other[place] = there[number % len(there)]
+    found = {OWN: vectors, TASK_MEAN: of_task, MEAN: vectors.mean(0).expand_as(vectors)}
+    if all(len(own) > 1 for own in places.values()):
+        found[SAME_TASK] = vectors[same]
+    if len(places) > 1:
+        found[OTHER_TASK] = vectors[other]
+    return found
+
+
+@torch.no_grad()
+def exchanged(
+    atv: ATVModel, asked: Sequence[tuple[Task, Example]], prompts: Sequence[str], vectors: Tensor, progress: Bar
+) -> list[dict[str, dict[str, bool | None]]]:
+    """Answer each query with its own vectors, with others, and with none.
+
+    Args:
+        atv: the adapter on its LLM.
+        asked: the queries.
+        prompts: what the LLM reads, one for each query.
+        vectors: (queries, layers, hidden), as they are added, on any device.
+        progress: advances by one for each answer.
+
+    Returns:
+        For each query and kind whether the LLM is right over the whole vocabulary (`correct`; None where that is not
+        defined) and among the task's options (`correct_among_options`), as `atv eval` judges it, and whether it says
+        something else over the vocabulary than with the query's own vectors, or where options begin alike another
+        option (`other`).
+    """
+    options = [training_options(atv.tokenizer, task) for task, _ in asked]
+    found: list[dict[str, dict[str, bool | None]]] = [{} for _ in asked]
+    said: dict[int, int | str] = {}  # with a query's own vectors, which come first
+    kinds: dict[str, Any] = others(vectors, [task.name for task, _ in asked]) | {NONE: None}
+    for kind, made in kinds.items():
+        for batch in batches(prompts):
+            inputs = atv.encode_prompts([prompts[index] for index in batch])
+            queries = [prompts[index] for index in batch]
+            steer = nullcontext() if made is None else atv.steer(queries, vectors=made[batch], scale=1.0)
+            own = [options[index] for index in batch]
+            on = not all(each.told_apart for each in own)
+            with steer:
+                output = call_llm(atv.llm, keep=1, **inputs, use_cache=on)
+                logits = output.logits[:, -1].float().cpu()  # (batch, vocabulary)
+                best = likeliest(own, logits, reader(atv.llm, inputs, output))
+            for place, index in enumerate(batch):
+                token, answer = int(logits[place].argmax()), asked[index][1].output
+                first = own[place].ids[own[place].texts.index(answer)][0]
+                says = token if own[place].told_apart else best[place]
+                found[index][kind] = {
+                    "correct": token == first if own[place].told_apart else None,
+                    "correct_among_options": best[place] == answer,
+                    "other": says != said.setdefault(index, says),
+                }
+            progress.advance(len(batch))
+    progress.advance((len(KINDS) - len(kinds)) * len(asked))
+    return found

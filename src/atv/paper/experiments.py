@@ -1,0 +1,157 @@
+"""Experiments: conditions that are trained and measured on the same rows, from TOML files."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from atv.errors import ATVError, unknown
+from atv.files import local, read_toml
+from atv.methods import METHODS
+from atv.methods.settings import Tables, method_settings
+
+FOLDER = Path(__file__).parent / "experiments"
+_WORDS = {"title", "asks", "reference", "analysis", "conditions"}
+_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ,.:+=-]*")
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A method with what is set otherwise in it; without anything set, a line of the paper's tables."""
+
+    method: str
+    label: str = ""
+    """What its lines are called; by default the method's name."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Of the method that is trained, stronger than any table of settings."""
+    shots: int | None = None
+    """Demonstrations in the prompt, instead of the profile's number."""
+    train_rows: int | None = None
+    """Per task, instead of the profile's number."""
+
+    def __post_init__(self) -> None:
+        """Name it, and refuse a method that does not exist."""
+        if self.method not in METHODS:
+            raise unknown("method", self.method, METHODS)
+        object.__setattr__(self, "label", self.label or self.method)
+
+    @property
+    def trained_as(self) -> str | None:
+        """Name of the method that is trained for it; None: it learns nothing."""
+        return METHODS[self.method].trained_as()
+
+    @property
+    def name(self) -> str:
+        """The label as part of a folder's name."""
+        return re.sub(r"[^A-Za-z0-9+.-]+", "-", self.label)
+
+    @property
+    def trained(self) -> str | None:
+        """Its training's part of a folder's name: conditions that set nothing of it share the method's."""
+        own = self.settings or self.train_rows is not None
+        return self.name if own and self.trained_as is not None else self.trained_as
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A question and the conditions that answer it."""
+
+    name: str
+    title: str
+    asks: str
+    """The question, and what would answer it."""
+    conditions: tuple[Condition, ...]
+    reference: str
+    """Label of the condition that the others are compared with."""
+    analysis: bool = False
+    """What the vectors are like is asked too: the adapter of the method atv is analysed, beside an ELICIT library."""
+
+
+def known_experiments() -> list[str]:
+    """Names of the experiments that come with the package."""
+    return sorted(file.stem for file in FOLDER.glob("*.toml"))
+
+
+def read_experiment(name: str) -> Experiment:
+    """An experiment by its name, or from a TOML file of one's own; anything wrong in it raises ATVError.
+
+    The file has a `title`, what it `asks`, the label of its `reference`, and tables `[conditions."LABEL"]`, each with a
+    `method`, maybe `shots` (of a method with demonstrations) and `train_rows`, and settings of the method.
+    """
+    own = name.endswith(".toml")
+    path = local(name) if own else FOLDER / f"{name}.toml"
+    if not own and name not in known_experiments():
+        raise unknown("experiment", name, known_experiments(), "Or give a TOML file of your own.")
+    text = read_toml(path, "a TOML file that describes an experiment, with title, asks, reference, conditions")
+    for key in text.keys() - _WORDS:
+        raise unknown(f"key in {path}:", key, sorted(_WORDS))
+    found = text.get("conditions")
+    if not isinstance(found, dict) or not found:
+        raise ATVError(f'{path} has no conditions; expected tables as [conditions."atv, bottom"] with a method.')
+    conditions = tuple(_condition(path, label, values) for label, values in found.items())
+    labels = [condition.label for condition in conditions]
+    reference = text.get("reference", labels[0])
+    if reference not in labels:
+        raise unknown(f"reference in {path}:", reference, labels)
+    if len({condition.name for condition in conditions}) < len(labels):
+        raise ATVError(f"{path}: two labels differ in signs alone, and would have one folder; found {labels}.")
+    said = {key: str(text.get(key, "")) for key in ("title", "asks")}
+    return Experiment(path.stem, said["title"] or path.stem, said["asks"], conditions, reference, _analysed(path, text))
+
+
+def conditions_of(experiments: Iterable[Experiment]) -> list[Condition]:
+    """The conditions of several experiments, each once; ATVError if one label stands for two."""
+    found: dict[str, Condition] = {}
+    for condition in (condition for experiment in experiments for condition in experiment.conditions):
+        if found.setdefault(condition.label, condition) != condition:
+            raise ATVError(
+                f"The condition {condition.label!r} is {found[condition.label]} in one experiment and {condition} in "
+                "another; give one of them another label."
+            )
+    return list(found.values())
+
+
+def _analysed(path: Path, text: dict[str, Any]) -> bool:
+    analysis = text.get("analysis", False)
+    if not isinstance(analysis, bool):
+        raise ATVError(f"{path}: analysis is {analysis!r}; expected true or false.")
+    if analysis and not {"atv", "elicit"} <= text["conditions"].keys():
+        raise ATVError(f"{path}: an analysis is of the conditions atv and elicit; found {list(text['conditions'])}.")
+    return analysis
+
+
+def _condition(path: Path, label: str, values: Any) -> Condition:
+    """One table of the file; its settings are tried, so that a mistake is told before anything is trained."""
+    if not isinstance(values, dict) or "method" not in values or not _LABEL.fullmatch(label):
+        raise ATVError(
+            f"{path}: the condition {label!r} is {values!r}; expected a table with a method, under a label of letters, "
+            "digits, blanks and , . : + = -"
+        )
+    settings = {key.replace("-", "_"): value for key, value in values.items() if key != "method"}
+    method = values["method"]
+    rows = _taken(path, label, settings, "train_rows")
+    shots = _taken(path, label, settings, "shots") if method in METHODS and METHODS[method].shots else None
+    condition = Condition(method, label, settings, shots, rows)
+    if condition.trained_as is not None:
+        condition_settings(condition, [], 0)
+    elif settings or rows is not None:
+        named = [*settings, *(["train_rows"] if rows is not None else [])]
+        raise ATVError(
+            f"{path}: {label} sets {', '.join(named)}, and the method {method} learns nothing: leave it out."
+        )
+    return condition
+
+
+def _taken(path: Path, label: str, settings: dict[str, Any], key: str) -> int | None:
+    value = settings.pop(key, None)
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise ATVError(f"{path}: {key} of {label} is {value!r}; expected a whole number from 1.")
+    return value
+
+
+def condition_settings(condition: Condition, tables: Sequence[Tables], seed: int) -> Any:
+    """What is trained for a condition: the `Settings` of its method with its own on top."""
+    trained = condition.trained_as
+    assert trained is not None
+    return method_settings(trained, [*tables, {trained: condition.settings}], seed)

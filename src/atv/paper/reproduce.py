@@ -1,0 +1,242 @@
+"""Conditions beside each other on the same rows, each trained once per seed on all tasks that are not Unseen.
+
+A method as it is, is a condition: all of them make the paper's tables. Those of an experiment differ in settings.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from atv.data import UNSEEN, Task
+from atv.errors import ATVError
+from atv.evaluation.measure import Frozen, measure
+from atv.files import occupied, read_json, same_settings, write_json
+from atv.lm.prefix_store import PrefixStore
+from atv.methods import METHODS
+from atv.methods.settings import Settings, Tables
+from atv.paper.experiments import Condition, condition_settings
+from atv.paper.profiles import Profile
+from atv.processes import barrier, is_main
+from atv.progress import note
+from atv.provenance import provenance
+
+RECORD_FILE = "reproduce.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One step: a condition trained, or measured, with one seed."""
+
+    kind: str
+    name: str
+    seed: int
+    condition: Condition = field(compare=False)
+    """For a training that several share, the first of them."""
+
+    @property
+    def folder(self) -> str:
+        """Where it writes, inside the folder of the whole."""
+        return f"{'trained' if self.kind == 'train' else 'runs'}/{self.name}-{self.seed}"
+
+
+def reproduce(
+    profile: Profile,
+    frozen: Frozen,
+    tasks: Sequence[Task],
+    out: Path,
+    *,
+    conditions: Sequence[Condition] = (),
+    given: Tables | None = None,
+    batch_size: int = 16,
+    force: bool = False,
+) -> list[Path]:
+    """Train and measure conditions as `profile` says; returns the folders of the runs.
+
+    Everything goes into `out`: `reproduce.json` (what was asked for), `trained/NAME-SEED` and `runs/NAME-SEED`. What is
+    finished is not done again, what was interrupted is resumed; conditions that were not asked for before are added.
+
+    Args:
+        profile: rows, variants, seeds.
+        frozen: the LLM.
+        tasks: those of the category Unseen are measured, never trained on.
+        out: folder of the whole.
+        conditions: by default every method that is `by_default`, as it is.
+        given: settings that are stronger than the profile's.
+        batch_size: prompts per call of the LLM when measuring.
+        force: start over.
+
+    Raises:
+        ATVError: an unknown setting, no task to train on, or `out` was made with other settings.
+    """
+    tasks = chosen_tasks(profile, tasks)
+    plain = [Condition(name) for name in METHODS if METHODS[name].by_default]
+    jobs = _jobs(conditions or plain, profile.seeds)
+    tables = (profile.tables(), given or {})
+    settings = {job: condition_settings(job.condition, tables, job.seed) for job in jobs if job.kind == "train"}
+    _open(profile, frozen, tasks, settings, batch_size, out, force)
+    clock = _Clock(jobs, {job: _work(job, profile, tasks, settings.get(job)) for job in jobs})
+    for seed in profile.seeds:
+        store = PrefixStore()  # prompts that several methods are trained on are read once
+        for job in (job for job in jobs if job.seed == seed):
+            clock.begin(job)
+            rows = job.condition.train_rows or profile.train_rows
+            drawn = [task.drawn(rows, profile.valid_rows, seed) for task in tasks]
+            if job.kind == "train":
+                new = _train(job, frozen, drawn, out, settings[job], store, force)
+            else:
+                store = PrefixStore()  # its memory is free again
+                new = _measure(job, profile, frozen, drawn, out, batch_size, force)
+            clock.end(job, new)
+    return [out / job.folder for job in jobs if job.kind == "measure"]
+
+
+def chosen_tasks(profile: Profile, tasks: Sequence[Task]) -> list[Task]:
+    """The tasks of a profile, with its test rows; ATVError if none is left to train on."""
+    named = [task for task in tasks if profile.tasks is None or task.name in profile.tasks]
+    if not named:
+        raise ATVError(
+            f"The profile {profile.name} is of the tasks {', '.join(profile.tasks or ())}; none of them is among those "
+            f"given: {', '.join(task.name for task in tasks[:8])}. Give --profile small, or --data with these tasks."
+        )
+    kept: dict[str, list[Task]] = {}
+    for task in named:
+        kept.setdefault(task.category, []).append(task.first_test_rows(profile.test_rows))
+    if profile.tasks_per_category is not None:
+        kept = {name: sorted(alike, key=_length)[: profile.tasks_per_category] for name, alike in kept.items()}
+    chosen = [task for alike in kept.values() for task in alike]
+    if all(task.category == UNSEEN for task in chosen):
+        raise ATVError(f"All tasks are of the category {UNSEEN}, which is not trained on; expected others beside them.")
+    return chosen
+
+
+def _length(task: Task) -> float:
+    """Mean characters of a prompt, roughly."""
+    return 200 + sum(len(row.input) for row in task.test) / len(task.test)
+
+
+def _jobs(conditions: Sequence[Condition], seeds: Sequence[int]) -> list[Job]:
+    """In an order in which whatever is needed is there: all training of a seed, then all measuring."""
+    jobs = []
+    for seed in seeds:
+        trained = [Job("train", of.trained, seed, of) for of in conditions if of.trained is not None]
+        jobs += [*dict.fromkeys(trained), *(Job("measure", of.name, seed, of) for of in conditions)]
+    return jobs
+
+
+def _open(
+    profile: Profile,
+    frozen: Frozen,
+    tasks: Sequence[Task],
+    settings: Mapping[Job, Settings],
+    batch_size: int,
+    out: Path,
+    force: bool,
+) -> None:
+    """Record what is asked for, or see that `out` was made with the same; further conditions may be asked for."""
+    asked: dict[str, Any] = {
+        "profile": {name: value for name, value in asdict(profile).items() if name != "settings"},
+        **frozen.described(),
+        "batch_size": batch_size,
+        "tasks": {task.name: task.digest("train", "valid", "test") for task in tasks},
+        "templates": {task.name: task.templates for task in tasks},
+    }
+    learned: dict[str, Any] = {}
+    for job, of in settings.items():
+        rows = {} if job.condition.train_rows is None else {"train_rows": job.condition.train_rows}
+        learned[f"{job.name}-{job.seed}"] = {"config": of.config.to_dict(), "train": of.train.to_dict()} | rows
+    file = out / RECORD_FILE
+    if file.exists() and not force:
+        former = read_json(file, "the record of a reproduction")
+        known = former.get("learned", {})
+        common = known.keys() & learned.keys()
+        same_settings(
+            former.get("asked", {}) | {"learned": {name: known[name] for name in common}},
+            asked | {"learned": {name: learned[name] for name in common}},
+            out,
+        )
+        learned = known | learned
+    elif occupied(out) and not file.exists():
+        raise ATVError(f"{out} exists and is not a reproduction; choose a new folder, so that nothing there is lost.")
+    barrier()
+    if is_main():
+        write_json(file, {"asked": asked, "learned": learned} | provenance())
+    barrier()
+
+
+def _train(
+    job: Job, frozen: Frozen, tasks: Sequence[Task], out: Path, settings: Settings, store: PrefixStore, force: bool
+) -> bool:
+    """Train a condition's method on the tasks that are not Unseen; false if that was done already."""
+    folder = out / job.folder
+    record = folder / "train.json"
+    if record.exists() and not force and read_json(record, "the record of a training")["finished"]:
+        return False
+    llm, tokenizer = frozen.load()
+    seen = [task for task in tasks if task.category != UNSEEN]
+    method = METHODS[str(job.condition.trained_as)]
+    method.fit(llm, tokenizer, seen, folder, *settings, force=force, store=store)
+    return True
+
+
+def _measure(
+    job: Job, profile: Profile, frozen: Frozen, tasks: Sequence[Task], out: Path, batch_size: int, force: bool
+) -> bool:
+    """Measure a condition on all tasks; false if that was done already."""
+    asked = job.condition
+    return measure(
+        asked.method,
+        frozen,
+        tasks,
+        out / job.folder,
+        label=asked.label,
+        adapter=None if asked.trained is None else out / Job("train", asked.trained, job.seed, asked).folder,
+        shots=(asked.shots or profile.shots) if METHODS[asked.method].shots else None,
+        seed=job.seed,
+        variants=profile.variants,
+        batch_size=batch_size,
+        force=force,
+    )
+
+
+def _work(job: Job, profile: Profile, tasks: Sequence[Task], settings: Settings | None) -> float:
+    """A rough measure of a job's work, in characters of prompt that the LLM reads: enough to tell the time left."""
+    length = {task.name: _length(task) for task in tasks}
+    asked = job.condition
+    if settings is not None:
+        seen = [task for task in tasks if task.category != UNSEEN]
+        rows = asked.train_rows or profile.train_rows
+        once = sum(length[task.name] * min(rows, len(task.train)) for task in seen)
+        if METHODS[str(asked.trained_as)].train_defaults is None:
+            return once * profile.shots / 4
+        reads_once = "positions" in settings.config.to_dict()
+        epochs = settings.train.epochs_of(sum(min(rows, len(task.train)) for task in seen))
+        return once * epochs * settings.train.templates_per_row * (1.5 if reads_once else 5)
+    shots = asked.shots or profile.shots
+    shown = shots if asked.method == "bm25" else 1 if METHODS[asked.method].shots else 0  # icl's are read once
+    once = sum(length[task.name] * len(task.test) * len(task.variants(profile.variants)) for task in tasks)
+    return once * (1 + shown)
+
+
+class _Clock:
+    """Says which job begins and about how long the rest will take, from the work done in the time since the start."""
+
+    def __init__(self, jobs: Sequence[Job], work: Mapping[Job, float]) -> None:
+        self.work, self.left, self.count, self.place = work, sum(work.values()), len(jobs), 0
+        self.done, self.seconds, self.began = 0.0, 0.0, 0.0
+
+    def begin(self, job: Job) -> None:
+        self.place += 1
+        rest = ""
+        if self.done:
+            minutes = self.left * self.seconds / self.done / 60
+            rest = f"; about {minutes:.0f} min left" if minutes >= 1 else "; less than a minute left"
+        note(f"[{self.place} of {self.count}] {job.kind} {job.name}, seed {job.seed}{rest}")
+        self.began = time.perf_counter()
+
+    def end(self, job: Job, new: bool) -> None:
+        self.left -= self.work[job]
+        if new:
+            self.done += self.work[job]
+            self.seconds += time.perf_counter() - self.began

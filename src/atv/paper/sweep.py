@@ -1,0 +1,152 @@
+"""Settings chosen on validation rows: the same number of trials for every method, each recorded."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from itertools import product
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from atv.data import UNSEEN, Task
+from atv.errors import ATVError, unknown
+from atv.evaluation.measure import Frozen, measure
+from atv.evaluation.records import load_runs
+from atv.files import write_json, write_text
+from atv.lm.prefix_store import PrefixStore
+from atv.methods import METHODS
+from atv.methods.settings import Tables, method_settings
+from atv.paper.profiles import Profile
+from atv.paper.reproduce import chosen_tasks
+from atv.progress import note
+from atv.provenance import provenance
+
+RECORD_FILE = "sweep.json"
+SETTINGS_FILE = "settings.toml"
+
+
+def trials_of(name: str, count: int, tables: Sequence[Tables], seed: int) -> list[dict[str, Any]]:
+    """`count` different choices: first what the method has without a choice, then others of its `search`."""
+    search = METHODS[name].search
+    config, train = method_settings(name, tables, seed)
+    values = train.to_dict() | config.to_dict()
+    default = {key: values[key] for key in search}
+    others = [dict(zip(search, some, strict=True)) for some in product(*search.values())]
+    others = [choice for choice in others if choice != default]
+    if count > 1 + len(others):
+        raise ATVError(f"The method {name} has {1 + len(others)} settings to choose from; expected no more trials.")
+    return [default, *random.Random(f"{seed} {name}").sample(others, count - 1)]
+
+
+def sweep(
+    profile: Profile,
+    frozen: Frozen,
+    tasks: Sequence[Task],
+    out: Path,
+    *,
+    methods: Sequence[str] = (),
+    trials: int = 4,
+    given: Tables | None = None,
+    force: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """Try settings of trained methods on validation rows; returns each method's best and writes `settings.toml`.
+
+    Each trial is trained on a seed's training rows as `profile` says, with half of its validation rows to choose the
+    epoch, and measured on the other half. The test split is never touched. The best is the one with the highest mean
+    accuracy over tasks over the whole vocabulary, of equal ones the earlier: the default stays unless one is better.
+
+    Args:
+        profile: rows, variants, and its first seed.
+        frozen: the LLM.
+        tasks: those of the category Unseen have no part.
+        out: gets `sweep.json` (every trial), `settings.toml` and the trials' folders.
+        methods: names of trained methods; by default all `by_default` ones that have settings to choose from.
+        trials: for every method.
+        given: settings that all trials have, stronger than the profile's.
+        force: start over.
+    """
+    names = list(methods) or [name for name in METHODS if METHODS[name].search and METHODS[name].by_default]
+    for name in names:
+        if name not in METHODS or not METHODS[name].search:
+            raise unknown("method to choose settings for", name, [name for name in METHODS if METHODS[name].search])
+    seed = profile.seeds[0]
+    tables = (profile.tables(), given or {})
+    chosen = {name: trials_of(name, trials, tables, seed) for name in names}
+    in_domain = [task for task in chosen_tasks(profile, tasks) if task.category != UNSEEN]
+    seen = [_on_validation_rows(task, profile, seed) for task in in_domain]
+    asked = {
+        "profile": {key: value for key, value in asdict(profile).items() if key != "settings"},
+        **frozen.described(),
+        "tasks": {task.name: task.digest("train", "valid") for task in in_domain},
+    }
+    results: dict[str, Any] = {}
+    best: dict[str, dict[str, Any]] = {}
+    store = PrefixStore()
+    done = 0
+    for name in names:
+        rows: list[dict[str, Any]] = []
+        for number, trial in enumerate(chosen[name]):
+            done += 1
+            said = ", ".join(f"{key} {value}" for key, value in trial.items())
+            note(f"[{done} of {trials * len(names)}] {name}: {said}")
+            score = _try(name, trial, profile, frozen, seen, out / f"{name}-{number}", tables, store, force)
+            rows.append({"settings": trial, **score})
+        results[name] = rows
+        best[name] = max(rows, key=lambda row: row["accuracy"])["settings"]
+        write_json(out / RECORD_FILE, asked | {"trials": results, "best": best} | provenance())
+    write_text(out / SETTINGS_FILE, _toml(best))
+    return best
+
+
+def _on_validation_rows(task: Task, profile: Profile, seed: int) -> Task:
+    """The task with half of the drawn validation rows in place of its test rows."""
+    drawn = task.drawn(profile.train_rows, 2 * profile.valid_rows, seed)
+    half = len(drawn.valid) // 2
+    if not half:
+        raise ATVError(f"Task {task.name} has {len(drawn.valid)} validation rows; a sweep needs at least 2.")
+    return replace(drawn, valid=drawn.valid[:half], test=drawn.valid[half:])
+
+
+def _try(
+    name: str,
+    trial: Mapping[str, Any],
+    profile: Profile,
+    frozen: Frozen,
+    tasks: Sequence[Task],
+    folder: Path,
+    tables: Sequence[Tables],
+    store: PrefixStore,
+    force: bool,
+) -> dict[str, float]:
+    seed = profile.seeds[0]
+    settings = method_settings(name, [*tables, {name: trial}], seed)
+    llm, tokenizer = frozen.load()
+    METHODS[name].fit(llm, tokenizer, tasks, folder / "trained", *settings, force=force, store=store)
+    measure(name, frozen, tasks, folder / "run", adapter=folder / "trained", seed=seed, variants="first", force=force)
+    rows = load_runs([folder / "run"])
+    by_task: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_task.setdefault(row["task"], []).append(row)
+    means = {
+        said: fmean(fmean(_judged(row, key) for row in alike) for alike in by_task.values())
+        for said, key in (("accuracy", "correct"), ("among_options", "correct_among_options"))
+    }
+    note(f"    accuracy {100 * means['accuracy']:.1f}, among options {100 * means['among_options']:.1f}")
+    return means
+
+
+def _judged(row: Mapping[str, Any], key: str) -> bool:
+    """Whether a row is right, among options where only that is defined: every task has a part in the choice."""
+    return bool(row["correct_among_options"] if row[key] is None else row[key])
+
+
+def _toml(tables: Mapping[str, Mapping[str, Any]]) -> str:
+    """Tables of settings as TOML; their values are numbers and words."""
+    lines = []
+    for name, values in tables.items():
+        lines += [f'["{name}"]', *(f"{key} = {_value(value)}" for key, value in values.items()), ""]
+    return "\n".join(lines)
+
+
+def _value(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else repr(value)

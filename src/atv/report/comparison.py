@@ -1,0 +1,295 @@
+"""Methods beside each other: scores by category and task, their averages, and paired differences from ATV."""
+
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+from atv.data import UNSEEN
+from atv.errors import ATVError
+from atv.report.statistics import RESAMPLES, Row, Score, paired, scores, tasks_of
+from atv.report.tables import MISSING, Table, accuracy_table, footnote, marked, undefined
+
+ATV = "atv"
+PUBLISHED = "paper, "
+"""How a line begins whose numbers others have published."""
+METHODS = (
+    *("zero-shot", "icl", "bm25", "elicit", "i2cl", "linear", "lora", "prefix", "full", "probe", "encoder"),
+    *("learned-tv", "fixed", ATV, "icl+atv"),
+)
+ACCURACY = {"correct": "accuracy", "correct_among_options": "accuracy among options"}
+_PLOTS = {"correct": ("scores", "cost"), "correct_among_options": ("scores",)}
+COSTS = {"tokens": ("prompt_tokens", 0), "s/query": ("seconds", 4)}  # what is averaged, digits
+
+_RIGHT = {
+    "correct": "Accuracy: the most likely next token over the whole vocabulary is the first token of the answer.",
+    "correct_among_options": "Among options: the likeliest of the task's options, by their tokens up to where they "
+    "differ, is the answer.",
+}
+_SPREAD = (
+    "All this in percent and for each seed; shown: mean over seeds ± sample standard deviation, none with one seed. "
+    "Bold: the best of a column, the paper's lines aside. A dash: not asked all of it."
+)
+_COST = (
+    "Prompt tokens and seconds per query are averaged in the same way; seconds include everything that the method does "
+    "for a query."
+)
+
+Line = Mapping[str, Score | None]
+"""A method's scores by the names of columns."""
+
+
+class Published(Protocol):
+    """Numbers from elsewhere, of the same tasks, that can stand beside those of recorded rows."""
+
+    @property
+    def source(self) -> str:
+        """Where they stand."""
+
+    @property
+    def order(self) -> Sequence[str]:
+        """Of categories and of tasks, as its tables have them."""
+
+    def lines(self, part: str, methods: Iterable[str], tasks: Mapping[str, str]) -> dict[str, Line]:
+        """Lines named `PUBLISHED` and more, of these methods, in columns that are made of the same tasks.
+
+        Args:
+            part: in-domain, unseen or summary.
+            methods: those of the rows.
+            tasks: of the rows, with their categories.
+        """
+
+
+def all_tables(rows: Sequence[Row], beside: Published | None = None) -> list[Table]:
+    """The table per task, and with several methods those that compare them."""
+    several = len({row["method"] for row in rows}) > 1
+    return [accuracy_table(rows), *(comparison_tables(rows, beside) if several else ())]
+
+
+def comparison_tables(rows: Sequence[Row], beside: Published | None = None) -> list[Table]:
+    """In-domain, unseen, both, and ATV against each other method: for each LLM those that its rows suffice for.
+
+    With the numbers that the paper has published beside them these are its Tables 1, 2 and 5.
+    """
+    tables = []
+    for llm in dict.fromkeys(row["llm"] for row in rows):
+        own = [row for row in rows if row["llm"] == llm]
+        kinds = {category == UNSEEN for category in tasks_of(own).values()}
+        tables += [in_domain_table(own, key, beside) for key in ACCURACY if False in kinds]
+        tables += [unseen_table(own, key, beside) for key in ACCURACY if True in kinds]
+        tables += [summary_table(own, beside)] if len(kinds) == 2 else []
+        tables += [comparison_table(own)] if {ATV} < {row["method"] for row in own} else []
+    return tables
+
+
+def in_domain_table(rows: Sequence[Row], key: str = "correct", beside: Published | None = None) -> Table:
+    """Cost, category scores and their mean for each method.
+
+    Args:
+        rows: on one LLM.
+        key: which accuracy: `correct` or `correct_among_options`.
+        beside: numbers published elsewhere.
+    """
+    rows = _of(rows, unseen=False)
+    tasks = tasks_of(rows)
+    lines: dict[str, Line] = {}
+    left, judged = left_out(rows, key)
+    for method, asked in _by_method(rows).items():
+        found = scores(defined(asked, left), key, judged)
+        costs = {name: scores(asked, source, tasks).in_domain for name, (source, _) in COSTS.items()}
+        lines[method] = costs | found.categories | {"Avg": found.in_domain}
+    published = beside.lines("in-domain", lines, judged) if beside and key == "correct" else {}
+    note = (
+        f"{_measured(rows)} {_RIGHT[key]} A task's score is the mean over its rows and variants, a category's that of "
+        f"its tasks, Avg that of the categories. {_SPREAD} {_COST}"
+    )
+    columns = [*COSTS, *_ordered(tasks.values(), beside.order if beside else ()), "Avg"]
+    without = {*left.values(), *(["Avg"] if left else [])}
+    table = _table(f"In-domain {ACCURACY[key]}: {rows[0]['llm']}", columns, lines, published, note, without, beside)
+    return replace(table, plots=_PLOTS[key], runs=runs_of(rows), footnote=footnote(rows) if left else "")
+
+
+def unseen_table(rows: Sequence[Row], key: str = "correct", beside: Published | None = None) -> Table:
+    """Cost, scores of the unseen tasks and their mean for each method.
+
+    Args:
+        rows: on one LLM.
+        key: which accuracy: `correct` or `correct_among_options`.
+        beside: numbers published elsewhere.
+    """
+    rows = _of(rows, unseen=True)
+    tasks = tasks_of(rows)
+    lines: dict[str, Line] = {}
+    left, judged = left_out(rows, key)
+    for method, asked in _by_method(rows).items():
+        found = scores(defined(asked, left), key, judged)
+        costs = {name: scores(asked, source, tasks).unseen for name, (source, _) in COSTS.items()}
+        lines[method] = costs | found.tasks | {"Avg": found.unseen}
+    published = beside.lines("unseen", lines, judged) if beside and key == "correct" else {}
+    note = (
+        f"{_measured(rows)} {_RIGHT[key]} A task's score is the mean over rows and variants, Avg that of the tasks. "
+        f"{_SPREAD} {_COST}"
+    )
+    columns = [*COSTS, *_ordered(tasks, beside.order if beside else ()), "Avg"]
+    without = {*left, *(["Avg"] if left else [])}
+    table = _table(f"Unseen {ACCURACY[key]}: {rows[0]['llm']}", columns, lines, published, note, without, beside)
+    return replace(table, plots=_PLOTS[key], runs=runs_of(rows), footnote=footnote(rows) if left else "")
+
+
+def summary_table(rows: Sequence[Row], beside: Published | None = None) -> Table:
+    """In-domain average, unseen average and the mean of both by both accuracies."""
+    ends = {"correct": "", "correct_among_options": " among options"}
+    (left, judged), (_, tasks) = (left_out(rows, key) for key in ends)
+    lines: dict[str, Line] = {}
+    for method, asked in _by_method(rows).items():
+        found = {"": scores(defined(asked, left), "correct", judged)}
+        found[" among options"] = scores(asked, "correct_among_options", tasks)
+        lines[method] = {
+            f"{name}{end}": score
+            for end, each in found.items()
+            for name, score in (("in-domain", each.in_domain), ("unseen", each.unseen), ("Avg", each.both))
+        }
+    published = beside.lines("summary", lines, judged) if beside else {}
+    note = (
+        f"{_measured(rows)} In-domain: mean of the categories; unseen: mean of the unseen tasks; Avg: mean of both. "
+        f"{' '.join(_RIGHT.values())} {_SPREAD}"
+    )
+    columns = [f"{name}{end}" for end in ends.values() for name in ("in-domain", "unseen", "Avg")]
+    without = averages_of(left) | ({"Avg"} if left else set())
+    table = _table(f"In-domain and unseen: {rows[0]['llm']}", columns, lines, published, note, without, beside)
+    return replace(table, footnote=footnote(rows) if left else "")
+
+
+def comparison_table(rows: Sequence[Row], reference: str = ATV) -> Table:
+    """A method minus each other one on the same rows: difference, interval and p, by both accuracies.
+
+    Args:
+        rows: on one LLM.
+        reference: the method that the others are subtracted from.
+    """
+    kinds = {category == UNSEEN for category in tasks_of(rows).values()}
+    others = [method for method in _by_method(rows) if method != reference]
+    lines, reasons = [], dict[str, None]()
+    for key, accuracy in ACCURACY.items():
+        left, judged = left_out(rows, key)
+        for unseen in sorted(kinds):
+            without = any((category == UNSEEN) == unseen for category in left.values())
+            for other in others:
+                try:
+                    found = paired(defined(rows, left), reference, other, key, unseen=unseen)
+                    cells = [f"{100 * value:+.2f}" for value in found[:3]] + [f"{found.p:.4f}"]
+                except ATVError as error:
+                    cells = [MISSING] * 4
+                    if any((category == UNSEEN) == unseen for category in judged.values()):
+                        reasons[str(error)] = None
+                cells[0] = marked(cells[0]) if without else cells[0]
+                lines.append([accuracy, "unseen" if unseen else "in-domain", other, *cells])
+    note = (
+        f"{_measured(rows)} The average of {reference} minus that of the other method, in percentage points, on the "
+        f"same test rows, variants and seeds. From, to: 95% percentile bootstrap interval, from {RESAMPLES:,} draws of "
+        "test rows within each task, a row with all its variants and seeds: how far the difference would vary with "
+        "other test rows of these tasks, not with other tasks or seeds. p: two-sided permutation test that swaps the "
+        f"two methods' answers to a test row ({RESAMPLES:,} times, or in all ways if fewer), not corrected for the "
+        "number of lines. A dash: not asked the same rows."
+    )
+    columns = ["score", "tasks", f"{reference} minus", "difference", "from", "to", "p"]
+    title = f"{reference} against each other: {rows[0]['llm']}"
+    note = " ".join([note, *reasons])
+    return Table(title, columns, lines, note, plots=("differences",), runs=runs_of(rows), footnote=footnote(rows))
+
+
+def _of(rows: Sequence[Row], unseen: bool) -> list[Row]:
+    return [row for row in rows if (row["category"] == UNSEEN) == unseen]
+
+
+def left_out(rows: Sequence[Row], key: str) -> tuple[dict[str, str], dict[str, str]]:
+    """The tasks for which an accuracy is not defined, and the others, each with their categories."""
+    names = undefined(rows, key)
+    tasks = tasks_of(rows)
+    return {task: tasks[task] for task in names}, {task: its for task, its in tasks.items() if task not in names}
+
+
+def averages_of(tasks: Mapping[str, str]) -> set[str]:
+    """The averages that tasks with these categories are part of."""
+    return {"unseen" if category == UNSEEN else "in-domain" for category in tasks.values()}
+
+
+def defined(rows: Sequence[Row], left: Container[str]) -> list[Row]:
+    """The rows without those of the tasks that are left out."""
+    return [row for row in rows if row["task"] not in left]
+
+
+def runs_of(rows: Sequence[Row]) -> tuple[str, ...]:
+    """The folders of the runs that rows are of."""
+    return tuple(dict.fromkeys(row["run"] for row in rows))
+
+
+def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["method"], []).append(row)
+    return {method: found[method] for method in _ordered(found, METHODS)}
+
+
+def _ordered(names: Iterable[str], order: Sequence[str]) -> list[str]:
+    """Names in the order given, then the others in their own."""
+    found = dict.fromkeys(names)
+    return [*(name for name in order if name in found), *(name for name in found if name not in order)]
+
+
+def _table(
+    title: str,
+    columns: list[str],
+    ours: Mapping[str, Line],
+    published: Mapping[str, Line],
+    note: str,
+    without: Container[str],
+    beside: Published | None,
+) -> Table:
+    """A table of lines; ours are marked in the columns that are without some task."""
+    cells = [
+        [name, *(marked(cell) if column in without else cell for column, cell in zip(columns, own, strict=True))]
+        for name, own in (
+            (name, [shown(line.get(column), column) for column in columns]) for name, line in ours.items()
+        )
+    ]
+    cells += [[name, *(shown(line.get(column), column) for column in columns)] for name, line in published.items()]
+    if beside and published:
+        note += f" Lines marked 'paper' are other LLMs' numbers, where the tasks are the same: {beside.source}."
+    return Table(title, ["method", *columns], cells, note, text=1, bold=_best(columns, list(ours.values())))
+
+
+def shown(score: Score | None, column: str) -> str:
+    """A cell of a table: accuracies in percent, costs as they are, a dash for what is missing."""
+    if score is None:
+        return MISSING
+    if column in COSTS:
+        return f"{score.mean:.{COSTS[column][1]}f}"
+    return f"{100 * score.mean:.1f}" + ("" if score.std is None else f" ± {100 * score.std:.1f}")
+
+
+def _best(columns: Sequence[str], lines: Sequence[Line]) -> frozenset[tuple[int, int]]:
+    """The highest of each column of accuracies, as far as the digits shown tell them apart."""
+    best = set()
+    for column, name in enumerate(columns, 1):
+        found = {row: round(100 * score.mean, 1) for row, line in enumerate(lines) if (score := line.get(name))}
+        if name not in COSTS and len(found) > 1:
+            best |= {(row, column) for row, value in found.items() if value == max(found.values())}
+    return frozenset(best)
+
+
+def _measured(rows: Sequence[Row]) -> str:
+    """What the numbers of a table were measured on."""
+    tasks = len(tasks_of(rows))
+    examples = len({(row["task"], row["example"]) for row in rows})
+    variants = len({(row["template"], row["answer_prefix"]) for row in rows})
+    text = f"Measured on {_count(tasks, 'task')}, {_count(examples, 'test row')}, {_count(variants, 'prompt variant')}"
+    seeds = dict.fromkeys(row["seed"] for row in rows)
+    text += f", {'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}"
+    for method, own in _by_method(rows).items():
+        found = dict.fromkeys(row["seed"] for row in own)
+        text += f"; {method} with {', '.join(map(str, found))} alone" if len(found) < len(seeds) else ""
+    return f"{text}."
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -1,0 +1,581 @@
+"""Training: transformers' Trainer with the paper's optimiser, a wiring test before it and a whole adapter after it."""
+
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from atv.config import TrainConfig
+from atv.data import Task
+from atv.data.collate import IGNORED, Collator, EncodedRow
+from atv.doctor import require_wiring
+from atv.errors import ATVError
+from atv.files import follow_umask, local, occupied, read_json, same_settings, write_json
+from atv.lm.attention import grouped
+from atv.lm.frozen import Trainable
+from atv.lm.hooks import base_llm, input_device, quantization
+from atv.lm.prefix_store import PrefixStore
+from atv.lm.scoring import answers_right, note_shared, training_options
+from atv.model import ATVModel
+from atv.processes import barrier, is_main, local_rank, rank, world_size
+from atv.progress import Bar, bar, note
+from atv.provenance import provenance
+from atv.training.batches import Batches, Rows, training_rows
+
+RECORD_FILE = "train.json"
+JUDGED = "judged"
+"""In a batch beside what the model takes: how many tokens tell each answer apart, (batch,)."""
+WARM_UP = 0.05
+"""Share of the steps in which a linear schedule rises."""
+WEIGHTS_FILE = "model.safetensors"
+"""Of a checkpoint, as the Trainer names it."""
+ENOUGH_TO_CHOOSE = 100
+"""Fewer validation rows than this tell epochs apart by chance more often than not."""
+COMPLETE = "complete"
+"""Empty file in a checkpoint folder whose writing has ended."""
+
+
+def first_step(start: float, steps: int) -> int:
+    """The first of `steps` steps before which that share of them is done."""
+    return sum(step / steps < start for step in range(steps))
+
+
+def make_optimizer(model: Trainable, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW or the paper's Adam with L2 in the gradient, with the groups and rates that `model` names."""
+    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+    return kind(
+        model.parameter_groups(config),
+        weight_decay=config.weight_decay,
+        fused=True,  # one pass over memory instead of one per term: several times faster on a CPU
+    )
+
+
+class NonFiniteLoss(Exception):
+    """The loss became NaN or infinite; nothing was updated from it."""
+
+
+class ATVTrainer(Trainer):
+    """Trainer with the optimiser and rates of a `TrainConfig`, that stops before a non-finite loss does damage.
+
+    Its checkpoints hold generator and expansion alone, since the LLM is not a submodule of `ATVModel`. A batch split
+    among processes and accumulation steps gives the loss and the gradient of the whole batch, up to rounding.
+    """
+
+    def __init__(self, *args: Any, train_config: TrainConfig, **kwargs: Any) -> None:
+        self.train_config = train_config
+        super().__init__(*args, **kwargs)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The one that `make_optimizer` makes."""
+        del model
+        if self.optimizer is None:
+            self.optimizer = make_optimizer(cast(Trainable, self.model), self.train_config)
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """As the configuration says, for each group from its start; no step after it has a rate of zero."""
+
+        def schedule(start: float) -> Callable[[int], float]:
+            first = first_step(start, num_training_steps)
+            steps = num_training_steps - first
+            rising = math.floor(WARM_UP * steps)
+
+            def share(step: int) -> float:
+                done = step - first
+                if done < 0 or done == steps:  # not yet, or over
+                    return 0.0
+                if self.train_config.lr_schedule == "constant":
+                    return 1.0
+                return (done + 1) / (rising + 1) if done < rising else (steps - done) / (steps - rising)
+
+            return share
+
+        if self.lr_scheduler is None:
+            trained = optimizer or self.create_optimizer()
+            shares = [schedule(group.get("start", 0.0)) for group in trained.param_groups]
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trained, shares)
+        return cast(torch.optim.lr_scheduler.LRScheduler, self.lr_scheduler)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        rows, config = train_dataset or cast(Rows, self.train_dataset), self.train_config
+        return Batches(rows, config.batch_size, config.seed, fill=self._split)
+
+    @property
+    def _split(self) -> bool:
+        """A batch is read in several parts, by several processes or one after the other."""
+        return bool(self.args.world_size * self.args.gradient_accumulation_steps > 1)
+
+    def get_batch_samples(self, *args: Any) -> tuple[list[Any], Any]:
+        """The parts of a batch that this process reads; beside them, as "items", the weight of each part's loss.
+
+        The Trainer averages the parts' mean losses, over a process's parts and then over processes. All parts hold
+        as many rows, so that is the batch's mean, but for the rows that fill it up: they add 0 and are counted, and
+        the weight takes that back.
+        """
+        parts, _ = super().get_batch_samples(*args)
+        if not self._split:
+            return parts, None
+        labelled = torch.cat([(part["labels"] != IGNORED).any(1) for part in parts])
+        counts = torch.stack([labelled.new_ones(len(labelled), dtype=torch.long).sum(), labelled.sum()])
+        read, real = self.accelerator.reduce(counts.to(self.args.device), "sum").tolist()
+        return parts, read / real
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The model's loss, weighted; NonFiniteLoss in every process before it can reach a weight in any."""
+        inputs.pop(JUDGED)
+        loss, outputs = super().compute_loss(model, inputs, True)
+        if num_items_in_batch is not None:
+            loss = loss * num_items_in_batch
+        if not math.isfinite(self.accelerator.reduce(loss.detach(), "sum").item()):
+            raise NonFiniteLoss
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *_: Any, **__: Any) -> tuple[None, Tensor, Tensor]:
+        """Loss and score of every row, both (rows, prompts), so that their means do not depend on the batches."""
+        inputs = self._prepare_inputs(inputs)
+        judged = inputs.pop(JUDGED)
+        with torch.no_grad():
+            output = model(**inputs)
+        shape = (len(inputs["query_input_ids"]), -1)
+        correct = answers_right(output.right, judged.to(output.right.device))
+        return None, output.losses.view(shape), correct.view(shape)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Weights as safetensors and nothing else: the Trainer's own version also pickles its arguments."""
+        from safetensors.torch import save_file
+
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or cast(str, self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: t.contiguous() for name, t in (state_dict or cast(Trainable, self.model).state_dict()).items()}
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        follow_umask(folder)
+
+
+@dataclass
+class _JudgedCollator:
+    """A model's batches, and what `ATVTrainer` judges their answers by."""
+
+    collate: Collator
+
+    def __call__(self, rows: Sequence[EncodedRow]) -> dict[str, Tensor]:
+        return self.collate(rows) | {JUDGED: torch.tensor([row.judged for row in rows for _ in row.pairs])}
+
+
+class _Progress(TrainerCallback):
+    """Turns the rows' templates, draws the bar, marks complete checkpoints and finds the best one again."""
+
+    def __init__(self, model: Trainable, rows: Rows, progress: Bar, epochs: int, config: TrainConfig) -> None:
+        self.model, self.rows, self.progress, self.epochs = model, rows, progress, epochs
+        self.patience = config.patience_of(epochs)
+        self.start = max(group.get("start", 0.0) for group in model.parameter_groups(config))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The Trainer notes where the best checkpoint was; resumed, it is in the folder as that is named now."""
+        del control
+        if state.best_global_step is None:
+            return
+        best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
+        if not (best / WEIGHTS_FILE).is_file():
+            raise ATVError(
+                f"{best / WEIGHTS_FILE}, the best epoch so far, is missing: the training cannot be resumed. Restore "
+                "it, or start over with --force."
+            )
+        state.best_model_checkpoint = str(best)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        del args, control
+        self.rows.epoch = round(state.epoch or 0)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        del args, control
+        self.model.reach(state.global_step / state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        del args, control
+        self.progress.reach(state.global_step)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **about: Any) -> None:
+        del args
+        metrics = about["metrics"]
+        accuracy, loss = metrics["eval_accuracy"], metrics["eval_loss"]
+        self.progress.describe(f"train: epoch {round(state.epoch)}, valid {accuracy:.2f}")
+        note(f"epoch {round(state.epoch)} of {self.epochs}: valid loss {loss:.4f}, accuracy {accuracy:.3f}")
+        found = [entry["eval_choice"] for entry in state.log_history if "eval_choice" in entry]
+        # Epochs before the last group begins to learn do not try anybody's patience.
+        since = len(found) - 1 - max(found.index(max(found)), math.ceil(self.start * self.epochs) - 1)
+        if since >= self.patience and len(found) < self.epochs:
+            note(f"No better epoch in {since}: stopped.")
+            control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        del control
+        barrier()  # every process writes its random state
+        if is_main():
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training left behind."""
+
+    adapter: Path
+    """Folder of the adapter."""
+    record: dict[str, Any]
+    """What `train.json` holds: settings, history, seconds, versions."""
+
+
+def train(
+    model: Trainable,
+    tasks: Sequence[Task],
+    out: str | Path,
+    config: TrainConfig | None = None,
+    force: bool = False,
+    store: PrefixStore | None = None,
+) -> TrainResult:
+    """Train an ATV, or what another method learns, on the training splits of tasks; keep the epoch that validates best.
+
+    Writes `out/adapter` (the adapter), `out/train.json` (settings and history) and, until it is done,
+    `out/checkpoints` and, if main memory is too small, `out/prefixes`. Called again with the same arguments after an
+    interruption it resumes from the last complete epoch and ends with the same weights, bit for bit on a CPU as long as
+    the store keeps every prompt; called again after the end it trains nothing. Where a launcher has started several
+    processes, all of them call it, and share each batch.
+
+    However it ends, `model` then holds the weights of `out/adapter`, read back from there, and is in eval mode.
+
+    Args:
+        model: made under `set_seed(config.seed)` if the result is to be repeatable.
+        tasks: trained on together, shuffled.
+        out: folder of this training.
+        config: the default is the paper's.
+        force: start over, even if `out` holds a training.
+        store: an empty one with budgets of its own for the prompts' keys and values.
+
+    Raises:
+        ATVError: `out` holds another training; a prompt is too long; a batch cannot be split among the processes; the
+            wiring self-test failed; a part of the model is not what the configuration makes, so that it cannot be
+            saved; or the loss became NaN or infinite: then `out/adapter` holds the best epoch before it, if there was
+            one.
+    """
+    config, out = config or TrainConfig(), local(out)
+    config.rows_per_call(world_size())
+    model.settle(tasks)
+    model.require_savable()
+    device = input_device(model.llm)
+    if device.type == "cuda" and (device.index or 0) != local_rank():
+        raise ATVError(
+            f"The LLM is on {device}; training expects this process's GPU, cuda:{local_rank()}. Choose the GPU with "
+            "CUDA_VISIBLE_DEVICES instead."
+        )
+    train_settings = config.to_dict()
+    del train_settings["gradient_accumulation_steps"]
+    settings = training_settings(model.llm, tasks, model.describe(), train_settings)
+    record = former_record(out, settings, force)
+    if record is not None and record["finished"]:
+        note(f"{out} holds this training already, finished; nothing to do (start over with --force).")
+        model.load_weights(out / "adapter")
+        model.eval()
+        return TrainResult(out / "adapter", record)
+    rows = Rows(_encoded(model, tasks, "train"), config.templates_per_row)
+    epochs = config.epochs_of(len(rows))
+    note_shared(model.tokenizer, tasks)
+    valid = Rows(_encoded(model, tasks, "valid"), config.templates_per_row)
+    if len(valid) < ENOUGH_TO_CHOOSE:
+        error = 50 / math.sqrt(len(valid))
+        note(
+            f"{len(valid)} validation rows: accuracy on them has a standard error of about {error:.0f} points, "
+            "too much to tell most epochs apart. More of them would choose better."
+        )
+    _require_gradient(model, rows[0])
+    barrier()  # nothing is written before everything that can be checked has been, by every process
+    if record is None:
+        record = {"finished": False, "settings": settings} | provenance()
+        if is_main():
+            _clear(out)
+            write_json(out / RECORD_FILE, record)
+    barrier()  # and nothing by another process before what was there has been removed
+    set_seed(config.seed)
+    store = store or PrefixStore()
+    _fill(store, model, [*rows.of_epochs(epochs), *valid.of_epochs(1)], out / "prefixes" / str(rank()))
+    checkpoints = out / "checkpoints"
+    steps = epochs * math.ceil(len(rows) / config.batch_size)
+    # Torch's fused attention is slow in the backward on a CPU: LoRA's whole step takes 1.4 times as long with it. Where
+    # prefixes are stored, what is read again must be what was stored, so that only the steered part has the other one.
+    attention = grouped() if device.type == "cpu" and model.edited is None else nullcontext()
+    both = [*rows.rows, *valid.rows]
+    with model.in_training(config, store.read, both), bar("train", steps) as progress, attention:
+        model.calibrate(rows.rows)
+        said = _Progress(model, rows, progress, epochs, config)
+        trainer = _trainer(model, rows, valid, config, epochs, checkpoints, said)
+        finite = _run(trainer, checkpoints)
+        if trainer.state.best_model_checkpoint is not None:
+            model.eval()
+            model.set_gate(rows.rows, valid.rows)
+    if not finite:
+        message = _after_non_finite(trainer, model, record, out)
+        shutil.rmtree(out / "prefixes" / str(rank()), ignore_errors=True)
+        barrier()  # the process that fails first must not take the one that writes with it
+        raise ATVError(message)
+    _finish(trainer, model, record, out)
+    return TrainResult(out / "adapter", record)
+
+
+def _run(trainer: ATVTrainer, checkpoints: Path) -> bool:
+    """Train, from the last complete checkpoint on if there is one; the model has its best epoch, if there is one.
+
+    Returns:
+        Whether the loss stayed finite.
+    """
+    last = _last_complete(checkpoints)
+    if last is not None:
+        note(f"Resuming from {last}")
+    if rank() > 0:
+        torch.manual_seed(trainer.train_config.seed + rank())  # dropout of its own for each process's rows
+    try:
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    except NonFiniteLoss:
+        if trainer.state.best_model_checkpoint is not None:
+            trainer._load_best_model()
+        return False
+    return True
+
+
+def _require_gradient(model: Trainable, row: EncodedRow) -> None:
+    """Raise ATVError if training would change nothing, which libraries that change can bring about silently."""
+    if isinstance(model, ATVModel):
+        note("Wiring self-test")
+        return require_wiring(model)
+    batch = {name: value.to(input_device(model.llm)) for name, value in model.collator()([row]).items()}
+    learned = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(model(**batch).loss, learned, allow_unused=True)
+    if not any(gradient is not None and gradient.any() for gradient in gradients):
+        raise ATVError("No gradient arrives at what is to be learned: it is not wired to this LLM. Training refused.")
+    return None
+
+
+def training_settings(
+    llm: nn.Module, tasks: Sequence[Task], config: dict[str, Any], train: dict[str, Any]
+) -> dict[str, Any]:
+    """What decides what is learned: everything that a resumed training must share with the interrupted one.
+
+    Args:
+        llm: the frozen LLM.
+        tasks: trained on.
+        config: the method's configuration.
+        train: how it is trained. Not how a batch is split: that decides rounding and the draws of dropout, and a
+            training may be resumed with fewer GPUs.
+    """
+    described = {
+        task.name: {
+            "train": len(task.train),
+            "valid": len(task.valid),
+            "templates": list(task.templates),
+            "digest": task.digest("train", "valid"),
+        }
+        for task in tasks
+    }
+    return {
+        "llm": cast(Any, llm).name_or_path,
+        "revision": getattr(base_llm(llm).config, "_commit_hash", None),
+        "dtype": str(next(llm.parameters()).dtype),
+        "quantization": quantization(llm),
+        "config": config,
+        "train": train,
+        "tasks": described,
+    }
+
+
+def former_record(out: Path, settings: dict[str, Any], force: bool) -> dict[str, Any] | None:
+    """The record of the training that `out` holds, if it is to be resumed; its settings must be the same."""
+    file = out / RECORD_FILE
+    if file.exists() and not force:
+        record: dict[str, Any] = read_json(file, "the record of a training")
+        same_settings(record.get("settings", {}), settings, out)
+        return record
+    if occupied(out) and not file.exists():
+        raise ATVError(f"{out} exists and is not a training; choose a new folder, so that nothing there is lost.")
+    return None
+
+
+def _encoded(model: Trainable, tasks: Sequence[Task], split: str) -> list[EncodedRow]:
+    judged = {task.name: training_options(model.tokenizer, task).judged for task in tasks}
+    rows = [row for task in tasks for row in training_rows(task, split)]
+    encoded = []
+    with bar(f"tokenise {split}", len(rows)) if len(rows) >= 2000 else nullcontext() as progress:
+        for row in rows:
+            encoded.append(replace(model.encode_row(row), judged=judged[row.task][row.answer]))
+            if progress is not None:
+                progress.advance()
+    return encoded
+
+
+def _fill(store: PrefixStore, model: Trainable, rows: Sequence[EncodedRow], folder: Path) -> None:
+    """Read every prompt up to its first edited token."""
+    if model.edited is None:
+        return
+    prefixes = {tuple(prompt[: -model.edited]) for row in rows for prompt, _ in row.pairs} - {()}
+    with bar("read prompts", len(prefixes)) as progress:
+        store.fill(model.llm, prefixes, progress.advance, folder)
+    kept = f"Kept {store.memory_used / 2**20:.0f} MiB of prompt prefixes in memory"
+    kept += f" and {store.disk_used / 2**20:.0f} MiB in {folder}" if store.disk_used else ""
+    note(kept + (f"; {store.left_out} of {len(prefixes)} are read again each time" if store.left_out else ""))
+
+
+def _clear(out: Path) -> None:
+    """Remove what a training needs only while it runs."""
+    for name in ("checkpoints", "prefixes"):
+        shutil.rmtree(out / name, ignore_errors=True)
+
+
+@dataclass
+class _Metrics:
+    """Of validation rows, from what `ATVTrainer.prediction_step` gave: what is said, and what chooses the epoch."""
+
+    best_epoch: str
+
+    def __call__(self, rows: Any) -> dict[str, float]:
+        """Mean loss, share of right answers, and the number of which the highest is kept."""
+        loss, accuracy = rows.predictions.mean(dtype=float), rows.label_ids.mean(dtype=float)
+        # Accuracies differ by whole answers: half an answer's worth decides between equal ones alone.
+        ties = 1 / (1 + loss) / (2 * rows.label_ids.size)
+        return {"loss": loss, "accuracy": accuracy, "choice": -loss if self.best_epoch == "loss" else accuracy + ties}
+
+
+def _some_unused(model: Trainable, row: EncodedRow) -> bool:
+    """A trained weight takes no part in the loss; DDP would wait for its gradient unless told to look for such."""
+    device = next(model.parameters()).device
+    batch = {name: value.to(device) for name, value in model.collator()([row]).items()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return any(g is None for g in torch.autograd.grad(model(**batch).loss, trained, allow_unused=True))
+
+
+def _trainer(
+    model: Trainable,
+    rows: Rows,
+    valid: Rows,
+    config: TrainConfig,
+    epochs: int,
+    checkpoints: Path,
+    progress: _Progress,
+) -> ATVTrainer:
+    rows_per_call = config.rows_per_call(world_size())
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=rows_per_call,
+        per_device_eval_batch_size=rows_per_call,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        ddp_find_unused_parameters=world_size() > 1 and _some_unused(model, rows[0]),
+        learning_rate=config.learning_rate,
+        max_grad_norm=config.max_grad_norm or 0.0,
+        seed=config.seed,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        logging_strategy="epoch",
+        save_total_limit=1,  # and the best one
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_choice",
+        greater_is_better=True,
+        label_names=["labels"],
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+        report_to="none",
+        use_cpu=next(model.parameters()).device.type == "cpu",
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # more of them through processes, never through DataParallel
+    trainer = ATVTrainer(
+        model=model,
+        args=arguments,
+        data_collator=_JudgedCollator(model.collator()),
+        train_dataset=rows,
+        eval_dataset=valid,
+        compute_metrics=_Metrics(config.best_epoch),
+        callbacks=[progress],
+        train_config=config,
+    )
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _last_complete(checkpoints: Path) -> Path | None:
+    """The newest checkpoint that was written to its end; a half-written one is removed."""
+    if is_main():
+        for folder in checkpoints.glob("checkpoint-*"):
+            if not (folder / COMPLETE).exists():
+                shutil.rmtree(folder)
+    barrier()
+    complete = checkpoints.glob("checkpoint-*")
+    return max(complete, key=lambda folder: int(folder.name.split("-")[1]), default=None)
+
+
+def _save(trainer: ATVTrainer, model: Trainable, record: dict[str, Any], out: Path) -> None:
+    state = trainer.state
+    history = [entry for entry in state.log_history if "eval_loss" in entry or "loss" in entry]
+    best = int(Path(state.best_model_checkpoint).name.split("-")[1]) if state.best_model_checkpoint else None
+    kept = next((entry for entry in history if "eval_loss" in entry and entry["step"] == best), {})
+    record |= {"history": history, "best_step": best}
+    record |= {f"best_eval_{name}": kept.get(f"eval_{name}") for name in ("accuracy", "loss")}
+    settings = record["settings"]
+    model.training_summary = {
+        "tasks": {name: task["templates"] for name, task in settings["tasks"].items()},
+        "train": settings["train"],
+        "best_step": record["best_step"],
+        "best_eval_accuracy": record["best_eval_accuracy"],
+        "best_eval_loss": record["best_eval_loss"],
+    }
+    if is_main():
+        model.save_pretrained(out / "adapter")
+    barrier()
+    _read_back(model, out / "adapter")
+
+
+def _read_back(model: Trainable, adapter: Path) -> None:
+    """Let a model have what it has saved; ATVError if that is not what it had, but for rounding to the LLM's dtype."""
+
+    def sample() -> list[Tensor]:
+        tensors = [*model.parameters(), *model.buffers()]
+        return [t.detach().flatten()[:: max(1, t.numel() // 1000)].float().cpu().clone() for t in tensors]
+
+    had = sample()
+    model.load_weights(adapter)
+    for before, after in zip(had, sample(), strict=True):
+        if not torch.isclose(before, after, rtol=2**-7, atol=2**-23, equal_nan=True).all():
+            raise ATVError(f"{adapter} does not hold the weights that were saved there: the disk may be faulty.")
+
+
+def _finish(trainer: ATVTrainer, model: Trainable, record: dict[str, Any], out: Path) -> None:
+    _save(trainer, model, record, out)
+    runtime = [entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry]
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    record |= {"finished": True, "seconds": runtime[-1] if runtime else None, "trainable_parameters": parameters}
+    if is_main():
+        write_json(out / RECORD_FILE, record)
+        _clear(out)
+    barrier()
+
+
+def _after_non_finite(trainer: ATVTrainer, model: Trainable, record: dict[str, Any], out: Path) -> str:
+    """Keep the best epoch before the loss became NaN, and say what there is."""
+    state = trainer.state
+    said = f"The loss became NaN or infinite after step {state.global_step} (epoch {state.epoch:.2f})."
+    advice = "Try a lower --lr or --scale, or --max-grad-norm 1; then start over with --force."
+    if state.best_model_checkpoint is None:
+        return f"{said} No epoch had been completed, so there is no adapter to keep. {advice}"
+    _save(trainer, model, record, out)
+    return f"{said} {out / 'adapter'} holds the best epoch before that. {advice}"
