@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from atv.progress import note
+from atv.progress import log
 from benchmarks import inference, peft_methods, positions, profile_step, prompt_length, report, training, vectors
 from benchmarks.common import options_of, output, parser, show
 
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     files: list[Path | None] = []
     for benchmark in ON_CPU:
         name = benchmark.__name__.rpartition(".")[2]
-        note(f"{name} ({len(files) + 1} of {len(ON_CPU)}, {(time.perf_counter() - began) / 60:.1f} minutes so far)")
+        log.info(f"{name} ({len(files) + 1} of {len(ON_CPU)}, {(time.perf_counter() - began) / 60:.1f} minutes so far)")
         files.append(benchmark.main([*given, *(["--tiny"] if options.tiny else [])]))
     measures = [line for file in files if file for line in json.loads(file.read_text())["measures"]]
     show("All targets", [line for line in measures if "target" in line])

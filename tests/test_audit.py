@@ -35,7 +35,7 @@ def test_tasks_may_share_training_inputs_or_test_inputs():
 
 
 def test_eval_refuses_before_it_asks_anything_and_says_its_findings_first(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("atv.progress._SAID", set())  # what another test had said would not be said again
+    monkeypatch.setattr("atv.progress._WARNED", set())  # what another test had said would not be said again
     method = METHODS["zero-shot"].load(make_llm(), byte_level_tokenizer(), None)
     with refused("test inputs are training inputs of another task"):
         evaluate(method, [small("one", "m", "a"), small("two", "b", "m")], RunWriter(tmp_path / "refused", {}))

@@ -441,7 +441,7 @@ def test_hundreds_of_options_are_encoded_once_however_many_rows_are_asked(tmp_pa
 
 
 def test_validation_accuracy_counts_the_tokens_that_tell_an_answer_apart(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("atv.progress._SAID", set())
+    monkeypatch.setattr("atv.progress._WARNED", set())
     task = labelled(("1", "2", "3", "10"), rows=8)
     atv = make_atv(dtype=torch.float32)
     record = train(atv, [task], tmp_path, TrainConfig(epochs=1, batch_size=4)).record

@@ -23,7 +23,7 @@ from atv.lm.load import (
     reading_part,
     save_reading_part,
 )
-from atv.progress import bar, note
+from atv.progress import bar, log
 
 CONSTANT = "constant"
 """Names the generator that reads nothing."""
@@ -126,7 +126,7 @@ class Generator(nn.Module):
         limit = self.context
         if limit is not None and not self._told_of_cut and any(len(ids) > limit for ids in encoded):
             self._told_of_cut = True
-            note(f"Queries longer than the generator's context of {limit} tokens are cut to it (said once).")
+            log.warning(f"Queries longer than the generator's context of {limit} tokens are cut to it (said once).")
         return [ids[:limit] for ids in encoded]
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:

@@ -1,5 +1,9 @@
-"""Progress bars on standard error, so that standard output stays a clean result."""
+"""Progress bars and the logger `atv`, both on standard error, so that standard output stays a clean result.
 
+`logging.getLogger("atv").setLevel(logging.WARNING)` silences progress, bars included; warnings stay.
+"""
+
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,21 +13,31 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from atv.processes import is_main
 
 console = Console(stderr=True, quiet=not is_main())
+log = logging.getLogger("atv")
 
 
-def note(message: str) -> None:
-    """One line for the person who watches, on standard error; of several processes the main one speaks."""
-    console.print(message, highlight=False, markup=False, soft_wrap=True)
+class _ToConsole(logging.Handler):
+    """Writes records between the bars; of several processes the main one writes."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record."""
+        console.print(self.format(record), highlight=False, markup=False, soft_wrap=True)
 
 
-_SAID: set[str] = set()
+if not log.handlers:  # an application that has configured this logger keeps its configuration
+    log.addHandler(_ToConsole())
+    log.propagate = False
+    if log.level == logging.NOTSET:
+        log.setLevel(logging.INFO)
+
+_WARNED: set[str] = set()
 
 
-def note_once(message: str) -> None:
-    """As `note`, but nothing that was said before in this process: ten methods on one task need one warning of it."""
-    if message not in _SAID:
-        _SAID.add(message)
-        note(message)
+def warn_once(message: str) -> None:
+    """Log a warning, unless this process has logged the same one before: ten methods on one task need one of it."""
+    if message not in _WARNED:
+        _WARNED.add(message)
+        log.warning(message)
 
 
 class Bar:
@@ -55,5 +69,5 @@ def bar(description: str, total: int) -> Iterator[Bar]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, disable=not log.isEnabledFor(logging.INFO)) as progress:
         yield Bar(progress, progress.add_task(description, total=total))

@@ -13,7 +13,7 @@ from atv.evaluation.records import load_runs
 from atv.files import write_text
 from atv.lm.prefix_store import PrefixStore
 from atv.model import ATVModel
-from atv.progress import note
+from atv.progress import log
 from atv.report import accuracy_table, markdown
 
 TRAINED = ("probe", "fixed", "atv")
@@ -33,7 +33,7 @@ def run_demo(out: Path, force: bool) -> None:
 
     trained = [task.name for task in load_tasks() if task.category != UNSEEN]
     unseen = [task.name for task in load_tasks() if task.category == UNSEEN]
-    note(f"Training on {', '.join(trained)}; {', '.join(unseen)} is only measured, never trained on.")
+    log.info(f"Training on {', '.join(trained)}; {', '.join(unseen)} is only measured, never trained on.")
     commands = get_command(app).commands  # type: ignore[attr-defined]
 
     def options(command: str, **given: Any) -> dict[str, Any]:

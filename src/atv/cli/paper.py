@@ -22,7 +22,7 @@ from atv.paper.reproduce import chosen_tasks, reproduce
 from atv.paper.sweep import sweep
 from atv.paper.tasks import load_paper_tasks
 from atv.processes import is_main
-from atv.progress import note
+from atv.progress import log
 from atv.report import (
     EXPERIMENTS,
     FORMATS,
@@ -38,7 +38,7 @@ def _profile(options: Mapping[str, Any]) -> Profile:
     name = options["profile"]
     if name not in PROFILES:
         raise unknown("profile", name, PROFILES)
-    note(f"Profile {name}: {PROFILES[name].says}")
+    log.info(f"Profile {name}: {PROFILES[name].says}")
     return PROFILES[name]
 
 

@@ -22,7 +22,7 @@ from atv.methods import METHODS
 from atv.methods.settings import method_settings
 from atv.model import ATVModel
 from atv.processes import world_size
-from atv.progress import note
+from atv.progress import log
 
 quiet_transformers()
 
@@ -56,13 +56,13 @@ def train_adapter(options: Mapping[str, Any], given: Mapping[str, Any], store: P
         left_out = [task.name for task in tasks if task.category == UNSEEN]
         tasks = [task for task in tasks if task.category != UNSEEN]
         if left_out:
-            note(f"Not trained on, since their category is {UNSEEN}: {', '.join(left_out)} (--task names tasks)")
+            log.info(f"Not trained on, since their category is {UNSEEN}: {', '.join(left_out)} (--task names tasks)")
         if not tasks:
             raise ATVError(f"All tasks are of the category {UNSEEN}, which is not trained on; name them with --task.")
     tasks = [task.drawn(options["train_rows"], options["valid_rows"], options["seed"]) for task in tasks]
     llm, tokenizer = frozen(options).load()
     rows = sum(len(task.train) for task in tasks)
-    note(f"{name}: {rows} training rows of {', '.join(task.name for task in tasks)}")
+    log.info(f"{name}: {rows} training rows of {', '.join(task.name for task in tasks)}")
     store = store or PrefixStore(_bytes(options, "prefix_memory"), _bytes(options, "prefix_disk"))
     adapter = METHODS[name].fit(llm, tokenizer, tasks, options["out"], *settings, force=options["force"], store=store)
     data = f" --data {options['data']}" if options["data"] else ""
@@ -111,7 +111,7 @@ def prompt_template(saved: artifact.Saved, task: str | None, template: str | Non
         return trained[task][0]
     if len(trained) == 1:
         return next(iter(trained.values()))[0]
-    note(f"No --task or --template: the LLM reads the bare query. Trained tasks: {', '.join(trained) or 'none'}.")
+    log.info(f"No --task or --template: the LLM reads the bare query. Trained tasks: {', '.join(trained) or 'none'}.")
     return "{input}"
 
 

@@ -18,7 +18,7 @@ from atv.lm.prefix import SharedPrefix, call_llm
 from atv.lm.scoring import answer_ids, likeliest, option_ids, reader, task_options
 from atv.methods.base import Choice, Method
 from atv.processes import rank, world_size
-from atv.progress import Bar, bar, note, note_once
+from atv.progress import Bar, bar, log, warn_once
 
 
 def evaluate(
@@ -58,7 +58,7 @@ def evaluate(
     refuse_shared_inputs(tasks)
     for task in tasks:
         for finding in findings(task, partial(option_ids, method.tokenizer, task), task.variants(variants)):
-            note_once(finding)
+            warn_once(finding)
     done = {row_key(row) for row in run.rows}
     work = [(task, variant) for task in tasks for variant in task.variants(variants)]
     order = [(task.name, *variant, index) for task, variant in work for index in range(len(task.test))]
@@ -80,7 +80,7 @@ def _tell_of_dropped(method: Method, run: RunWriter) -> None:
     counts = [row.get("demonstrations", 0) for row in run.rows]
     fewer = [count for count in counts if count < method.shots]
     if fewer:
-        note(
+        log.warning(
             f"{method.name}: {len(fewer)} of {len(counts)} prompts had fewer than {method.shots} demonstrations "
             f"(down to {min(fewer)}): the LLM's context has no room for more, or the task no more training rows."
         )

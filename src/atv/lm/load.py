@@ -27,7 +27,7 @@ from atv.config import EMBEDDED_GENERATOR, EMBEDDED_LLM
 from atv.errors import ATVError, unknown
 from atv.files import local, recover_folder, replace_folder, sha256, write_text
 from atv.processes import local_rank, world_size
-from atv.progress import note
+from atv.progress import log
 
 ENCODER_FILE = "model.safetensors"
 """Weights of a saved generator."""
@@ -114,9 +114,9 @@ def _converted(name: str) -> Path:
     with FileLock(folder.with_name(f".{folder.name}.lock")):  # of several processes one converts, the others wait
         if (folder / "config.json").exists():
             return folder
-        note(f"Converting {name} once (about a minute) into {folder}")
+        log.info(f"Converting {name} once (about a minute) into {folder}")
         if llm.notice:
-            note(llm.notice)
+            log.info(llm.notice)
         with TemporaryDirectory(dir=folder.parent, prefix=".gguf-") as source, replace_folder(folder) as made:
             _join(parts, Path(source) / "model.gguf", name)
             options: dict[str, Any] = {"gguf_file": "model.gguf"}

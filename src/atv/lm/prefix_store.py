@@ -24,7 +24,7 @@ from atv.files import write_bytes
 from atv.lm.hooks import input_device
 from atv.lm.identity import llm_digest
 from atv.lm.prefix import as_cache, full_sides, read_prefix
-from atv.progress import note
+from atv.progress import log
 
 READ_TOKENS = 2048
 """Prompt tokens per call while the store is filled: enough to keep two cores or a GPU busy."""
@@ -152,7 +152,9 @@ class _Files:
         try:
             write_bytes(path, data)
         except OSError as error:
-            note(f"Cannot write prompt prefixes to {path}: {error.strerror or error}. Going on without more files.")
+            log.warning(
+                f"Cannot write prompt prefixes to {path}: {error.strerror or error}. No more files are written."
+            )
             return {}
         self.used += len(data)
         return self._open(path) or {}

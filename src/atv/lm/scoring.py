@@ -23,7 +23,7 @@ from atv.data import TRAIN_PREFIX, Task, Variant, shared_beginnings
 from atv.data.collate import encode_answers, position_ids
 from atv.errors import ATVError
 from atv.lm.prefix import attention_alone, call_llm
-from atv.progress import note_once
+from atv.progress import warn_once
 
 Prefix = tuple[int, ...]
 """Tokens that several options begin with."""
@@ -185,12 +185,12 @@ def note_shared(tokenizer: Any, tasks: Sequence[Task]) -> None:
     for task in tasks:
         options = training_options(tokenizer, task)
         for line in shared_beginnings(task, partial(option_ids, tokenizer, task), task.variants("first")):
-            note_once(line)
+            warn_once(line)
         continued = [
             text for text, row in zip(options.texts, options.ids, strict=True) if options.judged[text] > len(row)
         ]
         if continued:
-            note_once(
+            warn_once(
                 f"{task.name}: other answers continue {', '.join(map(repr, continued[:4]))}; validation rows with such "
                 "an answer count as wrong in the accuracy shown while training, which does not see where it ends."
             )

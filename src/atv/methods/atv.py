@@ -14,7 +14,7 @@ from atv.doctor import model_summary
 from atv.lm.prefix_store import PrefixStore
 from atv.methods.base import Method
 from atv.model import ATVModel
-from atv.progress import note
+from atv.progress import log
 from atv.training.batches import generator_text
 
 
@@ -55,7 +55,7 @@ class ATV(Method):
         set_seed(train.seed)
         atv = cls.model_class(llm, config, tokenizer=tokenizer)
         atv.settle(tasks)
-        note(model_summary(atv))
+        log.info(model_summary(atv))
         return training.train(atv, tasks, out, train, force, store).adapter
 
     @classmethod

@@ -20,7 +20,7 @@ from atv.lm.prefix_store import PrefixStore
 from atv.methods.fixed import Fixed, FixedConfig, FixedModel
 from atv.methods.once import BEST, at_least_one, layers_to_try, learn_once, note_few, number_or_best
 from atv.processes import barrier, is_main
-from atv.progress import note
+from atv.progress import log
 
 
 @dataclass
@@ -90,7 +90,7 @@ class LearnedTV(Fixed):
             best = max(scores, key=lambda layer: scores[layer])
             if len(layers) > 1:
                 note_few(cls.name, tasks, len(layers))
-                note(f"{cls.name}: layer {best} of {', '.join(map(str, layers))} answers most validation rows")
+                log.info(f"{cls.name}: layer {best} of {', '.join(map(str, layers))} answers most validation rows")
             if is_main():
                 model = cls.model_class.from_pretrained(llm, parts / str(best) / "adapter", tokenizer=tokenizer)
                 model.training_summary["layers"] = {

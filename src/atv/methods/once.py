@@ -16,7 +16,7 @@ from atv.files import write_json
 from atv.lm.hooks import decoder_layers
 from atv.lm.scoring import note_shared
 from atv.processes import barrier, is_main
-from atv.progress import note
+from atv.progress import log
 from atv.provenance import provenance
 
 BEST = "best"
@@ -68,7 +68,7 @@ def learn_once(
     record = training.former_record(out, settings, force)
     adapter, parts = out / "adapter", out / "parts"
     if record is not None and record["finished"]:
-        note(f"{out} holds this training already, finished; nothing to do (start over with --force).")
+        log.info(f"{out} holds this training already, finished; nothing to do (start over with --force).")
         return adapter
     barrier()  # before the record is there for other processes to find
     if record is None:
@@ -133,7 +133,7 @@ def note_few(name: str, tasks: Sequence[Task], settings: int) -> None:
     """Say that validation rows choose, where they are few."""
     rows = sum(len(task.valid) for task in tasks)
     if rows < FEW:
-        note(
+        log.warning(
             f"{name}: {rows} validation rows choose among {settings} settings, and one row is {100 / rows:.1f} points: "
             "what is best may be chance. Give more (--valid-rows), or name the setting."
         )

@@ -19,7 +19,7 @@ from atv.methods.settings import Settings, Tables
 from atv.paper.experiments import Condition, condition_settings
 from atv.paper.profiles import Profile
 from atv.processes import barrier, is_main
-from atv.progress import note
+from atv.progress import log
 from atv.provenance import provenance
 
 RECORD_FILE = "reproduce.json"
@@ -232,7 +232,7 @@ class _Clock:
         if self.done:
             minutes = self.left * self.seconds / self.done / 60
             rest = f"; about {minutes:.0f} min left" if minutes >= 1 else "; less than a minute left"
-        note(f"[{self.place} of {self.count}] {job.kind} {job.name}, seed {job.seed}{rest}")
+        log.info(f"[{self.place} of {self.count}] {job.kind} {job.name}, seed {job.seed}{rest}")
         self.began = time.perf_counter()
 
     def end(self, job: Job, new: bool) -> None:

@@ -18,7 +18,7 @@ from atv.methods import METHODS
 from atv.methods.settings import Tables, method_settings
 from atv.paper.profiles import Profile
 from atv.paper.reproduce import chosen_tasks
-from atv.progress import note
+from atv.progress import log
 from atv.provenance import provenance
 
 RECORD_FILE = "sweep.json"
@@ -88,7 +88,7 @@ def sweep(
         for number, trial in enumerate(chosen[name]):
             done += 1
             said = ", ".join(f"{key} {value}" for key, value in trial.items())
-            note(f"[{done} of {trials * len(names)}] {name}: {said}")
+            log.info(f"[{done} of {trials * len(names)}] {name}: {said}")
             score = _try(name, trial, profile, frozen, seen, out / f"{name}-{number}", tables, store, force)
             rows.append({"settings": trial, **score})
         results[name] = rows
@@ -131,7 +131,7 @@ def _try(
         said: fmean(fmean(_judged(row, key) for row in alike) for alike in by_task.values())
         for said, key in (("accuracy", "correct"), ("among_options", "correct_among_options"))
     }
-    note(f"    accuracy {100 * means['accuracy']:.1f}, among options {100 * means['among_options']:.1f}")
+    log.info(f"    accuracy {100 * means['accuracy']:.1f}, among options {100 * means['among_options']:.1f}")
     return means
 
 

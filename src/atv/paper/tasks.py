@@ -10,7 +10,7 @@ from typing import NamedTuple
 from atv.data import Task, load_tasks
 from atv.data.audit import listed
 from atv.data.folder import Known
-from atv.progress import note_once
+from atv.progress import warn_once
 
 YES_NO = ("Yes", "No")
 TRUE_FALSE = ("True", "False")
@@ -75,5 +75,5 @@ def load_paper_tasks(
         theirs = PAPER[task.name].options if task.name in PAPER else None
         others = [option for option in task.options if theirs is not None and option not in theirs]
         if theirs is not None and others:
-            note_once(f"{task.name}: answers {listed(others)}, where the paper's task has {listed(theirs)}.")
+            warn_once(f"{task.name}: answers {listed(others)}, where the paper's task has {listed(theirs)}.")
     return tasks

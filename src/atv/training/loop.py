@@ -26,7 +26,7 @@ from atv.lm.prefix_store import PrefixStore
 from atv.lm.scoring import answers_right, note_shared, training_options
 from atv.model import ATVModel
 from atv.processes import barrier, is_main, local_rank, rank, world_size
-from atv.progress import Bar, bar, note
+from atv.progress import Bar, bar, log
 from atv.provenance import provenance
 from atv.training.batches import Batches, Rows, training_rows
 
@@ -213,12 +213,12 @@ class _Progress(TrainerCallback):
         metrics = about["metrics"]
         accuracy, loss = metrics["eval_accuracy"], metrics["eval_loss"]
         self.progress.describe(f"train: epoch {round(state.epoch)}, valid {accuracy:.2f}")
-        note(f"epoch {round(state.epoch)} of {self.epochs}: valid loss {loss:.4f}, accuracy {accuracy:.3f}")
+        log.info(f"epoch {round(state.epoch)} of {self.epochs}: valid loss {loss:.4f}, accuracy {accuracy:.3f}")
         found = [entry["eval_choice"] for entry in state.log_history if "eval_choice" in entry]
         # Epochs before the last group begins to learn do not try anybody's patience.
         since = len(found) - 1 - max(found.index(max(found)), math.ceil(self.start * self.epochs) - 1)
         if since >= self.patience and len(found) < self.epochs:
-            note(f"No better epoch in {since}: stopped.")
+            log.info(f"No better epoch in {since}: stopped.")
             control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -285,7 +285,7 @@ def train(
     settings = training_settings(model.llm, tasks, model.describe(), train_settings)
     record = former_record(out, settings, force)
     if record is not None and record["finished"]:
-        note(f"{out} holds this training already, finished; nothing to do (start over with --force).")
+        log.info(f"{out} holds this training already, finished; nothing to do (start over with --force).")
         model.load_weights(out / "adapter")
         model.eval()
         return TrainResult(out / "adapter", record)
@@ -295,7 +295,7 @@ def train(
     valid = Rows(_encoded(model, tasks, "valid"), config.templates_per_row)
     if len(valid) < ENOUGH_TO_CHOOSE:
         error = 50 / math.sqrt(len(valid))
-        note(
+        log.warning(
             f"{len(valid)} validation rows: accuracy on them has a standard error of about {error:.0f} points, "
             "too much to tell most epochs apart. More of them would choose better."
         )
@@ -341,7 +341,7 @@ def _run(trainer: ATVTrainer, checkpoints: Path) -> bool:
     """
     last = _last_complete(checkpoints)
     if last is not None:
-        note(f"Resuming from {last}")
+        log.info(f"Resuming from {last}")
     if rank() > 0:
         torch.manual_seed(trainer.train_config.seed + rank())  # dropout of its own for each process's rows
     try:
@@ -356,7 +356,7 @@ def _run(trainer: ATVTrainer, checkpoints: Path) -> bool:
 def _require_gradient(model: Trainable, row: EncodedRow) -> None:
     """Raise ATVError if training would change nothing, which libraries that change can bring about silently."""
     if isinstance(model, ATVModel):
-        note("Wiring self-test")
+        log.info("Wiring self-test")
         return require_wiring(model)
     batch = {name: value.to(input_device(model.llm)) for name, value in model.collator()([row]).items()}
     learned = [p for p in model.parameters() if p.requires_grad]
@@ -431,7 +431,7 @@ def _fill(store: PrefixStore, model: Trainable, rows: Sequence[EncodedRow], fold
         store.fill(model.llm, prefixes, progress.advance, folder)
     kept = f"Kept {store.memory_used / 2**20:.0f} MiB of prompt prefixes in memory"
     kept += f" and {store.disk_used / 2**20:.0f} MiB in {folder}" if store.disk_used else ""
-    note(kept + (f"; {store.left_out} of {len(prefixes)} are read again each time" if store.left_out else ""))
+    log.info(kept + (f"; {store.left_out} of {len(prefixes)} are read again each time" if store.left_out else ""))
 
 
 def _clear(out: Path) -> None:

@@ -16,7 +16,7 @@ from atv.paper.analysis.geometry import LEAST, map_of, nearest, require_sklearn,
 from atv.paper.analysis.lens import Readout, layer_by_layer, top_tokens
 from atv.paper.analysis.norms import beside_residual, scaled_vectors
 from atv.paper.analysis.swapped import KINDS, exchanged
-from atv.progress import Bar, bar, note
+from atv.progress import Bar, bar, log
 from atv.training.batches import generator_text
 
 NEIGHBOURS = 90
@@ -242,7 +242,7 @@ def _lens(
     try:
         readout = Readout(atv.llm, inputs, atv.config.layer_path)
     except ATVError as error:
-        note(str(error))
+        log.warning(str(error))
         return {"lens": None, "no_lens": str(error), "query": query}
     means = {task.name: vectors[:-1][torch.tensor([other is task for other, _ in asked])].mean(0) for task in tasks}
     named = {"of": readout.described(atv.llm)}
