@@ -15,7 +15,9 @@ from torch import Tensor
 from atv.config import SELF
 from atv.data.collate import edit_mask, left_padded, pad_id
 from atv.lm.prefix import call_llm, steered_logits
-from atv.model import ATVModel, inject
+from atv.lm.spans import Known
+from atv.model import ATVModel
+from atv.steer import steer
 from benchmarks.common import Figure, Record, in_turn, parse_options, ratio, times
 from benchmarks.subjects import large_llm, make_atv, rows_of, small_llm, tasks
 
@@ -113,15 +115,15 @@ def first_token_apart(atv: ATVModel, prompts: Sequence[Sequence[int]], queries: 
     with torch.cuda.stream(side) if side is not None else nullcontext():
         vectors = atv.task_vectors(queries)
 
-    def steer(mask: Tensor) -> AbstractContextManager[None]:
+    def steered(mask: Tensor) -> AbstractContextManager[None]:
         if side is not None:
             torch.cuda.current_stream().wait_stream(side)
             vectors.record_stream(torch.cuda.current_stream())
-        return inject(atv.layers, lambda: vectors, atv.config.scale, lambda: mask)
+        return steer(atv.llm, atv.edit(vectors), Known(mask))
 
     edited = edit_mask(inputs["attention_mask"], atv.positions)
     ids, mask, places = (inputs[name] for name in ("input_ids", "attention_mask", "position_ids"))
-    return steered_logits(atv.llm, steer, ids, mask, places, edited, keep=1)[:, -1].float().cpu().argmax(-1)
+    return steered_logits(atv.llm, steered, ids, mask, places, edited, keep=1)[:, -1].float().cpu().argmax(-1)
 
 
 def _write(atv: ATVModel, prompts: Sequence[str], queries: Sequence[str] | None = None) -> list[str]:

@@ -40,7 +40,7 @@ def row_loss(atv: ATVModel, row: EncodedRow) -> Tensor:
     """One row, its prompts one after the other, the loss as Hugging Face makes it from `labels`."""
     device, layers, losses = atv.generator.device, decoder_layers(atv.llm), []
     query = torch.tensor([row.query], device=device)
-    vectors = atv.vectors(query, torch.ones_like(query))  # (1, layers, hidden)
+    vectors = atv.atv(query, torch.ones_like(query))  # (1, layers, hidden)
     for prompt, answer in row.pairs:
         tokens = torch.tensor([prompt + answer], device=device)
         labels = torch.tensor([[-100] * len(prompt) + answer], device=device)
@@ -57,7 +57,7 @@ def batch_loss(atv: ATVModel, rows: Sequence[EncodedRow]) -> Tensor:
     tokens, mask = pad([prompt + answer for prompt, answer in pairs], 0, "right")
     labels, _ = pad([[-100] * len(prompt) + answer for prompt, answer in pairs], -100, "right")
     labels = labels.to(device)
-    vectors = atv.vectors(query.to(device), query_mask.to(device))
+    vectors = atv.atv(query.to(device), query_mask.to(device))
     vectors = vectors.repeat_interleave(len(pairs) // len(rows), dim=0)  # (prompts, layers, hidden)
     last = torch.tensor([len(prompt) - 1 for prompt, _ in pairs], device=device)
     with steered(decoder_layers(atv.llm), vectors, last, atv.config.scale):

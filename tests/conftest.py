@@ -26,10 +26,12 @@ from transformers import (
     set_seed,
 )
 
-from atv.config import ATVConfig
+from atv.config import ATVConfig, Positions
 from atv.data import Example, Task
 from atv.generator import Generator
+from atv.lm.spans import Known
 from atv.model import ATVModel
+from atv.steer import AddVectors, steer
 
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 
@@ -196,3 +198,8 @@ def toy_task(name: str = "toy", rows: int = 24) -> Task:
 @pytest.fixture
 def task() -> Task:
     return toy_task()
+
+
+def steer_known(llm, layers, vectors, scale, where):
+    """Add vectors at the tokens of a mask, in every call of the LLM inside the context."""
+    return steer(llm, AddVectors(layers, vectors, scale, Positions.parse("all")), Known(where))

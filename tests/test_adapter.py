@@ -31,7 +31,7 @@ def saved(tmp_path, **options):
 
 
 def load(path, llm=None):
-    return ATVModel.from_pretrained(llm or make_llm(dtype=torch.float32), path, tokenizer=make_atv().tokenizer)
+    return ATVModel.from_pretrained(path, llm or make_llm(dtype=torch.float32), tokenizer=make_atv().tokenizer)
 
 
 @pytest.mark.parametrize("options", [{}, {"expansion_rank": 3}, {"layers": [0, 2], "positions": "last:2"}])
@@ -133,7 +133,7 @@ def edit(**changes):
         (lambda path: (path / "expansion.safetensors").unlink(), "expansion.safetensors is missing"),
         (lambda path: (path / "atv_config.json").write_text("{"), "is not valid JSON"),
         (lambda path: (path / "atv_config.json").unlink(), "No adapter at"),
-        (edit(format=99), "has format 99; this version reads format 4"),
+        (edit(format=99), "has format 99; this version reads format 5"),
         (edit(config={"scale": "strong"}), "is damaged"),
         (edit(sha256={"../../etc/passwd": "0"}), "is not inside the folder"),
         (edit(sha256={}), "lists the weight files"),
@@ -222,7 +222,7 @@ def test_a_hub_id_is_downloaded_without_pickles(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     model = ATVModel.from_pretrained(
-        make_llm(dtype=torch.float32), "me/adapter", tokenizer=atv.tokenizer, revision="abc"
+        "me/adapter", make_llm(dtype=torch.float32), tokenizer=atv.tokenizer, revision="abc"
     )
     assert torch.equal(model.task_vectors(QUERIES), atv.task_vectors(QUERIES))
     assert asked["name"] == "me/adapter"
@@ -363,7 +363,7 @@ def own_encoder(atv):
 
 
 def scaled_expansion(atv):
-    atv.expansion = Scaled(atv.expansion)
+    atv.atv.expansion = Scaled(atv.expansion)
 
 
 def parametrised(atv):

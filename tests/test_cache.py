@@ -23,7 +23,7 @@ BYTES = 3 * 32 * 4  # of one query's vectors: layers x hidden, float32
 def made(atv, queries=QUERIES):
     """Vectors as the weights are now, each query alone, past the cache."""
     ids = [torch.tensor([type(atv.generator).encode(atv.generator, [query])[0]]) for query in queries]
-    return torch.cat([atv.vectors(each, torch.ones_like(each)) for each in ids])
+    return torch.cat([atv.atv(each, torch.ones_like(each)) for each in ids])
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_any_dtype_of_the_weights_is_hashed(atv):
 
 def test_what_was_not_asked_for_longest_makes_room(atv, read):
     a, b, c = QUERIES
-    atv.vector_cache = VectorCache(limit=2 * BYTES + 5)
+    atv.atv.vector_cache = VectorCache(limit=2 * BYTES + 5)
     for query in (a, b, a, c, a, b):
         atv.task_vectors([query])
         assert atv.vector_cache.used <= 2 * BYTES
@@ -86,7 +86,7 @@ def test_off_with_limit_0_and_in_training_mode(atv, read):
     assert atv.training
     assert read == [QUERIES, QUERIES]
     assert len(atv.vector_cache) == 0
-    assert atv._hash._known is None  # nothing was hashed
+    assert atv.atv._hash._known is None  # nothing was hashed
 
 
 def test_a_callers_own_edit_does_not_reach_the_cache(atv):
@@ -182,7 +182,7 @@ def test_the_weights_are_hashed_only_after_a_change_and_the_same_weights_find_th
 def test_two_adapters_may_share_a_cache(atv):
     other = make_atv(dtype=torch.float32)
     one_element(other)
-    other.vector_cache = atv.vector_cache
+    other.atv.vector_cache = atv.vector_cache
     for _ in range(2):
         torch.testing.assert_close(atv.task_vectors(QUERIES), made(atv))
         torch.testing.assert_close(other.task_vectors(QUERIES), made(other))
@@ -215,7 +215,7 @@ def test_inference_mode_around_loading_and_use_changes_nothing(atv, tmp_path, bu
     atv.save_pretrained(tmp_path / "adapter")
     with torch.inference_mode(built_inside):
         llm = make_llm(dtype=torch.float32)
-        again = ATVModel.from_pretrained(llm, tmp_path / "adapter", tokenizer=atv.tokenizer)
+        again = ATVModel.from_pretrained(tmp_path / "adapter", llm, tokenizer=atv.tokenizer)
     with torch.inference_mode(used_inside):
         for _ in range(2):
             torch.testing.assert_close(again.task_vectors(QUERIES), expected)

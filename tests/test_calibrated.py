@@ -94,11 +94,11 @@ def test_in_training_a_share_of_the_queries_has_the_common_vector_alone():
     atv = calibrated()
     states = torch.randn(400, 24, dtype=torch.float64)
     alone = atv.expansion(states, torch.zeros(400))
-    atv.adaptive_dropout = 0.3
-    assert not (atv.expand(states) == alone).all(-1).all(-1).any()  # in use it is off
+    atv.atv.adaptive_dropout = 0.3
+    assert not (atv.atv.expand(states) == alone).all(-1).all(-1).any()  # in use it is off
     atv.train()
     torch.manual_seed(0)
-    dropped = (atv.expand(states) == alone).all(-1).all(-1)
+    dropped = (atv.atv.expand(states) == alone).all(-1).all(-1)
     assert 0.2 < dropped.double().mean() < 0.4
 
 
@@ -207,7 +207,7 @@ def test_an_adapter_holds_calibration_and_gate(tmp_path, options):
     atv.calibrate(rows := rows_of(atv))
     atv.set_gate(rows, rows)
     atv.save_pretrained(tmp_path / "a")
-    loaded = ATVModel.from_pretrained(make_llm(dtype=torch.float32), tmp_path / "a", tokenizer=atv.tokenizer)
+    loaded = ATVModel.from_pretrained(tmp_path / "a", make_llm(dtype=torch.float32), tokenizer=atv.tokenizer)
     queries = ["the harbour quiet 3", "something else"]
     assert torch.allclose(loaded.task_vectors(queries), atv.task_vectors(queries), atol=1e-6)
     for kept in ("references", "judged", "gains"):

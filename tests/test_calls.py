@@ -7,7 +7,7 @@ from threading import Event, Thread
 
 import pytest
 import torch
-from conftest import GROUPED, PAPER_FORM, byte_level_tokenizer, make_atv, make_generator, make_llm
+from conftest import GROUPED, PAPER_FORM, byte_level_tokenizer, make_atv, make_generator, make_llm, steer_known
 from refusals import refused
 from test_generate import NEW, PROMPTS, QUERIES, generated, recomputed
 from transformers import (
@@ -23,7 +23,7 @@ from transformers import (
 
 from atv import unsteered
 from atv.config import ATVConfig
-from atv.lm.tracking import PromptTracker, continuing
+from atv.lm.spans import Tracked, continuing
 from atv.model import ATVModel
 
 RECURRENT = {
@@ -252,11 +252,8 @@ def test_padding_is_read_off_masks_of_every_shape(start, window, positions):
             return start
 
     def mask_of(attention_mask):
-        tracker = PromptTracker(2, Positions.parse(positions))
-        tracker.observe(
-            {"input_ids": torch.zeros(2, width), "attention_mask": attention_mask, "past_key_values": Cache()}
-        )
-        return tracker.mask
+        call = {"input_ids": torch.zeros(2, width), "attention_mask": attention_mask, "past_key_values": Cache()}
+        return Tracked(2, Positions.parse(positions))(call).where
 
     expected = mask_of(attention)
     assert expected.sum() == (4 if positions == "last:2" else 9)
@@ -279,7 +276,6 @@ def test_another_turn_with_the_cache_kept_is_steered_at_its_own_end(positions):
     vectors = atv.task_vectors(QUERIES[:1])
     width, asked = ids.shape[1], so_far.shape[1]
     expected = []
-    from atv.model import inject
 
     for step in range(3):
         text = torch.cat([so_far[0], torch.tensor(expected, dtype=torch.long)])[None]
@@ -290,7 +286,7 @@ def test_another_turn_with_the_cache_kept_is_steered_at_its_own_end(positions):
         if atv.positions.answer:
             mask[0, width : width + 2] = True
             mask[0, asked : asked + step] = True
-        with torch.no_grad(), inject(atv.layers, lambda: vectors, 1.0, lambda mask=mask: mask):
+        with torch.no_grad(), steer_known(atv.llm, atv.layers, vectors, 1.0, mask):
             expected.append(atv.llm(text, use_cache=False).logits[0, -1].argmax().item())
     assert found.tolist() == expected
 

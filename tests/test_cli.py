@@ -202,7 +202,7 @@ def test_doctor_passes_on_a_named_llm_and_fails_on_a_broken_hook(atv, world, mon
     code, said, err = atv(*arguments)
     assert code == 0, err
     assert "All 8 checks passed." in said
-    monkeypatch.setattr("atv.model.add_vectors", lambda hidden, *rest: hidden)
+    monkeypatch.setattr("atv.steer.add_vectors", lambda hidden, *rest: hidden)
     code, said, _ = atv(*arguments)
     assert code == 1
     assert "FAILED the tokens that changed are those asked for" in said

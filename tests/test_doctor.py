@@ -5,8 +5,9 @@ import torch
 from conftest import ARCHITECTURES, make_atv
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-import atv.lm.tracking
+import atv.lm.spans
 import atv.model
+import atv.steer
 from atv.doctor import check_wiring, require_wiring
 from atv.errors import ATVError
 from atv.lm import attention, hooks
@@ -68,7 +69,7 @@ def next_row(hidden, vectors, mask, scale):
     return REAL(hidden, vectors.roll(1, 0), mask, scale)
 
 
-REAL = atv.model.add_vectors
+REAL = atv.steer.add_vectors
 
 
 @pytest.mark.parametrize(
@@ -81,27 +82,26 @@ REAL = atv.model.add_vectors
     ],
 )
 def test_a_broken_injection_is_found_and_named(monkeypatch, broken, named):
-    monkeypatch.setattr(atv.model, "add_vectors", broken)
+    monkeypatch.setattr(atv.steer, "add_vectors", broken)
     assert named in failed(check_wiring(make_atv(dtype=torch.float32, positions="last:2")))
 
 
 def test_a_vector_on_every_token_is_found(monkeypatch):
     """What the paper's released code does, where the last token was asked for."""
-    monkeypatch.setattr(atv.lm.tracking, "edit_mask", lambda attended, positions: attended.bool())
+    monkeypatch.setattr(atv.lm.spans, "edit_mask", lambda attended, positions: attended.bool())
     assert "the tokens that changed are those asked for" in failed(check_wiring(make_atv(dtype=torch.float32)))
 
 
 def test_a_hook_that_loses_the_answers_edit_is_found_by_the_cache_check(monkeypatch):
-    from atv.lm.tracking import PromptTracker
+    from atv.lm.spans import Tracked
 
-    observe = PromptTracker.observe
+    observe = Tracked.__call__
 
     def prefill_only(self, call):
-        observe(self, call)
-        if call["input_ids"].shape[1] == 1:
-            self.mask = None
+        span = observe(self, call)
+        return None if call["input_ids"].shape[1] == 1 else span
 
-    monkeypatch.setattr(PromptTracker, "observe", prefill_only)
+    monkeypatch.setattr(Tracked, "__call__", prefill_only)
     assert "cached = recomputed" in failed(check_wiring(make_atv(dtype=torch.float32, positions="answer")))
 
 

@@ -24,7 +24,7 @@ def saved(llm, path):
 
 
 def load(llm, path):
-    return ATVModel.from_pretrained(llm, path, tokenizer=byte_level_tokenizer())
+    return ATVModel.from_pretrained(path, llm, tokenizer=byte_level_tokenizer())
 
 
 def plain(dtype=torch.float32):

@@ -126,11 +126,11 @@ def test_a_saved_one_is_the_same_and_is_no_atv(tmp_path):
     model = moved(made(dtype=torch.float32))
     model.save_pretrained(tmp_path / "adapter")
     llm = make_llm(dtype=torch.float32)
-    again = FixedModel.from_pretrained(llm, tmp_path, tokenizer=model.tokenizer)
+    again = FixedModel.from_pretrained(tmp_path, llm, tokenizer=model.tokenizer)
     assert torch.equal(again.task_vectors(QUERIES), model.task_vectors(QUERIES))
     assert isinstance(again, FixedModel)
     with refused("is an adapter of the method fixed", "expected one of the method atv"):
-        ATVModel.from_pretrained(llm, tmp_path, tokenizer=model.tokenizer)
+        ATVModel.from_pretrained(tmp_path, llm, tokenizer=model.tokenizer)
     with refused("The method fixed needs an adapter"):
         METHODS["fixed"].load(llm, model.tokenizer, None)
 

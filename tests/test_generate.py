@@ -4,14 +4,13 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, make_atv
+from conftest import ARCHITECTURES, make_atv, steer_known
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, StaticCache, TextStreamer
 
 from atv.data.collate import edit_mask
 from atv.errors import ATVError
 from atv.lm.hooks import base_llm
-from atv.model import inject
 
 PROMPTS = ["the kettle leaks and the lid sticks, yes or no?\nA:", "quiet\nA:", "x"]
 QUERIES = ["the kettle leaks", "quiet", "one two three"]
@@ -28,7 +27,7 @@ def recomputed(atv, prompt, query, steps=NEW, token_ids=None):
         count = atv.positions.prompt_tokens
         mask[:, 0 if count is None else max(0, length - count) : length] = True
         mask[:, length:] = atv.positions.answer
-        with torch.no_grad(), inject(atv.layers, lambda: vectors, atv.config.scale, lambda mask=mask: mask):
+        with torch.no_grad(), steer_known(atv.llm, atv.layers, vectors, atv.config.scale, mask):
             logits = atv.llm(ids, use_cache=False).logits[0, -1]
         chosen = logits.argmax() if token_ids is None else token_ids[step]
         ids = torch.cat([ids, chosen.view(1, 1)], dim=1)
@@ -93,7 +92,7 @@ def test_beam_scores_are_those_of_the_steered_model():
     mask = edit_mask(torch.ones_like(ids), atv.positions)
     mask[:] = False
     mask[:, width - 1] = True
-    with torch.no_grad(), inject(atv.layers, lambda: vectors, 1.0, lambda: mask):
+    with torch.no_grad(), steer_known(atv.llm, atv.layers, vectors, 1.0, mask):
         log_probs = atv.llm(ids, use_cache=False).logits[0].log_softmax(-1)
     expected = sum(log_probs[width - 1 + step, ids[0, width + step]].item() for step in range(3))
     assert out.sequences_scores[0].item() == pytest.approx(expected, abs=1e-5)

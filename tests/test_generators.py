@@ -48,7 +48,7 @@ def with_generator(model, **options):
 
 
 def load(path):
-    return ATVModel.from_pretrained(make_llm(dtype=torch.float32), path, tokenizer=byte_level_tokenizer())
+    return ATVModel.from_pretrained(path, make_llm(dtype=torch.float32), tokenizer=byte_level_tokenizer())
 
 
 def test_a_generator_whose_weights_are_drawn_within_bounds_is_saved_and_loaded(tmp_path):

@@ -11,15 +11,17 @@ from conftest import CONFIGS, byte_level_tokenizer, make_llm, toy_task
 from refusals import refused
 from torch import nn
 
-from atv.config import TrainConfig
+from atv.config import Positions, TrainConfig
 from atv.data import Example, Task, Variant
 from atv.data.collate import Row, encode_pair
 from atv.errors import ATVError
 from atv.evaluation.records import RunWriter
 from atv.evaluation.run import evaluate
 from atv.lm.hooks import attention_and_mlp, base_llm
+from atv.lm.spans import Span, Tracked
 from atv.methods import METHODS
 from atv.methods.i2cl import I2CL, I2CLConfig, I2CLModel
+from atv.steer import steer
 from atv.training.batches import training_rows
 
 NAMES = [*CONFIGS, "peft"]
@@ -131,10 +133,10 @@ def test_without_context_and_with_the_whole_own_output_it_is_the_plain_llm_bit_f
     inputs = model.eval().encode_prompts(["the kettle leaks\nA:", "a quiet harbour before the first boats\nA:"])
     with torch.no_grad():
         plain = model.llm(**inputs).logits
-        with model.inject(torch.tensor([0, 1])):
+        with steer(model.llm, model.edit(torch.tensor([0, 1])), Tracked(2, Positions.parse("all"))):
             assert torch.equal(model.llm(**inputs).logits, plain)
         model.coefficients[0, 0, 0] = 0.1
-        with model.inject(torch.tensor([0, 1])):
+        with steer(model.llm, model.edit(torch.tensor([0, 1])), Tracked(2, Positions.parse("all"))):
             assert not torch.equal(model.llm(**inputs).logits, plain)
 
 
@@ -142,12 +144,11 @@ def test_noise_is_of_its_size_and_only_in_training():
     model = made(noise=0.5, initial_context=0.0, dtype=torch.float32)
     model.coefficients.data[:] = torch.tensor([0.0, 1.0])
     hidden = torch.randn(1, 4000, 32)
-    place = nn.Identity()
-    object.__setattr__(model, "edited_modules", [place])
-    with model.inject(torch.tensor([0])):
-        assert torch.equal(place(hidden), hidden)
-        model.train()
-        added = place(hidden) - hidden
+    edit, span = model.edit(torch.tensor([0])), Span(torch.ones(1, 4000, dtype=torch.bool))
+
+    assert torch.equal(edit(0, hidden, span), hidden)
+    model.train()
+    added = edit(0, hidden, span) - hidden
     share = added.norm(dim=-1) / hidden.norm(dim=-1)
     assert share.mean().item() == pytest.approx(0.5 * 32**0.5, rel=0.03)
 

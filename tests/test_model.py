@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, make_atv, make_llm
+from conftest import ARCHITECTURES, make_atv, make_llm, steer_known
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -12,7 +12,7 @@ from atv.errors import ATVError
 from atv.expansion import PaperExpansion
 from atv.lm.hooks import base_llm, capture_outputs
 from atv.lm.prefix import call_llm
-from atv.model import add_vectors, inject
+from atv.steer import add_vectors
 
 ROWS = [
     Row("the kettle leaks", ("the kettle leaks and the lid sticks\nA:", "is it so? the kettle\nA:"), "yes no"),
@@ -27,10 +27,10 @@ def batch_of(atv, rows=ROWS):
 
 def full_pass_loss(atv, batch, vectors=None):
     """Prompt and answer in one plain pass with hooks on everything: the straightforward definition."""
-    vectors = atv.vectors(batch["query_input_ids"], batch["query_attention_mask"]) if vectors is None else vectors
+    vectors = atv.atv(batch["query_input_ids"], batch["query_attention_mask"]) if vectors is None else vectors
     per_row = vectors.repeat_interleave(len(batch["input_ids"]) // len(vectors), 0)
     labels = batch["labels"]
-    with inject(atv.layers, lambda: per_row, atv.config.scale, lambda: batch["edit_mask"]):
+    with steer_known(atv.llm, atv.layers, per_row, atv.config.scale, batch["edit_mask"]):
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
         logits = call_llm(atv.llm, keep=labels.shape[1], use_cache=False, **inputs).logits
     losses = []
@@ -104,7 +104,7 @@ def test_all_equals_a_hand_written_loop():
     ids = torch.tensor([5, 9, 30, 77, 12])
     vectors = torch.randn(2, 32, dtype=torch.float64)
     everywhere = torch.ones(1, 5, dtype=torch.bool)
-    with torch.no_grad(), inject(list(llm.model.layers), lambda: vectors[None], 0.7, lambda: everywhere):
+    with torch.no_grad(), steer_known(llm, list(llm.model.layers), vectors[None], 0.7, everywhere):
         found = llm(ids[None]).logits[0]
     torch.testing.assert_close(found, hand_written_llama(llm, ids, vectors, 0.7), atol=1e-9, rtol=0)
 
@@ -168,7 +168,7 @@ def test_the_llm_is_no_submodule_and_stays_in_eval_mode():
     atv = make_atv().train()
     assert not atv.llm.training
     assert atv.generator.training
-    names = {name.split(".")[0] for name, _ in atv.named_parameters()}
+    names = {name.split(".")[1] for name, _ in atv.named_parameters()}
     assert names == {"generator", "expansion"}
     assert not any(p.requires_grad for p in atv.llm.parameters())
 

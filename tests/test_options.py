@@ -23,16 +23,18 @@ from atv.evaluation.records import RunWriter
 from atv.evaluation.run import evaluate
 from atv.lm.prefix import call_llm
 from atv.lm.scoring import Options, answers_right, reader, task_options, training_options
+from atv.lm.spans import Tracked
 from atv.methods import METHODS, exemplars
 from atv.methods.atv import ATV
 from atv.methods.i2cl import I2CL, I2CLConfig, I2CLModel
 from atv.methods.lora import LoRA
 from atv.methods.peft_model import PEFTModel
 from atv.methods.prefix_tuning import PrefixTuning
-from atv.model import ATVModel, steering
+from atv.model import ATVModel
 from atv.paper.analysis.swapped import OWN, exchanged
 from atv.paper.sweep import _judged
 from atv.progress import bar
+from atv.steer import AddVectors, steer
 from atv.training.loop import train
 
 LABELS = {
@@ -355,7 +357,7 @@ def test_i2cl_mixes_into_option_tokens_too(tmp_path):
 
 
 def test_a_state_at_the_last_prompt_token_stays_there(tmp_path):
-    """What ELICIT does: `steering` with positions `last` and ready states."""
+    """What ELICIT does: `steer` with positions `last` and ready states."""
     llm, task = make_llm(), labelled(LABELS["nested"], rows=6)
     torch.manual_seed(0)
     state = torch.randn(1, 3, 32, dtype=torch.float64)
@@ -365,7 +367,8 @@ def test_a_state_at_the_last_prompt_token_stays_there(tmp_path):
 
         def steer(self, task, examples):
             states = state.expand(len(examples), -1, -1)
-            return steering(llm, list(llm.model.layers), states, 2.0, Positions.parse("last"))
+            last = Positions.parse("last")
+            return steer(llm, AddVectors(list(llm.model.layers), states, 2.0, last), Tracked(len(states), last))
 
     def read(_, prompt, answer):
         with torch.no_grad(), added(llm.model.layers, 2.0 * state[0], [len(prompt) - 1]):

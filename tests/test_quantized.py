@@ -103,7 +103,7 @@ def test_an_adapter_says_on_what_it_was_made_and_fits_every_quantization(folder,
     for each in prints[1:]:
         assert each["embeddings"] == prints[0]["embeddings"]
         assert each["weights"].items() <= prints[0]["weights"].items()
-    found = [ATVModel.from_pretrained(llm, tmp_path / "adapter").task_vectors(["quiet"]) for llm in llms.values()]
+    found = [ATVModel.from_pretrained(tmp_path / "adapter", llm).task_vectors(["quiet"]) for llm in llms.values()]
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
 

@@ -71,7 +71,7 @@ def test_it_is_trained_and_saved_whole(tmp_path, tokenizer):
     train(atv, [toy_task(rows=12)], tmp_path / "out", TrainConfig.paper(epochs=1, batch_size=4))
     assert all(not torch.equal(p, before[name]) for name, p in atv.generator.named_parameters())
     set_seed(99)
-    again = ATVModel.from_pretrained(make_llm("gpt2", torch.float32), tmp_path / "out", tokenizer=tokenizer())
+    again = ATVModel.from_pretrained(tmp_path / "out", make_llm("gpt2", torch.float32), tokenizer=tokenizer())
     assert again.config.generator == "random:2x32"
     assert again.generator.name_or_path == "random:2x32"
     assert again.generator.encode(QUERIES) == atv.generator.encode(QUERIES)

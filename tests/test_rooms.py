@@ -13,7 +13,8 @@ LEVELS = [
     ("lm", {"lm"}),
     (
         "idea",
-        {"adapter", "artifact", "doctor", "expansion", "gate", "generator", "model", "vector_cache"},
+        {"adapter", "artifact", "doctor", "expansion", "gate", "generator", "model", "steer", "vectors"}
+        | {"vector_cache"},
     ),
     ("training", {"training"}),
     ("methods", {"methods"}),
@@ -29,9 +30,10 @@ WITHIN = {
     "progress": {"processes"},
     "provenance": {"processes"},
     "expansion": {"gate"},
-    "adapter": {"artifact", "generator"},
-    "model": {"adapter", "artifact", "expansion", "generator", "vector_cache"},
-    "doctor": {"model"},
+    "adapter": {"artifact", "expansion", "generator"},
+    "vectors": {"adapter", "artifact", "expansion", "generator", "vector_cache"},
+    "model": {"adapter", "artifact", "expansion", "generator", "steer", "vector_cache", "vectors"},
+    "doctor": {"model", "steer"},
     "__main__": {"cli"},
 }
 NEVER = {"theory": {"methods", "model"}}  # statements about the paper's formulas, not about this code

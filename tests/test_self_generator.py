@@ -9,13 +9,14 @@ from test_generate import NEW, generated, recomputed
 from test_model import POSITIONS, batch_of, full_pass_loss
 from transformers import StaticCache, set_seed
 
+from atv import vectors
 from atv.config import ATVConfig, TrainConfig
 from atv.data.collate import pad
 from atv.doctor import check_wiring, model_summary
 from atv.evaluation.records import RunWriter
 from atv.evaluation.run import evaluate
 from atv.lm.hooks import base_llm, decoder_layers
-from atv.lm.tracking import PromptTracker
+from atv.lm.spans import Tracked
 from atv.methods.atv import ATV
 from atv.methods.icl_atv import ICLWithATV
 from atv.methods.settings import method_settings
@@ -190,8 +191,8 @@ def test_a_steered_call_has_no_gradient(positions):
 def test_the_doctor_sees_a_state_of_the_wrong_token(monkeypatch, break_it):
     atv = made(dtype=torch.float32)
     if break_it:
-        ends = PromptTracker.prompt_ends
-        monkeypatch.setattr(PromptTracker, "prompt_ends", lambda self: ends(self) - 1)
+        ends = Tracked._ends
+        monkeypatch.setattr(Tracked, "_ends", lambda self, place: ends(self, place) - 1)
     failed = [check.name for check in check_wiring(atv) if not check.passed]
     assert failed == (["vectors made in the pass = made beforehand"] if break_it else [])
 
@@ -204,7 +205,7 @@ def test_the_doctor_sees_a_state_of_the_wrong_token(monkeypatch, break_it):
 def test_loss_and_gradients_are_those_of_the_full_pass_and_reach_the_expansion_alone(name, positions):
     atv = made(name, positions=positions).train()
     batch = batch_of(atv)
-    assert {key.split(".")[0] for key, _ in atv.named_parameters()} == {"expansion"}
+    assert {key.split(".")[1] for key, _ in atv.named_parameters()} == {"expansion"}
     parameters = list(atv.parameters())
     answers = batch["labels"].shape[1] - 1
     width = batch["input_ids"].shape[1] - answers
@@ -262,7 +263,7 @@ def test_its_analysis_is_of_prompts(monkeypatch):
     atv, task = made(dtype=torch.float32), toy_task()
     asked = []
     monkeypatch.setattr(
-        ATVModel, "make_vectors", lambda self, texts: asked.extend(texts) or torch.randn(len(texts), 2, 32)
+        vectors.ATV, "make_vectors", lambda _, texts: asked.extend(texts) or torch.ones(len(texts), 2, 32)
     )
     analyse(atv, [task], rows=6)
     assert len(asked) == len(task.train) + 6  # the one query is the first, whose vectors are kept
@@ -279,7 +280,7 @@ def test_a_saved_one_is_its_expansion_alone_and_gives_the_same_vectors(tmp_path)
     assert {name: tuple(t.shape) for name, t in load_file(tmp_path / "adapter" / "expansion.safetensors").items()} == {
         "map.weight": (32, 32), "map.bias": (32,),
     }  # fmt: skip
-    again = ATVModel.from_pretrained(make_llm(dtype=torch.float32), tmp_path, tokenizer=atv.tokenizer)
+    again = ATVModel.from_pretrained(tmp_path, make_llm(dtype=torch.float32), tokenizer=atv.tokenizer)
     assert again.config == atv.config
     assert torch.equal(again.task_vectors(PROMPTS), atv.task_vectors(PROMPTS))
     card = (tmp_path / "adapter" / "README.md").read_text()

@@ -78,7 +78,7 @@ def test_the_first_step_is_adam_with_coupled_decay_written_by_hand(tmp_path):
     gradients = dict(zip(before, torch.autograd.grad(atv(**batch).loss, list(atv.parameters())), strict=True))
     train(atv, [task], tmp_path / "out", config)
     for name, after in atv.named_parameters():
-        rate = config.learning_rate if name.startswith("expansion") else 1e-3
+        rate = config.learning_rate if name.startswith("atv.expansion") else 1e-3
         g = gradients[name] + 0.1 * before[name]
         expected = before[name] - rate * g / (g.abs() + 1e-8)
         torch.testing.assert_close(after, expected, atol=2e-5, rtol=0)
@@ -362,11 +362,11 @@ def test_an_interrupted_and_a_broken_training_leave_the_saved_weights_too(tmp_pa
     break_loss_after(atv, 3)
     with pytest.raises(ATVError, match="holds the best epoch before that"):
         train(atv, [toy_task()], tmp_path / "out", quick())
-    saved = ATVModel.from_pretrained(make_llm(dtype=torch.float32), tmp_path / "out", tokenizer=atv.tokenizer)
+    saved = ATVModel.from_pretrained(tmp_path / "out", make_llm(dtype=torch.float32), tokenizer=atv.tokenizer)
     assert all(torch.equal(tensor, atv.state_dict()[name]) for name, tensor in in_memory(saved).items())
     resumed = tiny()
     train(resumed, [toy_task()], tmp_path / "out", quick())
-    saved = ATVModel.from_pretrained(make_llm(dtype=torch.float32), tmp_path / "out", tokenizer=atv.tokenizer)
+    saved = ATVModel.from_pretrained(tmp_path / "out", make_llm(dtype=torch.float32), tokenizer=atv.tokenizer)
     assert all(torch.equal(tensor, resumed.state_dict()[name]) for name, tensor in in_memory(saved).items())
 
 

@@ -5,8 +5,9 @@
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -14,51 +15,55 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from atv import artifact
-from atv.config import SELF, ATVConfig
+from atv.config import ATVConfig
 from atv.data.collate import pad, pad_id
 from atv.errors import ATVError
-from atv.generator import CONSTANT, Constant, Generator, Itself
+from atv.expansion import Expansion, PaperExpansion, new_expansion
+from atv.generator import GENERATORS, Generator, load_generator
 from atv.lm import identity
-from atv.lm.hooks import decoder_layers
-from atv.lm.load import ENCODER_FILE, new_model, reading_part
-
-if TYPE_CHECKING:
-    from atv.model import ATVModel
+from atv.lm.load import new_model, reading_part
 
 EXPANSION_FILE = "expansion.safetensors"
 GENERATOR_FOLDER = "generator"
-GENERATOR_FILE = f"{GENERATOR_FOLDER}/{ENCODER_FILE}"
 
 
-def require_savable(model: "ATVModel") -> None:
-    """Raise ATVError if what an adapter of `model` is read back as would be something else.
+def require_savable(config: ATVConfig, generator: Generator, expansion: Expansion | PaperExpansion) -> None:
+    """Raise ATVError if what an adapter of these parts is read back as would be something else.
 
     It is read back as the modules that the configuration names, so that one's own in their place would be lost.
     """
-    config, generator = model.config, model.generator
-    kinds = {CONSTANT: Constant, SELF: Itself}
-    kind = kinds.get(config.generator, Generator)
+    kind = GENERATORS.get(config.generator, Generator)
     if type(generator) is not kind:
-        raise _unsavable(f"the generator is a {type(generator).__name__}; expected a {kind.__name__}")
+        raise unsavable(
+            f"the generator is a {type(generator).__name__}; expected a {kind.__name__} (register a kind of your own "
+            "in atv.generator.GENERATORS)"
+        )
     for name in ("pooling", "query_template"):
         found, expected = getattr(generator, name), getattr(config, name)
         if kind is Generator and found != expected:
-            raise _unsavable(f"the generator's {name} is {found!r}; the configuration says {expected!r}")
+            raise unsavable(f"the generator's {name} is {found!r}; the configuration says {expected!r}")
     with torch.device("meta"):
-        parts: list[tuple[str, nn.Module, nn.Module]] = [("expansion", model.expansion, model.new_expansion())]
+        parts: list[tuple[str, nn.Module, nn.Module]] = []
+        parts.append(("expansion", expansion, new_expansion(config, generator.hidden_size, *_shape(expansion))))
         if kind is Generator:
             whole = new_model(generator.model_config)
             parts.append(("generator's encoder", generator.encoder, reading_part(whole)))
     for name, found, expected in parts:
         if (differs := _structure(found) ^ _structure(expected)) != set():
             where, type_or_shape = min(differs)
-            raise _unsavable(f"the {name} is not a plain {type(expected).__name__} ({where or name}: {type_or_shape})")
-    layers = decoder_layers(model.llm, config.layer_path)
-    if list(map(id, model.layers)) != [id(layers[index]) for index in config.layer_indices(len(layers))]:
-        raise _unsavable("layers are not the LLM's decoder layers that the configuration names")
+            raise unsavable(f"the {name} is not a plain {type(expected).__name__} ({where or name}: {type_or_shape})")
 
 
-def _unsavable(what: str) -> ATVError:
+def _shape(expansion: nn.Module) -> tuple[int, int]:
+    """Vectors per query and their width, of an expansion that may be anybody's."""
+    shape = getattr(expansion, "shape", None)
+    if shape is None:
+        raise unsavable(f"the expansion is a {type(expansion).__name__}; expected one of atv.expansion")
+    return shape  # type: ignore[no-any-return]
+
+
+def unsavable(what: str) -> ATVError:
+    """The error for a part that is not what the configuration makes."""
     return ATVError(
         f"An adapter of this model would be read back as another: {what}. Leave the parts as the configuration makes "
         "them, or keep the model's state_dict() yourself and train it in a loop of your own."
@@ -71,33 +76,46 @@ def _structure(module: nn.Module) -> set[tuple[str, str]]:
     return types | {(name, str(tuple(p.shape))) for name, p in module.named_parameters()}
 
 
-def save(model: "ATVModel", path: Path) -> None:
-    """Write the adapter; a kill at any moment leaves the former folder or the new one.
+def save(
+    path: Path,
+    method: str,
+    llm: dict[str, Any],
+    config: ATVConfig,
+    generator: Generator,
+    expansion: Expansion | PaperExpansion,
+    training: dict[str, Any],
+) -> None:
+    """Write an adapter of savable parts in eval mode; a kill at any moment leaves the former folder or the new one.
 
-    The generator is part of it unless it is frozen and can be loaded by its name. What was written is read back before
-    it takes its place.
+    Args:
+        path: of the folder.
+        method: its name in the registry.
+        llm: from `describe_llm`.
+        config: of the ATV.
+        generator: written unless it is frozen and can be loaded by its name.
+        expansion: written.
+        training: how they were trained.
 
     Raises:
-        ATVError: what would be read back is not the model.
+        ATVError: what would be read back is not what was given.
     """
-    require_savable(model)
-    llm = identity.describe_llm(model.llm, model.config.layer_path)
-    named = (model.config.generator, model.config.generator_revision)
-    kept = type(model.generator) is Generator and (model.config.train_generator or model.generator.loaded_by != named)
+    named = (config.generator, config.generator_revision)
+    kept = generator.savable and bool(config.train_generator or generator.loaded_by != named)
 
     def write(part: Path) -> None:
-        tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model.expansion.state_dict().items()}
+        tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in expansion.state_dict().items()}
         save_file(tensors, part / EXPANSION_FILE, metadata={"format": "pt"})
         if kept:
-            model.generator.save(part / GENERATOR_FOLDER)
-        (part / artifact.CARD_FILE).write_text(model_card(model, llm), encoding="utf-8")
-        _require_read_back(model, part, kept)
+            generator.save(part / GENERATOR_FOLDER)
+        (part / artifact.CARD_FILE).write_text(model_card(llm, config, generator, training), encoding="utf-8")
+        _require_read_back(config, generator, expansion, part, kept)
 
-    generator: dict[str, Any] = {"name": model.generator.name_or_path, "revision": model.generator.revision}
-    if type(model.generator) is Generator and not kept:
-        generator["weights"] = identity.sample_weights(model.generator.encoder)
-    config, training = model.config.to_dict(), model.training_summary
-    artifact.save(path, model.method, llm, config, training, write, {"generator": generator})
+    about: dict[str, Any] = {"name": generator.name_or_path, "revision": generator.revision}
+    if generator.savable and not kept:
+        about["weights"] = identity.sample_weights(generator.encoder)
+    artifact.save(
+        path, method, llm, config.to_dict(), training, write, {"generator": about, "vectors": list(_shape(expansion))}
+    )
 
 
 PROBES = ("The kettle leaks and the lid sticks.", "Harbour: 17 boats?")
@@ -105,23 +123,20 @@ PROBES = ("The kettle leaks and the lid sticks.", "Harbour: 17 boats?")
 
 
 @torch.no_grad()
-def _require_read_back(model: "ATVModel", folder: Path, kept: bool) -> None:
+def _require_read_back(
+    config: ATVConfig, own: Generator, expansion: Expansion | PaperExpansion, folder: Path, kept: bool
+) -> None:
     """Raise ATVError unless generator and expansion, read from a folder, make the vectors that those in memory make."""
-    own, config, weight = model.generator, model.config, next(model.expansion.parameters())
+    weight = next(expansion.parameters())
     with torch.random.fork_rng(devices=[]):
-        expansion = model.new_expansion().to(weight)
-    load_expansion(expansion, folder)
-    was_training = model.training
-    model.eval()
-    try:
-        if type(own) is Generator:
-            read = Generator.load_saved(config, folder / GENERATOR_FOLDER) if kept else Generator.load(config)
-            states = [_states(each) for each in (own, read.to(next(own.encoder.parameters())).eval())]
-        else:  # there is no generator to read back
-            states = [torch.linspace(-1, 1, 2 * own.hidden_size).view(2, own.hidden_size).to(weight)] * 2
-        made, again = model.expansion(states[0]), expansion(states[1])
-    finally:
-        model.train(was_training)
+        read_expansion = new_expansion(config, own.hidden_size, *_shape(expansion)).to(weight)
+    load_expansion(read_expansion, folder)
+    if own.savable:
+        read = saved_generator(config, folder) if kept else load_generator(config)
+        states = [_states(each) for each in (own, read.to(next(own.encoder.parameters())).eval())]
+    else:  # there is no generator to read back
+        states = [torch.linspace(-1, 1, 2 * own.hidden_size).view(2, own.hidden_size).to(weight)] * 2
+    made, again = expansion(states[0]), read_expansion.eval()(states[1])
     if not made.isfinite().all():
         raise ATVError(
             "The vectors that this model makes are not finite: its training diverged, and there is nothing to save. "
@@ -130,7 +145,7 @@ def _require_read_back(model: "ATVModel", folder: Path, kept: bool) -> None:
     # States too: in an untrained expansion all of them make the same vectors.
     if not all(_alike(*pair) for pair in ((made, again), states)):
         other = "" if kept else f", or {own.name_or_path} is another generator"
-        raise _unsavable(f"its vectors would be other ones (a hook on a part changes what it returns{other})")
+        raise unsavable(f"its vectors would be other ones (a hook on a part changes what it returns{other})")
 
 
 def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -149,18 +164,35 @@ def read_config(saved: artifact.Saved, folder: Path) -> ATVConfig:
         config = ATVConfig.from_dict(saved.config)
     except (TypeError, ValueError) as error:
         raise ATVError(f"{folder / artifact.CONFIG_FILE} is damaged: {error}. Restore it or train again.") from error
-    expected = {EXPANSION_FILE, GENERATOR_FILE} if config.train_generator else {EXPANSION_FILE}
-    if saved.weights not in (expected, {EXPANSION_FILE, GENERATOR_FILE}):
+    others = saved.weights - {EXPANSION_FILE}
+    own = {name for name in others if name.startswith(f"{GENERATOR_FOLDER}/")}
+    if EXPANSION_FILE not in saved.weights or others != own or (config.train_generator and not own):
         raise ATVError(
             f"{folder / artifact.CONFIG_FILE} lists the weight files {sorted(saved.weights)}; expected "
-            f"{sorted(expected)}."
+            f"{EXPANSION_FILE}{' and those of the generator' if config.train_generator else ''}."
         )
     return config
 
 
-def load_generator(saved: artifact.Saved, config: ATVConfig, folder: Path) -> Generator | None:
-    """The generator that is part of an adapter; None if it is the one that its configuration names."""
-    return Generator.load_saved(config, folder / GENERATOR_FOLDER) if GENERATOR_FILE in saved.weights else None
+def has_generator(saved: artifact.Saved) -> bool:
+    """The generator is part of an adapter, and not only named in it."""
+    return any(name.startswith(f"{GENERATOR_FOLDER}/") for name in saved.weights)
+
+
+def saved_generator(config: ATVConfig, folder: Path) -> Generator:
+    """The generator that is part of an adapter."""
+    return GENERATORS.get(config.generator, Generator).load_saved(config, folder / GENERATOR_FOLDER)
+
+
+def vectors_shape(saved: artifact.Saved, folder: Path) -> tuple[int, int]:
+    """Vectors per query and their width."""
+    shape = saved.about.get("vectors")
+    if not isinstance(shape, list) or len(shape) != 2 or not all(type(size) is int and size > 0 for size in shape):
+        raise ATVError(
+            f"{folder / artifact.CONFIG_FILE} is damaged: vectors is {shape!r}; expected their number and width. "
+            "Restore it or train again."
+        )
+    return shape[0], shape[1]
 
 
 def require_named_generator(saved: artifact.Saved, generator: Generator, folder: Path) -> None:
@@ -185,32 +217,28 @@ def load_expansion(expansion: nn.Module, folder: Path) -> None:
         raise ATVError(f"{folder / EXPANSION_FILE} does not fit: {reason}") from error
 
 
-def load_weights(model: "ATVModel", folder: Path) -> None:
-    """Put an adapter's weights into a model that was made alike."""
-    saved = artifact.read(folder, model.method)
-    artifact.check_llm(saved, model.llm, folder)
-    read = load_generator(saved, read_config(saved, folder), folder)
-    if read is None:
-        require_named_generator(saved, model.generator, folder)
-    else:
-        try:
-            model.generator.encoder.load_state_dict(read.encoder.state_dict())
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ATVError(f"{folder / GENERATOR_FILE} does not fit: {reason}") from error
-    load_expansion(model.expansion, folder)
-    model.training_summary = saved.training
+def load_generator_weights(generator: Generator, saved: artifact.Saved, config: ATVConfig, folder: Path) -> None:
+    """Put the weights that an adapter has into a generator that was made alike."""
+    if not has_generator(saved):
+        require_named_generator(saved, generator, folder)
+        return
+    read = saved_generator(config, folder)
+    try:
+        generator.encoder.load_state_dict(read.encoder.state_dict())
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ATVError(f"{folder / GENERATOR_FOLDER} does not fit: {reason}") from error
 
 
-def push(model: "ATVModel", repo_id: str, *, private: bool | None, token: str | None) -> str:
-    """Upload an adapter to the hub as one commit; returns its address."""
+def push(save_to: Callable[[Path], None], repo_id: str, *, private: bool | None, token: str | None) -> str:
+    """Upload what `save_to` writes to the hub as one commit; returns its address."""
     from tempfile import TemporaryDirectory
 
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
     with TemporaryDirectory() as folder:
-        save(model, Path(folder) / "adapter")
+        save_to(Path(folder) / "adapter")
         api.create_repo(repo_id, private=private, exist_ok=True)
         commit = api.upload_folder(
             repo_id=repo_id, folder_path=Path(folder) / "adapter", commit_message="Upload an Adaptive Task Vector"
@@ -218,7 +246,7 @@ def push(model: "ATVModel", repo_id: str, *, private: bool | None, token: str | 
     return str(commit)
 
 
-def model_card(model: "ATVModel", llm: dict[str, Any]) -> str:
+def model_card(llm: dict[str, Any], config: ATVConfig, generator: Generator, training: dict[str, Any]) -> str:
     """The card that goes with an adapter: what it is, what it was trained on, how to use it."""
     name = identity.public_name(str(llm["name"]))
     about = ["---", "library_name: adaptive-task-vectors", "tags: [adaptive-task-vectors, steering]"]
@@ -228,11 +256,11 @@ def model_card(model: "ATVModel", llm: dict[str, Any]) -> str:
         name=name,
         layers=llm["num_layers"],
         hidden=llm["hidden_size"],
-        generator=identity.public_name(model.generator.describe()),
-        reads=model.config.reads,
-        queries="" if model.config.reads == "prompt" else ', queries=["the query in it"]',
-        config=model.config,
-        tasks=", ".join(model.training_summary.get("tasks", {})) or "not recorded",
+        generator=identity.public_name(generator.describe()),
+        reads=config.reads,
+        queries="" if config.reads == "prompt" else ', queries=["the query in it"]',
+        config=config,
+        tasks=", ".join(training.get("tasks", {})) or "not recorded",
     )])  # fmt: skip
 
 
@@ -253,7 +281,7 @@ are added inside the frozen LLM (arXiv 2506.03426). No weight of the LLM is chan
 ```python
 from atv import ATVModel
 
-atv = ATVModel.from_pretrained("{name}", "PATH_OR_ID_OF_THIS_ADAPTER")
+atv = ATVModel.from_pretrained("PATH_OR_ID_OF_THIS_ADAPTER", "{name}")
 print(atv.generate(["a prompt"]{queries}, max_new_tokens=8))
 ```
 

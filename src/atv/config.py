@@ -175,6 +175,10 @@ class ATVConfig(Checked):
     them (bottom, middle, top), or indices: as text (`0,1,2`, `0-9`), a list or a range; kept as a list."""
     layer_path: str | None = None
     """Name of the LLM's list of decoder layers, for a model where it cannot be found by structure."""
+    site: str = "layer"
+    """What is steered in a layer: the output of the decoder layer, of its attention, or of its mlp."""
+    edit: str = "add"
+    """What the vectors do to hidden states: add, or an edit registered in `atv.steer.EDITS`."""
     positions: str = "last"
     """Tokens that receive the vector: last (the paper, Eq. 6), last:K, answer, or all (the paper's released code)."""
     parametrisation: Literal["calibrated", "paper"] = "calibrated"
@@ -194,9 +198,9 @@ class ATVConfig(Checked):
 
     def __post_init__(self) -> None:
         """Refuse values that no ATV can have."""
-        for name in ("generator", "generator_revision", "layer_path"):
+        for name in ("generator", "generator_revision", "layer_path", "site", "edit"):
             value = getattr(self, name)
-            if not isinstance(value, str) and (value is not None or name == "generator"):
+            if not isinstance(value, str) and (value is not None or name in ("generator", "site", "edit")):
                 raise ATVError(f"{name} is {value!r}; expected a text.")
         Positions.parse(self.positions)
         for name, known in (("pooling", POOLINGS), ("reads", READS), ("parametrisation", PARAMETRISATIONS)):

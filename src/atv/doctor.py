@@ -16,7 +16,9 @@ from atv.data.collate import Row, edit_mask
 from atv.errors import ATVError
 from atv.lm.hooks import base_llm, capture_outputs, decoder_layers, quantization
 from atv.lm.prefix import call_llm, steered_logits
-from atv.model import ATVModel, inject
+from atv.lm.spans import Known
+from atv.model import ATVModel
+from atv.steer import steer
 
 PROMPTS = (
     "The harbour was quiet before the first boats came in.\nA:",
@@ -98,7 +100,8 @@ def _test_vectors(atv: ATVModel, queries: int) -> Tensor:
     with capture_outputs([home.get(site, site) for site in atv.layers]) as states:
         _plain(atv, inputs)
     sizes: Tensor = torch.stack([states[index].float().norm(dim=-1)[0, -1].cpu() for index in range(len(atv.layers))])
-    noise = torch.randn(queries, len(atv.layers), atv.expansion.shape[1], generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(queries, *atv.expansion.shape, generator=torch.Generator().manual_seed(0))
+    sizes = sizes.repeat_interleave(atv.expansion.shape[0] // len(sizes))
     return cast(Tensor, 0.1 * sizes[None, :, None] * noise / noise.norm(dim=-1, keepdim=True))
 
 
@@ -196,7 +199,7 @@ def _scale_zero(atv: ATVModel) -> tuple[bool, str]:
     plain = _plain(atv, inputs)
     vectors = _test_vectors(atv, len(PROMPTS))
     everywhere = inputs["attention_mask"].bool()
-    with inject(atv.layers, lambda: vectors, 0.0, lambda: everywhere):
+    with steer(atv.llm, atv.edit(vectors, 0.0), Known(everywhere)):
         zero = _plain(atv, inputs)
     different = int((plain != zero).sum())
     return different == 0, f"{different} of {plain.numel()} logits differ"
@@ -255,7 +258,7 @@ def _split(atv: ATVModel) -> tuple[bool, str]:
     with torch.enable_grad():
         logits = steered_logits(
             atv.llm,
-            lambda where: inject(atv.layers, lambda: learnt, 1.0, lambda: where),
+            lambda where: steer(atv.llm, atv.edit(learnt, 1.0), Known(where)),
             *(ids, mask, places, edit_mask(mask, atv.positions)),
             keep=1,
         )
@@ -265,8 +268,8 @@ def _split(atv: ATVModel) -> tuple[bool, str]:
 def _vectors_alone(atv: ATVModel) -> tuple[bool, str]:
     """Vectors of queries read together against each query's alone: a generator that reads padding differs."""
     queries = QUERIES if atv.own is None else PROMPTS
-    together = atv.make_vectors(queries)
-    alone = torch.cat([atv.make_vectors([query]) for query in queries])
+    together = atv.atv.make_vectors(queries)
+    alone = torch.cat([atv.atv.make_vectors([query]) for query in queries])
     difference = (together - alone).abs().mean().item()
     spread = (together - together.mean(0)).abs().mean().item()
     share = difference / spread if spread else float(difference > 0)

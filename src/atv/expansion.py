@@ -5,6 +5,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from atv.config import ATVConfig
 from atv.gate import Gate
 
 
@@ -97,6 +98,12 @@ class Expansion(nn.Module):
             own = self.map(z).unflatten(-1, self.shape)
             vectors = vectors + (own if share is None else share[:, None, None] * own)
         return self.sizes[:, None] * vectors
+
+
+def new_expansion(config: ATVConfig, state_size: int, vectors: int, hidden_size: int) -> Expansion | PaperExpansion:
+    """An untrained expansion, as the configuration says."""
+    kind = PaperExpansion if config.parametrisation == "paper" else Expansion
+    return kind(state_size, vectors, hidden_size, config.expansion_rank)
 
 
 def _linear(inputs: int, outputs: int, rank: int | None, bias: bool) -> nn.Module:

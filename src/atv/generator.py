@@ -1,7 +1,7 @@
 """The generator: a small language model that reads the query and gives back one hidden state."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Self, cast
@@ -13,7 +13,7 @@ from transformers import AutoModel, LlamaConfig
 from atv.config import SELF, ATVConfig, random_sizes
 from atv.data.collate import encode_prompt, like_lengths, pad, pad_id, position_ids
 from atv.errors import ATVError
-from atv.lm.hooks import decoder_layers, edit_outputs, read_up_to, text_config
+from atv.lm.hooks import decoder_layers, read_up_to, text_config, unregistered
 from atv.lm.load import (
     context_length,
     load_encoder,
@@ -79,8 +79,17 @@ class Generator(nn.Module):
         self._read: dict[tuple[int, ...], Tensor] = {}
 
     @classmethod
-    def load(cls, config: ATVConfig) -> "Generator":
-        """Load the generator that `config` names."""
+    def load(cls, config: ATVConfig, llm: nn.Module | None = None, tokenizer: Any = None) -> "Generator":
+        """The generator that `config` names.
+
+        Args:
+            config: of the ATV.
+            llm: the frozen LLM and its tokenizer, for a generator that needs them.
+            tokenizer: the LLM's.
+        """
+        sizes = random_sizes(config.generator)
+        if sizes is not None:
+            return new_generator(config, *sizes, *_needed(config, llm, tokenizer))
         encoder = load_encoder(config.generator, config.generator_revision)
         tokenizer = load_tokenizer(config.generator, config.generator_revision)
         generator = cls(encoder, tokenizer, config.pooling, config.query_template, bool(config.train_generator))
@@ -95,6 +104,11 @@ class Generator(nn.Module):
         generator = cls(encoder, tokenizer, config.pooling, config.query_template, bool(config.train_generator))
         generator.name_or_path = config.generator
         return generator
+
+    @property
+    def savable(self) -> bool:
+        """It has weights of its own, which an adapter can hold."""
+        return True
 
     def set_trainable(self, trainable: bool) -> None:
         """Whether it is trained with what is made of its states."""
@@ -200,6 +214,17 @@ class Constant(Generator):
 
     state: Tensor
 
+    @classmethod
+    def load(cls, config: ATVConfig, llm: nn.Module | None = None, tokenizer: Any = None) -> "Constant":
+        """The same for every configuration and LLM."""
+        del config, llm, tokenizer
+        return cls()
+
+    @property
+    def savable(self) -> bool:
+        """There are no weights."""
+        return False
+
     @property
     def device(self) -> torch.device:
         """Where its state is."""
@@ -234,8 +259,7 @@ class Itself(Generator):
         nn.Module.__init__(self)
         layers = decoder_layers(llm, config.layer_path)
         self.index = cast(int, config.read_layer(len(layers)))  # below a steered one: config.layer_indices saw to that
-        object.__setattr__(self, "encoder", llm)  # no submodule: its weights are the LLM's, not the adapter's
-        object.__setattr__(self, "layer", layers[self.index])
+        unregistered(self, encoder=llm, layer=layers[self.index])
         self.register_buffer("like", torch.empty(0), persistent=False)  # has the dtype and device that states get
         self.hidden_size = text_config(llm).hidden_size
         self.tokenizer, self.pooling, self.query_template = tokenizer, "last", "{query}"
@@ -247,6 +271,16 @@ class Itself(Generator):
     layer: nn.Module
     like: Tensor
 
+    @classmethod
+    def load(cls, config: ATVConfig, llm: nn.Module | None = None, tokenizer: Any = None) -> "Itself":
+        """The lower layers of `llm`."""
+        return cls(*_needed(config, llm, tokenizer), config)
+
+    @property
+    def savable(self) -> bool:
+        """Its weights are the LLM's."""
+        return False
+
     @property
     def device(self) -> torch.device:
         """Where the LLM takes its inputs."""
@@ -255,26 +289,6 @@ class Itself(Generator):
     def describe(self) -> str:
         """What it is, in words."""
         return f"{SELF}: the LLM's own state after decoder layer {self.index}"
-
-    @contextmanager
-    def reading(self, ends: Callable[[], Tensor | None], take: Callable[[Tensor], None]) -> Iterator[None]:
-        """Hand on the states of prompts from the LLM's own passes over them while the context lasts.
-
-        Args:
-            ends: called in each pass; the column of each row's last prompt token, (rows,), counted from either end;
-                None: there is no prompt in it.
-            take: is given the states of such a pass, (rows, hidden), float32.
-        """
-
-        def look(_: int, hidden: Tensor) -> Tensor:
-            columns = ends()
-            if columns is not None:
-                rows = torch.arange(len(hidden), device=hidden.device)
-                take(hidden.detach()[rows, columns.to(hidden.device)].to(self.like))
-            return hidden
-
-        with edit_outputs([self.layer], look):
-            yield
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         return [encode_prompt(self.tokenizer, text) for text in texts]
@@ -309,11 +323,21 @@ def new_generator(config: ATVConfig, layers: int, width: int, llm: nn.Module, to
     return generator
 
 
-def load_generator(config: ATVConfig, llm: nn.Module, tokenizer: Any) -> Generator:
-    """The generator that `config` names, beside an LLM and its tokenizer."""
-    if config.generator == CONSTANT:
-        return Constant()
-    if config.generator == SELF:
-        return Itself(llm, tokenizer, config)
-    sizes = random_sizes(config.generator)
-    return Generator.load(config) if sizes is None else new_generator(config, *sizes, llm, tokenizer)
+def _needed(config: ATVConfig, llm: nn.Module | None, tokenizer: Any) -> tuple[nn.Module, Any]:
+    """The LLM and its tokenizer, or ATVError."""
+    if llm is None:
+        raise ATVError(
+            f"The generator {config.generator} needs the frozen LLM, and none was given. Load it with the LLM."
+        )
+    return llm, tokenizer
+
+
+GENERATORS: dict[str, type[Generator]] = {CONSTANT: Constant, SELF: Itself}
+"""Kinds of generators by the name that a configuration gives; any other name is that of a Hugging Face model. Add a
+kind of your own before an adapter of it is made or loaded; it overrides `load`, and `save` and `load_saved` if it is
+trained."""
+
+
+def load_generator(config: ATVConfig, llm: nn.Module | None = None, tokenizer: Any = None) -> Generator:
+    """The generator that `config` names, for an LLM and its tokenizer where it needs them."""
+    return GENERATORS.get(config.generator, Generator).load(config, llm, tokenizer)

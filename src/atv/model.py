@@ -1,18 +1,8 @@
-"""THE IDEA: a generator reads the query, an expansion makes one vector per layer, a frozen LLM is steered by them.
+"""THE IDEA, joined: an ATV (`atv.vectors`) steers a frozen LLM (`atv.steer`): loss, generate, save and load."""
 
-query --Generator--> state (batch, generator hidden) --Expansion--> task vectors (batch, layers, hidden)
-prompt --frozen LLM, with  h~_l = h_l + scale * v_l  at the chosen tokens of every chosen layer (Eq. 6)--> answer
-
-    v_l = r_l * (b_l + a * W_l z)
-
-z is the state, standardised; b_l is common to all queries, W_l z is the query's own; r_l is the size that the residual
-stream has at layer l; a, between 0 and 1, fades the query's own part out far from the queries of the training, and
-where it did not help validation rows.
-"""
-
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -22,188 +12,127 @@ from torch import Tensor, nn
 from atv import adapter, artifact
 from atv.config import ENOUGH_TO_TRAIN, ATVConfig, Positions, TrainConfig, random_sizes
 from atv.data import Task
-from atv.data.collate import Collator, EncodedRow, Row, like_lengths, pad, pad_id
-from atv.errors import ATVError
+from atv.data.collate import Collator, EncodedRow, Row, like_lengths, pad_id
+from atv.errors import ATVError, unknown
 from atv.expansion import Expansion, PaperExpansion
 from atv.generator import READ_TOKENS, Generator, Itself, check_queries, load_generator
-from atv.lm.calls import Calls, around_methods, eager
 from atv.lm.frozen import AnswerLoss, Trainable, answer_loss
-from atv.lm.hooks import base_llm, capture_outputs, decoder_layers, edit_outputs, input_device, text_config
-from atv.lm.load import load_llm
-from atv.lm.prefix import ReadPrefix, first_edited, steered_logits
-from atv.lm.tracking import GENERATES, PromptTracker, refuse_untracked
-from atv.vector_cache import AdapterHash, Lock, VectorCache
+from atv.lm.hooks import SITES, base_llm, capture_outputs, input_device, text_config, unregistered
+from atv.lm.identity import describe_llm
+from atv.lm.load import load_llm, load_tokenizer
+from atv.lm.prefix import ReadPrefix, steered_logits
+from atv.lm.spans import Known, Span, Tracked
+from atv.steer import EDITS, Edit, VectorEdit, at_ends, steer
+from atv.vector_cache import VectorCache
+from atv.vectors import ATV
 
 
-def add_vectors(hidden: Tensor, vectors: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """`hidden + scale * vectors` at the tokens that `mask` names (Eq. 6), added in float32 at least, rounded once.
+@dataclass
+class ReadAndSteer:
+    """The `Edit` of the generator `self`: reads the prompt's state at one layer, and steers those above by it."""
 
-    Args:
-        hidden: (batch, seq, hidden), on any device and of any floating dtype; not written to.
-        vectors: (batch, hidden), one per row.
-        mask: (batch, seq) bool.
-        scale: lambda.
+    model: "ATVModel"
+    edit: VectorEdit
+    """What is done above, with the vectors of the latest prompts: later passes over their answers have them too."""
+    learn: bool = False
+    """Make the vectors with gradient."""
 
-    Returns:
-        (batch, seq, hidden) in the dtype of `hidden`, equal to it wherever `mask` is false.
-    """
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    added = scale * vectors.to(hidden.device, dtype)[:, None] * mask.to(hidden.device)[:, :, None]
-    return (hidden.to(dtype) + added).to(hidden.dtype)
+    @property
+    def sites(self) -> list[nn.Module]:
+        """The layer that is read, then those that are steered."""
+        return [cast(Itself, self.model.generator).layer, *self.edit.sites]
 
+    @property
+    def positions(self) -> Positions:
+        """The tokens that are edited."""
+        return self.edit.positions
 
-@contextmanager
-def inject(
-    layers: Sequence[nn.Module], vectors: Callable[[], Tensor], scale: float, mask: Callable[[], Tensor | None]
-) -> Iterator[None]:
-    """Add each query's vectors to the outputs of `layers` while the context lasts.
-
-    Args:
-        layers: the steered decoder layers.
-        vectors: called at every layer; (queries, layers, hidden). A batch may hold several rows per query, one query
-            after the other (templates, beams, returned sequences): they share its vector.
-        scale: lambda.
-        mask: called at every layer; the tokens of this call that receive the vector, (rows, seq) bool, or None.
-    """
-
-    def edit(index: int, hidden: Tensor) -> Tensor:
-        where = mask()
-        if where is None:
-            return hidden
-        made = vectors()
-        rows_per_query, rest = divmod(len(hidden), len(made))
-        if where.shape != hidden.shape[:2] or rest:
-            raise ATVError(
-                f"A layer returned {tuple(hidden.shape[:2])} tokens; the edit mask has {tuple(where.shape)} and there "
-                f"are {len(made)} task vectors. Expected a mask of that shape and a whole number of rows per vector."
-            )
-        row_vectors = made[:, index].repeat_interleave(rows_per_query, dim=0)  # (rows, hidden)
-        start = first_edited(where) if where.shape[1] > 1 else 0  # one column: no need to ask the device
-        if start == 0:
-            return add_vectors(hidden, row_vectors, where, scale)
-        edited = hidden.clone()
-        edited[:, start:] = add_vectors(hidden[:, start:], row_vectors, where[:, start:], scale)
-        return edited
-
-    with edit_outputs(layers, edit):
-        yield
-
-
-def steering(
-    llm: nn.Module, layers: Sequence[nn.Module], vectors: Tensor, scale: float, positions: Positions
-) -> AbstractContextManager[None]:
-    """Add each query's vectors at `positions` of its prompts, in any call of the LLM while the context lasts.
-
-    Args:
-        llm: the frozen LLM, or a PEFT model around it.
-        layers: its steered decoder layers.
-        vectors: (queries, layers, hidden), one query per prompt, in the order of the prompts.
-        scale: lambda.
-        positions: the tokens that receive a vector.
-    """
-    return editing(
-        llm, layers, len(vectors), positions, lambda t: inject(layers, lambda: vectors, scale, lambda: t.mask)
-    )
-
-
-@contextmanager
-def editing(
-    llm: nn.Module,
-    layers: Sequence[nn.Module],
-    prompts: int,
-    positions: Positions,
-    edits: Callable[[PromptTracker], AbstractContextManager[None]],
-) -> Iterator[None]:
-    """Run every call of the LLM that holds tokens to edit inside what `edits` makes, while the context lasts.
-
-    Other threads and asyncio tasks are not steered by it: their contexts on the same LLM are their own, and a call in
-    one that opened none is refused.
-
-    Args:
-        llm: the frozen LLM, or a PEFT model around it; put into eval mode.
-        layers: its edited modules, in the order in which they run.
-        prompts: how many the LLM is called with; each may have several rows (beams, returned sequences).
-        positions: the tokens that receive a vector.
-        edits: given the tracker that knows where those tokens and the prompts' ends are in the current call.
-    """
-    tracker, base = PromptTracker(prompts, positions), base_llm(llm)
-    llm.eval()
-
-    def steered(call: Mapping[str, Any]) -> AbstractContextManager[None] | None:
-        tracker.observe(call)
-        if tracker.finished:  # until `generate` ends its decoding steps are those of the plain LLM, compiled or not
-            calls.pause()
-            steps.enter_context(eager.released())
-        return None if tracker.mask is None else edits(tracker)
-
-    @contextmanager
-    def generating(method: str, arguments: Mapping[str, Any]) -> Iterator[None]:
-        refuse_untracked(base, method, arguments)
-        try:
-            with tracker.generating():
-                yield
-        finally:
-            steps.close()
-            calls.resume()
-
-    steps = ExitStack()
-    calls = Calls(base, steered, inner=next(iter(layers), None))
-    with eager(), calls.watched(), around_methods(base, GENERATES, generating):
-        yield
+    def __call__(self, site: int, hidden: Tensor, span: Span) -> Tensor:
+        """Hidden states (rows, seq, hidden), edited above the layer that is read."""
+        if site > 0:
+            return self.edit(site - 1, hidden, span)
+        if span.ends is not None:
+            state = at_ends(hidden, span.ends).detach().to(cast(Itself, self.model.generator).like)
+            with torch.set_grad_enabled(self.learn and torch.is_grad_enabled()):
+                self.edit.vectors = self.model.atv.expand(state)  # (rows, vectors, hidden)
+        return hidden
 
 
 class ATVModel(Trainable):
-    """An Adaptive Task Vector for one frozen LLM.
+    """An ATV and the frozen LLM that it steers.
 
-    Its parameters, its `state_dict` and its `train` are those of generator and expansion alone (see `Trainable`).
+    Its parameters, its `state_dict` and its `train` are those of the ATV alone (see `Trainable`).
 
     Args:
         llm: a Hugging Face causal LM, PEFT-wrapped or not, in any dtype.
-        config: the shape of the ATV; the default is the paper's.
+        atv: an ATV made for this LLM, or the shape of a new one.
         tokenizer: the LLM's; by default the one saved with it.
-        generator: a ready `Generator`; by default the one that `config` names is loaded.
+        generator: of a new ATV; by default the one that its configuration names is loaded.
     """
 
     @torch.inference_mode(False)  # weights made inside inference mode could never be trained or loaded outside it
     def __init__(
         self,
         llm: nn.Module,
-        config: ATVConfig | None = None,
+        atv: ATV | ATVConfig | None = None,
         *,
         tokenizer: Any = None,
         generator: Generator | None = None,
     ) -> None:
         super().__init__(llm, tokenizer)
-        self.config = config or ATVConfig()
-        self.positions = Positions.parse(self.config.positions)
+        config = atv.config if isinstance(atv, ATV) else atv or ATVConfig()
+        if config.site not in SITES or config.edit not in EDITS:
+            what, known = ("site", SITES) if config.site not in SITES else ("edit", EDITS)
+            raise unknown(what, getattr(config, what), known)
+        self.positions = Positions.parse(config.positions)
         self.edited = self.positions.prompt_tokens
-        all_layers = decoder_layers(llm, self.config.layer_path)
-        chosen = self.config.layer_indices(len(all_layers))
-        object.__setattr__(self, "layers", [all_layers[index] for index in chosen])
-        self.generator = generator or load_generator(self.config, llm, self.tokenizer)
-        self.expansion = self.new_expansion()
-        self.vector_cache = VectorCache()
-        """Vectors of queries that came before, used outside training mode; `vector_cache.limit = 0` turns it off."""
-        self._hash = AdapterHash()
-        self._making = Lock()
+        unregistered(self, layers=self.named_layers(config))
+        if not isinstance(atv, ATV):
+            vectors = len(self.layers) * EDITS[config.edit].vectors_per_site
+            generator = generator or load_generator(config, llm, self.tokenizer)
+            atv = ATV(config, generator, vectors, text_config(llm).hidden_size)
+        self.atv = atv
+        self.training_summary = atv.training_summary
         self._start = 0.0
         self.to(input_device(llm))
 
     method = "atv"
     layers: list[nn.Module]
-    adaptive_dropout = 0.0
-    """In training mode, share of the queries that have the common vector alone."""
+    """The sites that are steered, mostly decoder layers."""
+
+    @property
+    def config(self) -> ATVConfig:
+        """The shape of the ATV."""
+        return self.atv.config
+
+    @property
+    def generator(self) -> Generator:
+        """The model that reads the query."""
+        return self.atv.generator
+
+    @property
+    def expansion(self) -> Expansion | PaperExpansion:
+        """What makes vectors of the generator's state."""
+        return self.atv.expansion
+
+    @property
+    def vector_cache(self) -> VectorCache:
+        """Vectors of queries that came before; `vector_cache.limit = 0` turns it off."""
+        return self.atv.vector_cache
+
+    @property
+    def _vectors_per_site(self) -> int:
+        return EDITS[self.config.edit].vectors_per_site
 
     @property
     def own(self) -> Itself | None:
         """The generator, if it is the LLM itself: what it reads are prompts, in the LLM's own pass over them."""
-        return self.generator if isinstance(self.generator, Itself) else None
+        return self.atv.own
 
-    def new_expansion(self) -> Expansion | PaperExpansion:
-        """An untrained expansion, as the configuration says."""
-        kind = PaperExpansion if self.config.parametrisation == "paper" else Expansion
-        width = text_config(self.llm).hidden_size
-        return kind(self.generator.hidden_size, len(self.layers), width, self.config.expansion_rank)
+    def named_layers(self, config: ATVConfig) -> list[nn.Module]:
+        """The modules of the LLM at which a configuration steers."""
+        everywhere = SITES[config.site](self.llm, config.layer_path)
+        return [everywhere[index] for index in config.layer_indices(len(everywhere))]
 
     def describe(self) -> dict[str, Any]:
         """Its configuration."""
@@ -230,7 +159,7 @@ class ATVModel(Trainable):
         """Decide whether the generator is trained, if the configuration does not say so."""
         if self.config.train_generator is None:
             enough = sum(len(task.train) for task in tasks) >= ENOUGH_TO_TRAIN * len(tasks)
-            self.config = replace(self.config, train_generator=enough)
+            self.atv.config = replace(self.config, train_generator=enough)
             self.generator.set_trainable(enough)
 
     def generator_start(self, config: TrainConfig) -> float:
@@ -250,7 +179,8 @@ class ATVModel(Trainable):
             rows: from `encode_row`; all their queries are read, and at most 64 of their prompts.
         """
         if isinstance(self.expansion, Expansion):
-            self.expansion.calibrate(self._row_states(rows), self._residual_sizes(rows[:: -(-len(rows) // 64)]))
+            sizes = self._residual_sizes(rows[:: -(-len(rows) // 64)])
+            self.expansion.calibrate(self._row_states(rows), sizes.repeat_interleave(self._vectors_per_site))
 
     @torch.no_grad()
     def set_gate(self, rows: Sequence[EncodedRow], valid: Sequence[EncodedRow]) -> None:
@@ -281,7 +211,7 @@ class ATVModel(Trainable):
     def _states_of(self, rows: Sequence[EncodedRow]) -> Tensor:
         """(rows, state); of the generator `self`, of each row's first prompt."""
         read = [row.pairs[0][0] if self.own else row.query for row in rows]
-        return torch.cat([self._states(read[start : start + 16]) for start in range(0, len(read), 16)])
+        return torch.cat([self.atv.states(read[start : start + 16]) for start in range(0, len(read), 16)])
 
     def _row_states(self, rows: Sequence[EncodedRow]) -> Tensor:
         """(different queries, state); of the generator `self`, different prompts."""
@@ -292,7 +222,7 @@ class ATVModel(Trainable):
         self.eval()
         states = []
         for batch in like_lengths(read, READ_TOKENS):
-            states.append(self._states(batch))
+            states.append(self.atv.states(batch))
         self.train(was_training)
         return torch.cat(states)
 
@@ -316,7 +246,7 @@ class ATVModel(Trainable):
 
         `self` reads none ahead: it reads prompts, in the LLM's own passes.
         """
-        self.generator.bf16, self.adaptive_dropout = config.bf16, config.adaptive_dropout
+        self.generator.bf16, self.atv.adaptive_dropout = config.bf16, config.adaptive_dropout
         if isinstance(self.expansion, Expansion):
             self.expansion.dropout = config.state_dropout
         self._start = self.generator_start(config)
@@ -329,28 +259,20 @@ class ATVModel(Trainable):
         finally:
             self.generator.bf16 = self.generator.waits = False
 
-    def train(self, mode: bool = True) -> Self:
-        """Training mode; a calibrated generator stays without dropout, which would move states off their mean."""
-        super().train(mode)
-        if isinstance(self.expansion, Expansion):
-            self.generator.eval()
-        return self
-
     # ---- the path of a query ----
 
-    def vectors(self, query_input_ids: Tensor, query_attention_mask: Tensor) -> Tensor:
-        """Encoded queries (queries, query seq) to task vectors (queries, layers, hidden), float32, with gradient."""
-        return self.expand(self.generator(query_input_ids, query_attention_mask))
+    def edit(self, vectors: Tensor | None, scale: float | None = None, learn: bool = False) -> Edit:
+        """What happens in the LLM.
 
-    def expand(self, states: Tensor) -> Tensor:
-        """States (queries, state) to task vectors (queries, layers, hidden)."""
-        if isinstance(self.expansion, PaperExpansion):
-            return cast(Tensor, self.expansion(states))
-        if self.training:
-            kept = torch.rand(len(states), device=states.device) >= self.adaptive_dropout
-            return cast(Tensor, self.expansion(states, kept.to(states.dtype)))
-        share = self.expansion.gate(states) if self.config.gate else None
-        return cast(Tensor, self.expansion(states, share))
+        Args:
+            vectors: (queries, vectors, hidden); None: the generator `self` makes them in the pass that they steer.
+            scale: strength; by default the configuration's.
+            learn: of vectors that are made in the pass, with gradient.
+        """
+        made = torch.empty(0) if vectors is None else vectors
+        scale = self.config.scale if scale is None else scale
+        edit = EDITS[self.config.edit](self.layers, made, scale, self.positions)
+        return ReadAndSteer(self, edit, learn) if vectors is None else edit
 
     def forward(
         self,
@@ -363,18 +285,13 @@ class ATVModel(Trainable):
         labels: Tensor,
     ) -> AnswerLoss:
         """The loss of the steered LLM's answers; see `Trainable.forward`."""
-        scale, keep = self.config.scale, labels.shape[1]
+        keep = labels.shape[1]
         ends = labels.new_full((len(labels),), -keep)  # a prompt's last column predicts the answer's first token
-        made = [] if self.own else [self.vectors(query_input_ids, query_attention_mask)]  # (queries, layers, hidden)
-
-        def steered(mask: Tensor) -> AbstractContextManager[None]:
-            if self.own:
-                return self.inject_own(made, lambda: ends, scale, lambda: mask, learn=True)
-            return inject(self.layers, lambda: made[0], scale, lambda: mask)
-
+        vectors = None if self.own else self.atv(query_input_ids, query_attention_mask)  # (queries, vectors, hidden)
+        edit = self.edit(vectors, learn=True)
         logits = steered_logits(
             self.llm,
-            steered,
+            lambda where: steer(self.llm, edit, Known(where, ends)),
             input_ids,
             attention_mask,
             position_ids,
@@ -383,34 +300,6 @@ class ATVModel(Trainable):
             read=self.read_prefix,
         )  # (batch, answer, vocabulary)
         return answer_loss(logits, labels)
-
-    @contextmanager
-    def inject_own(
-        self,
-        made: list[Tensor],
-        ends: Callable[[], Tensor | None],
-        scale: float,
-        mask: Callable[[], Tensor | None],
-        learn: bool = False,
-    ) -> Iterator[None]:
-        """As `inject`, with vectors that the generator `self` makes in the very pass that they steer.
-
-        Args:
-            made: holds the vectors of the latest prompts, (rows, layers, hidden): later passes over their answers have
-                them too.
-            ends: as in `Itself.reading`.
-            scale: lambda.
-            mask: as in `inject`.
-            learn: with gradient.
-        """
-
-        def take(states: Tensor) -> None:
-            with torch.set_grad_enabled(learn and torch.is_grad_enabled()):
-                made[:] = [self.expand(states)]
-
-        own = cast(Itself, self.generator)
-        with own.reading(ends, take), inject(self.layers, lambda: made[0], scale, mask):
-            yield
 
     # ---- texts to tensors ----
 
@@ -426,46 +315,13 @@ class ATVModel(Trainable):
 
     # ---- use ----
 
-    @torch.no_grad()
     def task_vectors(self, queries: Sequence[str]) -> Tensor:
-        """Task vectors of queries: (queries, layers, hidden), float32; dropout off. An empty query raises ATVError.
+        """Task vectors of queries, (queries, vectors, hidden); see `ATV.task_vectors`."""
+        return self.atv.task_vectors(queries)
 
-        With the generator `self` a query is a whole prompt. In eval mode the vectors of queries that came before are
-        taken from `vector_cache`; they are of the weights as they are now.
-        """
-        check_queries(queries)
-        if self.training or not self.vector_cache.limit:
-            return self.make_vectors(queries)
-        about = f"{self.config} {self.generator.pooling} {self.generator.query_template} {self.generator.bf16}"
-        return self.vector_cache.get(self._hash.of(self, about), queries, self.make_vectors)
-
-    @torch.no_grad()
-    def make_vectors(self, queries: Sequence[str]) -> Tensor:
-        """As `task_vectors`, whatever is cached."""
-        if self.own:  # without a mode of its own; and who holds the LLM must not wait for who waits for the LLM
-            return self._read(queries)
-        with self._making:  # the mode is that of all threads
-            was_training = self.training
-            self.eval()
-            try:
-                return self._read(queries)
-            finally:
-                self.train(was_training)
-
-    def _read(self, queries: Sequence[str]) -> Tensor:
-        return self.expand(self._states(self.generator.encode(queries)))
-
-    def _states(self, encoded: Sequence[Sequence[int]]) -> Tensor:
-        ids, mask = pad(encoded, pad_id(self.generator.tokenizer), "right")
-        return cast(Tensor, self.generator(ids.to(self.generator.device), mask.to(self.generator.device)))
-
-    @torch.no_grad()
     def gate(self, queries: Sequence[str]) -> Tensor:
-        """Share of its own part that each query has in use, (queries,), from 0 to 1; see `atv.gate.Gate`."""
-        states = self._states(self.generator.encode(queries))
-        if isinstance(self.expansion, Expansion) and self.config.gate:
-            return cast(Tensor, self.expansion.gate(states))
-        return states.new_ones(len(states))
+        """Share of its own part that each query has in use, (queries,); see `ATV.gate`."""
+        return self.atv.gate(queries)
 
     @contextmanager
     def steer(
@@ -479,31 +335,20 @@ class ATVModel(Trainable):
         Args:
             queries: one per prompt, in the order of the prompts; the generator `self` reads the prompts instead, in
                 the same pass, and only their number counts. The LLM may be called with several rows per prompt (beams,
-                returned sequences), with or without a cache, as often as one likes; prompts may be padded on either
+                returned sequences), with or without a cache, any number of times; prompts may be padded on either
                 side if `attention_mask` is given. A prompt read in chunks (`prefill_chunk_size`) is not supported,
                 since its end cannot be told from its first chunk.
-            vectors: ready task vectors (queries, layers, hidden) to use instead of making them from the queries.
+            vectors: ready task vectors (queries, vectors, hidden) to use instead of making them from the queries.
             scale: strength for this context; by default the configuration's.
 
         Raises:
             ATVError: a number of rows that is no multiple of the number of queries, or an empty query.
         """
-        scale = self.config.scale if scale is None else scale
-        steered: AbstractContextManager[None]
-        if self.own and vectors is None:
+        if vectors is None:
             check_queries(queries)
-            made: list[Tensor] = []
-            steered = editing(
-                self.llm,
-                self.layers,
-                len(queries),
-                self.positions,
-                lambda tracker: self.inject_own(made, tracker.prompt_ends, scale, lambda: tracker.mask),
-            )
-        else:
-            vectors = self.task_vectors(queries) if vectors is None else vectors  # (queries, layers, hidden)
-            steered = steering(self.llm, self.layers, vectors, scale, self.positions)
-        with steered:
+            vectors = None if self.own else self.task_vectors(queries)
+        prompts = len(queries) if vectors is None else len(vectors)
+        with steer(self.llm, self.edit(vectors, scale), Tracked(prompts, self.positions)):
             yield self
 
     def generate(
@@ -532,30 +377,57 @@ class ATVModel(Trainable):
         sequences = getattr(output, "sequences", output)
         return cast(list[str], self.tokenizer.batch_decode(sequences[:, width:], skip_special_tokens=True))
 
-    # ---- the artifact ----
+    # ---- the adapter ----
 
     def require_savable(self) -> None:
         """Raise ATVError if a part is not the one that the configuration makes: it could not be read back."""
-        adapter.require_savable(self)
+        if list(map(id, self.layers)) != list(map(id, self.named_layers(self.config))):
+            raise adapter.unsavable("layers are not those of the LLM that the configuration names")
+        adapter.require_savable(self.config, self.generator, self.expansion)
 
     def load_weights(self, folder: Path) -> None:
         """Take the weights of an adapter that a model made alike has saved, and how it was trained."""
-        adapter.load_weights(self, folder)
+        saved = artifact.read(folder, self.method)
+        artifact.check_llm(saved, self.llm, folder)
+        adapter.load_generator_weights(self.generator, saved, adapter.read_config(saved, folder), folder)
+        adapter.load_expansion(self.expansion, folder)
+        self.training_summary = saved.training
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write generator, expansion, configuration and model card to a folder, whole or not at all."""
-        adapter.save(self, Path(path))
+        """Write generator, expansion, configuration and model card to a folder, whole or not at all.
+
+        The generator is part of it unless it is frozen and can be loaded by its name. What was written is read back
+        before it takes its place.
+
+        Raises:
+            ATVError: what would be read back is not the model.
+        """
+        self.require_savable()
+        was_training = self.training
+        self.eval()
+        try:
+            adapter.save(
+                Path(path),
+                self.method,
+                describe_llm(self.llm, self.config.layer_path),
+                self.config,
+                self.generator,
+                self.expansion,
+                self.training_summary,
+            )
+        finally:
+            self.train(was_training)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
         """Save and upload to the Hugging Face hub; returns the address of the commit."""
-        return adapter.push(self, repo_id, private=private, token=token)
+        return adapter.push(self.save_pretrained, repo_id, private=private, token=token)
 
     @classmethod
     @torch.inference_mode(False)
     def from_pretrained(
         cls,
-        llm: nn.Module | str,
         path_or_hub_id: str | Path,
+        llm: nn.Module | str | None = None,
         *,
         tokenizer: Any = None,
         revision: str | None = None,
@@ -563,8 +435,8 @@ class ATVModel(Trainable):
         """Load an adapter onto the LLM that it was trained for.
 
         Args:
-            llm: the LLM, or the name to load it by.
             path_or_hub_id: folder written by `save_pretrained`, or a repository of the hub.
+            llm: the LLM, or the name to load it by; by default the one that the adapter names is loaded.
             tokenizer: the LLM's; by default the one saved with it.
             revision: of the hub repository.
 
@@ -574,10 +446,10 @@ class ATVModel(Trainable):
         folder = artifact.locate(path_or_hub_id, revision)
         saved = artifact.read(folder, cls.method)
         config = adapter.read_config(saved, folder)
-        loaded = load_llm(llm) if isinstance(llm, str) else llm
+        name = saved.base_llm["name"] if llm is None else llm
+        loaded = load_llm(name) if isinstance(name, str) else name
         artifact.check_llm(saved, loaded, folder)
-        model = cls(loaded, config, tokenizer=tokenizer, generator=adapter.load_generator(saved, config, folder))
-        adapter.require_named_generator(saved, model.generator, folder)
-        adapter.load_expansion(model.expansion, folder)
-        model.training_summary = saved.training
-        return model.eval()
+        if tokenizer is None:
+            tokenizer = load_tokenizer(str(base_llm(loaded).name_or_path))
+        named = None if adapter.has_generator(saved) else load_generator(config, loaded, tokenizer)
+        return cls(loaded, ATV.of(saved, config, named, folder), tokenizer=tokenizer).eval()

@@ -67,7 +67,7 @@ def write_analysis(
     if out.is_file():
         raise ATVError(f"{out} is a file; expected a folder, for {ANALYSIS_FILE}, tables and plots. Name another.")
     llm, tokenizer = named.load()
-    atv = ATVModel.from_pretrained(llm, adapter, tokenizer=tokenizer)
+    atv = ATVModel.from_pretrained(adapter, llm, tokenizer=tokenizer)
     elicit = Elicit.load(llm, tokenizer, library) if library else None
     began = time.perf_counter()
     found = analyse(atv, tasks, elicit=elicit, **how)

@@ -73,7 +73,7 @@ def run_demo(out: Path, force: bool) -> None:
 def _show_queries(adapter: Path) -> None:
     templates = read(adapter).training["tasks"]
     llm, tokenizer = Frozen(EMBEDDED_LLM).load()
-    atv = ATVModel.from_pretrained(llm, adapter, tokenizer=tokenizer)
+    atv = ATVModel.from_pretrained(adapter, llm, tokenizer=tokenizer)
     for task, query in QUERIES:
         prompts, how = prompts_of([query], templates[task][0]), {"max_new_tokens": 6, "do_sample": False}
         steered, plain = atv.generate(prompts, prompts, **how), unsteered(atv, prompts, **how)

@@ -139,7 +139,7 @@ def answer(options: Mapping[str, Any]) -> None:
     saved = artifact.read(folder)
     template = prompt_template(saved, options["task"], options["template"])
     llm, tokenizer = frozen(options, options["llm"] or saved.base_llm["name"]).load()
-    atv = ATVModel.from_pretrained(llm, folder, tokenizer=tokenizer)
+    atv = ATVModel.from_pretrained(folder, llm, tokenizer=tokenizer)
     how: dict[str, Any] = {"max_new_tokens": options["max_new_tokens"], "do_sample": options["temperature"] > 0}
     if options["temperature"] > 0:
         how["temperature"] = options["temperature"]

@@ -15,7 +15,7 @@ from atv.config import Positions, TrainConfig
 from atv.data import Task
 from atv.data.collate import IGNORED, Collator, EncodedRow, Row, encode_pair, encode_prompt, left_padded, pad_id
 from atv.errors import ATVError
-from atv.lm.hooks import base_llm, input_device, keep_differentiable, uncompiled
+from atv.lm.hooks import base_llm, input_device, keep_differentiable, uncompiled, unregistered
 from atv.lm.load import context_length, load_tokenizer
 from atv.lm.prefix import ReadPrefix, call_llm, read_prefix
 
@@ -89,7 +89,7 @@ class Trainable(nn.Module, ABC):
     def __init__(self, llm: nn.Module, tokenizer: Any = None) -> None:
         super().__init__()
         llm = uncompiled(llm)  # what torch has compiled takes no notice of hooks
-        object.__setattr__(self, "llm", llm.eval().requires_grad_(False))
+        unregistered(self, llm=llm.eval().requires_grad_(False))
         keep_differentiable(llm)
         self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(str(base_llm(llm).name_or_path))
         self.training_summary: dict[str, Any] = {}

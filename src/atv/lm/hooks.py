@@ -20,6 +20,12 @@ from atv.lm.calls import eager, hooked, scope, unsteered
 Edit = Callable[[int, Tensor], Tensor]
 
 
+def unregistered(owner: nn.Module, **values: Any) -> None:
+    """Set attributes that hold modules without making them submodules: the LLM's weights are not the owner's."""
+    for name, value in values.items():
+        object.__setattr__(owner, name, value)
+
+
 def uncompiled(module: nn.Module) -> nn.Module:
     """The module that ``torch.compile(module)`` was given; any other module as it is."""
     return cast(nn.Module, getattr(module, "_orig_mod", module))
@@ -94,7 +100,7 @@ def decoder_layers(llm: nn.Module, path: str | None = None) -> list[nn.Module]:
     return list(lists[found[0]])
 
 
-def attention_and_mlp(llm: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+def attention_and_mlp(llm: nn.Module, path: str | None = None) -> list[tuple[nn.Module, nn.Module]]:
     """The attention module and the MLP of each decoder layer, found by structure: the two children with matrices.
 
     An MLP may be written out in the layer as bare linear maps: its output is then that of the map that ends in the
@@ -105,7 +111,7 @@ def attention_and_mlp(llm: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     """
     hidden = text_config(llm).hidden_size
     found = []
-    for layer in decoder_layers(llm):
+    for layer in decoder_layers(llm, path):
         attention: list[nn.Module] = []
         others: list[nn.Module] = []
         for name, child in layer.named_children():
@@ -121,6 +127,15 @@ def attention_and_mlp(llm: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
             )
         found.append((attention[0], others[0]))
     return found
+
+
+SITES: dict[str, Callable[[nn.Module, str | None], Sequence[nn.Module]]] = {
+    "layer": decoder_layers,
+    "attention": lambda llm, path: [attention for attention, _ in attention_and_mlp(llm, path)],
+    "mlp": lambda llm, path: [mlp for _, mlp in attention_and_mlp(llm, path)],
+}
+"""Where an LLM can be edited: by name, a function from the LLM and the path of its list of decoder layers to one module
+for each of them. Add one of your own before an adapter with it is made or loaded."""
 
 
 def _hidden(module: nn.Module, output: Any) -> Tensor:

@@ -21,14 +21,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from atv.data.collate import left_padded, position_ids
 from atv.lm.attention import grouped, shared
 from atv.lm.hooks import accepted, base_llm, flat_head, input_device, text_config
+from atv.lm.spans import first_edited
 
 ReadPrefix = Callable[[nn.Module, Tensor, Tensor, Tensor], Any]
-
-
-def first_edited(edit_mask: Tensor) -> int:
-    """The first column of `edit_mask` (batch, seq) with an edit in any row; its width if there is none."""
-    columns = edit_mask.any(dim=0).nonzero()
-    return int(columns[0]) if len(columns) else edit_mask.shape[1]
 
 
 def call_llm(llm: nn.Module, *, keep: int, **inputs: Any) -> Any:

@@ -64,7 +64,7 @@ class ATV(Method):
     ) -> Self:
         """Load the adapter onto the LLM."""
         shots = cls.wanted_shots(shots)
-        atv = cls.model_class.from_pretrained(llm, cls.wanted_adapter(adapter), tokenizer=tokenizer)
+        atv = cls.model_class.from_pretrained(cls.wanted_adapter(adapter), llm, tokenizer=tokenizer)
         atv.vector_cache.limit = 0  # seconds per query are those of a query that was never asked
         method = cls(atv)
         method.shots, method.seed = shots, seed

@@ -18,12 +18,13 @@ from atv.files import write_bytes
 from atv.lm import identity
 from atv.lm.hooks import decoder_layers, input_device
 from atv.lm.prefix_store import PrefixStore
+from atv.lm.spans import Tracked
 from atv.methods.base import Method
 from atv.methods.exemplars import Exemplars, best_layers, exemplar_prompts, last_states, layer_scores
 from atv.methods.once import BEST, at_least_one, learn_once
 from atv.methods.retriever import Retriever, embed, fit_classifier, load_encoder
-from atv.model import steering
 from atv.progress import Bar, bar
+from atv.steer import AddVectors, steer
 
 NO_LAYER = -1
 """An entry's best layer where the configuration names the layers instead."""
@@ -150,7 +151,8 @@ class Elicit(Method):
         layers = [self._layers[index] for index in used.tolist()]
         added = self._added[picked][:, used, None]
         vectors = self.states[picked][:, used] * added  # (queries, used layers, hidden)
-        return steering(self.llm, layers, vectors, self.config.scale, Positions.parse("last"))
+        last = Positions.parse("last")
+        return steer(self.llm, AddVectors(layers, vectors, self.config.scale, last), Tracked(len(vectors), last))
 
 
 def _exemplars(

@@ -15,13 +15,15 @@ from atv.lm.hooks import capture_outputs, decoder_layers, input_device, read_up_
 from atv.lm.load import context_length
 from atv.lm.prefix import ReadPrefix, as_cache, call_llm, full_sides, read_prefix, steered_logits
 from atv.lm.scoring import answers_right, training_options
+from atv.lm.spans import Known
 from atv.methods.base import Prompt
 from atv.methods.demonstrations import fitted
-from atv.model import inject
+from atv.steer import AddVectors, steer
 
 AT_ONCE = 100
 """Prompts in one call that looks for the best layer."""
 SPLIT_NAMES = {"train": "training", "valid": "validation", "test": "test"}
+LAST = Positions.parse("last")
 READ_TOKENS = 1024
 """Tokens in one call that takes states: those of all layers and tokens are held until it ends."""
 
@@ -134,7 +136,7 @@ def layer_scores(
         prompt, answer = encode_pair(tokenizer, text, row.output)
         asked.append(EncodedRow([0], [(prompt, answer[:tokens])], tokens))
         check_length(llm, task, "valid", prompt + answer[: tokens - 1])
-    inputs = Collator(Positions.parse("last"), pad_id(tokenizer), 0)(asked)  # each (rows, seq)
+    inputs = Collator(LAST, pad_id(tokenizer), 0)(asked)  # each (rows, seq)
     targets, judged = inputs.pop("labels"), torch.tensor([row.judged for row in asked])  # (rows, answer), (rows,)
     steered = ("input_ids", "attention_mask", "position_ids", "edit_mask")
     inputs = {name: inputs[name].to(input_device(llm)) for name in steered}
@@ -145,7 +147,7 @@ def layer_scores(
         made = vectors.flatten(0, -3)
         logits = steered_logits(
             llm,
-            lambda mask: inject([layer], lambda: made, scale, lambda: mask),
+            lambda where: steer(llm, AddVectors([layer], made, scale, LAST), Known(where)),
             **{name: tensor.repeat(len(vectors), 1) for name, tensor in inputs.items()},
             keep=targets.shape[1],
             read=read,

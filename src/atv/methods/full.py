@@ -17,7 +17,7 @@ from atv.data import Task
 from atv.errors import ATVError
 from atv.lm import identity
 from atv.lm.frozen import AnswerLoss, Trainable, plain_loss
-from atv.lm.hooks import base_llm, quantization
+from atv.lm.hooks import base_llm, quantization, unregistered
 from atv.lm.prefix_store import PrefixStore
 from atv.methods.base import Method
 
@@ -57,7 +57,7 @@ class FullModel(Trainable):
     def __init__(self, llm: nn.Module, tokenizer: Any = None) -> None:
         super().__init__(llm, tokenizer)
         dtype = torch.promote_types(next(llm.parameters()).dtype, torch.float32)
-        object.__setattr__(self, "tuned", copy_of(llm).to(dtype).requires_grad_(True))
+        unregistered(self, tuned=copy_of(llm).to(dtype).requires_grad_(True))
         self.weights = nn.ParameterList(self.tuned.parameters())  # tied ones once, as safetensors wants them
 
     tuned: nn.Module

@@ -33,17 +33,27 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from atv import artifact
-from atv.config import Checked, TrainConfig
+from atv.config import Checked, Positions, TrainConfig
 from atv.data import Example, Task
 from atv.data.collate import Row, left_padded, pad_id
 from atv.errors import ATVError
 from atv.lm import identity
 from atv.lm.frozen import AnswerLoss, Trainable, plain_loss
-from atv.lm.hooks import attention_and_mlp, capture_outputs, decoder_layers, edit_outputs, input_device, text_config
+from atv.lm.hooks import (
+    attention_and_mlp,
+    capture_outputs,
+    decoder_layers,
+    edit_outputs,
+    input_device,
+    text_config,
+    unregistered,
+)
 from atv.lm.prefix import call_llm
 from atv.lm.prefix_store import PrefixStore
+from atv.lm.spans import Known, Span, Tracked
 from atv.methods.base import Method
 from atv.progress import bar
+from atv.steer import steer
 from atv.training.batches import training_rows
 
 WEIGHTS_FILE = "i2cl.safetensors"
@@ -94,7 +104,7 @@ class I2CLModel(Trainable):
         super().__init__(llm, tokenizer)
         self.config = config
         modules = attention_and_mlp(llm)
-        object.__setattr__(self, "edited_modules", [module for pair in modules for module in pair])
+        unregistered(self, edited_modules=[module for pair in modules for module in pair])
         start = torch.tensor([config.initial_context, config.initial_module])
         self.coefficients = nn.Parameter(start.repeat(len(modules), 2, 1))
         """(layers, 2, 2) float32: of attention and of MLP; lambda and beta."""
@@ -177,22 +187,9 @@ class I2CLModel(Trainable):
 
     # ---- injection ----
 
-    def inject(self, tasks: Tensor) -> AbstractContextManager[None]:
-        """Mix the context vectors of `tasks`, (rows,), into what attention and MLP return at every token."""
-
-        def edit(index: int, hidden: Tensor) -> Tensor:
-            layer, module = divmod(index, 2)
-            dtype = torch.promote_types(hidden.dtype, torch.float32)
-            own = hidden.reshape(len(tasks), -1, hidden.shape[-1]).to(dtype)  # some LLMs flatten rows and tokens
-            context = self.contexts[tasks, layer, module].to(own)[:, None]  # (rows, 1, hidden)
-            of_context, of_own = self.coefficients[layer, module].to(own)
-            mixed: Tensor = of_own * own + of_context * context  # (rows, seq, hidden)
-            if self.training:
-                size = self.config.noise * mixed.detach().norm(dim=-1, keepdim=True)
-                mixed = mixed + size * torch.randn_like(mixed)
-            return mixed.to(hidden.dtype).reshape(hidden.shape)
-
-        return edit_outputs(self.edited_modules, edit)
+    def edit(self, tasks: Tensor) -> "MixContext":
+        """What mixes the context vectors of `tasks`, (rows,), into what attention and MLP return at every token."""
+        return MixContext(self, tasks)
 
     def encode_query(self, row: Row) -> list[int]:
         """The number of its task."""
@@ -209,9 +206,9 @@ class I2CLModel(Trainable):
         labels: Tensor,
     ) -> AnswerLoss:
         """The loss of the answers, of which each token is injected into too; see `Trainable.forward`."""
-        del query_attention_mask, edit_mask
+        del query_attention_mask
         tasks = query_input_ids[:, 0].repeat_interleave(len(input_ids) // len(query_input_ids))  # (batch,)
-        with self.inject(tasks):
+        with steer(self.llm, self.edit(tasks), Known(edit_mask)):
             return plain_loss(self.llm, input_ids, attention_mask, position_ids, labels)
 
     # ---- the artifact ----
@@ -258,6 +255,35 @@ class I2CLModel(Trainable):
         model = cls(llm, config, tokenizer)
         model.load_weights(folder)
         return model.eval()
+
+
+class MixContext:
+    """I2CL's `Edit`: at every token, `lambda * context + beta * own` for attention and MLP of each layer.
+
+    Args:
+        model: has context vectors and coefficients.
+        tasks: (rows,), whose context vectors each row takes.
+    """
+
+    positions = Positions.parse("all")
+
+    def __init__(self, model: I2CLModel, tasks: Tensor) -> None:
+        self.model, self.tasks = model, tasks
+        self.sites = model.edited_modules
+
+    def __call__(self, site: int, hidden: Tensor, span: Span) -> Tensor:
+        """What a module returns, (rows, seq, hidden), mixed; some LLMs flatten rows and tokens."""
+        del span  # all tokens: what happens at padding reaches none of them
+        model, (layer, module) = self.model, divmod(site, 2)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        own = hidden.reshape(len(self.tasks), -1, hidden.shape[-1]).to(dtype)
+        context = model.contexts[self.tasks, layer, module].to(own)[:, None]  # (rows, 1, hidden)
+        of_context, of_own = model.coefficients[layer, module].to(own)
+        mixed: Tensor = of_own * own + of_context * context  # (rows, seq, hidden)
+        if model.training:
+            size = model.config.noise * mixed.detach().norm(dim=-1, keepdim=True)
+            mixed = mixed + size * torch.randn_like(mixed)
+        return mixed.to(hidden.dtype).reshape(hidden.shape)
 
 
 class I2CL(Method):
@@ -312,4 +338,5 @@ class I2CL(Method):
 
     def steer(self, task: Task, examples: Sequence[Example]) -> AbstractContextManager[Any]:
         """The task's context vectors; for a task that was not trained on, those chosen by the inputs of `examples`."""
-        return self.model.inject(self.model.tasks_of(task.name, [example.input for example in examples]))
+        edit = self.model.edit(self.model.tasks_of(task.name, [example.input for example in examples]))
+        return steer(self.llm, edit, Tracked(len(examples), edit.positions))

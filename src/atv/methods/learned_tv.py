@@ -92,7 +92,7 @@ class LearnedTV(Fixed):
                 note_few(cls.name, tasks, len(layers))
                 log.info(f"{cls.name}: layer {best} of {', '.join(map(str, layers))} answers most validation rows")
             if is_main():
-                model = cls.model_class.from_pretrained(llm, parts / str(best) / "adapter", tokenizer=tokenizer)
+                model = cls.model_class.from_pretrained(parts / str(best) / "adapter", llm, tokenizer=tokenizer)
                 model.training_summary["layers"] = {
                     str(layer): {"valid_accuracy": right, "valid_loss": -loss}
                     for layer, (right, loss) in scores.items()

@@ -14,9 +14,9 @@ do to a hidden state, and stands in for them in use. Everything else is decided 
   of equal ones those that make the right tokens likeliest.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -30,14 +30,14 @@ from atv.data import TRAIN_PREFIX, Example, Task, Variant
 from atv.data.collate import encode_prompt
 from atv.files import write_bytes
 from atv.lm import identity
-from atv.lm.hooks import decoder_layers, edit_outputs, input_device
+from atv.lm.hooks import decoder_layers, input_device
 from atv.lm.prefix_store import PrefixStore
-from atv.lm.tracking import PromptTracker
+from atv.lm.spans import Span, Tracked
 from atv.methods.base import Method
 from atv.methods.exemplars import check_length, exemplar_prompts, in_turn, last_states, layer_scores
 from atv.methods.once import BEST, at_least_one, layers_to_try, learn_once, note_few, number_or_best
-from atv.model import editing, inject
 from atv.progress import bar
+from atv.steer import add_from, at_ends, steer
 
 WEIGHTS_FILE = "linear.safetensors"
 RIDGES = (100.0, 10.0, 1.0, 0.1)
@@ -201,25 +201,25 @@ class Linear(Method):
 
     def steer(self, task: Task, examples: Sequence[Example]) -> AbstractContextManager[Any]:
         """The task's map; for a task that was not trained on that of all training rows."""
-        made = self.maps.get(task.name, self.maps[ALL])
-        last = Positions.parse("last")
-        return editing(self.llm, [self.layer], len(examples), last, lambda tracker: self._add(made, tracker))
+        edit = AddEffect([self.layer], self.maps.get(task.name, self.maps[ALL]), self.config.scale)
+        return steer(self.llm, edit, Tracked(len(examples), edit.positions))
 
-    @contextmanager
-    def _add(self, made: Ridge, tracker: PromptTracker) -> Iterator[None]:
-        vectors: list[Tensor] = []
 
-        def look(_: int, hidden: Tensor) -> Tensor:
-            ends = tracker.prompt_ends()
-            assert ends is not None  # the call edits a token: it holds the prompts' ends
-            rows = torch.arange(len(hidden), device=hidden.device)
-            states = hidden[rows, ends.to(hidden.device)].to(made.mean)  # (rows, hidden)
-            vectors[:] = [made.effects(states)[:, None]]
-            return hidden
+@dataclass
+class AddEffect:
+    """Adds what demonstrations would change, told from the prompt's own state at the layer. An `Edit`."""
 
-        adding = inject([self.layer], lambda: vectors[0], self.config.scale, lambda: tracker.mask)
-        with adding, edit_outputs([self.layer], look):  # of two on one layer the later one runs first
-            yield
+    sites: Sequence[nn.Module]
+    made: Ridge
+    scale: float
+    positions: Positions = field(default_factory=lambda: Positions.parse("last"))
+
+    def __call__(self, site: int, hidden: Tensor, span: Span) -> Tensor:
+        """Hidden states (rows, seq, hidden), edited at each prompt's last token."""
+        del site
+        assert span.ends is not None  # a call that edits a prompt's last token holds it
+        states = at_ends(hidden, span.ends).to(self.made.mean)  # (rows, hidden)
+        return add_from(span, hidden, self.made.effects(states), self.scale)
 
 
 def _read(

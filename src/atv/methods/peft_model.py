@@ -17,7 +17,7 @@ from atv.data import Task
 from atv.errors import ATVError
 from atv.lm import identity
 from atv.lm.frozen import AnswerLoss, Trainable, plain_loss
-from atv.lm.hooks import base_llm
+from atv.lm.hooks import base_llm, unregistered
 from atv.lm.prefix_store import PrefixStore
 from atv.methods.base import Method
 
@@ -85,7 +85,7 @@ class PEFTModel(Trainable):
         super().__init__(llm, tokenizer)
         self.method, self.config = method.name, config
         self._about_llm = identity.describe_llm(llm)
-        object.__setattr__(self, "adapted", method.adapt(llm, config))
+        unregistered(self, adapted=method.adapt(llm, config))
         self.learned = self.adapted.learned()
 
     def describe(self) -> dict[str, Any]:

@@ -1,14 +1,18 @@
-"""Which tokens does this forward call read? The bookkeeping that lets any `generate` call be steered.
+"""Which tokens of a call of the LLM are edited? The three sources of that answer.
 
-`generate` calls the LLM in several ways: the whole prompt first and then one token at a time with a cache; the whole
-text again at every step without one; several beams or returned sequences per prompt. A `PromptTracker` looks at each
-call's own arguments and says which of its columns receive a vector.
+`Known`: whoever makes the call has a mask (training). `Lengths`: each row is a whole text whose prompt has so many
+tokens (scoring). `Tracked`: any call, `generate` above all, which calls the LLM in several ways: the whole prompt first
+and then one token at a time with a cache; the whole text again at every step without one; several beams or returned
+sequences per prompt.
 """
 
-from collections.abc import Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, cast
 from weakref import ref
 
 import torch
@@ -98,6 +102,26 @@ def _attended(mask: Any, rows: int, start: int, width: int, device: torch.device
     return known.long().expand(rows, width)
 
 
+def _tokens(call: Mapping[str, Any]) -> Tensor:
+    """What a call reads: ids (rows, seq), or embeddings (rows, seq, hidden)."""
+    tokens = call["input_ids"] if call.get("input_ids") is not None else call.get("inputs_embeds")
+    if tokens is None:
+        raise ATVError("The LLM was called with neither input_ids nor inputs_embeds; a steered call needs one.")
+    return cast(Tensor, tokens)
+
+
+def _cache(call: Mapping[str, Any]) -> Any:
+    """The cache that a call was given, under whatever name; None if there is none."""
+    arguments = {**call, **call.get("kwargs", {})}
+    return next((arguments[name] for name in CACHES if arguments.get(name) is not None), None)
+
+
+def _start(call: Mapping[str, Any]) -> int | None:
+    """How many tokens were read before those of a call; None: some."""
+    cache = _cache(call)
+    return 0 if cache is None else _length(cache)
+
+
 def _length(cache: Any) -> int | None:
     """How many tokens a cache holds; None: some, as a recurrent state, which does not count them."""
     count = getattr(cache, "get_seq_length", None)
@@ -108,8 +132,103 @@ def _length(cache: Any) -> int | None:
         return 0 if callable(has_state) and not has_state() else None
 
 
-class PromptTracker:
-    """Follows the forward calls of one steered context and keeps the edit mask of the current one.
+@dataclass(frozen=True, eq=False)
+class Span:
+    """One call of the LLM, seen from the prompts in it."""
+
+    where: Tensor
+    """(rows, seq) bool: the tokens of this call that are edited."""
+    ends: Tensor | None = None
+    """(rows,): the column of each row's last prompt token, counted from either end; None if this call holds no end."""
+
+    @cached_property
+    def first(self) -> int:
+        """The first column in which a row is edited; computed once, since it waits for the device."""
+        return first_edited(self.where) if self.where.shape[1] > 1 else 0
+
+
+def first_edited(where: Tensor) -> int:
+    """The first column of (rows, seq) in which a row is edited; seq if there is none."""
+    columns = where.any(dim=0).nonzero()
+    return int(columns[0]) if len(columns) else where.shape[1]
+
+
+class Spans(ABC):
+    """Gives the span of each call of a steered LLM."""
+
+    finished = False
+    """Inside `generate`: no later call edits anything."""
+
+    @abstractmethod
+    def __call__(self, call: Mapping[str, Any]) -> Span | None:
+        """The span of a call that is about to run, from its arguments by name; None: nothing in it is edited."""
+
+    def generating(self, llm: Any, method: str, arguments: Mapping[str, Any]) -> AbstractContextManager[None]:
+        """Around a call of one of `GENERATES`; ATVError if its calls cannot be followed."""
+        del llm, arguments
+        raise ATVError(
+            f"{method} was called where the edited tokens are given by {type(self).__name__}, which holds for single "
+            "calls of the LLM. Use Tracked for generate."
+        )
+
+
+class Known(Spans):
+    """The same tokens in every call.
+
+    Args:
+        where: (rows, seq) bool.
+        ends: as in `Span`.
+    """
+
+    def __init__(self, where: Tensor, ends: Tensor | None = None) -> None:
+        self._span = Span(where, ends)
+
+    def __call__(self, call: Mapping[str, Any]) -> Span | None:
+        """The span that is known."""
+        del call
+        return self._span
+
+
+class Lengths(Spans):
+    """Calls that read whole texts: in each row a prompt, its continuation, and padding on the right.
+
+    Args:
+        lengths: tokens of each row's prompt.
+        positions: the tokens that are edited.
+    """
+
+    def __init__(self, lengths: Sequence[int], positions: Positions) -> None:
+        self._lengths, self._positions = list(lengths), positions
+
+    def __call__(self, call: Mapping[str, Any]) -> Span | None:
+        """The span of a call with `input_ids` or `inputs_embeds`, with or without `attention_mask`.
+
+        Raises:
+            ATVError: other rows than lengths, a prompt that is longer than its row, padding on the left, or a cache
+                that holds tokens already.
+        """
+        tokens = _tokens(call)
+        rows, width = tokens.shape[:2]
+        if rows != len(self._lengths) or not all(0 < length <= width for length in self._lengths):
+            raise ATVError(
+                f"The LLM was called with {rows} rows of {width} tokens and the prompts have {self._lengths[:8]} "
+                "tokens; expected one row per prompt, as long as its prompt at least."
+            )
+        if _start(call):
+            raise ATVError("The LLM was called with a cache that holds tokens; expected calls that read whole texts.")
+        attended = _attended(call.get("attention_mask"), rows, 0, width, tokens.device).bool()
+        if not bool(attended[:, 0].all()):
+            raise ATVError("The LLM was called with padding on the left; expected it on the right, after the texts.")
+        length = torch.tensor(self._lengths, device=tokens.device)[:, None]  # (rows, 1)
+        columns = torch.arange(width, device=tokens.device)
+        where = edit_mask(columns < length, self._positions)
+        if self._positions.answer:
+            where = where | (columns >= length)
+        return Span(where & attended, length[:, 0] - 1)
+
+
+class Tracked(Spans):
+    """Follows the calls of one steered context.
 
     Inside `generate` the first call reads the prompt and every other one its answer. Outside, the first call, and any
     later one that does not continue what was read before, is a new prompt. A call continues if its cache holds the
@@ -120,63 +239,50 @@ class PromptTracker:
     def __init__(self, queries: int, positions: Positions) -> None:
         self.queries = queries
         self.positions = positions
-        self.mask: Tensor | None = None
-        """(rows, columns of this call) bool; None when this call edits nothing."""
         self._prompt_mask: Tensor | None = None  # (rows, columns up to the prompt's end)
         self._prompt_ids: Tensor | None = None
         self._start = 0
-        self._call_start = 0
         self._cache: ref[Any] | None = None  # of the latest call
         self._expected: str | None = None  # "prompt" or "answer" inside generate
-        self.finished = False
-        """Inside `generate`, no later call edits anything: the prompt is cached, and its answer is not edited."""
 
     @contextmanager
-    def generating(self) -> Iterator[None]:
+    def generating(self, llm: Any, method: str, arguments: Mapping[str, Any]) -> Iterator[None]:
         """The next call reads a prompt, and those after it inside this context its answer."""
+        refuse_untracked(llm, method, arguments)
         former, self._expected = self._expected, "prompt"
         try:
             yield
         finally:
             self._expected = former
 
-    def observe(self, call: Mapping[str, Any]) -> None:
-        """Look at the named arguments of a forward call that is about to run."""
-        ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
-        tokens = ids if ids is not None else embeds
-        if tokens is None:
-            raise ATVError("The LLM was called with neither input_ids nor inputs_embeds; a steered call needs one.")
+    def __call__(self, call: Mapping[str, Any]) -> Span | None:
+        """The span of a call, which either begins a prompt or continues the one before."""
+        ids, tokens = call.get("input_ids"), _tokens(call)
         rows, width = tokens.shape[:2]
-        arguments = {**call, **call.get("kwargs", {})}
-        cache = next((arguments[name] for name in CACHES if arguments.get(name) is not None), None)
-        start = _length(cache) if cache is not None else 0
+        cache, start = _cache(call), _start(call)
         place = self._continued(ids, rows, width, cache, start)
         if place is None:
             self._begin(tokens, call.get("attention_mask"), ids, start or 0)
             place = self._start
         self._expected = None if self._expected is None else "answer"
-        # An LLM that is handed a cache which its signature does not name ignores it and reads the whole text again.
+        # An LLM that is given a cache which its signature does not name ignores it and reads the whole text again.
         taken = any(call.get(name) is not None for name in CACHES)
         self.finished = self._expected is not None and taken and not self.positions.answer
         self._cache = None if cache is None else _weak(cache)
         assert self._prompt_mask is not None
-        self._call_start = place
         prompt = self._prompt_mask.shape[1]
         if place >= prompt:  # answer tokens alone: known from shapes, so that a decoding step waits for no device
-            answer = self.positions.answer
-            self.mask = torch.ones(rows, width, dtype=torch.bool, device=tokens.device) if answer else None
-            return
+            answer = torch.ones(rows, width, dtype=torch.bool, device=tokens.device)
+            return Span(answer) if self.positions.answer else None
         known = self._prompt_mask[:, place : place + width]  # columns of the prompt in this call
-        mask = torch.nn.functional.pad(known, (0, width - known.shape[1]), value=self.positions.answer)
-        self.mask = mask if bool(mask.any()) else None
+        where = torch.nn.functional.pad(known, (0, width - known.shape[1]), value=self.positions.answer)
+        return Span(where, self._ends(place)) if bool(where.any()) else None
 
-    def prompt_ends(self) -> Tensor | None:
-        """The column of this call where each row's prompt ends, (rows,); None when the call holds no prompt's end."""
-        prompt = self._prompt_mask
-        if prompt is None or self._call_start >= prompt.shape[1]:
-            return None
+    def _ends(self, place: int) -> Tensor:
+        """The column where each row's prompt ends, (rows,), in a call that begins at the prompt's column `place`."""
+        prompt = cast(Tensor, self._prompt_mask)
         from_end = prompt.flip(-1).int().argmax(-1)  # a prompt's last token is edited wherever vectors are added
-        return prompt.shape[1] - 1 - from_end - self._call_start
+        return prompt.shape[1] - 1 - from_end - place
 
     def _continued(self, ids: Tensor | None, rows: int, width: int, cache: Any, start: int | None) -> int | None:
         """The column of the prompt's text at which this call begins; None: it is a new prompt."""
@@ -195,7 +301,7 @@ class PromptTracker:
                 raise ATVError(
                     f"The LLM was called with {width} tokens after a cached prompt: they may be an answer, another "
                     "turn or the rest of the prompt, and nothing tells which. Open a new context for another turn, "
-                    "use generate, or read an answer inside atv.lm.tracking.continuing()."
+                    "use generate, or read an answer inside atv.lm.spans.continuing()."
                 )
             return prompt.shape[1] if start is None else start
         return self._read_again(ids, cache, start)

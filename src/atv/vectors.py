@@ -1,0 +1,161 @@
+"""THE IDEA, first half: a generator reads the query, an expansion makes one vector per layer. No LLM is needed.
+
+query --Generator--> state (batch, state) --Expansion--> task vectors (batch, layers, hidden)
+
+    v_l = r_l * (b_l + a * W_l z)
+
+z is the state, standardised; b_l is common to all queries, W_l z is the query's own; r_l is the size that the residual
+stream has at layer l; a, between 0 and 1, fades the query's own part out far from the queries of the training, and
+where it did not help validation rows. `atv.steer` adds the vectors inside a frozen LLM.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from atv import adapter, artifact
+from atv.config import SELF, ATVConfig
+from atv.data.collate import pad, pad_id
+from atv.errors import ATVError
+from atv.expansion import Expansion, PaperExpansion, new_expansion
+from atv.generator import Generator, Itself, check_queries, load_generator
+from atv.vector_cache import AdapterHash, Lock, VectorCache
+
+
+class ATV(nn.Module):
+    """An Adaptive Task Vector: generator and expansion, for one LLM that need not be there.
+
+    Args:
+        config: its shape.
+        generator: from `atv.generator.load_generator`.
+        vectors: how many each query gets: one per layer, unless the edit takes several.
+        hidden_size: width of the LLM's residual stream.
+    """
+
+    @torch.inference_mode(False)  # weights made inside inference mode could never be trained or loaded outside it
+    def __init__(self, config: ATVConfig, generator: Generator, vectors: int, hidden_size: int) -> None:
+        super().__init__()
+        self.config, self.generator = config, generator
+        self.expansion: Expansion | PaperExpansion = new_expansion(config, generator.hidden_size, vectors, hidden_size)
+        self.adaptive_dropout = 0.0
+        """In training mode, share of the queries that have the common vector alone."""
+        self.vector_cache = VectorCache()
+        """Vectors of queries that came before, used outside training mode; `vector_cache.limit = 0` turns it off."""
+        self.base_llm: dict[str, Any] = {}
+        """Identity of the LLM that a loaded adapter was made for (`atv.lm.identity.describe_llm`)."""
+        self.training_summary: dict[str, Any] = {}
+        """How a loaded adapter was trained."""
+        self._hash, self._making = AdapterHash(), Lock()
+
+    @classmethod
+    @torch.inference_mode(False)
+    def load(cls, path_or_hub_id: str | Path, *, revision: str | None = None, method: str = "atv") -> Self:
+        """Load an adapter without its LLM, to make task vectors.
+
+        Args:
+            path_or_hub_id: folder written by `save_pretrained`, or a repository of the hub.
+            revision: of the hub repository.
+            method: whose adapter it must be.
+
+        Raises:
+            ATVError: not an adapter, damaged, or its generator is the LLM itself.
+        """
+        folder = artifact.locate(path_or_hub_id, revision)
+        saved = artifact.read(folder, method)
+        config = adapter.read_config(saved, folder)
+        if config.generator == SELF:
+            raise ATVError(
+                f"The generator of the adapter {folder} is {SELF}: the LLM makes the vectors while it reads the "
+                "prompt. Load it with the LLM: ATVModel.from_pretrained."
+            )
+        return cls.of(saved, config, load_generator(config) if not adapter.has_generator(saved) else None, folder)
+
+    @classmethod
+    def of(cls, saved: artifact.Saved, config: ATVConfig, named: Generator | None, folder: Path) -> Self:
+        """The ATV of an adapter that has been read.
+
+        Args:
+            saved: from `artifact.read`.
+            config: from `adapter.read_config`.
+            named: the generator that the configuration names; None: it is part of the adapter.
+            folder: of the adapter.
+        """
+        if named is not None:
+            adapter.require_named_generator(saved, named, folder)
+        generator = named or adapter.saved_generator(config, folder)
+        atv = cls(config, generator, *adapter.vectors_shape(saved, folder))
+        adapter.load_expansion(atv.expansion, folder)
+        atv.base_llm, atv.training_summary = saved.base_llm, saved.training
+        return atv.eval()
+
+    @property
+    def own(self) -> Itself | None:
+        """The generator, if it is the LLM itself: what it reads are prompts, in the LLM's own pass over them."""
+        return self.generator if isinstance(self.generator, Itself) else None
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode; a calibrated generator stays without dropout, which would move states off their mean."""
+        super().train(mode)
+        if isinstance(self.expansion, Expansion):
+            self.generator.eval()
+        return self
+
+    # ---- the path of a query ----
+
+    def forward(self, query_input_ids: Tensor, query_attention_mask: Tensor) -> Tensor:
+        """Encoded queries (queries, query seq) to task vectors (queries, layers, hidden), float32, with gradient."""
+        return self.expand(self.generator(query_input_ids, query_attention_mask))
+
+    def expand(self, states: Tensor) -> Tensor:
+        """States (queries, state) to task vectors (queries, layers, hidden)."""
+        if isinstance(self.expansion, PaperExpansion):
+            return cast(Tensor, self.expansion(states))
+        if self.training:
+            kept = torch.rand(len(states), device=states.device) >= self.adaptive_dropout
+            return cast(Tensor, self.expansion(states, kept.to(states.dtype)))
+        share = self.expansion.gate(states) if self.config.gate else None
+        return cast(Tensor, self.expansion(states, share))
+
+    def states(self, encoded: Sequence[Sequence[int]]) -> Tensor:
+        """Encoded queries to the generator's states, (queries, state)."""
+        ids, mask = pad(encoded, pad_id(self.generator.tokenizer), "right")
+        return cast(Tensor, self.generator(ids.to(self.generator.device), mask.to(self.generator.device)))
+
+    # ---- use ----
+
+    @torch.no_grad()
+    def task_vectors(self, queries: Sequence[str]) -> Tensor:
+        """Task vectors of queries: (queries, layers, hidden), float32; dropout off. An empty query raises ATVError.
+
+        With the generator `self` a query is a whole prompt. In eval mode the vectors of queries that came before are
+        taken from `vector_cache`; they are those of the current weights.
+        """
+        check_queries(queries)
+        if self.training or not self.vector_cache.limit:
+            return self.make_vectors(queries)
+        about = f"{self.config} {self.generator.pooling} {self.generator.query_template} {self.generator.bf16}"
+        return self.vector_cache.get(self._hash.of(self, about), queries, self.make_vectors)
+
+    @torch.no_grad()
+    def make_vectors(self, queries: Sequence[str]) -> Tensor:
+        """As `task_vectors`, without the cache."""
+        if self.own:  # has no mode of its own; and who holds the LLM must not wait for who waits for the LLM
+            return self.expand(self.states(self.generator.encode(queries)))
+        with self._making:  # the mode is that of all threads
+            was_training = self.training
+            self.eval()
+            try:
+                return self.expand(self.states(self.generator.encode(queries)))
+            finally:
+                self.train(was_training)
+
+    @torch.no_grad()
+    def gate(self, queries: Sequence[str]) -> Tensor:
+        """Share of its own part that each query has in use, (queries,), from 0 to 1; see `atv.gate.Gate`."""
+        states = self.states(self.generator.encode(queries))
+        if isinstance(self.expansion, Expansion) and self.config.gate:
+            return cast(Tensor, self.expansion.gate(states))
+        return states.new_ones(len(states))
