@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from numbers import Integral
 from typing import Any, Literal, NamedTuple, Self
 
@@ -151,45 +151,44 @@ class ATVConfig(Checked):
     generator: str = EMBEDDED_GENERATOR
     """Model that reads the query (any encoder or decoder): Hugging Face id, folder or embedded name; `self`: the LLM's
     own lower layers, while they read the prompt; `random:LAYERSxWIDTH`: a new small decoder."""
+    positions: str = "last"
+    """Tokens that receive the vector: last (the paper, Eq. 6), last:K, answer, or all (the paper's released code)."""
+    layers: str | Sequence[int] = "all"
+    """Decoder layers that receive a vector: all (with the generator `self`: all above the one that it reads), bottom,
+    middle or top (a third of them), or indices as in `0,1,2` or `0-9`."""
+    scale: float = 0.05
+    """lambda, the strength of the injection."""
+    parametrisation: Literal["calibrated", "paper"] = "calibrated"
+    """What is learned. calibrated: a common vector and the query's own part, both relative to the size of the residual
+    stream at each layer. paper: one linear map of the generator's state; then every setting of the method and its
+    training that is not given has the paper's value."""
+    gate: float = 0.05
+    """Fade the query's own part out for queries unlike the training ones, beginning where this share of the training
+    queries themselves are, and leave it out where it made validation rows worse; 0: never. Only if calibrated."""
+    train_generator: bool | None = field(default=None, metadata={"flags": ["--train-generator/--freeze-generator"]})
+    """Train the generator too (the paper), or keep it frozen. Default: train it where there are at least 200 rows per
+    task. `self` is never trained, a new decoder always."""
+    pooling: Literal["last", "mean", "cls"] = "mean"
+    """How the generator's hidden states become one vector: their mean, the last token's (the paper), or the first's. Of
+    `self` always the last token's."""
+    reads: Literal["query", "prompt"] = "prompt"
+    """What the generator reads: the prompt, which is the query in the first template of its task; or the query alone
+    (the paper). `self` always reads the prompt."""
+    query_template: str = QUERY_TEMPLATE
+    """Text around what the generator reads, in training and in use; must hold {query}. Not for `self`."""
+    expansion_rank: int | None = None
+    """Rank of the map from the generator's state to the vectors. Default: full."""
+    generator_layer: int | None = None
+    """For the generator `self`: index of the decoder layer whose output is the state, below all steered layers.
+    Default: the last of the bottom third."""
     generator_revision: str | None = None
     """Commit, tag or branch of the generator on the hub."""
-    generator_layer: int | None = None
-    """Of the generator `self`: index of the decoder layer whose output is the state, below all steered ones; none: the
-    last of the bottom third."""
-    pooling: Literal["last", "mean", "cls"] = "mean"
-    """How the generator's hidden states become one vector: their mean, its last token (the paper), or the first. Of
-    `self` always the last."""
-    train_generator: bool | None = None
-    """Train the generator too (the paper), or keep it frozen; none: train it where there are at least
-    `ENOUGH_TO_TRAIN` rows per task, decided when the training begins. Of `self` always false, of a new decoder always
-    true."""
-    reads: Literal["query", "prompt"] = "prompt"
-    """What the generator is given: the prompt, that is the query in the first template of its task, so that it knows
-    what is asked; or the query alone (the paper). Of `self` always the prompt."""
-    query_template: str = QUERY_TEMPLATE
-    """What stands around that, in training and in use alike; must hold {query}. Of no use to `self`."""
-    expansion_rank: int | None = None
-    """None: one full linear map. A number: the product of two maps through that many dimensions."""
-    layers: str | Sequence[int] = "all"
-    """Decoder layers that receive a vector: all (with the generator `self`: all above the one that is read), a third of
-    them (bottom, middle, top), or indices: as text (`0,1,2`, `0-9`), a list or a range; kept as a list."""
-    layer_path: str | None = None
-    """Name of the LLM's list of decoder layers, for a model where it cannot be found by structure."""
     site: str = "layer"
     """What is steered in a layer: the output of the decoder layer, of its attention, or of its mlp."""
     edit: str = "add"
-    """What the vectors do to hidden states: add, or an edit registered in `atv.steer.EDITS`."""
-    positions: str = "last"
-    """Tokens that receive the vector: last (the paper, Eq. 6), last:K, answer, or all (the paper's released code)."""
-    parametrisation: Literal["calibrated", "paper"] = "calibrated"
-    """What is learned: a common vector and the query's own part of a standardised state, both relative to the size that
-    the residual stream has at each layer (`atv.expansion.Expansion`); or the paper's one linear map of the state."""
-    scale: float = 0.05
-    """lambda, the strength of the injection."""
-    gate: float = 0.05
-    """Fade the query's own part out far from the training queries, beginning at the nearness below which that share of
-    the training queries themselves are, and leave it out where it did harm to validation rows (`atv.gate`); 0: never.
-    Only if calibrated."""
+    """What the vectors do to hidden states: add, or an edit registered in atv.steer.EDITS."""
+    layer_path: str | None = None
+    """Name of the LLM's list of decoder layers, for a model where it cannot be found by structure."""
 
     @classmethod
     def paper(cls, **options: Any) -> Self:
@@ -285,41 +284,43 @@ class TrainConfig(Checked):
     """How an ATV, or what another method learns, is trained; `TrainConfig.paper` is as the paper trains."""
 
     epochs: int | None = None
-    """Passes over the training rows; none: as many as make about 400 steps, from 4 to 100."""
+    """Passes over the training rows. Default: as many as make about 400 steps, from 4 to 100."""
     batch_size: int = 16
-    """Rows per optimiser step, over all processes; each row is read with `templates_per_row` prompts."""
-    gradient_accumulation_steps: int = 1
-    """Parts that a process reads its share of a batch in: less memory, the same step up to rounding."""
-    learning_rate: float = 0.1
-    """Highest learning rate of an ATV's common vector, from which follows that of the query's own part
-    (`Expansion.rates`); of the paper's expansion; or of whatever a method learns."""
-    generator_learning_rate: float | None = None
-    """Highest learning rate of the generator; none: 5e-5, or 1e-3 of one that begins with random weights."""
-    generator_start: float = 0.5
-    """Share of the steps after which a trained generator begins to learn; until then the expansion is fitted to its
-    states as they are (arXiv 2202.10054). 0: from the beginning (the paper), as a new decoder always does."""
-    lr_schedule: Literal["linear", "constant"] = "linear"
-    """From zero over the first 5% of the steps, then down to zero in a straight line; or constant (the paper)."""
-    optimizer: Literal["adamw", "adam"] = "adamw"
-    """Decoupled weight decay, or Adam with an L2 penalty in the gradient (the paper)."""
-    weight_decay: float = 0.0
-    """Of all that is trained."""
-    max_grad_norm: float | None = 1.0
-    """Clip the gradient to this norm; none: no clipping (the paper)."""
-    adaptive_dropout: float = 0.3
-    """Share of the rows of a step that an ATV answers with the common vector alone, so that it is of use by itself."""
-    state_dropout: float = 0.5
-    """Dropout of an ATV's standardised states in training, so that it does not lean on a few of their numbers."""
+    """Rows per optimiser step, over all processes."""
+    learning_rate: float = field(default=0.1, metadata={"flags": ["--learning-rate", "--lr"]})
+    """Highest learning rate: of an ATV's common vector (the rate of the query's own part follows from it), of the
+    paper's expansion, or of what another method learns."""
+    generator_learning_rate: float | None = field(
+        default=None, metadata={"flags": ["--generator-learning-rate", "--generator-lr"]}
+    )
+    """Highest learning rate of the generator. Default: 5e-5, or 1e-3 for one that begins with random weights."""
     best_epoch: Literal["accuracy", "loss"] = "accuracy"
-    """What is kept: the epoch that answers most validation rows, of equal ones that with the lowest loss; or that with
-    the lowest loss."""
+    """Keep the epoch with the best validation accuracy (of equal ones the one with the lowest loss), or with the lowest
+    validation loss."""
     patience: int | None = None
-    """Stop after this many epochs without a better one; none: after a third of the epochs, and no fewer than 5."""
+    """Stop after this many epochs without a better one. Default: a third of the epochs, at least 5."""
+    gradient_accumulation_steps: int = 1
+    """Parts that each process reads its share of a batch in: less memory, the same step up to rounding."""
     bf16: bool = False
-    """The generator's matrix products in bfloat16 while it is trained: faster, its states differ by less than 1%."""
+    """Compute the generator's matrix products in bfloat16 in training: faster, its states differ by less than 1%."""
     templates_per_row: int = 1
     """Prompts of a row in a step: 3 is every template (the paper's code), 1 takes them in turn. They share the row's
     vector; `self` makes one of each."""
+    generator_start: float = 0.5
+    """Share of the steps after which a trained generator begins to learn; until then the expansion is fitted to its
+    states as they are (arXiv 2202.10054). 0: from the beginning (the paper), as a new decoder always does."""
+    adaptive_dropout: float = 0.3
+    """Share of a step's rows that an ATV answers with the common vector alone, so that it is of use by itself."""
+    state_dropout: float = 0.5
+    """Dropout of an ATV's standardised states in training."""
+    lr_schedule: Literal["linear", "constant"] = "linear"
+    """linear: up from zero over the first 5% of the steps, then down to zero; or constant (the paper)."""
+    optimizer: Literal["adamw", "adam"] = "adamw"
+    """adamw: decoupled weight decay; adam: an L2 penalty in the gradient (the paper)."""
+    weight_decay: float = 0.0
+    """Weight decay of all that is trained."""
+    max_grad_norm: float | None = 1.0
+    """Clip the gradient to this norm; none: no clipping (the paper)."""
     seed: int = 42
     """Seed of initialisation, order and dropout."""
 

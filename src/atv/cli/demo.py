@@ -1,11 +1,13 @@
 """`atv demo`: the whole path on the built-in tasks with the embedded models, in a few minutes on two cores."""
 
 from pathlib import Path
-from typing import Any
 
 from atv.artifact import read
+from atv.cli.evaluate import evaluate_method
+from atv.cli.generate import prompts_of, unsteered
+from atv.cli.options import Demo, Evaluate, Tasks, Train
 from atv.cli.output import print_lines, print_table
-from atv.cli.work import evaluate_method, prompts_of, train_adapter, unsteered
+from atv.cli.train import train_adapter
 from atv.config import EMBEDDED_LLM
 from atv.data import UNSEEN, builtin_task, load_tasks
 from atv.evaluation.measure import Frozen
@@ -25,34 +27,32 @@ QUERIES = (
 )
 
 
-def run_demo(out: Path, force: bool) -> None:
+def run_demo(given: Demo) -> None:
     """Train an ATV and the simplest baselines, measure them, answer three queries; what is done is not done again."""
-    from typer.main import get_command
-
-    from atv.cli.app import app
-
     trained = [task.name for task in load_tasks() if task.category != UNSEEN]
     unseen = [task.name for task in load_tasks() if task.category == UNSEEN]
     log.info(f"Training on {', '.join(trained)}; {', '.join(unseen)} is only measured, never trained on.")
-    commands = get_command(app).commands  # type: ignore[attr-defined]
-
-    def options(command: str, **given: Any) -> dict[str, Any]:
-        """The command's own defaults with `given` over them, so that the demo is what a user could type."""
-        defaults = {p.name: p.default for p in commands[command].params}
-        return defaults | {"force": force} | given
-
-    few = {"train_rows": 160, "valid_rows": 20}  # what two cores learn in three minutes
-    store, adapters = PrefixStore(), {}  # the prompts are read once for all methods
+    out, store = given.out, PrefixStore()  # the prompts are read once for all methods
+    adapters = {}
     for method in TRAINED:
-        folder = out / ("train" if method == "atv" else f"train-{method}")
-        shorter = {} if method == "probe" else {"epochs": 4}
         adapters[method] = train_adapter(
-            options("train", **few, method=method, out=folder, task=trained), shorter, store
+            Train(
+                method=method,
+                settings={} if method == "probe" else {"epochs": 4},
+                tasks=Tasks(task=trained),
+                train_rows=160,  # what two cores learn in three minutes
+                valid_rows=20,
+                out=out / ("train" if method == "atv" else f"train-{method}"),
+                force=given.force,
+            ),
+            store,
         )
-    runs = []
-    for method in ("zero-shot", *adapters):
-        given = {"method": method, "adapter": adapters.get(method), "out": out / method, "variants": "first"}
-        runs.append(evaluate_method(options("eval", **given)))
+    runs = [
+        evaluate_method(
+            Evaluate(method=method, adapter=adapters.get(method), out=out / method, variants="first", force=given.force)
+        )
+        for method in ("zero-shot", *adapters)
+    ]
     adapter = adapters["atv"]
     table = accuracy_table(load_runs(runs))
     write_text(out / "report.md", markdown(table))

@@ -1,172 +1,378 @@
-"""Options that several subcommands share, and the config file that may hold them."""
+"""The options of every command as dataclasses: what a command is given. Nothing here imports torch.
+
+The string under a field is the option's help. Settings of methods and of their training are no fields here: their
+options come from the methods' own configurations (`atv.cli.settings_options`).
+"""
 
 import os
-import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, ClassVar
 
-import typer
+from atv.cli.dataclass_options import group, option, unlisted
+from atv.config import EMBEDDED_GENERATOR, EMBEDDED_LLM, MOST_SEED, TrainConfig
+from atv.files import local
+from atv.methods import METHODS, TRAINED
+from atv.paper.experiments import known_experiments
+from atv.paper.profiles import PROFILES
 
-from atv.config import MOST_SEED
-from atv.errors import ATVError, unknown
-from atv.files import local, read_toml
+MODEL, DATA, METHOD, TRAINING, OUTPUT = "Model", "Data", "Method", "Training", "Output"
+DEFAULT_RUNS = Path("runs")
 
 
-def path(text: str) -> Path:
+def path(text: object) -> Path:
     """A path, with `~` as the home folder in a config file too, where no shell expands it."""
     return local(str(text))
 
 
-def model(text: str) -> str:
+def model(text: object) -> str:
     """A model's name, which may be a folder below `~`."""
     return os.path.expanduser(str(text))
 
 
-def spellings(command: Any) -> dict[str, str]:
-    """Every way to spell an option of a command in a config file, and the option's name."""
-    options = [p for p in command.params if p.name not in ("config", "help")]
-    return {spelled.lstrip("-").replace("-", "_"): str(p.name) for p in options for spelled in (p.name, *p.opts)}
+def listed(what: str, names: Iterable[str]) -> str:
+    """A sentence that lists names from their registry."""
+    return f"{what}: {', '.join(names)}."
 
 
-def read_config(file: Path, command: str, options: dict[str, str]) -> dict[str, Any]:
-    """The table `[command]` of a TOML file, as option values; a key that is no option raises ATVError.
-
-    Args:
-        file: in TOML.
-        command: names the table.
-        options: from `spellings`.
-    """
-    tables = read_toml(file, f"a TOML file with a table [{command}]")
-    for table in tables:
-        if not isinstance(tables[table], dict):
-            raise ATVError(f"{file}: {table} stands outside a table; put it under [{command}].")
-    values: dict[str, Any] = {}
-    for key, value in tables.get(command, {}).items():
-        spelled = key.replace("-", "_")
-        if spelled not in options:
-            raise unknown(f"option in [{command}] of {file}:", key, options)
-        if (name := options[spelled]) in values:
-            raise ATVError(f"{file}: {name} stands twice under [{command}], the second time as {key}; leave one out.")
-        values[name] = value
-    return values
+# ---- groups that several commands share ----
 
 
-SETTINGS = {
-    **{name: name for name in ("generator", "positions", "layers", "scale", "pooling", "expansion_rank")},
-    **{name: name for name in ("parametrisation", "reads", "gate", "lr_schedule", "optimizer", "adaptive_dropout")},
-    **{name: name for name in ("best_epoch", "patience")},
-    **{name: name for name in ("query_template", "epochs", "batch_size", "gradient_accumulation_steps")},
-    **{name: name for name in ("learning_rate", "generator_learning_rate", "weight_decay", "max_grad_norm")},
-    **{name: name for name in ("bf16", "templates_per_row", "train_generator", "generator_start", "state_dropout")},
-}
-"""Options of `atv train` that are settings of a method or of its training, and the fields that they set."""
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """How the frozen LLM is loaded."""
+
+    PANEL: ClassVar[str] = MODEL
+
+    dtype: str = "auto"
+    """dtype of the frozen LLM: bfloat16, float16, float32, or auto: bfloat16 where the machine is fast with it."""
+    device: str | None = None
+    """cpu, cuda, ..., or auto: spread over all GPUs, then main memory. Default: a GPU if there is one."""
+    quantization: str | None = None
+    """Load the LLM's weights in 8bit or 4bit (bitsandbytes). Default: as --dtype says."""
+    revision: str | None = None
+    """Commit, tag or branch of the LLM on the hub."""
+    trust_remote_code: bool = False
+    """Run code that comes with the LLM. Only for one that you trust."""
 
 
-def _given(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name != "DEFAULT"
+@dataclass(frozen=True, kw_only=True)
+class Tasks:
+    """Which tasks."""
+
+    PANEL: ClassVar[str] = DATA
+
+    task: list[str] | None = None
+    """Task by name; give it once for each. Default: all; train leaves out the category Unseen."""
+    data: Path | None = option(None, parser=path)
+    """Folder of TASK.json files and templates.json. Default: the built-in tasks."""
+    template: list[str] | None = None
+    """Template with {input}, instead of templates.json; give three."""
 
 
-def given_settings(context: typer.Context) -> dict[str, Any]:
-    """What the user said of the method and its training, by flags or a config file: fields of its configurations."""
-    given = {
-        field: context.params[name]
-        for name, field in SETTINGS.items()
-        if _given(context, name) and context.params[name] is not None
-    }
-    for text in context.params["set"] or ():
-        name, is_there, value = text.partition("=")
-        if not is_there:
-            raise ATVError(f"--set {text}: expected NAME=VALUE, as in --set rank=16.")
-        given[name.strip().replace("-", "_")] = _value(value.strip())
-    return given
+@dataclass(frozen=True, kw_only=True)
+class FromFile:
+    """Options and settings that are in a TOML file."""
+
+    config: Path | None = option(None, parser=path, panel=OUTPUT)
+    """TOML file with a table of options for each command, as [train], and of settings for each method, as [lora], or
+    [all]. Flags win."""
+    tables: dict[str, dict[str, Any]] = unlisted(dict)
+    """The methods' tables of that file."""
 
 
-def _value(text: str) -> Any:
-    """A number, a truth value or a list as TOML writes them; else the text itself."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
+def llm_field() -> Any:
+    """The field of the LLM of a command that needs one."""
+    return option(EMBEDDED_LLM, panel=MODEL, parser=model)
 
 
-def _from_file(context: typer.Context, file: Path | None) -> Path | None:
-    """Make the file's options the command's defaults, so that flags win."""
-    if file is not None and not context.resilient_parsing:
-        values = read_config(file, str(context.info_name), spellings(context.command))
-        context.default_map = {**(context.default_map or {}), **values}
-    return file
+def adapters_llm_field() -> Any:
+    """The field of the LLM of a command with an adapter."""
+    return option(None, panel=MODEL, parser=model)
 
 
-Config = Annotated[
-    Path | None,
-    typer.Option(
-        "--config",
-        parser=path,
-        callback=_from_file,
-        is_eager=True,
-        help="TOML file with the options of this command in a table of its name; flags win.",
-    ),
-]
-LLM = Annotated[str, typer.Option(parser=model, help="Frozen LLM: Hugging Face id, local folder, or an embedded name.")]
-Dtype = Annotated[
-    str,
-    typer.Option(
-        help="dtype of the frozen LLM: bfloat16, float16, float32, or auto: bfloat16 where the machine is fast with it."
-    ),
-]
-Device = Annotated[
-    str | None,
-    typer.Option(
-        help="cpu, cuda, ..., or auto: spread over all GPUs, then main memory. Default: a GPU if there is one."
-    ),
-]
-Quantization = Annotated[
-    str | None, typer.Option(help="Load the LLM's weights in 8bit or 4bit (bitsandbytes); by default as --dtype says.")
-]
-Revision = Annotated[str | None, typer.Option(help="Commit, tag or branch of the LLM on the hub.")]
-Data = Annotated[
-    Path | None,
-    typer.Option(parser=path, help="Folder of TASK.json files and templates.json; by default the built-in tasks."),
-]
-TaskNames = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--task", help="Task by name; give it once for each. Default: all; train leaves out the category Unseen."
-    ),
-]
-Templates = Annotated[
-    list[str] | None, typer.Option("--template", help="Template with {input}, instead of templates.json; give three.")
-]
-Variants = Annotated[
-    str,
-    typer.Option(
-        help="all: every template with every answer prefix; diagonal: each template once, each with another prefix; "
-        "first: the first template with A: alone."
-    ),
-]
-ProfileName = Annotated[
-    str,
-    typer.Option(
-        help="paper, small (two CPU cores, 90 minutes), ablation (some minutes a condition) or smoke (3 minutes)."
-    ),
-]
-MethodNames = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--method", help="Method; once for each. Default: all but full, linear, probe, encoder and learned-tv."
-    ),
-]
-SettingsFile = Annotated[
-    Path | None,
-    typer.Option(
-        parser=path, help="TOML file with settings of methods, as atv sweep writes; stronger than the profile's."
-    ),
-]
-Seed = Annotated[
-    int, typer.Option(min=0, max=MOST_SEED, help="Seed of initialisation, order, dropout and of what is drawn.")
-]
-Force = Annotated[bool, typer.Option("--force", help="Start over, even if the folder holds results already.")]
-Trust = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that comes with the LLM. Only for one that you trust.")
-]
+def adapter_field() -> Any:
+    """The field of a command that needs an adapter."""
+    return option(panel=MODEL, parser=path)
+
+
+def out_field(default: Path | None) -> Any:
+    """The field of a folder or file that is written."""
+    return option(default, panel=OUTPUT, parser=path)
+
+
+def seed_field(panel: str) -> Any:
+    """The field of a seed."""
+    return option(TrainConfig.seed, panel=panel, min=0, max=MOST_SEED)
+
+
+def force_field() -> Any:
+    """The field of starting over."""
+    return option(False, panel=OUTPUT, flags=["--force"])
+
+
+# ---- the product ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Of `atv demo`."""
+
+    out: Path = out_field(DEFAULT_RUNS / "demo")
+    """Folder for the adapters, the runs and the table."""
+    force: bool = force_field()
+    """Start over, even if the folder holds results already."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Of `atv train`."""
+
+    llm: str = llm_field()
+    """Frozen LLM: Hugging Face id, local folder, or an embedded name."""
+    loading: Loading = group(Loading)
+    tasks: Tasks = group(Tasks)
+    train_rows: int | None = option(None, panel=DATA)
+    """Maximum number of training rows per task, drawn by the seed (paper: 90)."""
+    valid_rows: int | None = option(None, panel=DATA)
+    """Maximum number of validation rows per task, drawn likewise."""
+    method: str = option("atv", panel=METHOD, also=lambda: listed("Known", TRAINED))
+    """How the LLM is adapted. The options shown in this panel and the next are those of one method: atv train --method
+    NAME --help shows those of another, with the values that it uses."""
+    settings: dict[str, Any] = unlisted(dict)
+    """What was said of the method and its training: fields of its configuration and of TrainConfig."""
+    seed: int = seed_field(TRAINING)
+    """Seed of initialisation, order, dropout and of the rows that are drawn."""
+    prefix_memory: float | None = option(None, panel=TRAINING, min=0)
+    """GiB of memory per process for the prompts' cached keys and values. Default: half of what is free."""
+    prefix_disk: float | None = option(None, panel=TRAINING, min=0)
+    """GiB of files per process, in --out, for those beyond it. Default: half of what is free."""
+    out: Path = out_field(DEFAULT_RUNS / "train")
+    """Folder for the adapter, the record and the checkpoints."""
+    force: bool = force_field()
+    """Start over, even if the folder holds results already."""
+    file: FromFile = group(FromFile)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Of `atv eval`."""
+
+    llm: str | None = adapters_llm_field()
+    """Frozen LLM. Default: the adapter's, without one the embedded one."""
+    loading: Loading = group(Loading)
+    tasks: Tasks = group(Tasks)
+    test_rows: int | None = option(None, panel=DATA)
+    """Maximum number of test rows per task, drawn, the same for every method and seed (paper: 100)."""
+    train_rows: int | None = option(None, panel=DATA)
+    """Maximum number of training rows per task that demonstrations come from, drawn by the seed."""
+    variants: str = option("all", panel=DATA)
+    """all: every template with every answer prefix; diagonal: each template once, each with another prefix; first: the
+    first template with A: alone."""
+    method: str | None = option(None, panel=METHOD, also=lambda: listed("Known", METHODS))
+    """What is measured. Default: the adapter's method, without an adapter zero-shot."""
+    adapter: Path | None = option(None, panel=METHOD, parser=path)
+    """Folder that atv train wrote."""
+    shots: int | None = option(None, panel=METHOD)
+    """Demonstrations, for methods with some. Default: 16."""
+    seed: int = seed_field(METHOD)
+    """Seed of what is drawn."""
+    batch_size: int = option(16, panel=METHOD, min=1)
+    """Prompts per call of the LLM."""
+    out: Path | None = out_field(None)
+    """Folder of the run. Default: runs/METHOD."""
+    force: bool = force_field()
+    """Start over, even if the folder holds results already."""
+    file: FromFile = group(FromFile)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Of `atv generate`."""
+
+    query: list[str] = option(argument=True)
+    """One or more queries."""
+    adapter: Path = adapter_field()
+    """Folder that atv train wrote."""
+    llm: str | None = adapters_llm_field()
+    """Frozen LLM. Default: the adapter's."""
+    loading: Loading = group(Loading)
+    task: str | None = option(None, panel=DATA)
+    """Put the query into this task's first template."""
+    template: str | None = option(None, panel=DATA)
+    """What the LLM reads, with {input} where the query goes."""
+    max_new_tokens: int = option(16, panel=OUTPUT, min=1)
+    """Maximum number of answer tokens."""
+    temperature: float = option(0.0, panel=OUTPUT, min=0)
+    """0 is greedy; above 0 samples."""
+    seed: int = seed_field(OUTPUT)
+    """Seed of sampling."""
+    compare: bool = option(False, panel=OUTPUT, flags=["--compare"])
+    """Show the answer without steering beside it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspect:
+    """Of `atv inspect`."""
+
+    query: list[str] = option(argument=True)
+    """One or more queries."""
+    adapter: Path = adapter_field()
+    """Folder that atv train wrote, of the method atv."""
+    llm: str | None = adapters_llm_field()
+    """Frozen LLM. Default: the adapter's."""
+    loading: Loading = group(Loading)
+    task: str | None = option(None, panel=DATA)
+    """Put the query into this task's first template."""
+    template: str | None = option(None, panel=DATA)
+    """What the LLM reads, with {input} where the query goes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doctor:
+    """Of `atv doctor`."""
+
+    llm: str = llm_field()
+    """Frozen LLM: Hugging Face id, local folder, or an embedded name."""
+    loading: Loading = group(Loading)
+    generator: str = option(EMBEDDED_GENERATOR, panel=METHOD, parser=model)
+    """Model that reads the query, as for train."""
+    positions: str = option("last", panel=METHOD)
+    """last, last:K, answer or all."""
+    layers: str = option("all", panel=METHOD)
+    """all, bottom, middle, top, or indices."""
+    layer_path: str | None = option(None, panel=METHOD)
+    """Name of the list of decoder layers, if it is not found."""
+    pooling: str = option("mean", panel=METHOD)
+    """mean, last or cls; of self always last."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListTasks:
+    """Of `atv tasks`."""
+
+    tasks: Tasks = group(Tasks)
+    audit: bool = option(False, panel=OUTPUT, flags=["--audit"])
+    """Look for what makes a number dishonest or in need of a word beside it."""
+    llm: str | None = option(None, panel=MODEL, parser=model)
+    """With --audit: look at first answer tokens and lengths for this LLM too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Of `atv report` and of `atv paper tables`."""
+
+    runs: list[Path] = option(argument=True, parser=path)
+    """Folders of runs, or folders that hold runs at any depth."""
+    out: Path | None = out_field(None)
+    """Write the tables to this file: .md, .tex (for booktabs), .csv (one file per table), or .html (one page with
+    plots)."""
+
+
+# ---- the paper ----
+
+
+def profile_field() -> Any:
+    """The field of how much of the paper's protocol is run."""
+    return option("small", panel=METHOD, also=lambda: listed("Known", PROFILES))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepare:
+    """Of `atv paper prepare`."""
+
+    out: Path = option(panel=OUTPUT, parser=path)
+    """Folder for the TASK.json files; give it to the others as --data."""
+    task: list[str] | None = option(None, argument=True)
+    """Tasks of the paper by name. Default: all 25."""
+    seed: int = seed_field(DATA)
+    """Seed of the splits."""
+    revision: str | None = option(None, panel=DATA)
+    """Commit, tag or branch of the data set on the hub. Default: what it has now."""
+    force: bool = force_field()
+    """Start over, even if the folder holds results already."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reproduce:
+    """Of `atv paper reproduce`."""
+
+    llm: str = llm_field()
+    """Frozen LLM: Hugging Face id, local folder, or an embedded name."""
+    loading: Loading = group(Loading)
+    tasks: Tasks = group(Tasks)
+    profile: str = profile_field()
+    """How much of the paper's protocol is run: small takes two CPU cores about 90 minutes, ablation some minutes for
+    each condition, smoke 3 minutes."""
+    experiment: list[str] | None = option(None, panel=METHOD, also=lambda: listed("Known", known_experiments()))
+    """A question instead of the tables, or several; or a TOML file of your own."""
+    method: list[str] | None = option(None, panel=METHOD, also=lambda: listed("Known", METHODS))
+    """Method; once for each. Default: those of the paper's tables."""
+    batch_size: int = option(16, panel=METHOD, min=1)
+    """Prompts per call of the LLM when measuring."""
+    out: Path = out_field(DEFAULT_RUNS / "reproduce")
+    """Folder for adapters, runs and tables."""
+    force: bool = force_field()
+    """Start over, even if the folder holds results already."""
+    file: FromFile = group(FromFile)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """Of `atv paper sweep`."""
+
+    llm: str = llm_field()
+    """Frozen LLM: Hugging Face id, local folder, or an embedded name."""
+    loading: Loading = group(Loading)
+    tasks: Tasks = group(Tasks)
+    train_rows: int | None = option(None, panel=DATA, min=1)
+    """Training rows per task, instead of the profile's number."""
+    valid_rows: int | None = option(None, panel=DATA, min=1)
+    """Validation rows per task to measure on, and as many to choose the epoch, instead of the profile's number."""
+    profile: str = profile_field()
+    """How much of the paper's protocol is run."""
+    method: list[str] | None = option(None, panel=METHOD, also=lambda: listed("Known", TRAINED))
+    """Method; once for each. Default: those of the paper's tables that have settings to choose from."""
+    trials: int = option(4, panel=METHOD, min=1)
+    """Settings to try, as many for every method."""
+    out: Path = out_field(DEFAULT_RUNS / "sweep")
+    """Folder for the trials and settings.toml."""
+    force: bool = force_field()
+    """Start over, even if the folder holds results already."""
+    file: FromFile = group(FromFile)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Analysis:
+    """Of `atv paper analysis`."""
+
+    adapter: Path = adapter_field()
+    """Folder that atv train wrote, of the method atv."""
+    elicit: Path | None = option(None, panel=MODEL, parser=path)
+    """Folder that atv train --method elicit wrote for the same LLM, to show beside."""
+    llm: str | None = adapters_llm_field()
+    """Frozen LLM. Default: the adapter's."""
+    loading: Loading = group(Loading)
+    tasks: Tasks = group(Tasks)
+    rows: int = option(20, panel=DATA)
+    """Maximum number of test rows per task."""
+    query: str | None = option(None, panel=DATA)
+    """Looked at layer by layer, as one of the first task. Default: its first test row."""
+    seed: int = seed_field(DATA)
+    """Seed of the map and of the training rows that are drawn."""
+    out: Path = out_field(DEFAULT_RUNS / "analysis")
+    """Folder for analysis.json, analysis.md and plots."""
+    file: FromFile = group(FromFile)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Theory:
+    """Of `atv paper theory`."""
+
+    llm: str | None = option(None, panel=MODEL, parser=model)
+    """Try the theorems on this LLM's weights and hidden states too. Default: random ones alone."""
+    seed: int = seed_field(DATA)
+    """Seed of random matrices, prefixes and starts."""
+    out: Path | None = out_field(None)
+    """Write the tables to this file: .md, .tex, or .csv, one file per table."""

@@ -1,6 +1,6 @@
 """What the command line prints."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -31,7 +31,7 @@ def print_table(table: Table) -> None:
     output.print(f"\n{table.notes}\n", style="dim", highlight=False, markup=False)
 
 
-def print_lines(lines: Sequence[str]) -> None:
+def print_lines(lines: Iterable[str]) -> None:
     """Plain lines, exactly as they are."""
     for line in lines:
         output.print(line, markup=False, highlight=False, soft_wrap=True)

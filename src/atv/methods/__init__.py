@@ -1,28 +1,74 @@
-"""Methods: one file each, behind one contract. New method = one file and one line here."""
+"""Methods: one file each, behind one contract. A new method is one file and one line in `METHODS`."""
 
-from atv.methods.atv import ATV
-from atv.methods.base import Choice, Method, Prompt
-from atv.methods.bm25 import BM25
-from atv.methods.elicit import Elicit
-from atv.methods.encoder import Encoder
-from atv.methods.fixed import Fixed
-from atv.methods.full import Full
-from atv.methods.i2cl import I2CL
-from atv.methods.icl import ICL
-from atv.methods.icl_atv import ICLWithATV
-from atv.methods.learned_tv import LearnedTV
-from atv.methods.linear import Linear
-from atv.methods.lora import LoRA
-from atv.methods.prefix_tuning import PrefixTuning
-from atv.methods.probe import Probe
-from atv.methods.zero_shot import ZeroShot
+from collections.abc import Iterator, Mapping, MutableMapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-METHODS: dict[str, type[Method]] = {
-    method.name: method
-    for method in (
-        *(ZeroShot, ICL, BM25, Elicit, I2CL, Linear, LoRA, PrefixTuning, Full, Probe, Encoder),
-        *(LearnedTV, Fixed, ATV, ICLWithATV),
-    )
-}
+if TYPE_CHECKING:
+    from atv.methods.base import Choice, Method, Prompt
 
-__all__ = ["METHODS", "Choice", "Method", "Prompt"]
+
+class Registry(MutableMapping[str, "type[Method]"]):
+    """Method classes by name, each imported when it is first asked for, so that their names cost no import of torch.
+
+    Args:
+        places: for each name where its class is, as `module:Class`.
+    """
+
+    def __init__(self, places: Mapping[str, str]) -> None:
+        self._classes: dict[str, str | type[Method]] = dict(places)
+
+    def __getitem__(self, name: str) -> "type[Method]":
+        found = self._classes[name]
+        if isinstance(found, str):
+            module, _, attribute = found.partition(":")
+            found = self._classes[name] = getattr(import_module(module), attribute)
+        return found
+
+    def __setitem__(self, name: str, method: "type[Method]") -> None:
+        self._classes[name] = method
+
+    def __delitem__(self, name: str) -> None:
+        del self._classes[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._classes  # the inherited one would import the class
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._classes)
+
+    def __len__(self) -> int:
+        return len(self._classes)
+
+
+METHODS = Registry(
+    {
+        "zero-shot": "atv.methods.zero_shot:ZeroShot",
+        "icl": "atv.methods.icl:ICL",
+        "bm25": "atv.methods.bm25:BM25",
+        "elicit": "atv.methods.elicit:Elicit",
+        "i2cl": "atv.methods.i2cl:I2CL",
+        "linear": "atv.methods.linear:Linear",
+        "lora": "atv.methods.lora:LoRA",
+        "prefix": "atv.methods.prefix_tuning:PrefixTuning",
+        "full": "atv.methods.full:Full",
+        "probe": "atv.methods.probe:Probe",
+        "encoder": "atv.methods.encoder:Encoder",
+        "learned-tv": "atv.methods.learned_tv:LearnedTV",
+        "fixed": "atv.methods.fixed:Fixed",
+        "atv": "atv.methods.atv:ATV",
+        "icl+atv": "atv.methods.icl_atv:ICLWithATV",
+    }
+)
+"""In the order of help texts and of the lines of tables."""
+TRAINED = tuple(name for name in METHODS if name not in ("zero-shot", "icl", "bm25", "icl+atv"))
+"""Those that `atv train` trains: the others learn nothing of their own."""
+
+__all__ = ["METHODS", "TRAINED", "Choice", "Method", "Prompt", "Registry"]
+
+
+def __getattr__(name: str) -> Any:
+    """The contract, imported on first use: it imports torch."""
+    if name not in __all__:
+        raise AttributeError(f"module 'atv.methods' has no attribute {name!r}")
+    return getattr(import_module("atv.methods.base"), name)

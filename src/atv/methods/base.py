@@ -42,7 +42,6 @@ class Method(ABC):
         config_class: the options of a method that is trained; None: there is nothing to train.
         train_defaults: fields of TrainConfig that the method's own paper sets otherwise; None: it is learnt without a
             training loop, and of TrainConfig takes the seed alone.
-        by_default: part of a reproduction or a sweep in which no methods are named.
         search: what a sweep may choose from: fields of `config_class` or TrainConfig, each with values.
         llm: what is called: the frozen LLM, or a PEFT model around it.
         tokenizer: the LLM's.
@@ -55,7 +54,6 @@ class Method(ABC):
     name: ClassVar[str]
     config_class: ClassVar[type[Checked] | None] = None
     train_defaults: ClassVar[dict[str, Any] | None] = {}
-    by_default: ClassVar[bool] = True
     search: ClassVar[dict[str, tuple[Any, ...]]] = {}
     edited: int | None = None
     shots: int = 0

@@ -231,7 +231,6 @@ class Encoder(Method):
         "generator_learning_rate": (1e-4, 5e-5, 2e-4),
         "learning_rate": (1e-3, 3e-3),
     }
-    by_default: ClassVar[bool] = False
 
     def __init__(self, model: EncoderModel) -> None:
         super().__init__(model.llm, model.tokenizer)

@@ -16,6 +16,12 @@ from atv.model import ATVModel
 class FixedConfig(ATVConfig):
     """An ATV's configuration without a query: layers, positions and scale count."""
 
+    UNLISTED: ClassVar[tuple[str, ...]] = (
+        *("generator", "generator_revision", "generator_layer", "train_generator", "pooling", "reads"),
+        *("query_template", "expansion_rank", "parametrisation", "gate"),
+    )
+    """What says nothing of a vector without a query: no options of the command line."""
+
     generator: str = CONSTANT
     """Reads nothing."""
     train_generator: bool = False

@@ -119,7 +119,6 @@ class Full(Method):
     config_class: ClassVar[type[Checked] | None] = FullConfig
     train_defaults: ClassVar[dict[str, Any] | None] = {"learning_rate": 3e-5}
     search: ClassVar[dict[str, tuple[Any, ...]]] = {"learning_rate": (3e-5, 1e-5, 1e-4, 3e-4)}
-    by_default: ClassVar[bool] = False  # for an LLM that just fits, its copy and Adam's means do not
     edited = 0  # what prompts share is read by the copy as well
 
     def __init__(self, llm: nn.Module, tokenizer: Any, training: dict[str, Any]) -> None:

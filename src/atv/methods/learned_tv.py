@@ -57,7 +57,6 @@ class LearnedTV(Fixed):
         "positions": ("last", "last:5"),
         "learning_rate": Fixed.search["learning_rate"],
     }
-    by_default: ClassVar[bool] = False
 
     @classmethod
     def fit(

@@ -113,7 +113,6 @@ class Linear(Method):
     name = "linear"
     config_class = LinearConfig
     train_defaults = None  # learnt without a training loop
-    by_default = False
     search: ClassVar[dict[str, tuple[Any, ...]]] = {"scale": (1.0, 0.5, 1.5), "shots": (16, 4)}
     edited = 1
 

@@ -193,7 +193,6 @@ class Probe(Method):
     name = "probe"
     config_class = ProbeConfig
     train_defaults = None  # learnt without a training loop
-    by_default = False
     search: ClassVar[dict[str, tuple[Any, ...]]] = {"penalty": (BEST, 1000.0, 100.0, 10.0, 1.0)}
 
     def __init__(

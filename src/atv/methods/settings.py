@@ -5,10 +5,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from atv.config import PAPER, PAPER_TRAINING, TrainConfig
+from atv.config import PAPER, PAPER_TRAINING, ATVConfig, Checked, TrainConfig
 from atv.errors import ATVError, unknown
-from atv.files import read_toml
-from atv.methods import METHODS
+from atv.methods import METHODS, TRAINED
 
 Tables = Mapping[str, Mapping[str, Any]]
 """Settings of each method by its name; those under `all` are for every method that has such an option."""
@@ -23,14 +22,33 @@ class Settings(NamedTuple):
     train: TrainConfig
 
 
-def _options(name: str) -> tuple[set[str], set[str]]:
-    """The options of a method, and those of its training; none for a method that learns nothing."""
+class Learned(NamedTuple):
+    """What there is to set of a method that is trained."""
+
+    config: type[Checked]
+    """Its own configuration."""
+    train: dict[str, Any] | None
+    """What it sets otherwise than TrainConfig; None: it has no training loop."""
+
+    def own(self) -> list[str]:
+        """The names of its own options."""
+        return [field.name for field in fields(self.config)]  # type: ignore[arg-type]
+
+    def loop(self) -> list[str]:
+        """The names of the options of its training, without the seed, which every method has."""
+        return [] if self.train is None else [field.name for field in fields(TrainConfig) if field.name != "seed"]
+
+
+def learned(name: str) -> Learned:
+    """What there is to set of the method `name`; ATVError if it is unknown or learns nothing."""
+    if name == "atv":  # what its class says too, but without importing torch: for the help of the command line
+        return Learned(ATVConfig, {})
+    if name not in METHODS:
+        raise unknown("method", name, METHODS)
     method = METHODS[name]
     if method.config_class is None:
-        return set(), set()
-    own = {field.name for field in fields(method.config_class)}  # type: ignore[arg-type]
-    loop = {field.name for field in fields(TrainConfig)} if method.train_defaults is not None else set()
-    return own, loop - {"seed"}
+        raise ATVError(f"The method {name} learns nothing: measure it with atv eval --method {name}.")
+    return Learned(method.config_class, method.train_defaults)
 
 
 def method_settings(name: str, tables: Sequence[Tables], seed: int) -> Settings:
@@ -44,38 +62,27 @@ def method_settings(name: str, tables: Sequence[Tables], seed: int) -> Settings:
     Raises:
         ATVError: an option that the method does not have.
     """
-    method, (own, loop) = METHODS[name], _options(name)
-    if method.config_class is None:
-        raise ATVError(f"The method {name} learns nothing: measure it with atv eval --method {name}.")
-    values: dict[str, Any] = dict(method.train_defaults or {})
+    of = learned(name)
+    own, loop = of.own(), of.loop()
+    values: dict[str, Any] = dict(of.train or {})
     for table in tables:
-        given = {key: value for key, value in table.get(ALL, {}).items() if key in own | loop}
-        given |= table.get(name, {})
-        values |= given
+        values |= {key: value for key, value in table.get(ALL, {}).items() if key in (*own, *loop)}
+        values |= table.get(name, {})
     if values.get("parametrisation") == "paper":  # then what nobody has said is the paper's too
         values = PAPER | PAPER_TRAINING | values
     for key in values:
-        if key not in own | loop:
-            raise unknown(f"option of the method {name}:", key, sorted(own | loop))
-    config = method.config_class.from_dict({key: value for key, value in values.items() if key in own})
+        if key not in (*own, *loop):
+            raise unknown(f"option of the method {name}:", key, [*own, *loop])
+    config = of.config.from_dict({key: value for key, value in values.items() if key in own})
     train = TrainConfig(seed=seed, **{key: value for key, value in values.items() if key in loop})
     return Settings(config, train)
 
 
-def read_settings(path: Path) -> dict[str, dict[str, Any]]:
-    """Tables of settings from a TOML file: `[all]`, and one named after each method; a wrong name raises ATVError."""
-    tables = read_toml(path, f"a TOML file with tables of settings as [{ALL}] and [atv], as atv sweep writes")
-    trained = [name for name in METHODS if any(_options(name))]
-    everything = set().union(*(own | loop for own, loop in map(_options, trained)))
-    read = {}
+def check_tables(tables: Tables, file: Path) -> None:
+    """Raise ATVError for a key of methods' tables of a file that its method, or of `all` that no method, has."""
     for name, values in tables.items():
-        if not isinstance(values, dict):
-            raise ATVError(f"{path}: {name} stands outside a table; put it under [{ALL}] or a method's name.")
-        if name != ALL and name not in trained:
-            raise unknown(f"table in {path}:", name, (ALL, *trained))
-        read[name] = {key.replace("-", "_"): value for key, value in values.items()}
-        own, loop = (everything, set()) if name == ALL else _options(name)
-        for key in read[name]:
-            if key not in own | loop:
-                raise unknown(f"option in [{name}] of {path}:", key, sorted(own | loop))
-    return read
+        asked = TRAINED if name == ALL else (name,)
+        known = {key for of in map(learned, asked) for key in (*of.own(), *of.loop())}
+        for key in values:
+            if key not in known:
+                raise unknown(f"option in [{name}] of {file}:", key, known)

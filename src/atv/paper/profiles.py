@@ -5,6 +5,9 @@ from typing import Any
 
 from atv.config import PAPER_TRAINING
 
+IN_TABLES = ("zero-shot", "icl", "bm25", "elicit", "i2cl", "lora", "prefix", "fixed", "atv", "icl+atv")
+"""The methods of a reproduction or a sweep in which none is named."""
+
 
 @dataclass(frozen=True)
 class Profile:

@@ -17,7 +17,7 @@ from atv.lm.prefix_store import PrefixStore
 from atv.methods import METHODS
 from atv.methods.settings import Settings, Tables
 from atv.paper.experiments import Condition, condition_settings
-from atv.paper.profiles import Profile
+from atv.paper.profiles import IN_TABLES, Profile
 from atv.processes import barrier, is_main
 from atv.progress import log
 from atv.provenance import provenance
@@ -62,7 +62,7 @@ def reproduce(
         frozen: the LLM.
         tasks: those of the category Unseen are measured, never trained on.
         out: folder of the whole.
-        conditions: by default every method that is `by_default`, as it is.
+        conditions: by default every method of `IN_TABLES`, as it is.
         given: settings that are stronger than the profile's.
         batch_size: prompts per call of the LLM when measuring.
         force: start over.
@@ -71,7 +71,7 @@ def reproduce(
         ATVError: an unknown setting, no task to train on, or `out` was made with other settings.
     """
     tasks = chosen_tasks(profile, tasks)
-    plain = [Condition(name) for name in METHODS if METHODS[name].by_default]
+    plain = [Condition(name) for name in IN_TABLES]
     jobs = _jobs(conditions or plain, profile.seeds)
     tables = (profile.tables(), given or {})
     settings = {job: condition_settings(job.condition, tables, job.seed) for job in jobs if job.kind == "train"}

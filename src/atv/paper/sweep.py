@@ -16,7 +16,7 @@ from atv.files import write_json, write_text
 from atv.lm.prefix_store import PrefixStore
 from atv.methods import METHODS
 from atv.methods.settings import Tables, method_settings
-from atv.paper.profiles import Profile
+from atv.paper.profiles import IN_TABLES, Profile
 from atv.paper.reproduce import chosen_tasks
 from atv.progress import log
 from atv.provenance import provenance
@@ -60,12 +60,12 @@ def sweep(
         frozen: the LLM.
         tasks: those of the category Unseen have no part.
         out: gets `sweep.json` (every trial), `settings.toml` and the trials' folders.
-        methods: names of trained methods; by default all `by_default` ones that have settings to choose from.
+        methods: names of trained methods; by default those of `IN_TABLES` that have settings to choose from.
         trials: for every method.
         given: settings that all trials have, stronger than the profile's.
         force: start over.
     """
-    names = list(methods) or [name for name in METHODS if METHODS[name].search and METHODS[name].by_default]
+    names = list(methods) or [name for name in IN_TABLES if METHODS[name].search]
     for name in names:
         if name not in METHODS or not METHODS[name].search:
             raise unknown("method to choose settings for", name, [name for name in METHODS if METHODS[name].search])

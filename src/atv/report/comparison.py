@@ -6,16 +6,13 @@ from typing import Protocol
 
 from atv.data import UNSEEN
 from atv.errors import ATVError
+from atv.methods import METHODS
 from atv.report.statistics import RESAMPLES, Row, Score, paired, scores, tasks_of
 from atv.report.tables import MISSING, Table, accuracy_table, footnote, marked, undefined
 
 ATV = "atv"
 PUBLISHED = "paper, "
 """How a line begins whose numbers others have published."""
-METHODS = (
-    *("zero-shot", "icl", "bm25", "elicit", "i2cl", "linear", "lora", "prefix", "full", "probe", "encoder"),
-    *("learned-tv", "fixed", ATV, "icl+atv"),
-)
 ACCURACY = {"correct": "accuracy", "correct_among_options": "accuracy among options"}
 _PLOTS = {"correct": ("scores", "cost"), "correct_among_options": ("scores",)}
 COSTS = {"tokens": ("prompt_tokens", 0), "s/query": ("seconds", 4)}  # what is averaged, digits
@@ -227,7 +224,7 @@ def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
     for row in rows:
         found.setdefault(row["method"], []).append(row)
-    return {method: found[method] for method in _ordered(found, METHODS)}
+    return {method: found[method] for method in _ordered(found, tuple(METHODS))}
 
 
 def _ordered(names: Iterable[str], order: Sequence[str]) -> list[str]:

@@ -1,12 +1,11 @@
 """What a trained ATV's vectors are like: how large, how adaptive, near which others, and what tokens they promote."""
 
 from atv.paper.analysis.geometry import cosine_means, map_of, nearest, require_sklearn, variation
-from atv.paper.analysis.lens import Readout, layer_by_layer, top_tokens
+from atv.paper.analysis.lens import layer_by_layer
 from atv.paper.analysis.measure import analyse
 from atv.paper.analysis.norms import beside_residual, scaled_vectors
 
 __all__ = [
-    "Readout",
     "analyse",
     "beside_residual",
     "cosine_means",
@@ -15,6 +14,5 @@ __all__ = [
     "nearest",
     "require_sklearn",
     "scaled_vectors",
-    "top_tokens",
     "variation",
 ]

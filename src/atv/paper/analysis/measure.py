@@ -9,11 +9,12 @@ from torch import Tensor
 from atv.data import TRAIN_PREFIX, Example, Task, Variant
 from atv.errors import ATVError
 from atv.lm.hooks import base_llm, decoder_layers
+from atv.lm.lens import Readout, top_tokens
 from atv.methods.bm25 import words
 from atv.methods.elicit import Elicit
 from atv.model import ATVModel
 from atv.paper.analysis.geometry import LEAST, map_of, nearest, require_sklearn, variation
-from atv.paper.analysis.lens import Readout, layer_by_layer, top_tokens
+from atv.paper.analysis.lens import layer_by_layer
 from atv.paper.analysis.norms import beside_residual, scaled_vectors
 from atv.paper.analysis.swapped import KINDS, exchanged
 from atv.progress import Bar, bar, log

@@ -1,25 +1,22 @@
-"""The work behind `atv reproduce` and `atv sweep`."""
+"""`atv paper reproduce`."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from atv import artifact
-from atv.cli.analysis import require_packages, write_analysis
+from atv.cli.loading import frozen_llm
+from atv.cli.options import Reproduce, Tasks
 from atv.cli.output import print_lines, print_table
-from atv.cli.work import frozen
+from atv.cli.paper.analysis import require_packages, write_analysis
 from atv.data import Task
 from atv.errors import ATVError, unknown
 from atv.evaluation.measure import Frozen
 from atv.evaluation.records import load_runs
 from atv.files import write_json
-from atv.methods.settings import read_settings
 from atv.paper.experiments import Condition, Experiment, conditions_of, read_experiment
 from atv.paper.profiles import PROFILES, Profile
 from atv.paper.published import PaperNumbers
 from atv.paper.reproduce import chosen_tasks, reproduce
-from atv.paper.sweep import sweep
 from atv.paper.tasks import load_paper_tasks
 from atv.processes import is_main
 from atv.progress import log
@@ -34,36 +31,32 @@ from atv.report import (
 )
 
 
-def _profile(options: Mapping[str, Any]) -> Profile:
-    name = options["profile"]
+def chosen_profile(name: str) -> Profile:
+    """A profile by name; ATVError if there is none."""
     if name not in PROFILES:
         raise unknown("profile", name, PROFILES)
     log.info(f"Profile {name}: {PROFILES[name].says}")
     return PROFILES[name]
 
 
-def paper_tasks(options: Mapping[str, Any]) -> list[Task]:
-    """The tasks that the options of a command name; the paper's have what it says of them."""
-    return load_paper_tasks(options["task"], options["data"], options["template"])
+def paper_tasks(given: Tasks) -> list[Task]:
+    """The tasks that the options name; the paper's have what it says of them."""
+    return load_paper_tasks(given.task, given.data, given.template)
 
 
-def _settings(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {"given": read_settings(options["settings"]) if options["settings"] else {}}
-
-
-def reproduce_tables(options: Mapping[str, Any]) -> None:
-    """`atv reproduce`: everything that is not done yet, then the tables."""
-    if options["experiment"] and options["method"]:
+def reproduce_tables(given: Reproduce) -> None:
+    """Everything that is not done yet, then the tables."""
+    if given.experiment and given.method:
         raise ATVError("An experiment names its methods; found --experiment and --method: leave one of them out.")
-    experiments = [read_experiment(name) for name in options["experiment"] or ()]
-    profile, out = _profile(options), Path(options["out"])
-    conditions = conditions_of(experiments) if experiments else [Condition(name) for name in options["method"] or ()]
-    how = _settings(options) | {"batch_size": options["batch_size"], "force": options["force"]}
+    experiments = [read_experiment(name) for name in given.experiment or ()]
+    profile, out = chosen_profile(given.profile), given.out
+    conditions = conditions_of(experiments) if experiments else [Condition(name) for name in given.method or ()]
     analysed = any(of.analysis for of in experiments)
     if analysed:
         require_packages()
-    llm, tasks = frozen(options), paper_tasks(options)
-    runs = reproduce(profile, llm, tasks, out, conditions=conditions, **how)
+    llm, tasks = frozen_llm(given.llm, given.loading), paper_tasks(given.tasks)
+    how = {"given": given.file.tables, "batch_size": given.batch_size, "force": given.force}
+    runs = reproduce(profile, llm, tasks, out, conditions=conditions, **how)  # type: ignore[arg-type]
     rows = load_runs(runs)
     named = {
         of.name: experiment_tables(load_experiment(_record(of, profile, out)), PaperNumbers()) for of in experiments
@@ -100,14 +93,3 @@ def _record(experiment: Experiment, profile: Profile, out: Path) -> Path:
     if is_main():
         write_json(file, said | {"profile": profile.name, "conditions": conditions})
     return file
-
-
-def choose_settings(options: Mapping[str, Any]) -> None:
-    """`atv sweep`: the trials that are not done yet, then the best of each method."""
-    profile, out = _profile(options), Path(options["out"])
-    rows = {name: options[name] for name in ("train_rows", "valid_rows") if options[name] is not None}
-    how = _settings(options) | {name: options[name] for name in ("trials", "force")}
-    how["methods"] = options["method"] or ()
-    best = sweep(replace(profile, **rows), frozen(options), paper_tasks(options), out, **how)
-    print_lines([f"{name}: {', '.join(f'{key} {value}' for key, value in of.items())}" for name, of in best.items()])
-    print_lines([f"Next: atv reproduce --settings {out / 'settings.toml'}"])

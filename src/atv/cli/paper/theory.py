@@ -1,12 +1,12 @@
-"""`atv theory`: the paper's theorems as tables of numbers."""
+"""`atv paper theory`: the paper's theorems as tables of numbers."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
+from atv.cli.options import Theory
 from atv.cli.output import print_lines, print_table
-from atv.lm.load import load_llm, load_tokenizer, quiet_transformers
+from atv.lm.load import load_llm, load_tokenizer
 from atv.paper.theory import (
     Fit,
     Material,
@@ -22,11 +22,10 @@ from atv.paper.theory import (
 from atv.report.formats import check_format, write_tables
 from atv.report.tables import Table
 
-quiet_transformers()
 
-
-def show_theorems(llm: str | None, out: Path | None, seed: int) -> None:
+def show_theorems(given: Theory) -> None:
     """Try every statement on random matrices, and on an LLM if one is named; print the tables, maybe write them."""
+    llm, out, seed = given.llm, given.out, given.seed
     if out is not None:
         check_format(out)
     draw = torch.Generator().manual_seed(seed)

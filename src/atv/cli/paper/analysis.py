@@ -1,21 +1,21 @@
-"""`atv analysis`: what an adapter's vectors are like, as a record, tables and plots."""
+"""`atv paper analysis`: what an adapter's vectors are like, as a record, tables and plots."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from atv import artifact
+from atv.cli.loading import frozen_llm, named_tasks
+from atv.cli.options import Analysis
 from atv.cli.output import print_lines, print_table
-from atv.cli.work import frozen, named_tasks
 from atv.data import Task
 from atv.errors import ATVError
 from atv.evaluation.measure import Frozen
 from atv.evaluation.records import ANALYSIS_FILE, SCHEMA
 from atv.files import write_json
 from atv.lm.hooks import input_device
-from atv.lm.load import quiet_transformers
 from atv.methods.elicit import Elicit
 from atv.model import ATVModel
 from atv.paper.analysis import analyse, require_sklearn
@@ -23,22 +23,19 @@ from atv.provenance import provenance
 from atv.report import analysis_tables, write_plots, write_tables
 from atv.report.analysis import SHORT
 
-quiet_transformers()
 
-
-def analyse_adapter(options: Mapping[str, Any]) -> None:
-    """`atv analysis`: everything that can be checked is, before a model is loaded."""
-    out = Path(options["out"])
+def analyse_adapter(given: Analysis) -> None:
+    """Everything that can be checked is, before a model is loaded."""
     require_packages()
-    folder = artifact.locate(options["adapter"])
+    folder = artifact.locate(given.adapter)
     saved = artifact.read(folder, ATVModel.method)
-    library = artifact.locate(options["elicit"]) if options["elicit"] else None
+    library = artifact.locate(given.elicit) if given.elicit else None
     if library is not None:
         artifact.read(library, Elicit.name)
-    named = frozen(options, options["llm"] or saved.base_llm["name"])
-    how = {name: options[name] for name in ("rows", "query", "seed")}
-    write_analysis(named, named_tasks(options), folder, library, out, **how)
-    print_lines([f"Next: atv report {out} --out report.html"])
+    named = frozen_llm(given.llm or saved.base_llm["name"], given.loading)
+    how = {"rows": given.rows, "query": given.query, "seed": given.seed}
+    write_analysis(named, named_tasks(given.tasks), folder, library, given.out, **how)
+    print_lines([f"Next: atv report {given.out} --out report.html"])
 
 
 def require_packages() -> None:
@@ -72,7 +69,7 @@ def write_analysis(
     began = time.perf_counter()
     found = analyse(atv, tasks, elicit=elicit, **how)
     settings = {
-        "method": "atv analysis",
+        "method": "atv paper analysis",
         **named.described(),
         **how,
         "adapter": artifact.identity(adapter),

@@ -1,0 +1,85 @@
+"""The one kind of TOML file: a table of options for each command, and a table of settings for each method.
+
+[train]
+data = "mydata"
+
+[paper.reproduce]
+profile = "paper"
+
+[all]
+epochs = 3
+
+[lora]
+rank = 16
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from atv.errors import ATVError, unknown
+from atv.files import read_toml
+from atv.methods import TRAINED
+from atv.methods.settings import ALL
+
+PAPER = "paper"
+"""The table that holds those of the commands `atv paper ...`."""
+
+
+class ConfigFile:
+    """A file whose tables have been looked at; what is in the table of a command is read by `options`.
+
+    Args:
+        file: in TOML.
+        commands: the names of all commands that take such a file, as `train` and `paper.reproduce`.
+
+    Raises:
+        ATVError: there is no such file, or a table in it is neither a command's nor a method's.
+    """
+
+    def __init__(self, file: Path, commands: Iterable[str]) -> None:
+        self.file, self.commands = file, tuple(commands)
+        methods = (ALL, *TRAINED)
+        found = read_toml(file, "a TOML file with a table for each command, as [train], or method, as [lora]")
+        found |= {f"{PAPER}.{name}": table for name, table in self._table(found, PAPER).items()}
+        found.pop(PAPER, None)
+        for name in found:
+            if name not in (*self.commands, *methods):
+                raise unknown(f"table in {file}:", name, (*self.commands, *methods))
+            self._table(found, name)
+        self._options = {name: found[name] for name in self.commands if name in found}
+        self.tables = {name: _spelled(found[name]) for name in methods if name in found}
+        """Settings of methods."""
+
+    def _table(self, tables: Mapping[str, Any], name: str) -> dict[str, Any]:
+        table = tables.get(name, {})
+        if not isinstance(table, dict):
+            raise ATVError(f"{self.file}: {name} stands outside a table; put it under that of a command, as [train].")
+        return table
+
+    def options(self, command: str, spellings: Mapping[str, str]) -> dict[str, Any]:
+        """The options of a command by their names; a key that is none of them raises ATVError.
+
+        Args:
+            command: one of `commands`.
+            spellings: every way to write an option, and its name.
+        """
+        values: dict[str, Any] = {}
+        for key, value in self._options.get(command, {}).items():
+            name = spellings.get(key.replace("-", "_"))
+            if name is None:
+                raise unknown(f"option in [{command}] of {self.file}:", key, spellings)
+            if name in values:
+                raise ATVError(
+                    f"{self.file}: {name} stands twice under [{command}], the second time as {key}; leave one out."
+                )
+            values[name] = value
+        return values
+
+    def value(self, command: str, name: str) -> Any:
+        """One option of a command, None if the file does not have it."""
+        return self._options.get(command, {}).get(name)
+
+
+def _spelled(table: Mapping[str, Any]) -> dict[str, Any]:
+    return {key.replace("-", "_"): value for key, value in table.items()}

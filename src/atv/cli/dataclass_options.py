@@ -1,0 +1,184 @@
+"""Options of a command from the fields of dataclasses: a field is the one place for name, type, default and help.
+
+The help is the string under the field. What only a command line needs (a second spelling, a panel, a range) is in the
+field's metadata, which `option` writes.
+"""
+
+import ast
+import inspect
+import textwrap
+import tomllib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import MISSING, Field, field, fields, is_dataclass
+from functools import cache
+from itertools import pairwise
+from types import NoneType
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+
+import typer
+
+T = TypeVar("T")
+
+
+def option(
+    default: Any = MISSING,
+    *,
+    panel: str = "",
+    flags: Iterable[str] = (),
+    also: Callable[[], str] | None = None,
+    argument: bool = False,
+    **typer_options: Any,
+) -> Any:
+    """A dataclass field with what the command line needs of it beside its type and docstring.
+
+    Args:
+        default: of the field; left out, the option is required.
+        panel: of the help page; by default that of the group that the field is in.
+        flags: spellings; by default the field's name.
+        also: gives a sentence that is added to the help, such as the names in a registry.
+        argument: an argument, not an option.
+        typer_options: further arguments of `typer.Option` or `typer.Argument`.
+    """
+    about = {"panel": panel, "flags": tuple(flags), "also": also, "argument": argument, "typer": typer_options}
+    return field(default=default, metadata=about)
+
+
+def group(kind: type[T], **changed: Any) -> T:
+    """A field that is a group of options: its own fields become options of the command. `changed` are its defaults."""
+    made: T = field(default_factory=lambda: kind(**changed))
+    return made
+
+
+def unlisted(default_factory: Callable[[], Any]) -> Any:
+    """A field that is no option."""
+    return field(default_factory=default_factory, metadata={"unlisted": True})
+
+
+@cache
+def field_docs(kind: type) -> dict[str, str]:
+    """The strings under the fields of a dataclass and of those that it inherits from, each as one line."""
+    found: dict[str, str] = {}
+    for base in reversed([base for base in kind.__mro__ if is_dataclass(base)]):
+        try:
+            body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body  # type: ignore[attr-defined]
+        except (OSError, TypeError):  # a class that was typed in has no source
+            continue
+        for declared, text in pairwise(body):
+            if isinstance(declared, ast.AnnAssign) and isinstance(text, ast.Expr):
+                value, target = getattr(text.value, "value", None), declared.target
+                if isinstance(value, str) and isinstance(target, ast.Name):
+                    found[target.id] = " ".join(value.split()).replace("`", "")
+    return found
+
+
+class Shown(NamedTuple):
+    """A field as an option of a command."""
+
+    name: str
+    type: Any
+    """As typer takes it."""
+    default: Any
+    """MISSING: it is required."""
+    info: Any
+    """`typer.Option` or `typer.Argument`."""
+
+
+def options_of(kind: type, panel: str = "", defaults: Mapping[str, Any] | None = None) -> Iterator[Shown]:
+    """The fields of a dataclass, those of its groups in their place, as options.
+
+    Args:
+        kind: the dataclass. Its attribute PANEL, if it has one, names the panel of its options, and UNLISTED fields
+            that are no options.
+        panel: that of a class that names none.
+        defaults: shown and used instead of the fields' own.
+    """
+    hints, docs = get_type_hints(kind), field_docs(kind)
+    panel = getattr(kind, "PANEL", panel)
+    for of in fields(kind):
+        if of.metadata.get("unlisted") or of.name in getattr(kind, "UNLISTED", ()):
+            continue
+        if is_dataclass(hints[of.name]):
+            changed = vars(of.default_factory()) if of.default_factory is not MISSING else {}
+            yield from options_of(hints[of.name], panel, changed)
+        else:
+            default = (defaults or {}).get(of.name, of.default)
+            yield _shown(of, hints[of.name], docs.get(of.name, ""), panel, default)
+
+
+def _shown(of: "Field[Any]", hint: Any, text: str, panel: str, default: Any) -> Shown:
+    about = of.metadata
+    kind, how = _typed(hint, default)
+    if about.get("also"):
+        text = f"{text} {about['also']()}"
+    how |= {"help": text.replace("[", "\\["), **about.get("typer", {})}
+    if about.get("argument"):
+        return Shown(of.name, kind, default, typer.Argument(**how))
+    flags = about.get("flags") or [f"--{of.name.replace('_', '-')}"]
+    if kind in (bool, bool | None) and default is not False and len(flags) == 1 and "/" not in flags[0]:
+        flags = [f"{flags[0]}/--no-{flags[0].removeprefix('--')}"]
+    if default is None or default is False:
+        how["show_default"] = False
+    return Shown(of.name, kind, default, typer.Option(*flags, rich_help_panel=about.get("panel") or panel, **how))
+
+
+def _typed(hint: Any, default: Any) -> tuple[Any, dict[str, Any]]:
+    """How typer takes a field's type: texts for choices and for what is one of several types."""
+    kinds = [kind for kind in (get_args(hint) if _is_union(hint) else [hint]) if kind is not NoneType]
+    optional = NoneType in get_args(hint)
+    if len(kinds) > 1:
+        if int in kinds or float in kinds:
+            return str, {"parser": toml_value, "metavar": "VALUE"}
+        return str, {"parser": lambda value: value, "metavar": "TEXT"}  # a file may have a list
+    (kind,) = kinds
+    if get_origin(kind) is Literal:
+        return str | None if optional else str, {"metavar": f"[{'|'.join(get_args(kind))}]"}
+    if optional and kind in (int, float) and default is not None:  # what is on by default can be switched off
+        return str, {
+            "parser": lambda text: None if text == "none" else kind(text),
+            "metavar": f"{kind.__name__.upper()}|none",
+        }
+    return kind | None if optional else kind, {}
+
+
+def _is_union(hint: Any) -> bool:
+    return hasattr(hint, "__args__") and get_origin(hint) not in (list, tuple, dict, Literal)
+
+
+def toml_value(text: Any) -> Any:
+    """A number, a truth value or a list as TOML writes them; else the text itself."""
+    if not isinstance(text, str):
+        return text
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def build(kind: type[T], values: Mapping[str, Any]) -> T:
+    """The dataclass with these values, its groups filled from the same ones."""
+    hints = get_type_hints(kind)
+    made = {}
+    for of in fields(kind):  # type: ignore[arg-type]
+        if is_dataclass(hints[of.name]):
+            made[of.name] = build(hints[of.name], values)
+        elif of.name in values:
+            made[of.name] = values[of.name]
+    return kind(**made)
+
+
+def with_signature(run: Callable[..., None], options: Iterable[Shown]) -> Callable[..., None]:
+    """`run(context, **values)` as a function whose signature typer reads the options from."""
+    listed = [inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
+    for name, kind, default, info in options:
+        empty = inspect.Parameter.empty if default is MISSING else default
+        listed.append(
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=empty, annotation=Annotated[kind, info])
+        )
+
+    def command(**values: Any) -> None:
+        run(values.pop("context"), **values)
+
+    command.__signature__ = inspect.Signature(listed)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in listed}
+    command.__name__, command.__doc__ = run.__name__, run.__doc__
+    return command

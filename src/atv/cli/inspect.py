@@ -1,0 +1,30 @@
+"""`atv inspect`: what an adapter does for single queries."""
+
+from atv.cli.generate import gate_line, load_adapter, prompts_of, read_by_generator
+from atv.cli.options import Inspect
+from atv.cli.output import print_lines, print_table
+from atv.lm.hooks import decoder_layers
+from atv.lm.lens import Readout, top_tokens
+from atv.report.tables import Table
+
+
+def inspect_queries(given: Inspect) -> None:
+    """Print for each query the tokens that its vector promotes at each layer, as the LLM's own head reads it."""
+    atv, template = load_adapter(given)
+    prompts = prompts_of(given.query, template)
+    read = read_by_generator(atv, given.query, prompts)
+    readout = Readout(atv.llm, atv.encode_prompts(prompts[:1]), atv.config.layer_path)
+    vectors = (atv.config.scale * atv.task_vectors(read)).cpu()  # (queries, layers, hidden)
+    layers = atv.config.layer_indices(len(decoder_layers(atv.llm, atv.config.layer_path)))
+    note = (
+        f"Read with {readout.described(atv.llm)}. Norm: of what is added at the layer. Promoted: the tokens whose "
+        "logits the vector alone raises most."
+    )
+    for query, vector, gate in zip(given.query, vectors, atv.gate(read).tolist(), strict=True):
+        promoted = top_tokens(readout.promoted(vector), atv.tokenizer)
+        rows = [
+            [str(layer), f"{own.norm():.2f}", "  ".join(repr(text) for text, _ in tokens)]
+            for layer, own, tokens in zip(layers, vector, promoted, strict=True)
+        ]
+        print_lines([f"query:     {query}", gate_line(gate)])
+        print_table(Table("Vectors by layer", ["layer", "norm", "promoted"], rows, note, text=1))

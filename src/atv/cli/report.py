@@ -1,0 +1,35 @@
+"""`atv report` and `atv paper tables`. No torch is imported."""
+
+import shlex
+
+from atv.cli.options import Report
+from atv.cli.output import print_lines, print_table
+from atv.evaluation.records import load_analyses
+from atv.report import FORMATS, analysis_tables, check_format, report_tables, write_page, write_tables
+from atv.report.analysis import SHORT
+from atv.report.comparison import Published
+
+
+def show_tables(given: Report, command: str, beside: Published | None = None) -> None:
+    """Print the tables of runs, and write them if --out is given.
+
+    Args:
+        given: the options.
+        command: which one this is, for the page that says how it was made.
+        beside: numbers published elsewhere.
+    """
+    out = given.out
+    if out is not None:
+        check_format(out, page=True)
+    analyses = load_analyses(given.runs)
+    rows, tables = report_tables(given.runs, beside)
+    found = [analysis_tables(record) for record in analyses]
+    for table in [*tables, *(table for some in found for table in some[:SHORT])]:
+        print_table(table)
+    if out is None:
+        print_lines(["Write the tables to a file with --out report.html, or .md, .tex or .csv."])
+        return
+    tables += [table for some in found for table in some]
+    made_by = shlex.join(["atv", *command.split(), *map(str, given.runs), "--out", str(out)])
+    written = write_tables(tables, out) if out.suffix in FORMATS else write_page(rows, tables, out, made_by, analyses)
+    print_lines([f"Written to {path}" for path in written])

@@ -1,0 +1,43 @@
+"""`atv tasks`."""
+
+from collections.abc import Sequence
+from functools import partial
+
+from rich.table import Table
+
+from atv.cli.loading import named_tasks
+from atv.cli.options import ListTasks
+from atv.cli.output import output, print_lines
+from atv.data import Task, findings, long_prompts, refuse_shared_inputs
+from atv.data.collate import encode_prompt
+from atv.errors import ATVError
+from atv.lm.load import load_context_length, load_tokenizer
+from atv.lm.scoring import option_ids
+
+
+def list_tasks(given: ListTasks) -> None:
+    """Print tasks with their sizes, options and majority rate, with --audit what is found in them too."""
+    if given.llm is not None and not given.audit:
+        raise ATVError("--llm is what --audit looks at; expected both. Add --audit, or leave --llm out.")
+    tasks = named_tasks(given.tasks)
+    grid = Table()
+    for column in ("task", "category", "train", "valid", "test", "majority", "options"):
+        grid.add_column(column, justify="left" if column in ("task", "category", "options") else "right")
+    for task in tasks:
+        shown = ", ".join(task.options[:6]) + (" ..." if len(task.options) > 6 else "")
+        sizes = (str(len(task.train)), str(len(task.valid)), str(len(task.test)))
+        grid.add_row(task.name, task.category, *sizes, f"{100 * task.majority():.1f}%", shown)
+    output.print(grid)
+    if given.audit:
+        _audit(tasks, given.llm)
+
+
+def _audit(tasks: Sequence[Task], llm: str | None) -> None:
+    """Refuse what evaluation refuses, print what is found; an LLM's weights are not loaded."""
+    refuse_shared_inputs(list(tasks))
+    tokenizer = None if llm is None else load_tokenizer(llm)
+    limit = None if llm is None else load_context_length(llm)
+    for task in tasks:
+        print_lines(findings(task, None if tokenizer is None else partial(option_ids, tokenizer, task)))
+        if limit is not None:
+            print_lines(long_prompts(task, lambda prompt: len(encode_prompt(tokenizer, prompt)), limit))
