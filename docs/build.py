@@ -7,6 +7,7 @@
 import logging
 import posixpath
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -17,6 +18,7 @@ ASSET = re.compile(
     r"<(?:script|link|img|iframe|source)\b[^>]*?\b(?:src|href)=[\"']?(?P<address>(?:https?:)?//[^\"'> ]+)"
 )
 """What a browser fetches by itself; a link that a reader follows is none."""
+HEADER = "| | default | |\n| --- | --- | --- |"
 log = logging.getLogger("mkdocs.hooks.build")
 
 
@@ -29,41 +31,70 @@ def command_line_page() -> str:
 
     from atv.cli.app import app
 
-    commands = get_command(app).commands  # type: ignore[attr-defined]
+    commands = dict(_commands(get_command(app)))
     head = f"""# Command line
 
 Written by `make docs` from the commands themselves; a test compares the two. `atv --help` and `atv COMMAND --help` say
 the same.
 
-{chr(10).join(f"- [`atv {name}`](#atv-{name})" for name in commands)}
+{chr(10).join(f"- [`atv {name}`](#atv-{name.replace(' ', '-')})" for name in commands)}
 
-Every option of a command that has `--config` can stand in a TOML file, in a table of the command's name; flags win.
-Defaults of `atv train` are those of the method atv; other methods have learning rates of their own.
-A mistake in what is given is answered by one line and exit code 2. `atv doctor` exits with 1 if a check failed. Ctrl-C
-ends with 130; where the same command resumes the work, a line says so.
+Every option of a command that has `--config` can be in a TOML file, in a table named after the command: `[train]`,
+`[paper.reproduce]`. The same file can hold [settings of methods](#settings-of-methods), in a table for each, as
+`[lora]`, and in `[all]` for every method that has such a setting. In `atv train` the command's table wins over the
+methods', and flags win over both.
+
+A mistake in what is given is answered with one line and exit code 2. `atv doctor` exits with 1 if a check failed.
+Ctrl-C ends with 130; where the same command resumes the work, a line says so.
 """
-    return head + "".join(_command(name, command) for name, command in commands.items())
+    return head + "".join(_command(name, command) for name, command in commands.items()) + _settings()
+
+
+def _commands(group: Any, before: str = "") -> Iterator[tuple[str, Any]]:
+    """The commands of a group and of the groups in it, with their names."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _commands(command, f"{before}{name} ")
+        else:
+            yield f"{before}{name}", command
 
 
 def _command(name: str, command: Any) -> str:
-    hints = get_type_hints(command.callback)
     arguments = [p for p in command.params if p.param_type_name == "argument"]
     options = [p for p in command.params if p.param_type_name == "option"]
     usage = " ".join([f"atv {name} [OPTIONS]", *(_argument(p) for p in arguments)])
-    lines = [
-        f"\n## atv {name}\n",
-        command.help,
-        "",
-        "```text",
-        usage,
-        "```",
-        "",
-        "| | default | |",
-        "| --- | --- | --- |",
-    ]
+    lines = [f"\n## atv {name}\n", command.help, "", "```text", usage, "```", "", HEADER]
     lines += [f"| `{p.name.upper()}` | {_default(p)} | {_cell(p.help)} |" for p in arguments]
-    lines += [f"| `{_flags(p, hints[p.name])}` | {_default(p)} | {_cell(p.help)} |" for p in options]
+    lines += [_row(command, p) for p in options]
     return "\n".join(lines) + "\n"
+
+
+def _settings() -> str:
+    """For each method what `atv train --method NAME --help` shows otherwise than `atv train --help`."""
+    from atv.cli.commands import for_method
+    from atv.methods import TRAINED
+
+    def rows(name: str) -> dict[str, str]:
+        command = for_method(print, name, ())
+        return {p.name: _row(command, p) for p in command.params if p.name not in ("method", "help")}
+
+    default = rows("atv")
+    text = """
+## Settings of methods
+
+The options of `atv train` are those of the method that is trained. Those of the method `atv` are above; here are the
+options of other methods that differ in name, default or meaning. `atv train --method NAME --help` shows all of them.
+"""
+    for name in TRAINED:
+        own = [row for option, row in rows(name).items() if row != default.get(option)]
+        if own:
+            text += "\n".join([f"\n### {name}\n", HEADER, *own]) + "\n"
+    return text
+
+
+def _row(command: Any, option: Any) -> str:
+    kind = get_type_hints(command.callback)[option.name]
+    return f"| `{_cell(_flags(option, kind))}` | {_default(option)} | {_cell(option.help)} |"
 
 
 def _argument(parameter: Any) -> str:
@@ -73,7 +104,7 @@ def _argument(parameter: Any) -> str:
 
 def _flags(parameter: Any, kind: Any) -> str:
     if bool in (kind, *get_args(kind)):
-        return ", ".join(parameter.opts)
+        return ", ".join([*parameter.opts, *parameter.secondary_opts])
     # From the annotation: how a parsed option knows its type differs between versions of typer.
     named = {int: "NUMBER", float: "NUMBER", Path: "PATH", str: "TEXT"}
     types = {*get_args(kind), kind, *(inner for part in get_args(kind) for inner in get_args(part))}
@@ -91,7 +122,7 @@ def _default(parameter: Any) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+    return text.replace("\\[", "[").replace("|", "\\|")
 
 
 # ---- MkDocs ----

@@ -11,6 +11,7 @@ import re
 import shlex
 import sys
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,18 +21,36 @@ from typer.main import get_command
 
 from atv.cli import main
 from atv.cli.app import app
-from atv.cli.options import read_config, spellings
+from atv.cli.commands import TABLES
+from atv.cli.config_file import ConfigFile
 from atv.data import load_tasks
 from atv.methods import METHODS
-from atv.methods.settings import read_settings
+from atv.methods.settings import check_tables
 from atv.paper.profiles import PROFILES
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = get_command(app).commands
+
+
+def all_commands(group: Any, before: str = "") -> Iterator[tuple[str, Any]]:
+    """The commands of a group and of the groups in it, with their names."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from all_commands(command, f"{before}{name} ")
+        else:
+            yield f"{before}{name}", command
+
+
+def named(words: list[str]) -> str:
+    """The command that words begin with."""
+    return " ".join(words[:2] if words[0] == "paper" else words[:1])
+
+
+COMMANDS = dict(all_commands(get_command(app)))
+"""By their names, those of `atv paper` with both words."""
 LANGUAGES = ("python", "sh", "json", "toml", "text")
 NOT_RUN = re.compile(r"<!-- not run: .+ -->")
 FENCE = re.compile(r"^(?P<ticks>`{3,})(?P<language>[\w-]*)(?P<about>.*)$")
-NEEDS_MORE = {"prepare", "demo", "reproduce", "sweep", "theory"}
+NEEDS_MORE = {"demo", "paper prepare", "paper reproduce", "paper sweep", "paper theory"}
 """Commands that need a network or minutes: their options are read, nothing is run. Nor is a page of a report drawn:
 tests/test_page.py does that."""
 
@@ -135,7 +154,7 @@ def _check_command(words: list[str], block: Block, run: bool, monkeypatch: Any) 
         assert set(words[1:]) <= make_targets(), where
     elif words[0] == "atv":
         _check_atv(words[1:], where)
-        if run and words[1] not in NEEDS_MORE and not words[-1].endswith(".html"):
+        if run and named(words[1:]) not in NEEDS_MORE and not words[-1].endswith(".html"):
             monkeypatch.setattr(sys, "argv", words)
             code: Any = 0
             try:
@@ -156,10 +175,10 @@ def _check_command(words: list[str], block: Block, run: bool, monkeypatch: Any) 
 
 def _check_atv(words: list[str], where: str) -> None:
     """The command line's own parser must accept it."""
-    name, *rest = words
+    name = named(words)
     assert name in COMMANDS, where
     try:
-        given = COMMANDS[name].make_context(name, rest).params
+        given = COMMANDS[name].make_context(name, words[len(name.split()) :]).params
     except Exception as error:
         raise AssertionError(f"{where}: {type(error).__name__} {error}") from error
     methods = given.get("method") or []
@@ -168,16 +187,15 @@ def _check_atv(words: list[str], where: str) -> None:
 
 
 def _check_toml(block: Block) -> None:
-    """Accepted by what reads it: settings of methods, or options of commands in a table for each."""
-    tables = tomllib.loads(block.text)
+    """Accepted by what reads it: options of commands and settings of methods, in a table for each."""
+    tomllib.loads(block.text)
     if block.title is None:
         return
-    if Path(block.title).name == "settings.toml":
-        read_settings(Path(block.title))
-        return
-    for name in tables:
-        assert name in COMMANDS, f"{block}: [{name}] is no command"
-        read_config(Path(block.title), name, spellings(COMMANDS[name]))
+    file = ConfigFile(Path(block.title), TABLES.values())
+    check_tables(file.tables, file.file)
+    for table in file.found:
+        name = table.replace(".", " ")
+        COMMANDS[name].make_context(name, ["--config", block.title])
 
 
 def flags(words: list[str]) -> list[str]:
@@ -217,7 +235,9 @@ def _is_there(code: str) -> bool:
     if words[:1] == ["make"] and len(words) == 2:
         return words[1] in make_targets()
     if words[:1] == ["atv"] and len(words) > 1 and re.match("[a-z]", words[1]):
-        known = COMMANDS.get(words[1])
+        if words[1:] == ["paper"]:
+            return True
+        known = COMMANDS.get(named(words[1:]))
         return known is not None and set(flags(words)) <= {"--help", *(flag for p in known.params for flag in p.opts)}
     test = re.fullmatch(r"(test_\w+\.py)::(\w+)", code)
     return test is None or test[2] in tests_in(test[1])

@@ -17,8 +17,9 @@ from atv.cli import main
 from atv.config import TrainConfig
 from atv.data import Example, Task
 from atv.lm.hooks import capture_outputs, decoder_layers
+from atv.lm.lens import Readout
 from atv.methods.elicit import Elicit, ElicitConfig
-from atv.paper.analysis import Readout, analyse, cosine_means, geometry, map_of, variation
+from atv.paper.analysis import analyse, cosine_means, geometry, map_of, variation
 from atv.paper.analysis.measure import shared_words
 from atv.report import analysis_tables, markdown
 from atv.report.analysis import _exchange_table
@@ -525,7 +526,18 @@ def run(monkeypatch, capsys):
 
 
 def test_the_command_writes_record_tables_and_plots_and_reports_show_them(run, world, tmp_path):
-    command = ["analysis", "--adapter", world / "atv", "--data", world / "data", "--rows", 3, "--dtype", "float32"]
+    command = [
+        "paper",
+        "analysis",
+        "--adapter",
+        world / "atv",
+        "--data",
+        world / "data",
+        "--rows",
+        3,
+        "--dtype",
+        "float32",
+    ]
     out = tmp_path / "runs" / "analysis"
     code, said, err = run(*command, "--elicit", world / "elicit", "--out", out)
     assert code == 0, err
@@ -538,7 +550,7 @@ def test_the_command_writes_record_tables_and_plots_and_reports_show_them(run, w
     assert record["seconds"] > 0
     assert (out / "analysis.md").read_text().count("\n# ") == 8
     assert len(list((out / "plots").iterdir())) == 6
-    code, _, err = run(*command, "--query", "it leaks", "--out", out)  # written anew, as atv theory does
+    code, _, err = run(*command, "--query", "it leaks", "--out", out)  # written again, as atv paper theory does
     assert code == 0, err
     assert json.loads((out / "analysis.json").read_text())["query"]["query"] == "it leaks"
 
@@ -565,7 +577,7 @@ def test_the_command_writes_record_tables_and_plots_and_reports_show_them(run, w
 
 
 def test_what_does_not_fit_is_one_line(run, world, tmp_path, monkeypatch):
-    command = ["analysis", "--data", world / "data", "--dtype", "float32", "--out", tmp_path / "out"]
+    command = ["paper", "analysis", "--data", world / "data", "--dtype", "float32", "--out", tmp_path / "out"]
     ours = [*command, "--adapter", world / "atv"]
     (tmp_path / "file").write_text("")
     for arguments, parts in (

@@ -6,19 +6,19 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
-from typing import Annotated, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
 from conftest import byte_level_tokenizer, make_atv, make_llm, toy_task
+from documents import COMMANDS
 from transformers import LlamaForCausalLM
-from typer.main import get_command
 
-from atv.cli import app as command_line
 from atv.cli import main
+from atv.cli.commands import TABLES
 from atv.config import TrainConfig
-from atv.methods import METHODS
+from atv.errors import ATVError
+from atv.methods import METHODS, TRAINED
+from atv.methods.settings import learned, method_settings
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_train_eval_report_generate_on_ones_own_models_and_data(atv, world, tmp_
 def test_the_llm_itself_may_read_the_query(atv, world, tmp_path):
     out, options = tmp_path / "out", dict(zip(*[iter(train_options(world))] * 2, strict=True))
     options |= {"--generator": "self", "--pooling": "last", "--out": out}
-    code, _, err = atv("train", *[part for pair in options.items() for part in pair], "--set", "generator_layer=0")
+    code, _, err = atv("train", *[part for pair in options.items() for part in pair], "--generator-layer", "0")
     assert code == 0, err
     assert "generator self: the LLM's own state after decoder layer 0, pooling last" in " ".join(err.split())
     assert [file.name for file in out.rglob("*.safetensors")] == ["expansion.safetensors"]
@@ -134,7 +134,7 @@ def test_the_llm_itself_may_read_the_query(atv, world, tmp_path):
 def test_another_method_is_trained_with_its_own_settings_and_known_by_its_adapter(atv, world, tmp_path):
     data = [*models(world), "--data", world / "data"]
     some = [*data, "--method", "lora", "--epochs", "1", "--batch-size", "4", "--out", tmp_path / "lora"]
-    code, _, err = atv("train", *some, "--set", "rank=3", "--set", "targets=['q_proj']")
+    code, _, err = atv("train", *some, "--rank", "3", "--targets", "q_proj")
     assert code == 0, err
     assert json.loads((tmp_path / "lora" / "adapter" / "adapter_config.json").read_text())["r"] == 3
     code, _, err = atv("eval", *data, "--variants", "first", "--adapter", tmp_path / "lora", "--out", tmp_path / "run")
@@ -144,10 +144,10 @@ def test_another_method_is_trained_with_its_own_settings_and_known_by_its_adapte
     assert run["method"]["config"] | {"rank": 3, "targets": ["q_proj"]} == run["method"]["config"]
     assert run["method"]["training"]["train"]["learning_rate"] == 4e-4
     train = ["train", *some, "--out", tmp_path / "other"]
-    check_refused(*atv(*train, "--set", "rnak=3"), ["Unknown option of the method lora: 'rnak'", "rank"])
-    check_refused(*atv(*train, "--set", "rank"), ["expected NAME=VALUE"])
-    check_refused(*atv(*train, "--set", "rank=many"), ["rank is 'many'"])
-    check_refused(*atv(*train, "--positions", "last:2"), ["Unknown option of the method lora: 'positions'"])
+    check_refused(*atv(*train, "--rnak", "3"), ["No such option: --rnak", "--rank", "See atv train --help"])
+    check_refused(*atv(*train, "--rank", "many"), ["Invalid value for '--rank'", "integer"])
+    check_refused(*atv(*train, "--rank", "0"), ["rank is 0"])
+    check_refused(*atv(*train, "--positions", "last:2"), ["No such option: --positions"])
     check_refused(*atv("train", *data, "--method", "icl"), ["learns nothing"])
     check_refused(
         *atv("eval", *data, "--method", "i2cl", "--adapter", tmp_path / "lora"), ["adapter of the method lora"]
@@ -160,8 +160,8 @@ def test_reproduce_and_sweep_from_the_command_line(atv, world, tmp_path):
     data = [*models(world), "--data", world / "data"]
     settings = tmp_path / "settings.toml"
     settings.write_text("[all]\nbatch_size = 4\n[fixed]\npositions = 'last:2'\n")
-    common = [*data, "--profile", "smoke", "--settings", settings, "--method", "fixed"]
-    some = ["reproduce", *common, "--method", "zero-shot", "--out", tmp_path / "r"]
+    common = [*data, "--profile", "smoke", "--config", settings, "--method", "fixed"]
+    some = ["paper", "reproduce", *common, "--method", "zero-shot", "--out", tmp_path / "r"]
     code, said, err = atv(*some)
     assert code == 0, err
     assert "its numbers mean nothing" in err
@@ -169,14 +169,15 @@ def test_reproduce_and_sweep_from_the_command_line(atv, world, tmp_path):
     assert {file.suffix for file in (tmp_path / "r" / "tables").iterdir()} == {".md", ".tex", ".csv"}
     assert json.loads((tmp_path / "r" / "trained/fixed-42/train.json").read_text())["settings"]["train"]["epochs"] == 1
     assert atv(*some)[1] == said
-    code, said, err = atv("sweep", *common, "--trials", "2", "--out", tmp_path / "s")
+    code, said, err = atv("paper", "sweep", *common, "--trials", "2", "--out", tmp_path / "s")
     assert code == 0, err
     assert "[2 of 2] fixed:" in err
-    assert f"Next: atv reproduce --settings {tmp_path / 's' / 'settings.toml'}" in said
+    assert f"Next: atv paper reproduce --config {tmp_path / 's' / 'settings.toml'}" in said
     check_refused(
-        *atv("reproduce", *data, "--profile", "large"), ["Unknown profile 'large'", "ablation, paper, small, smoke"]
+        *atv("paper", "reproduce", *data, "--profile", "large"),
+        ["Unknown profile 'large'", "ablation, paper, small, smoke"],
     )
-    check_refused(*atv("reproduce", *common, "--settings", tmp_path / "no"), ["No file", "atv sweep"])
+    check_refused(*atv("paper", "reproduce", *common, "--config", tmp_path / "no"), ["No file", "a TOML file"])
 
 
 def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_rows(atv, world, tmp_path):
@@ -237,18 +238,23 @@ def test_a_config_file_may_begin_with_a_byte_order_mark_spell_options_as_flags_a
     check_refused(*atv("train", "--config", "~/run.toml"), ["'learnign_rate'", "Did you mean 'learning_rate'?"])
 
 
-def test_every_path_and_model_of_every_command_may_begin_with_the_home_folder(monkeypatch):
+def test_every_path_and_llm_of_every_command_may_begin_with_the_home_folder(monkeypatch):
     """Where no shell expands it: after `=`, between quotes, in a config file."""
     monkeypatch.setenv("HOME", "/home/mine")
-    named = ("llm", "generator", "out", "adapter", "data", "settings", "config", "elicit", "runs")
     found = set()
-    for command in command_line.app.registered_commands:
-        for name, hint in get_type_hints(command.callback, include_extras=True).items():
-            kinds = (hint.__origin__, *get_args(hint.__origin__)) if get_origin(hint) is Annotated else ()
-            if name in named or Path in kinds:
-                found.add(name)
-                assert str(hint.__metadata__[0].parser("~/x")) == "/home/mine/x", (command.callback, name)
-    assert found == set(named)
+    for name, command in COMMANDS.items():
+        for parameter in command.params:
+            if parameter.metavar == "PATH" or parameter.name in ("llm", "out", "adapter", "data", "runs"):
+                found.add(parameter.name)
+                needed = [word for p in command.params if p.required for word in (*p.opts[: p.opts[0][0] == "-"], "q")]
+                words = ["~/x"] if parameter.param_type_name == "argument" else [*needed, f"{parameter.opts[0]}=~/x"]
+                if parameter.name == "config":
+                    with pytest.raises(ATVError, match="No file /home/mine/x;"):
+                        command.make_context(name, words)
+                    continue
+                value = command.make_context(name, words).params[parameter.name]
+                assert str(value[0] if isinstance(value, list) else value) == "/home/mine/x", (name, parameter.name)
+    assert found == {"llm", "out", "adapter", "data", "config", "elicit", "runs"}
 
 
 def test_limited_rows_of_a_sorted_file_are_drawn_by_seed(atv, world, tmp_path, monkeypatch):
@@ -302,8 +308,8 @@ def test_report_writes_nothing_without_out(atv, world, tmp_path, monkeypatch):
 
 def test_theory_writes_nothing_without_out(atv, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("atv.cli.theory._tables", lambda *_: [])
-    assert atv("theory")[0] == 0
+    monkeypatch.setattr("atv.cli.paper.theory._tables", lambda *_: [])
+    assert atv("paper", "theory")[0] == 0
     assert not list(tmp_path.iterdir())
 
 
@@ -378,7 +384,7 @@ def test_a_mistyped_option_is_answered_with_the_one_that_was_meant(atv, typed, m
 
 
 def test_options_that_are_settings_are_called_as_in_the_configuration():
-    options = {spelled for p in get_command(command_line.app).commands["train"].params for spelled in p.opts}
+    options = {spelled for p in COMMANDS["train"].params for spelled in p.opts}
     for field in dataclasses.fields(TrainConfig):
         assert f"--{field.name.replace('_', '-')}" in options
 
@@ -412,13 +418,9 @@ def task_file(world, folder, change):
         (["--query-template", "no place"], ["has no {query}"]),
         (["--template", "no place"], ["has no {input}"]),
         (["--train-rows", "0"], ["train rows is 0"]),
-        (["--config", "nothing.toml"], ["No file nothing.toml", "a table [train]"]),
+        (["--config", "nothing.toml"], ["No file nothing.toml", "as [train]"]),
         (["--layers", "9-0"], ["Unknown layer region '9-0'", "0-9"]),
         (["--layers", "0-99999999"], ["Unknown layer region '0-99999999'", "0-9"]),
-        (["--set", "train_generator=no"], ["train_generator is 'no'", "true or false"]),
-        (["--set", "bf16=3"], ["bf16 is 3", "true or false"]),
-        (["--set", "generator=3"], ["generator is 3", "a text"]),
-        (["--set", "layer_path=[1]"], ["layer_path is [1]", "a text"]),
     ],
 )
 def test_a_wrong_option_is_one_line_and_exit_code_2(atv, world, tmp_path, monkeypatch, options, named):
@@ -441,7 +443,7 @@ def test_a_place_that_cannot_be_written_to_is_one_line_and_exit_code_2(atv, worl
         ["train", "--seed", "-1"],
         ["train", "--seed", str(2**32)],
         ["eval", "--seed", "-1"],
-        ["theory", "--seed", "-1"],
+        ["paper", "theory", "--seed", "-1"],
         ["generate", "a query", "--adapter", "nowhere", "--max-new-tokens", "0"],
         ["generate", "a query", "--adapter", "nowhere", "--temperature", "-1"],
     ],
@@ -548,22 +550,114 @@ def test_help_loads_nothing_that_takes_seconds():
 
 
 def test_every_option_of_every_command_is_explained():
-    for name, command in get_command(command_line.app).commands.items():
+    for name, command in COMMANDS.items():
         for parameter in command.params:
             assert parameter.help, f"{name} {parameter.name}"
 
 
-def test_every_setting_that_train_has_an_option_for_is_one_of_the_method():
-    from atv.cli.options import SETTINGS
-    from atv.methods.settings import method_settings
-
-    options = {p.name: p.default for p in get_command(command_line.app).commands["train"].params}
-    config, train = method_settings("atv", [], seed=42)
+@pytest.mark.parametrize("extra", [[], ["--parametrisation", "paper"], ["--generator", "self"]])
+@pytest.mark.parametrize("method", TRAINED)
+def test_help_shows_the_values_that_a_training_uses(method, extra):
+    given = {}
+    if extra:
+        name, value = extra[0].removeprefix("--"), extra[1]
+        given = {name: value} if method == "atv" else {}
+    config, train = method_settings(method, [{method: given}], seed=42)
     values = config.to_dict() | train.to_dict()
-    expected = {
-        field: options[name] for name, field in SETTINGS.items() if name != "learning_rate"
-    }  # each method's own
-    assert {field: values[field] for field in expected} == expected
+    arguments = ["--method", method, *(extra if given else [])]
+    shown = {p.name: p.default for p in COMMANDS["train"].make_context("train", arguments).command.params}
+    hidden = getattr(METHODS[method].config_class, "UNLISTED", ())
+    loop = [] if METHODS[method].train_defaults is None else vars(train)
+    assert {name: shown[name] for name in (*vars(config), *loop) if name not in hidden} == {
+        name: values[name] for name in (*vars(config), *loop) if name not in hidden
+    }
+
+
+def test_what_the_help_of_atv_is_made_of_without_torch_is_what_the_method_says():
+    assert learned("atv") == (METHODS["atv"].config_class, METHODS["atv"].train_defaults)
+    assert set(TRAINED) == {name for name, method in METHODS.items() if method.config_class is not None}
+    assert all(method.name == name for name, method in METHODS.items())
+
+
+def test_no_command_is_called_as_a_method_so_that_a_table_is_one_or_the_other():
+    assert not {*METHODS, "all"} & {*TABLES.values(), "paper"}
+
+
+def test_one_file_holds_options_of_commands_and_settings_of_methods(atv, world, tmp_path):
+    options = {key: str(world / key) for key in ("llm", "data")} | {"dtype": "float32", "method": "lora"}
+    lines = [f"{key} = {json.dumps(value)}" for key, value in options.items()]
+    tables = ["[all]", "epochs = 9", "batch_size = 4", "[lora]", "epochs = 1", "rank = 2", "[fixed]", "scale = 2.0"]
+    file = tmp_path / "all.toml"
+    file.write_text("\n".join(["[train]", *lines, "alpha = 5", "[paper.reproduce]", "profile = 'smoke'", *tables]))
+    code, _, err = atv("train", "--config", file, "--dropout", "0", "--out", tmp_path / "out")
+    assert code == 0, err
+    settings = json.loads((tmp_path / "out" / "train.json").read_text())["settings"]
+    assert (settings["config"]["rank"], settings["config"]["alpha"], settings["config"]["dropout"]) == (2, 5, 0.0)
+    assert (settings["train"]["epochs"], settings["train"]["batch_size"]) == (1, 4)
+    data = ["--llm", world / "llm", "--data", world / "data", "--method", "fixed", "--out", tmp_path / "r"]
+    code, _, err = atv("paper", "reproduce", "--config", file, *data)
+    assert code == 0, err
+    record = json.loads((tmp_path / "r" / "reproduce.json").read_text())
+    assert record["asked"]["profile"]["name"] == "smoke"
+    assert record["learned"]["fixed-42"]["config"]["scale"] == 2.0
+    said = COMMANDS["train"].make_context("train", ["--config", str(file)])
+    assert {p.name: p.default for p in said.command.params}["rank"] == 2  # what --help shows
+
+
+@pytest.mark.parametrize(
+    ("text", "command", "named"),
+    [
+        ("[trian]", "train", ["Unknown table", "'trian'", "paper.reproduce", "lora", "Did you mean 'train'?"]),
+        ("[paper.reprodce]", "eval", ["Unknown table", "'paper.reprodce'"]),
+        ("[icl]", "train", ["Unknown table", "'icl'"]),
+        ("out = 'x'", "train", ["out stands outside a table"]),
+        ("[eval]\nshot = 3", "eval", ["Unknown option in [eval]", "'shot'", "Did you mean 'shots'?"]),
+        ("[train]\nrank = 3", "train", ["Unknown option in [train]", "'rank'"]),
+        ("[lora]\nrnak = 3", "train", ["Unknown option in [lora]", "'rnak'", "Did you mean 'rank'?"]),
+        ("[all]\nrnak = 3", "train", ["Unknown option in [all]", "'rnak'"]),
+        ("[train]\nmethod = 'lore'", "train", ["Unknown method 'lore'"]),
+        ("[atv]\nparametrisation = 'papr'", "train", ["Unknown parametrisation 'papr'"]),
+    ],
+)
+def test_what_a_config_file_cannot_hold_is_refused(atv, tmp_path, text, command, named):
+    (tmp_path / "x.toml").write_text(text)
+    check_refused(*atv(command, "--config", tmp_path / "x.toml"), named)
+
+
+def test_clipping_can_be_switched_off():
+    context = COMMANDS["train"].make_context("train", ["--max-grad-norm", "none"])
+    assert context.params["max_grad_norm"] is None
+
+
+def test_inspect_shows_what_the_vectors_of_a_query_promote(atv, world, tmp_path):
+    model = make_atv(dtype=torch.float32, scale=2.0)
+    model.save_pretrained(tmp_path / "adapter")
+    ask = ["inspect", "--adapter", tmp_path / "adapter", *models(world)]
+    code, said, err = atv(*ask, "the harbour leaks", "a quiet harbour")
+    assert code == 0, err
+    assert said.count("gate:      1.00") == 2
+    with torch.no_grad():
+        plain, norm, head = model.llm.model.norm, model.llm.model.norm, model.llm.lm_head
+        vector = 2.0 * model.task_vectors(["the harbour leaks"])[0]
+        best = (head(norm(vector)) - head(plain(torch.zeros_like(vector)))).topk(5).indices
+    lines = said.partition("promoted")[2].splitlines()[1:]
+    for layer, (line, tokens) in enumerate(zip(lines, best, strict=False)):
+        assert line.split()[:2] == [str(layer), f"{vector[layer].norm():.2f}"]
+        assert repr(model.tokenizer.decode([tokens[0]])) in line
+    code, _, err = atv(*ask)
+    assert code == 2
+    assert "Missing argument" in err
+    check_refused(*atv(*ask, " "), ["query is empty"])
+
+
+def test_report_does_not_know_the_paper_and_paper_tables_does(atv, tmp_path, monkeypatch):
+    beside = []
+    monkeypatch.setattr("atv.cli.report.report_tables", lambda runs, numbers: beside.append(numbers) or ([], []))
+    monkeypatch.setattr("atv.cli.report.load_analyses", lambda runs: [])
+    assert atv("report", tmp_path)[0] == 0
+    assert atv("paper", "tables", tmp_path)[0] == 0
+    assert beside[0] is None
+    assert "arXiv" in beside[1].source or beside[1].source
 
 
 def test_a_mistyped_set_of_variants_is_refused_before_the_llm_is_loaded(atv, tmp_path):

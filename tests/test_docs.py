@@ -112,7 +112,7 @@ BROKEN = {
     "a value of another kind": "```sh\natv train --epochs few\n```",
     "an unknown command": "```sh\natv trian\n```",
     "an unknown method": "```sh\natv eval --method lore\n```",
-    "an unknown profile": "```sh\natv reproduce --profile large\n```",
+    "an unknown profile": "```sh\natv paper reproduce --profile large\n```",
     "a command that fails": "```sh\natv tasks --data nowhere\n```",
     "behind a launcher": "```sh\ntorchrun --nproc-per-node 2 -m atv train --sale 1\n```",
     "an unknown target": "```sh\nmake dmeo\n```",

@@ -43,7 +43,7 @@ def done(tmp_path_factory):
                    settings={"all": {"epochs": 1, "batch_size": 4}})  # fmt: skip
     patch = pytest.MonkeyPatch()
     patch.setitem(PROFILES, "tiny", tiny)
-    common = ["reproduce", "--profile", "tiny", "--llm", str(folder / "llm"), "--out", str(folder / "out"),
+    common = ["paper", "reproduce", "--profile", "tiny", "--llm", str(folder / "llm"), "--out", str(folder / "out"),
               "--task", "sentiment", "--task", "outlook", "--dtype", "float32"]  # fmt: skip
     (folder / "other.toml").write_text(TOML.replace("bottom", "top"))
     both = ["--experiment", str(folder / "rank.toml"), "--experiment", str(folder / "other.toml")]

@@ -259,7 +259,7 @@ def test_without_the_package_datasets_the_extra_is_named(monkeypatch):
 def test_the_command_answers_a_wrong_name_in_one_line(monkeypatch, capsys, tmp_path):
     from atv.cli import main
 
-    monkeypatch.setattr(sys, "argv", ["atv", "prepare", "glue_colla", "--out", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["atv", "paper", "prepare", "glue_colla", "--out", str(tmp_path)])
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 2

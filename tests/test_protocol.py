@@ -13,15 +13,16 @@ import pytest
 import torch
 from conftest import byte_level_tokenizer, make_atv, make_llm, toy_task
 
+from atv.cli.config_file import ConfigFile
 from atv.config import ATVConfig, TrainConfig
 from atv.data import UNSEEN
 from atv.errors import ATVError
 from atv.evaluation.measure import Frozen
 from atv.evaluation.records import load_runs
 from atv.methods import METHODS
-from atv.methods.settings import method_settings, read_settings
+from atv.methods.settings import check_tables, method_settings
 from atv.paper.experiments import Condition, conditions_of, known_experiments, read_experiment
-from atv.paper.profiles import PROFILES, Profile
+from atv.paper.profiles import IN_TABLES, PROFILES, Profile
 from atv.paper.reproduce import reproduce
 from atv.paper.sweep import sweep, trials_of
 
@@ -71,7 +72,7 @@ def test_every_method_answers_the_same_rows(world, tmp_path):
         assert set(record["settings"]["tasks"]) == {"toy", "other"}, name  # once for all, the unseen one left out
         assert all(task["train"] == 6 for task in record["settings"]["tasks"].values())
     again = time.perf_counter()
-    tables = [run for run, name in zip(runs, METHODS, strict=True) if METHODS[name].by_default]
+    tables = [run for run, name in zip(runs, METHODS, strict=True) if name in IN_TABLES]
     assert len(tables) == len(METHODS) - 5  # those that are no part of the paper's tables
     assert reproduce(TINY, frozen, tasks(), tmp_path, given=given) == tables
     assert time.perf_counter() - again < 2
@@ -168,7 +169,7 @@ def test_settings_go_from_the_papers_to_the_users():
 def test_a_wrong_settings_file_is_refused(tmp_path, text, named):
     (tmp_path / "settings.toml").write_text(text)
     with pytest.raises(ATVError, match=named):
-        read_settings(tmp_path / "settings.toml")
+        check_tables(ConfigFile(tmp_path / "settings.toml", ()).tables, tmp_path / "settings.toml")
 
 
 def test_the_papers_form_comes_with_the_papers_values_but_for_what_is_said():
@@ -223,7 +224,9 @@ def test_a_sweep_never_sees_the_test_rows_and_keeps_the_best(world, tmp_path, mo
         assert len(record["trials"][name]) == 2
         top = max(record["trials"][name], key=lambda row: row["accuracy"])
         assert best[name] == top["settings"]
-    assert read_settings(tmp_path / "settings.toml") == best
+    file = ConfigFile(tmp_path / "settings.toml", ())
+    check_tables(file.tables, file.file)
+    assert file.tables == best
 
 
 def test_wrong_names_are_refused_before_anything_is_done(world, tmp_path):

@@ -310,7 +310,7 @@ def test_an_llm_without_separate_projections_is_refused():
 
 
 def run(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["atv", "theory", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", ["atv", "paper", "theory", *map(str, arguments)])
     try:
         main()
         code = 0

@@ -1,5 +1,7 @@
 """The commands. Each imports what it needs inside its function, so that `--help` does not wait for torch."""
 
+import logging
+import os
 import signal
 import sys
 
@@ -30,6 +32,8 @@ paper = typer.Typer(
 
 def main() -> None:
     """Run the command line; a user's mistake is one line on standard error and exit code 2."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # of generation's hints and the like
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of a cast at every call of every layer
     try:
         code = app(prog_name="atv", standalone_mode=False)
         leave()
@@ -39,7 +43,7 @@ def main() -> None:
             raise
         _refuse(str(error))
     except UsageError as error:  # type: ignore[misc]
-        if not error.message.strip():  # no command was named: the help has been shown
+        if not error.format_message():  # no command was named: the help has been shown
             sys.exit(2)
         where = f" See {error.ctx.command_path} --help." if error.ctx else ""
         _refuse(f"{error.format_message().rstrip('.')}.{where}")

@@ -9,8 +9,9 @@ from typer.main import get_command
 
 from atv.cli.config_file import ConfigFile
 from atv.cli.dataclass_options import Shown, build, options_of, with_signature
-from atv.cli.options import METHOD, TRAINING, Train, path
+from atv.cli.options import METHOD, TRAINING, Train
 from atv.config import TrainConfig
+from atv.files import local
 from atv.methods.settings import Tables, check_tables, learned, method_settings
 
 T = TypeVar("T")
@@ -171,7 +172,7 @@ def _said(args: Sequence[str], flag: str) -> str | None:
 
 def _file(args: Sequence[str]) -> ConfigFile | None:
     file = _said(args, "--config")
-    return None if file is None else ConfigFile(path(file), TABLES.values())
+    return None if file is None else ConfigFile(local(file), TABLES.values())
 
 
 def _spellings(command: Any) -> dict[str, str]:

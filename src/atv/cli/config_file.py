@@ -44,10 +44,11 @@ class ConfigFile:
         found |= {f"{PAPER}.{name}": table for name, table in self._table(found, PAPER).items()}
         found.pop(PAPER, None)
         for name in found:
+            self._table(found, name)
             if name not in (*self.commands, *methods):
                 raise unknown(f"table in {file}:", name, (*self.commands, *methods))
-            self._table(found, name)
-        self._options = {name: found[name] for name in self.commands if name in found}
+        self.found = {name: found[name] for name in self.commands if name in found}
+        """Options of commands, as they are in the file."""
         self.tables = {name: _spelled(found[name]) for name in methods if name in found}
         """Settings of methods."""
 
@@ -65,7 +66,7 @@ class ConfigFile:
             spellings: every way to write an option, and its name.
         """
         values: dict[str, Any] = {}
-        for key, value in self._options.get(command, {}).items():
+        for key, value in self.found.get(command, {}).items():
             name = spellings.get(key.replace("-", "_"))
             if name is None:
                 raise unknown(f"option in [{command}] of {self.file}:", key, spellings)
@@ -78,7 +79,7 @@ class ConfigFile:
 
     def value(self, command: str, name: str) -> Any:
         """One option of a command, None if the file does not have it."""
-        return self._options.get(command, {}).get(name)
+        return self.found.get(command, {}).get(name)
 
 
 def _spelled(table: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,10 +12,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, field, fields, is_dataclass
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
+
+from atv.files import local
 
 T = TypeVar("T")
 
@@ -130,6 +133,9 @@ def _typed(hint: Any, default: Any) -> tuple[Any, dict[str, Any]]:
             return str, {"parser": toml_value, "metavar": "VALUE"}
         return str, {"parser": lambda value: value, "metavar": "TEXT"}  # a file may have a list
     (kind,) = kinds
+    if Path in (kind, *get_args(kind)):
+        how = {"parser": lambda text: local(str(text)), "metavar": "PATH"}
+        return (kind | None if optional else kind), how
     if get_origin(kind) is Literal:
         return str | None if optional else str, {"metavar": f"[{'|'.join(get_args(kind))}]"}
     if optional and kind in (int, float) and default is not None:  # what is on by default can be switched off

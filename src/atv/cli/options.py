@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 from atv.cli.dataclass_options import group, option, unlisted
 from atv.config import EMBEDDED_GENERATOR, EMBEDDED_LLM, MOST_SEED, TrainConfig
-from atv.files import local
 from atv.methods import METHODS, TRAINED
 from atv.paper.experiments import known_experiments
 from atv.paper.profiles import PROFILES
@@ -21,13 +20,8 @@ MODEL, DATA, METHOD, TRAINING, OUTPUT = "Model", "Data", "Method", "Training", "
 DEFAULT_RUNS = Path("runs")
 
 
-def path(text: object) -> Path:
-    """A path, with `~` as the home folder in a config file too, where no shell expands it."""
-    return local(str(text))
-
-
 def model(text: object) -> str:
-    """A model's name, which may be a folder below `~`."""
+    """A model's name, which may be a folder below `~`, in a config file too, where no shell expands it."""
     return os.path.expanduser(str(text))
 
 
@@ -65,7 +59,7 @@ class Tasks:
 
     task: list[str] | None = None
     """Task by name; give it once for each. Default: all; train leaves out the category Unseen."""
-    data: Path | None = option(None, parser=path)
+    data: Path | None = option(None)
     """Folder of TASK.json files and templates.json. Default: the built-in tasks."""
     template: list[str] | None = None
     """Template with {input}, instead of templates.json; give three."""
@@ -75,7 +69,7 @@ class Tasks:
 class FromFile:
     """Options and settings that are in a TOML file."""
 
-    config: Path | None = option(None, parser=path, panel=OUTPUT)
+    config: Path | None = option(None, panel=OUTPUT)
     """TOML file with a table of options for each command, as [train], and of settings for each method, as [lora], or
     [all]. Flags win."""
     tables: dict[str, dict[str, Any]] = unlisted(dict)
@@ -94,12 +88,12 @@ def adapters_llm_field() -> Any:
 
 def adapter_field() -> Any:
     """The field of a command that needs an adapter."""
-    return option(panel=MODEL, parser=path)
+    return option(panel=MODEL)
 
 
 def out_field(default: Path | None) -> Any:
     """The field of a folder or file that is written."""
-    return option(default, panel=OUTPUT, parser=path)
+    return option(default, panel=OUTPUT)
 
 
 def seed_field(panel: str) -> Any:
@@ -172,7 +166,7 @@ class Evaluate:
     first template with A: alone."""
     method: str | None = option(None, panel=METHOD, also=lambda: listed("Known", METHODS))
     """What is measured. Default: the adapter's method, without an adapter zero-shot."""
-    adapter: Path | None = option(None, panel=METHOD, parser=path)
+    adapter: Path | None = option(None, panel=METHOD)
     """Folder that atv train wrote."""
     shots: int | None = option(None, panel=METHOD)
     """Demonstrations, for methods with some. Default: 16."""
@@ -263,7 +257,7 @@ class ListTasks:
 class Report:
     """Of `atv report` and of `atv paper tables`."""
 
-    runs: list[Path] = option(argument=True, parser=path)
+    runs: list[Path] = option(argument=True)
     """Folders of runs, or folders that hold runs at any depth."""
     out: Path | None = out_field(None)
     """Write the tables to this file: .md, .tex (for booktabs), .csv (one file per table), or .html (one page with
@@ -282,7 +276,7 @@ def profile_field() -> Any:
 class Prepare:
     """Of `atv paper prepare`."""
 
-    out: Path = option(panel=OUTPUT, parser=path)
+    out: Path = option(panel=OUTPUT)
     """Folder for the TASK.json files; give it to the others as --data."""
     task: list[str] | None = option(None, argument=True)
     """Tasks of the paper by name. Default: all 25."""
@@ -349,7 +343,7 @@ class Analysis:
 
     adapter: Path = adapter_field()
     """Folder that atv train wrote, of the method atv."""
-    elicit: Path | None = option(None, panel=MODEL, parser=path)
+    elicit: Path | None = option(None, panel=MODEL)
     """Folder that atv train --method elicit wrote for the same LLM, to show beside."""
     llm: str | None = adapters_llm_field()
     """Frozen LLM. Default: the adapter's."""

@@ -221,9 +221,9 @@ def load_runs(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
 
 
 def load_analyses(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
-    """What `atv analysis` wrote into these folders or below, each with its `file` in it, and read once."""
+    """What `atv paper analysis` wrote into these folders or below, each with its `file` in it, and read once."""
     found = dict.fromkeys(place / ANALYSIS_FILE for name in folders for place in _below(local(name), ANALYSIS_FILE))
-    return [_of_schema(file, "what atv analysis wrote") | {"file": str(file)} for file in found]
+    return [_of_schema(file, "what atv paper analysis wrote") | {"file": str(file)} for file in found]
 
 
 def _below(folder: Path, name: str) -> list[Path]:

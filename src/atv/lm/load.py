@@ -7,8 +7,10 @@ anywhere a model id is taken, with no network.
 
 import os
 import shutil
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -21,11 +23,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-from transformers.utils import logging as transformers_logging
 
 from atv.config import EMBEDDED_GENERATOR, EMBEDDED_LLM
 from atv.errors import ATVError, unknown
 from atv.files import local, recover_folder, replace_folder, sha256, write_text
+from atv.lm.quiet import quiet_libraries
 from atv.processes import local_rank, world_size
 from atv.progress import log
 
@@ -120,9 +122,10 @@ def _converted(name: str) -> Path:
         with TemporaryDirectory(dir=folder.parent, prefix=".gguf-") as source, replace_folder(folder) as made:
             _join(parts, Path(source) / "model.gguf", name)
             options: dict[str, Any] = {"gguf_file": "model.gguf"}
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            options |= {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
-            model: Any = AutoModelForCausalLM.from_pretrained(source, **options)
+            how = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
+            with quiet_libraries(), redirect_stderr(StringIO()):  # the bars of the conversion have no switch
+                tokenizer = AutoTokenizer.from_pretrained(source, **options)
+                model: Any = AutoModelForCausalLM.from_pretrained(source, **options, **how)
             # Four-bit weights lose nothing that matters in bfloat16, the dtype in which the LLM is run.
             model.bfloat16().save_pretrained(made)
             tokenizer.save_pretrained(made)
@@ -150,7 +153,8 @@ def _load(loader: Any, kind: str, name: str, **options: Any) -> Any:
     """Call a transformers loader; every way in which a name can be wrong becomes one line."""
     source = resolve(name)
     try:
-        return loader.from_pretrained(source, **options)
+        with quiet_libraries():
+            return loader.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ATVError(
@@ -415,9 +419,3 @@ def _context_length(config: Any) -> int | None:
     text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
     stated = (getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len"))
     return min((limit for limit in stated if isinstance(limit, int) and limit > 0), default=None)  # XLNet: -1, none
-
-
-def quiet_transformers() -> None:
-    """Keep transformers' own bars and notes off the screen; the command line shows its own."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()

@@ -19,6 +19,7 @@ from atv.lm import identity
 from atv.lm.frozen import AnswerLoss, Trainable, plain_loss
 from atv.lm.hooks import base_llm, unregistered
 from atv.lm.prefix_store import PrefixStore
+from atv.lm.quiet import quiet_libraries
 from atv.methods.base import Method
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -85,7 +86,8 @@ class PEFTModel(Trainable):
         super().__init__(llm, tokenizer)
         self.method, self.config = method.name, config
         self._about_llm = identity.describe_llm(llm)
-        unregistered(self, adapted=method.adapt(llm, config))
+        with quiet_libraries():  # PEFT imports bitsandbytes
+            unregistered(self, adapted=method.adapt(llm, config))
         self.learned = self.adapted.learned()
 
     def describe(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The paper's tasks from their public data sets, labelled rows only: what `atv prepare` writes.
+"""The paper's tasks from their public data sets, labelled rows only: what `atv paper prepare` writes.
 
 Rows of the hub are read through `datasets`. These sources are not pinned here: what the hub has now is resolved to a
 commit, or the one that the user names is taken, and it stands in the file that is written. BIG-Bench Hard, BBQ,
@@ -201,7 +201,8 @@ def public_rows(source: Source, split: str, revision: str | None) -> tuple[str, 
         return commit, load_dataset(source.data, source.config, split=split, revision=commit)
     except ModuleNotFoundError as error:
         raise ATVError(
-            f"atv prepare needs the package {error.name}, which is not installed. Install it with: pip install datasets"
+            f"atv paper prepare needs the package {error.name}, which is not installed. Install it with: "
+            "pip install datasets"
         ) from error
     except Exception as error:  # of many libraries: no network, no such revision, a format that is no longer read
         reason = " ".join(str(error).split())[:200]

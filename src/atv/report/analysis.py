@@ -1,4 +1,4 @@
-"""What `atv analysis` recorded about an adapter's vectors, as tables."""
+"""What `atv paper analysis` recorded about an adapter's vectors, as tables."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -11,7 +11,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from atv.config import TrainConfig
 from atv.data import Task
@@ -23,12 +22,16 @@ from atv.lm.attention import grouped
 from atv.lm.frozen import Trainable
 from atv.lm.hooks import base_llm, input_device, quantization
 from atv.lm.prefix_store import PrefixStore
+from atv.lm.quiet import quiet_libraries
 from atv.lm.scoring import answers_right, note_shared, training_options
 from atv.model import ATVModel
 from atv.processes import barrier, is_main, local_rank, rank, world_size
 from atv.progress import Bar, bar, log
 from atv.provenance import provenance
 from atv.training.batches import Batches, Rows, training_rows
+
+with quiet_libraries():  # the Trainer imports bitsandbytes
+    from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 RECORD_FILE = "train.json"
 JUDGED = "judged"

@@ -1,0 +1,78 @@
+"""Loading a model says nothing of other libraries, and leaves a user's logging as it was."""
+
+import logging
+
+import pytest
+import torch
+from conftest import byte_level_tokenizer, make_atv, make_llm
+from huggingface_hub.utils import are_progress_bars_disabled
+from transformers import AutoModel, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from atv.lm.load import load_encoder, load_llm, load_tokenizer
+from atv.lm.quiet import quiet_libraries
+
+
+@pytest.fixture
+def loud():
+    """Transformers as a user finds it."""
+    before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_warning()
+    transformers_logging.enable_progress_bar()
+    yield
+    transformers_logging.set_verbosity(before[0])
+    if not before[1]:
+        transformers_logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    make_llm(dtype=torch.float32).save_pretrained(folder / "llm")
+    byte_level_tokenizer().save_pretrained(folder / "llm")
+    make_atv().generator.save(folder / "generator")  # without its pooler, which is not read
+    return folder
+
+
+def state():
+    transformers = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    return *transformers, are_progress_bars_disabled(), logging.getLogger("bitsandbytes").level
+
+
+def test_loading_is_silent_and_leaves_the_users_logging_as_it_was(loud, world, capfd):
+    before = state()
+    AutoModelForCausalLM.from_pretrained(world / "llm")
+    AutoModel.from_pretrained(world / "generator")
+    noise = "".join(capfd.readouterr())
+    assert "Loading weights" in noise
+    assert "newly initialized" in noise
+    load_llm(str(world / "llm"))
+    load_tokenizer(str(world / "llm"))
+    load_encoder(str(world / "generator"))
+    assert "".join(capfd.readouterr()) == ""
+    assert state() == before
+
+
+def test_a_user_who_silenced_transformers_finds_it_silent_after_an_error_too(loud):
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    before = state()
+    with pytest.raises(RuntimeError), quiet_libraries():
+        raise RuntimeError
+    assert state() == before
+
+
+def test_an_import_of_bitsandbytes_tells_of_no_missing_kernel(loud):
+    told = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.levelname)
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.addHandler(handler)
+    try:
+        with quiet_libraries():
+            logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community")
+            logger.error("something that matters")
+        logger.warning("the user's own concern")
+    finally:
+        logger.removeHandler(handler)
+    assert told == ["ERROR", "WARNING"]
