@@ -126,8 +126,8 @@ def _converted(name: str) -> Path:
             with quiet_libraries(), redirect_stderr(StringIO()):  # the bars of the conversion have no switch
                 tokenizer = AutoTokenizer.from_pretrained(source, **options)
                 model: Any = AutoModelForCausalLM.from_pretrained(source, **options, **how)
-            # Four-bit weights lose nothing that matters in bfloat16, the dtype in which the LLM is run.
-            model.bfloat16().save_pretrained(made)
+                # Four-bit weights lose nothing that matters in bfloat16, the dtype in which the LLM is run.
+                model.bfloat16().save_pretrained(made)
             tokenizer.save_pretrained(made)
             if llm.notice:
                 write_text(made / "NOTICE", f"{llm.notice}\nModified: converted from GGUF ({llm.sha256}).\n")
