@@ -174,9 +174,13 @@ def test_the_page_of_the_command_line_is_that_of_the_commands(build):
     assert page == build.command_line_page(), "docs/command-line.md is stale; write it with: python docs/build.py"
     for name, command in COMMANDS.items():
         section = page.partition(f"\n## atv {name}\n")[2].partition("\n## ")[0]
-        assert {flag for p in command.params if p.name != "help" for flag in p.opts if flag.startswith("--")} == set(
-            re.findall(r"(?:^\| `|, )(--[\w-]+)(?=[`, ])", section, re.M)
-        )
+        assert {
+            flag
+            for p in command.params
+            if p.name != "help"
+            for flag in (*p.opts, *p.secondary_opts)
+            if flag[:2] == "--"
+        } == set(re.findall(r"(?:^\| `|, )(--[\w-]+)(?=[`, ])", section, re.M))
 
 
 def test_only_what_a_browser_fetches_from_elsewhere_is_foreign(build):

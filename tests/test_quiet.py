@@ -20,7 +20,11 @@ def loud():
     before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_warning()
     transformers_logging.enable_progress_bar()
+    bitsandbytes = logging.getLogger("bitsandbytes")
+    level = bitsandbytes.level
+    bitsandbytes.setLevel(logging.NOTSET)
     yield
+    bitsandbytes.setLevel(level)
     transformers_logging.set_verbosity(before[0])
     if not before[1]:
         transformers_logging.disable_progress_bar()
