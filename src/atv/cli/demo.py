@@ -16,7 +16,7 @@ from atv.files import write_text
 from atv.lm.prefix_store import PrefixStore
 from atv.model import ATVModel
 from atv.progress import log
-from atv.report import accuracy_table, markdown
+from atv.report import markdown, score_table
 
 TRAINED = ("probe", "fixed", "atv")
 """What is trained: a classifier of the generator's states, one vector for all queries, and the ATV."""
@@ -54,7 +54,7 @@ def run_demo(given: Demo) -> None:
         for method in ("zero-shot", *adapters)
     ]
     adapter = adapters["atv"]
-    table = accuracy_table(load_runs(runs))
+    table = score_table(load_runs(runs))
     write_text(out / "report.md", markdown(table))
     print_table(table)
     _show_queries(adapter)

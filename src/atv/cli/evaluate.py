@@ -24,6 +24,7 @@ def evaluate_method(given: Evaluate) -> Path:
         llm,
         tasks,
         out,
+        metrics=given.metric or None,
         adapter=given.adapter,
         shots=given.shots,
         seed=given.seed,

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from atv.cli.dataclass_options import group, option, unlisted
 from atv.config import EMBEDDED_GENERATOR, EMBEDDED_LLM, MOST_SEED, TrainConfig
+from atv.evaluation.metrics import METRICS
 from atv.methods import METHODS, TRAINED
 from atv.paper.experiments import known_experiments
 from atv.paper.profiles import PROFILES
@@ -164,6 +165,9 @@ class Evaluate:
     variants: str = option("all", panel=DATA)
     """all: every template with every answer prefix; diagonal: each template once, each with another prefix; first: the
     first template with A: alone."""
+    metric: list[str] | None = option(None, panel=METHOD, also=lambda: listed("Known", METRICS))
+    """What is scored; once for each: a metric by name, or your own function as package.module:function. Default:
+    option_likelihood for tasks with at most 20 options, exact_match for others."""
     method: str | None = option(None, panel=METHOD, also=lambda: listed("Known", METHODS))
     """What is measured. Default: the adapter's method, without an adapter zero-shot."""
     adapter: Path | None = option(None, panel=METHOD)

@@ -13,7 +13,7 @@ from atv import artifact
 from atv.data import Task
 from atv.errors import ATVError, unknown
 from atv.evaluation.records import RunWriter
-from atv.evaluation.run import evaluate
+from atv.evaluation.run import evaluate, metrics_of
 from atv.lm.hooks import input_device
 from atv.lm.load import load_llm, load_tokenizer, parse_dtype
 from atv.methods import METHODS
@@ -53,6 +53,7 @@ def measure(
     tasks: Sequence[Task],
     out: Path,
     *,
+    metrics: Sequence[str] | None = None,
     label: str = "",
     adapter: Path | None = None,
     shots: int | None = None,
@@ -68,6 +69,7 @@ def measure(
         frozen: the LLM; not loaded if there is nothing to do.
         tasks: their test splits are asked; demonstrations come from their training splits.
         out: folder of the run.
+        metrics: as `load_metric` takes their names; None: each task's default.
         label: what its lines in tables are called; by default the method's name.
         adapter: for a method that needs one.
         shots: demonstrations; None: the method's own number, and none for a method that has none.
@@ -88,6 +90,7 @@ def measure(
     folder = artifact.locate(adapter) if adapter is not None else None
     if folder is not None:
         artifact.read(folder, trained)  # refuses another method's before there is a run
+    judged = metrics_of(method_class, tasks, metrics)  # refuses what cannot be computed before anything is loaded
     settings = {
         "method": name,
         **frozen.described(),
@@ -96,6 +99,7 @@ def measure(
         "tasks": {task.name: f"{len(task.test)} rows, {task.digest('test')}" for task in tasks},
         "templates": {task.name: list(task.templates) for task in tasks},
         "variants": variants,
+        "metrics": {task: [metric.name for metric in some] for task, some in judged.items()},
     }
     if label not in ("", name):
         settings["label"] = label
@@ -108,5 +112,5 @@ def measure(
     set_seed(seed)
     method = method_class.load(llm, tokenizer, folder, shots=shots or None, seed=seed)
     run.describe(method=method.describe(), device=str(input_device(llm)))
-    evaluate(method, tasks, run, variants=variants, batch_size=batch_size)
+    evaluate(method, tasks, metrics, run, variants=variants, batch_size=batch_size)
     return True

@@ -1,4 +1,4 @@
-"""The one record format: a run is a folder with `run.json` and `predictions.jsonl`.
+"""The one record format: a run is a folder with `run.json` and `predictions.jsonl`, one row for each prediction.
 
 Rows are appended as they come, so that an interrupted run is resumed where it stopped. Nothing averaged is stored:
 tables are computed from rows. What is found about an adapter's vectors is one file beside, `analysis.json`.
@@ -6,7 +6,7 @@ tables are computed from rows. What is found about an adapter's vectors is one f
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from atv.files import local, occupied, read_json, same_settings, write_json, wri
 from atv.processes import barrier, is_main, rank
 from atv.provenance import provenance
 
-SCHEMA = 1
+SCHEMA = 2
 RUN_FILE = "run.json"
 ROWS_FILE = "predictions.jsonl"
 ANALYSIS_FILE = "analysis.json"
@@ -27,8 +27,8 @@ Key = tuple[str, int, str, int]
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """One row: one example asked in one variant."""
+class Row:
+    """One example asked in one variant, and what the answers are worth."""
 
     task: str
     category: str
@@ -38,25 +38,19 @@ class Prediction:
     example: int
     """Its place among the task's test rows, or among those that `--test-rows` drew, in the order of the file."""
     target: str
-    prediction: str
-    """The most likely next token over the whole vocabulary, as text."""
-    correct: bool | None
-    """It is the first token of the answer (the paper's score). None: not defined, since first tokens do not tell the
-    task's options apart. (Runs made before that was recorded say true or false there too.)"""
-    prediction_among_options: str
-    """The likeliest of the task's options, judged by their tokens up to where they differ."""
-    correct_among_options: bool
-    """It is the answer."""
+    scores: dict[str, float | None]
+    """By name, from 0 to 1; None: not defined for this example (`atv.evaluation.metrics`)."""
+    outputs: dict[str, str]
+    """What the LLM said: `generated`, the generated answer, or the text that a score of that name judges."""
     prompt_tokens: int
     seconds: float
-    """Prompt to prediction, everything that the method does included; a batch's time shared by its rows."""
+    """Prompt to answer, everything that the method and the metrics ask of the LLM included; a batch's time is shared by
+    its rows."""
     demonstrations: int = 0
-    """How many stood in the prompt: those that the LLM's context had no room for are not counted. Rows of runs made
-    before there were any have no such field."""
+    """How many stood in the prompt: those that the LLM's context had no room for are not counted."""
 
 
-_ALWAYS = {each.name for each in fields(Prediction) if each.default is MISSING}
-"""Fields that every recorded row has."""
+_FIELDS = {each.name for each in fields(Row)}
 
 
 class RunWriter:
@@ -110,9 +104,9 @@ class RunWriter:
         """The run was already complete when it was opened, or has been completed."""
         return bool(self.run["finished"])
 
-    def append(self, predictions: Iterable[Prediction]) -> None:
+    def append(self, new: Iterable[Row]) -> None:
         """Add rows; they are on disk when this returns."""
-        rows = [asdict(prediction) for prediction in predictions]
+        rows = [asdict(row) for row in new]
         with self._file.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         self.rows.extend(rows)
@@ -146,7 +140,11 @@ def read_run(folder: Path) -> dict[str, Any]:
 def _of_schema(file: Path, expected: str) -> dict[str, Any]:
     record = read_json(file, expected)
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-        raise ATVError(f"{file} is not of schema {SCHEMA}; it was written by another version.")
+        found = record.get("schema") if isinstance(record, dict) else None
+        raise ATVError(
+            f"{file} has schema {found!r}; expected {SCHEMA}: it was written by another version, whose records are not "
+            "read. Run the command again into a new folder, or over this one with --force."
+        )
     if not isinstance(record.get("settings", {}), dict):
         raise ATVError(f"{file} has settings {record['settings']!r}; expected an object. Restore it.")
     return record
@@ -177,17 +175,24 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line.decode("utf-8")) if line else None
+            row: Any = json.loads(line.decode("utf-8")) if line else None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             if number == len(lines):
                 break
-            raise ATVError(f"{path} line {number} is not JSON ({error}); expected one prediction a line.") from None
+            raise ATVError(f"{path} line {number} is not JSON ({error}); expected one row a line.") from None
         if not line:
             continue
-        if not isinstance(row, dict) or not row.keys() >= _ALWAYS:
-            raise ATVError(f"{path} line {number} is {line[:60]!r}; expected a prediction with all of its fields.")
+        if not _whole(row):
+            raise ATVError(f"{path} line {number} is {line[:60]!r}; expected a row with all of its fields.")
         rows.append(row)
     return rows
+
+
+def _whole(row: Any) -> bool:
+    """It has all fields, and its scores and outputs are objects."""
+    if not isinstance(row, dict) or not row.keys() >= _FIELDS:
+        return False
+    return isinstance(row["scores"], dict) and isinstance(row["outputs"], dict)
 
 
 def load_runs(folders: Iterable[str | Path]) -> list[dict[str, Any]]:

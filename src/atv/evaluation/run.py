@@ -1,7 +1,8 @@
-"""The one loop: method x task x variant to predictions."""
+"""The one loop: method x task x variant to rows."""
 
 import time
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import asdict
 from functools import partial
 from itertools import cycle
 from typing import Any
@@ -11,55 +12,106 @@ import torch
 from atv.data import Task, Variant, findings, refuse_shared_inputs
 from atv.data.collate import pad_id
 from atv.errors import ATVError
-from atv.evaluation.records import Prediction, RunWriter, row_key
+from atv.evaluation.metrics import GENERATED, ExactMatch, Metric, Need, default_metric, load_metric
+from atv.evaluation.records import Row, RunWriter, row_key
+from atv.evaluation.requests import Requests
 from atv.lm.hooks import input_device
 from atv.lm.load import context_length
 from atv.lm.prefix import SharedPrefix, call_llm
-from atv.lm.scoring import answer_ids, likeliest, option_ids, reader, task_options
+from atv.lm.scoring import option_ids
 from atv.methods.base import Choice, Method
 from atv.processes import rank, world_size
 from atv.progress import Bar, bar, log, warn_once
+
+Metrics = Sequence[str | Metric | Callable[..., Any]]
+"""Metrics as `load_metric` takes them."""
+Append = Callable[[list[Row]], None]
+
+
+def metrics_of(
+    method: Method | type[Method], tasks: Iterable[Task], metrics: Metrics | None = None
+) -> dict[str, list[Metric]]:
+    """The metrics that each task is measured with, by the task's name.
+
+    Args:
+        method: what answers.
+        tasks: what is asked.
+        metrics: for all tasks; None: each task's default (`default_metric`), or `exact_match` for a method that gives
+            no scores of options.
+
+    Raises:
+        ATVError: a metric is unknown or given twice, or the method does not give what it needs.
+    """
+    if metrics is not None and not metrics:
+        raise ATVError("No metric is named; expected at least one, or None for the tasks' defaults.")
+    named = None if metrics is None else [load_metric(metric) for metric in metrics]
+    if named is not None and len({metric.name for metric in named}) < len(named):
+        raise ATVError(f"A metric is named twice: {', '.join(metric.name for metric in named)}. Leave one out.")
+    for metric in named or ():
+        if metric.needs not in method.serves:
+            raise ATVError(
+                f"The metric {metric.name} needs {metric.needs}, which the method {method.name} does not give; it "
+                f"gives {', '.join(sorted(method.serves))}. Choose another metric for it."
+            )
+    return {task.name: _default(method, task) if named is None else named for task in tasks}
+
+
+def _default(method: Method | type[Method], task: Task) -> list[Metric]:
+    metric = load_metric(default_metric(task))
+    return [metric if metric.needs in method.serves else ExactMatch()]
 
 
 def evaluate(
     method: Method,
     tasks: Sequence[Task],
-    run: RunWriter,
+    metrics: Metrics | None = None,
+    out: RunWriter | None = None,
     *,
     variants: str = "all",
     batch_size: int = 16,
-) -> None:
-    """Ask every test example of every task in every variant, and write one row for each.
+) -> list[dict[str, Any]]:
+    """Ask every test example of every task in every variant, and score the answers.
 
-    A prediction is right when the most likely next token over the whole vocabulary is the first token of " " + answer
-    (section 3 of the paper; of a method that answers by itself, when its answer begins with that token), which is not
-    defined where first tokens do not tell a task's options apart; beside it stands the likeliest of the options, judged
-    by their tokens up to where they differ (`atv.lm.scoring`).
+    The LLM reads a prompt once, whatever the metrics need.
 
     Where a launcher has started several processes, all of them call this, and each asks every n-th batch of those
     that one process would ask.
 
-    What the audit of the tasks finds is said first, a line each, once in a process.
+    What the audit of the tasks finds is logged first, a line each, once in a process.
 
     Args:
         method: what answers.
         tasks: their test splits are asked.
-        run: where rows go; the rows that it has already are not asked again.
+        metrics: names, functions or `Metric`s, as `load_metric` takes them; None: each task's default.
+        out: where rows go; the rows that it has already are not asked again. None: they are only returned.
         variants: templates and answer prefixes, as `Task.variants` takes it.
         batch_size: prompts per call of the LLM.
 
+    Returns:
+        The rows, in the order of tasks, variants and examples; each a `Row` as a dictionary.
+
     Raises:
-        ATVError: a task's training inputs are test inputs of another, or two of its options are the same tokens, and
-            nothing is asked; or a prompt is longer than the LLM's context, and nothing of that task and variant is
-            asked.
+        ATVError: a metric cannot be computed for this method; a task's training inputs are test inputs of another, or
+            two of its options are the same tokens for a metric that compares options, and nothing is asked; or a prompt
+            is longer than the LLM's context, and nothing of that task and variant is asked.
     """
     if batch_size < 1:
         raise ATVError(f"batch_size is {batch_size}; expected a whole number from 1.")
+    if out is None and world_size() > 1:
+        raise ATVError("Several processes share their rows through a run's folder; expected out, a RunWriter.")
+    judged = metrics_of(method, tasks, metrics)
     refuse_shared_inputs(tasks)
     for task in tasks:
-        for finding in findings(task, partial(option_ids, method.tokenizer, task), task.variants(variants)):
+        needs = {metric.needs for metric in judged[task.name]}
+        encode = partial(option_ids, method.tokenizer, task)
+        if "loglikelihood" in needs:
+            for variant in task.variants(variants):
+                encode(variant)  # refuses options that are the same tokens, before anything is asked
+        for finding in findings(task, encode if "next_token" in needs else None, task.variants(variants)):
             warn_once(finding)
-    done = {row_key(row) for row in run.rows}
+    rows: list[dict[str, Any]] = [] if out is None else out.rows
+    append = out.append if out is not None else lambda some: rows.extend(map(asdict, some))
+    done = {row_key(row) for row in rows}
     work = [(task, variant) for task in tasks for variant in task.variants(variants)]
     order = [(task.name, *variant, index) for task, variant in work for index in range(len(task.test))]
     mine = cycle([process == rank() for process in range(world_size())])
@@ -68,16 +120,20 @@ def evaluate(
         for task, variant in work:
             progress.describe(f"{method.name}: {task.name}")
             asked = {i for i in range(len(task.test)) if (task.name, *variant, i) in done}
-            _ask(method, task, variant, asked, run, batch_size, progress, mine)
-    run.gather(order)
-    seconds = sum(row["seconds"] for row in run.rows)
-    run.finish(seconds=round(seconds, 3))
-    _tell_of_dropped(method, run)
+            _ask(method, task, variant, judged[task.name], asked, append, batch_size, progress, mine)
+    if out is not None:
+        out.gather(order)
+        rows = out.rows
+        out.finish(seconds=round(sum(row["seconds"] for row in rows), 3))
+    place = {key: index for index, key in enumerate(order)}
+    rows = sorted(rows, key=lambda row: place.get(row_key(row), len(place)))
+    _tell_of_dropped(method, rows)
+    return rows
 
 
-def _tell_of_dropped(method: Method, run: RunWriter) -> None:
+def _tell_of_dropped(method: Method, rows: Sequence[Mapping[str, Any]]) -> None:
     """Note, once for a run, that prompts had fewer demonstrations than asked for."""
-    counts = [row.get("demonstrations", 0) for row in run.rows]
+    counts = [row.get("demonstrations", 0) for row in rows]
     fewer = [count for count in counts if count < method.shots]
     if fewer:
         log.warning(
@@ -91,8 +147,9 @@ def _ask(
     method: Method,
     task: Task,
     variant: Variant,
+    metrics: Sequence[Metric],
     asked: Set[int],
-    run: RunWriter,
+    append: Append,
     batch_size: int,
     progress: Bar,
     mine: Iterator[bool],
@@ -103,25 +160,22 @@ def _ask(
     """
     if len(asked) == len(task.test):
         return
+    requests = Requests(method.llm, method.tokenizer, task, variant, {metric.needs for metric in metrics})
     began = time.perf_counter()
     chosen = method.choose(task, task.test, variant)
     if chosen is not None:
         seconds = (time.perf_counter() - began) / len(chosen)
-        _take(method, task, variant, chosen, seconds, asked, run, batch_size, progress, mine)
+        for start in range(0, len(chosen), batch_size):
+            batch = [index for index in range(start, min(start + batch_size, len(chosen))) if index not in asked]
+            progress.advance(len(batch))
+            if next(mine):
+                append([_row_of(requests, metrics, task, variant, index, chosen[index], seconds) for index in batch])
         return
     began = time.perf_counter()
     prompts = method.prompts(task, task.test, variant)
     encoded = [prompt.ids for prompt in prompts]
     seconds_before = time.perf_counter() - began
-    options = task_options(method.tokenizer, task, variant)
-    limit = context_length(method.llm)
-    for index, ids in enumerate(encoded):
-        if limit is not None and len(ids) + options.longest > limit:
-            more = f", {options.longest} of an option are read after it," if options.longest else ""
-            raise ATVError(
-                f"Task {task.name}: test row {index} makes a prompt of {len(ids)} tokens{more} and the LLM's context "
-                f"is {limit}; shorten or drop the row."
-            )
+    _check_lengths(method, task, encoded, requests.read_after)
     device = input_device(method.llm)
     by_length = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))  # equal lengths: little padding
     began = time.perf_counter()
@@ -143,78 +197,83 @@ def _ask(
                 attention_mask=inputs["attention_mask"],
                 position_ids=inputs["position_ids"][:, shared.length :],
                 past_key_values=past,
-                use_cache=past is not None or not options.told_apart,
+                use_cache=past is not None or requests.continues,
             )
-            logits = output.logits[:, -1].float().cpu()  # (batch, vocabulary)
-            best = likeliest([options] * len(batch), logits, reader(method.llm, inputs, output))
+            found = requests.outputs(inputs, output)
         seconds = (time.perf_counter() - began) / len(batch) + shared_seconds
-        tokens = logits.argmax(-1).tolist()
-        rows = []
-        for place, index in enumerate(batch):
-            if index in asked:
-                continue
-            example = task.test[index]
-            first = options.ids[options.texts.index(example.output)][0]
-            rows.append(
-                Prediction(
-                    **_place(task, variant, index),
-                    prediction=method.tokenizer.decode([tokens[place]]),
-                    correct=tokens[place] == first if options.told_apart else None,
-                    prediction_among_options=best[place],
-                    correct_among_options=best[place] == example.output,
+        append(
+            [
+                _row(
+                    metrics,
+                    task,
+                    variant,
+                    index,
+                    outputs,
                     prompt_tokens=len(encoded[index]),
                     seconds=seconds,
                     demonstrations=prompts[index].demonstrations,
                 )
+                for index, outputs in zip(batch, found, strict=True)
+                if index not in asked
+            ]
+        )
+
+
+def _check_lengths(method: Method, task: Task, encoded: Sequence[Sequence[int]], read_after: int) -> None:
+    limit = context_length(method.llm)
+    for index, ids in enumerate(encoded):
+        if limit is not None and len(ids) + read_after > limit:
+            more = f", {read_after} of an answer are read after it," if read_after else ""
+            raise ATVError(
+                f"Task {task.name}: test row {index} makes a prompt of {len(ids)} tokens{more} and the LLM's context "
+                f"is {limit}; shorten or drop the row."
             )
-        run.append(rows)
 
 
-def _place(task: Task, variant: Variant, index: int) -> dict[str, Any]:
-    """What a row says of the example that was asked."""
-    return {
-        "task": task.name,
-        "category": task.category,
-        "split": "test",
-        "template": variant.template,
-        "answer_prefix": variant.answer_prefix,
-        "example": index,
-        "target": task.test[index].output,
-    }
-
-
-def _take(
-    method: Method,
+def _row_of(
+    requests: Requests,
+    metrics: Sequence[Metric],
     task: Task,
     variant: Variant,
-    chosen: Sequence[Choice],
+    index: int,
+    choice: Choice,
     seconds: float,
-    asked: Set[int],
-    run: RunWriter,
-    batch_size: int,
-    progress: Bar,
-    mine: Iterator[bool],
-) -> None:
-    """The rows of a method that has answered by itself: judged by first tokens too, as the LLM's answers are."""
-    options = task_options(method.tokenizer, task, variant)
-    for start in range(0, len(chosen), batch_size):
-        batch = [index for index in range(start, min(start + batch_size, len(chosen))) if index not in asked]
-        progress.advance(len(batch))
-        if not next(mine):
-            continue
-        rows = []
-        for index in batch:
-            choice, target = chosen[index], task.test[index].output
-            first = [answer_ids(method.tokenizer, text, variant)[0] for text in (choice.answer, target)]
-            rows.append(
-                Prediction(
-                    **_place(task, variant, index),
-                    prediction=choice.answer,
-                    correct=first[0] == first[1] if options.told_apart else None,
-                    prediction_among_options=choice.among_options,
-                    correct_among_options=choice.among_options == target,
-                    prompt_tokens=choice.prompt_tokens,
-                    seconds=seconds,
-                )
+) -> Row:
+    """The row of an answer that the method has chosen by itself."""
+    outputs = requests.outputs_of(choice)
+    return _row(metrics, task, variant, index, outputs, prompt_tokens=choice.prompt_tokens, seconds=seconds)
+
+
+def _row(
+    metrics: Sequence[Metric],
+    task: Task,
+    variant: Variant,
+    index: int,
+    outputs: Mapping[Need, Any],
+    **costs: Any,
+) -> Row:
+    """One example's scores by all metrics."""
+    example, scores = task.test[index], dict[str, float | None]()
+    for metric in metrics:
+        found = metric(example, outputs[metric.needs])
+        if twice := scores.keys() & found.keys():
+            raise ATVError(
+                f"Two metrics give the score {min(twice)} ({', '.join(m.name for m in metrics)}); leave one out, or "
+                "name it differently."
             )
-        run.append(rows)
+        scores |= found
+    texts: dict[str, str] = {}
+    for need, output in outputs.items():
+        texts |= {GENERATED: output} if need == "generate" else output.texts()
+    return Row(
+        task=task.name,
+        category=task.category,
+        split="test",
+        template=variant.template,
+        answer_prefix=variant.answer_prefix,
+        example=index,
+        target=example.output,
+        scores=scores,
+        outputs=texts,
+        **costs,
+    )

@@ -1,4 +1,4 @@
-"""A task's options: encoded once, told apart by their tokens, and compared. Whoever judges an answer asks here.
+"""A task's options: encoded once, told apart by their tokens, and compared. Every judgement of tokens is made here.
 
 An option is judged by its tokens up to the first one at which it differs from every other: its score is the
 probability that an answer begins with these. An option that another one continues ("very" beside "very good") differs
@@ -6,10 +6,9 @@ where it ends: its score is the probability of its tokens followed by none with 
 of these beginnings go together, so the scores add up to 1 at most, and none is favoured for being short or long.
 """
 
-import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from heapq import heappop, heappush
@@ -17,18 +16,15 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from atv.data import TRAIN_PREFIX, Task, Variant, shared_beginnings
-from atv.data.collate import encode_answers, position_ids
+from atv.data.collate import encode_answers
 from atv.errors import ATVError
-from atv.lm.prefix import attention_alone, call_llm
 from atv.progress import warn_once
 
 Prefix = tuple[int, ...]
 """Tokens that several options begin with."""
-Read = Callable[[Sequence[Prefix]], list[list[Tensor]]]
-"""A prefix for each row of a batch to log-probabilities (vocabulary,), on the CPU, behind each of its tokens."""
 
 
 @dataclass
@@ -79,11 +75,19 @@ class Options:
         """How many tokens tell an option apart; one more than it has if another one continues it."""
         self.longest = max(map(len, shared))
         """Tokens of the longest beginning that two share: how many are read behind a prompt, at most."""
+        self.continued: dict[int, Prefix] = {
+            fork.ends: (*fork.leaves, *fork.forks) for fork in self._forks.values() if fork.ends is not None
+        }
+        """Options that others continue, by number, and the tokens that these continue with."""
 
     @property
     def told_apart(self) -> bool:
         """The first token alone tells each option from all others: the paper's score is defined."""
         return self.longest == 0
+
+    def begins(self, token: int, answer: str) -> bool | None:
+        """The token is the first one of an option; None where first tokens do not tell the options apart."""
+        return token == self.ids[self.texts.index(answer)][0] if self.told_apart else None
 
     def search(self, following: Tensor) -> Generator[Prefix, list[Tensor], int]:
         """Find the option with the highest score, of equal ones the first; yields prefixes that must be read for it.
@@ -95,7 +99,7 @@ class Options:
             following: log-probabilities (vocabulary,) of what follows the prompt.
 
         Returns:
-            The option's number. It takes what `Read` gives for each prefix.
+            The option's number. It takes what `Continuation.read` gives for each prefix.
         """
         chosen, best = 0, -math.inf
         unread: list[tuple[float, Prefix, int]] = []  # -log-probability of that many of the prefix's tokens
@@ -166,13 +170,23 @@ def option_ids(tokenizer: Any, task: Task, variant: Variant) -> list[Prefix]:
 
 def answer_ids(tokenizer: Any, answer: str, variant: Variant) -> Prefix:
     """The token ids of any one answer in a variant, an option of the task or not."""
-    return _encoded(tokenizer, (answer,), variant.answer_prefix).ids[0]
+    return _ids(tokenizer, (answer,), variant.answer_prefix)[0]
+
+
+def longest_answer(tokenizer: Any, task: Task, variant: Variant) -> int:
+    """Tokens of the longest of a task's options in a variant."""
+    return max(map(len, _ids(tokenizer, task.options, variant.answer_prefix)))
+
+
+@lru_cache(maxsize=256)
+def _ids(tokenizer: Any, texts: tuple[str, ...], answer_prefix: str) -> tuple[Prefix, ...]:
+    # A prompt's last line alone: what stands before a line break changes no token of an answer after it.
+    return tuple(map(tuple, encode_answers(tokenizer, f"\n{answer_prefix}", texts)[1]))
 
 
 @lru_cache(maxsize=256)
 def _encoded(tokenizer: Any, texts: tuple[str, ...], answer_prefix: str) -> Options:
-    # A prompt's last line alone: what stands before a line break changes no token of an answer after it.
-    return Options(texts, encode_answers(tokenizer, f"\n{answer_prefix}", texts)[1])
+    return Options(texts, _ids(tokenizer, texts, answer_prefix))
 
 
 def training_options(tokenizer: Any, task: Task) -> Options:
@@ -208,82 +222,3 @@ def answers_right(right: Tensor, judged: Tensor) -> Tensor:
     """
     counted = torch.arange(right.shape[-1], device=right.device) < judged[..., None]
     return (right & counted).sum(-1) == judged
-
-
-def likeliest(options: Sequence[Options], logits: Tensor, read: Read) -> list[str]:
-    """The likeliest option of each row of a batch. Where first tokens tell all options apart nothing is read.
-
-    Args:
-        options: of each row.
-        logits: (batch, vocabulary) float32, on the CPU, of what follows the prompts.
-        read: what reads on, from `reader`.
-    """
-    chosen: dict[int, int] = {}
-    searches: dict[int, Generator[Prefix, list[Tensor], int]] = {}
-    asked: dict[int, Prefix] = {}
-
-    def go_on(row: int, found: list[Tensor] | None) -> None:
-        try:
-            asked[row] = next(searches[row]) if found is None else searches[row].send(found)
-        except StopIteration as end:
-            chosen[row] = end.value
-            asked.pop(row, None)
-
-    for row, own in enumerate(options):
-        if own.told_apart:
-            chosen[row] = int(logits[row, [ids[0] for ids in own.ids]].argmax())
-        else:
-            searches[row] = own.search(logits[row].log_softmax(-1))
-            go_on(row, None)
-    while asked:
-        found = read([asked.get(row, ()) for row in range(len(options))])
-        for row in list(asked):
-            go_on(row, found[row])
-    return [own.texts[chosen[row]] for row, own in enumerate(options)]
-
-
-def reader(llm: nn.Module, inputs: Mapping[str, Tensor], output: Any) -> Read:
-    """Reads on behind prompts, as the LLM was called with them: steered where it is called inside a steered context.
-
-    A token at a time, as a decoding step does, so that tokens behind the prompt are told from those of the prompt.
-
-    Args:
-        llm: what was called.
-        inputs: of that call, all columns: `input_ids`, `attention_mask`, `position_ids`, each (batch, seq).
-        output: of that call. Its cache of keys and values is used, and is of no use to anybody else then; without one
-            the prompts are read again with each token.
-    """
-    cache: Any = getattr(output, "past_key_values", None)
-    rows = len(inputs["input_ids"])
-    usable = attention_alone(cache) and all(layer.is_initialized and len(layer.keys) == rows for layer in cache.layers)
-    layers = list(cache.layers) if usable else []
-
-    def read(prefixes: Sequence[Prefix]) -> list[list[Tensor]]:
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        found: list[list[Tensor]] = [[] for _ in prefixes]
-        if usable:
-            cache.layers = [copy.copy(layer) for layer in layers]  # they grow by new tensors: a copy of none
-        past = cache if usable else None
-        for place in range(max(map(len, prefixes))):
-            there = [len(prefix) > place for prefix in prefixes]
-            tokens = [prefix[place] if more else 0 for prefix, more in zip(prefixes, there, strict=True)]
-            ids = torch.cat([ids, ids.new_tensor(tokens)[:, None]], dim=1)
-            mask = torch.cat([mask, mask.new_tensor(there)[:, None]], dim=1)
-            new = slice(-1, None) if usable else slice(None)
-            step = call_llm(
-                llm,
-                keep=1,
-                input_ids=ids[:, new],
-                attention_mask=mask,
-                position_ids=position_ids(mask)[:, new],
-                past_key_values=past,
-                use_cache=usable,
-            )
-            past = step.past_key_values if usable else None
-            following = step.logits[:, -1].float().cpu().log_softmax(-1)  # (batch, vocabulary)
-            for row, more in enumerate(there):
-                if more:
-                    found[row].append(following[row])
-        return found
-
-    return read

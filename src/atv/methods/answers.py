@@ -7,15 +7,16 @@ from torch import Tensor
 from atv.methods.base import Choice
 
 
-def choices(scores: Tensor, answers: Sequence[str], options: Sequence[str]) -> list[Choice]:
-    """The likeliest answers, of equal ones the first.
+def choices(scores: Tensor, answers: Sequence[str]) -> list[Choice]:
+    """The likeliest answers, of equal ones the first, with the log-probabilities of all.
 
     Args:
-        scores: (rows, answers).
+        scores: (rows, answers), before the softmax.
         answers: what the columns stand for.
-        options: those of the task. If none of them is among `answers` nothing is known of any, and the first is taken.
     """
-    own = [column for option in options for column, answer in enumerate(answers) if answer == option]
+    likely = scores.log_softmax(-1)
     best = scores.argmax(-1).tolist()
-    among = [answers[own[place]] for place in scores[:, own].argmax(-1).tolist()] if own else [options[0]] * len(best)
-    return [Choice(answers[column], option) for column, option in zip(best, among, strict=True)]
+    return [
+        Choice(answers[column], dict(zip(answers, values, strict=True)))
+        for column, values in zip(best, likely.tolist(), strict=True)
+    ]

@@ -1,7 +1,7 @@
 """The contract: what the LLM reads, and what happens inside it while it reads. A method knows no metric."""
 
 from abc import ABC
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
@@ -28,8 +28,8 @@ class Choice(NamedTuple):
 
     answer: str
     """The likeliest of all answers that it knows for the task."""
-    among_options: str
-    """The likeliest of the task's options, of equal ones the first."""
+    scores: Mapping[str, float] | None = None
+    """Log-probabilities of answers; one that is missing has none. None: the method has no scores."""
     prompt_tokens: int = 0
     """Tokens that the LLM read for it."""
 
@@ -43,6 +43,8 @@ class Method(ABC):
         train_defaults: fields of TrainConfig that the method's own paper sets otherwise; None: it is learnt without a
             training loop, and of TrainConfig takes the seed alone.
         search: what a sweep may choose from: fields of `config_class` or TrainConfig, each with values.
+        serves: what metrics may need of it: `next_token`, `loglikelihood` and `generate`, all of which the LLM gives.
+            A method whose `choose` gives answers without scores says `generate` alone.
         llm: what is called: the frozen LLM, or a PEFT model around it.
         tokenizer: the LLM's.
         edited: how many of a prompt's last tokens `steer` may change; None: any. What prompts share before them is
@@ -55,6 +57,7 @@ class Method(ABC):
     config_class: ClassVar[type[Checked] | None] = None
     train_defaults: ClassVar[dict[str, Any] | None] = {}
     search: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    serves: ClassVar[frozenset[str]] = frozenset({"next_token", "loglikelihood", "generate"})
     edited: int | None = None
     shots: int = 0
     seed: int = 42

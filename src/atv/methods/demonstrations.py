@@ -10,7 +10,7 @@ from torch import nn
 from atv.data import Example, Task, Variant
 from atv.data.collate import encode_prompt
 from atv.lm.load import context_length
-from atv.lm.scoring import task_options
+from atv.lm.scoring import longest_answer
 from atv.methods.base import Method, Prompt
 
 
@@ -32,7 +32,7 @@ def fitted(
     whole, limit = prompt(len(shown)), context_length(llm)
     if limit is None:
         return whole
-    limit -= task_options(tokenizer, task, variant).longest  # read behind the prompt where options begin alike
+    limit -= longest_answer(tokenizer, task, variant)  # there must be room for any answer
     if len(whole.ids) <= limit:
         return whole
     # Each demonstration makes a prompt longer: few of the counts need to be tried.

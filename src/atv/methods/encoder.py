@@ -279,4 +279,4 @@ class Encoder(Method):
         if task.name in self.model.answers:
             own = self.model.answers[task.name]
             scores, answers = scores[:, [answers.index(answer) for answer in own]], own
-        return choices(scores, answers, task.options)
+        return choices(scores, answers)

@@ -11,6 +11,7 @@ from atv.config import Positions
 from atv.data import TRAIN_PREFIX, Example, Task, Variant
 from atv.data.collate import IGNORED, Collator, EncodedRow, encode_pair, left_padded, like_lengths, pad_id
 from atv.errors import ATVError
+from atv.lm.frozen import answer_loss
 from atv.lm.hooks import capture_outputs, decoder_layers, input_device, read_up_to
 from atv.lm.load import context_length
 from atv.lm.prefix import ReadPrefix, as_cache, call_llm, full_sides, read_prefix, steered_logits
@@ -152,10 +153,12 @@ def layer_scores(
             keep=targets.shape[1],
             read=read,
         )  # (some * rows, answer, vocabulary)
-        wide = logits.float().cpu().unflatten(0, (len(vectors), -1))  # (some, rows, answer, vocabulary)
-        answers = targets.clamp(min=0).expand(len(vectors), -1, -1)[..., None]
-        likely = wide.log_softmax(-1).gather(-1, answers)[..., 0].masked_fill(targets == IGNORED, 0).sum(-1)
-        return answers_right(wide.argmax(-1) == targets, judged).float().mean(1), likely.mean(1)
+        found = answer_loss(logits.float().cpu(), targets.repeat(len(vectors), 1))
+        assert found.right is not None
+        assert found.losses is not None
+        right = answers_right(found.right, judged.repeat(len(vectors)))  # (some * rows,)
+        likely = -found.losses * (targets != IGNORED).sum(1).repeat(len(vectors))
+        return right.view(len(vectors), -1).float().mean(1), likely.view(len(vectors), -1).mean(1)
 
     layers = decoder_layers(llm)
     chosen = layers if at is None else [layers[index] for index in at]

@@ -293,7 +293,7 @@ class Probe(Method):
         answers, classifier = self.classifiers.get(task.name, self.classifiers[ALL])
         prompts = self.reader.prompts(task, "test", examples)
         states = self.reader.states(examples, prompts)[:, 0].float()
-        chosen = choices(classifier.scores(states), answers, task.options)
+        chosen = choices(classifier.scores(states), answers)
         return [choice._replace(prompt_tokens=len(ids)) for choice, ids in zip(chosen, prompts, strict=True)]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from atv.data import UNSEEN, Task
 from atv.errors import ATVError
 from atv.evaluation.measure import Frozen, measure
+from atv.evaluation.metrics import FirstToken
 from atv.files import occupied, read_json, same_settings, write_json
 from atv.lm.prefix_store import PrefixStore
 from atv.methods import METHODS
@@ -190,6 +191,7 @@ def _measure(
         frozen,
         tasks,
         out / job.folder,
+        metrics=(FirstToken.name,),
         label=asked.label,
         adapter=None if asked.trained is None else out / Job("train", asked.trained, job.seed, asked).folder,
         shots=(asked.shots or profile.shots) if METHODS[asked.method].shots else None,

@@ -11,6 +11,7 @@ from typing import Any
 from atv.data import UNSEEN, Task
 from atv.errors import ATVError, unknown
 from atv.evaluation.measure import Frozen, measure
+from atv.evaluation.metrics import FirstToken
 from atv.evaluation.records import load_runs
 from atv.files import write_json, write_text
 from atv.lm.prefix_store import PrefixStore
@@ -53,7 +54,7 @@ def sweep(
 
     Each trial is trained on a seed's training rows as `profile` says, with half of its validation rows to choose the
     epoch, and measured on the other half. The test split is never touched. The best is the one with the highest mean
-    accuracy over tasks over the whole vocabulary, of equal ones the earlier: the default stays unless one is better.
+    `first_token` over tasks, of equal ones the earlier: the default stays unless one is better.
 
     Args:
         profile: rows, variants, and its first seed.
@@ -92,7 +93,7 @@ def sweep(
             score = _try(name, trial, profile, frozen, seen, out / f"{name}-{number}", tables, store, force)
             rows.append({"settings": trial, **score})
         results[name] = rows
-        best[name] = max(rows, key=lambda row: row["accuracy"])["settings"]
+        best[name] = max(rows, key=lambda row: row["first_token"])["settings"]
         write_json(out / RECORD_FILE, asked | {"trials": results, "best": best} | provenance())
     write_text(out / SETTINGS_FILE, _toml(best))
     return best
@@ -122,22 +123,33 @@ def _try(
     settings = method_settings(name, [*tables, {name: trial}], seed)
     llm, tokenizer = frozen.load()
     METHODS[name].fit(llm, tokenizer, tasks, folder / "trained", *settings, force=force, store=store)
-    measure(name, frozen, tasks, folder / "run", adapter=folder / "trained", seed=seed, variants="first", force=force)
+    measure(
+        name,
+        frozen,
+        tasks,
+        folder / "run",
+        metrics=(FirstToken.name,),
+        adapter=folder / "trained",
+        seed=seed,
+        variants="first",
+        force=force,
+    )
     rows = load_runs([folder / "run"])
     by_task: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         by_task.setdefault(row["task"], []).append(row)
     means = {
-        said: fmean(fmean(_judged(row, key) for row in alike) for alike in by_task.values())
-        for said, key in (("accuracy", "correct"), ("among_options", "correct_among_options"))
+        score: fmean(fmean(_judged(row, score) for row in alike) for alike in by_task.values())
+        for score in ("first_token", "first_token_among_options")
     }
-    log.info(f"    accuracy {100 * means['accuracy']:.1f}, among options {100 * means['among_options']:.1f}")
+    log.info("    " + ", ".join(f"{score} {100 * mean:.1f}" for score, mean in means.items()))
     return means
 
 
-def _judged(row: Mapping[str, Any], key: str) -> bool:
-    """Whether a row is right, among options where only that is defined: every task has a part in the choice."""
-    return bool(row["correct_among_options"] if row[key] is None else row[key])
+def _judged(row: Mapping[str, Any], score: str) -> float:
+    """A row's score, among options where only that is defined: every task has a part in the choice."""
+    scores = row["scores"]
+    return float(scores["first_token_among_options"] if scores[score] is None else scores[score])
 
 
 def _toml(tables: Mapping[str, Mapping[str, Any]]) -> str:

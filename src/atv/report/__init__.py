@@ -5,22 +5,24 @@ from atv.report.comparison import all_tables, comparison_tables
 from atv.report.experiments import FOLDER as EXPERIMENTS
 from atv.report.experiments import experiment_tables, find_experiments, load_experiment, report_tables
 from atv.report.formats import FORMATS, check_format, markdown, write_tables
+from atv.report.labels import label_table
 from atv.report.page import write_page, write_plots
-from atv.report.tables import accuracy_table
+from atv.report.tables import score_table
 
 __all__ = [
     "EXPERIMENTS",
     "FORMATS",
-    "accuracy_table",
     "all_tables",
     "analysis_tables",
     "check_format",
     "comparison_tables",
     "experiment_tables",
     "find_experiments",
+    "label_table",
     "load_experiment",
     "markdown",
     "report_tables",
+    "score_table",
     "write_page",
     "write_plots",
     "write_tables",

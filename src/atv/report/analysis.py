@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from atv.report.statistics import RESAMPLES, bootstrap
-from atv.report.tables import MISSING, Table, footnote, marked, undefined
+from atv.report.tables import MISSING, Table, footnote, marked, meaning, undefined
 
 SHORT = 5
 """Tables of an analysis that a screen has room for, the first ones; those after them are long."""
@@ -73,12 +73,12 @@ def _short_table(record: Record) -> Table:
 
 def _exchange_table(record: Record) -> Table:
     own, *kinds = record["queries"][0]["vectors"]  # a query's own come first
-    left = undefined({"task": row["task"]} | row["vectors"][own] for row in record["queries"])
+    left = undefined(({"task": row["task"], "scores": row["vectors"][own]} for row in record["queries"]), "first_token")
     kept = record | {
         "tasks": {task: about for task, about in record["tasks"].items() if task not in left},
         "queries": [row for row in record["queries"] if row["task"] not in left],
     }
-    right = {"correct": kept, "correct_among_options": record}
+    right = {"first_token": kept, "first_token_among_options": record}
 
     def share(kind: str, what: str) -> str:
         return _interval(right.get(what, record), lambda row: row["vectors"][kind][what])[0]
@@ -98,15 +98,26 @@ def _exchange_table(record: Record) -> Table:
             both[0][0] = marked(both[0][0])
         rows.append([kind, *both[0], *both[1], "–" if kind == own else share(kind, "other")])
     note = (
-        f"{_measured(record)} Each prompt is answered with {own} vectors, then with others in their place. Right: over "
-        "the whole vocabulary; options: right among the task's options; means over tasks. Lost: the accuracy before it "
+        f"{_measured(record)} Each prompt is answered with {own} vectors, then with others in their place. "
+        f"{meaning(right)} Means over tasks. Lost: the accuracy before it "
         f"with {own} less that with these, in percentage points, with a 95% percentile bootstrap interval from "
         f"{RESAMPLES:,} draws of queries within each task. Changed: the likeliest token, or where first tokens do not "
         "tell options apart the likeliest option, is another than with its own. Where a mean loses nothing, what is "
         "adapted to a query or a task decides no more answers than these queries can show."
     )
-    columns = ["vectors", "right, %", "lost", "from", "to", "options, %", "lost", "from", "to", "changed, %"]
-    why = footnote([{"task": task, "llm": record["llm"], "correct": None} for task in left])
+    columns = [
+        "vectors",
+        "first_token, %",
+        "lost",
+        "from",
+        "to",
+        "among options, %",
+        "lost",
+        "from",
+        "to",
+        "changed, %",
+    ]
+    why = footnote([{"task": task, "llm": record["llm"], "scores": {"first_token": None}} for task in left])
     return _table(record, "Answers with other vectors", columns, rows, note, text=1, footnote=why)
 
 

@@ -7,21 +7,16 @@ from typing import Protocol
 from atv.data import UNSEEN
 from atv.errors import ATVError
 from atv.methods import METHODS
-from atv.report.statistics import RESAMPLES, Row, Score, paired, scores, tasks_of
-from atv.report.tables import MISSING, Table, accuracy_table, footnote, marked, undefined
+from atv.report.statistics import RESAMPLES, Row, Score, paired, score_names, scored, scores, tasks_of
+from atv.report.tables import MISSING, Table, footnote, marked, meaning, score_table, undefined
 
 ATV = "atv"
 PUBLISHED = "paper, "
 """How a line begins whose numbers others have published."""
-ACCURACY = {"correct": "accuracy", "correct_among_options": "accuracy among options"}
-_PLOTS = {"correct": ("scores", "cost"), "correct_among_options": ("scores",)}
+PAPER_SCORE = "first_token"
+"""The score that published numbers are of."""
 COSTS = {"tokens": ("prompt_tokens", 0), "s/query": ("seconds", 4)}  # what is averaged, digits
 
-_RIGHT = {
-    "correct": "Accuracy: the most likely next token over the whole vocabulary is the first token of the answer.",
-    "correct_among_options": "Among options: the likeliest of the task's options, by their tokens up to where they "
-    "differ, is the answer.",
-}
 _SPREAD = (
     "All this in percent and for each seed; shown: mean over seeds ± sample standard deviation, none with one seed. "
     "Bold: the best of a column, the paper's lines aside. A dash: not asked all of it."
@@ -59,7 +54,7 @@ class Published(Protocol):
 def all_tables(rows: Sequence[Row], beside: Published | None = None) -> list[Table]:
     """The table per task, and with several methods those that compare them."""
     several = len({row["method"] for row in rows}) > 1
-    return [accuracy_table(rows), *(comparison_tables(rows, beside) if several else ())]
+    return [score_table(rows), *(comparison_tables(rows, beside) if several else ())]
 
 
 def comparison_tables(rows: Sequence[Row], beside: Published | None = None) -> list[Table]:
@@ -71,22 +66,22 @@ def comparison_tables(rows: Sequence[Row], beside: Published | None = None) -> l
     for llm in dict.fromkeys(row["llm"] for row in rows):
         own = [row for row in rows if row["llm"] == llm]
         kinds = {category == UNSEEN for category in tasks_of(own).values()}
-        tables += [in_domain_table(own, key, beside) for key in ACCURACY if False in kinds]
-        tables += [unseen_table(own, key, beside) for key in ACCURACY if True in kinds]
-        tables += [summary_table(own, beside)] if len(kinds) == 2 else []
+        for table, unseen in ((in_domain_table, False), (unseen_table, True)):
+            tables += [table(own, key, beside) for key in score_names(_of(own, unseen))]
+        tables += [summary_table(own, beside)] if len(kinds) == 2 and summarised(own) else []
         tables += [comparison_table(own)] if {ATV} < {row["method"] for row in own} else []
     return tables
 
 
-def in_domain_table(rows: Sequence[Row], key: str = "correct", beside: Published | None = None) -> Table:
+def in_domain_table(rows: Sequence[Row], key: str, beside: Published | None = None) -> Table:
     """Cost, category scores and their mean for each method.
 
     Args:
         rows: on one LLM.
-        key: which accuracy: `correct` or `correct_among_options`.
+        key: the name of a score that some of the rows have; only these are in the table.
         beside: numbers published elsewhere.
     """
-    rows = _of(rows, unseen=False)
+    rows, first = scored(_of(rows, unseen=False), key), score_names(rows)[0]
     tasks = tasks_of(rows)
     lines: dict[str, Line] = {}
     left, judged = left_out(rows, key)
@@ -94,26 +89,27 @@ def in_domain_table(rows: Sequence[Row], key: str = "correct", beside: Published
         found = scores(defined(asked, left), key, judged)
         costs = {name: scores(asked, source, tasks).in_domain for name, (source, _) in COSTS.items()}
         lines[method] = costs | found.categories | {"Avg": found.in_domain}
-    published = beside.lines("in-domain", lines, judged) if beside and key == "correct" else {}
+    published = beside.lines("in-domain", lines, judged) if beside and key == PAPER_SCORE else {}
     note = (
-        f"{_measured(rows)} {_RIGHT[key]} A task's score is the mean over its rows and variants, a category's that of "
-        f"its tasks, Avg that of the categories. {_SPREAD} {_COST}"
+        f"{_measured(rows)} {meaning([key])} A task's score is the mean over its rows and variants, a category's that "
+        f"of its tasks, Avg that of the categories. {_SPREAD} {_COST}"
     )
     columns = [*COSTS, *_ordered(tasks.values(), beside.order if beside else ()), "Avg"]
     without = {*left.values(), *(["Avg"] if left else [])}
-    table = _table(f"In-domain {ACCURACY[key]}: {rows[0]['llm']}", columns, lines, published, note, without, beside)
-    return replace(table, plots=_PLOTS[key], runs=runs_of(rows), footnote=footnote(rows) if left else "")
+    table = _table(f"In-domain {key}: {rows[0]['llm']}", columns, lines, published, note, without, beside)
+    plots = ("scores", "cost") if key == first else ("scores",)
+    return replace(table, plots=plots, runs=runs_of(rows), footnote=footnote(rows, key))
 
 
-def unseen_table(rows: Sequence[Row], key: str = "correct", beside: Published | None = None) -> Table:
+def unseen_table(rows: Sequence[Row], key: str, beside: Published | None = None) -> Table:
     """Cost, scores of the unseen tasks and their mean for each method.
 
     Args:
         rows: on one LLM.
-        key: which accuracy: `correct` or `correct_among_options`.
+        key: the name of a score that some of the rows have; only these are in the table.
         beside: numbers published elsewhere.
     """
-    rows = _of(rows, unseen=True)
+    rows, first = scored(_of(rows, unseen=True), key), score_names(rows)[0]
     tasks = tasks_of(rows)
     lines: dict[str, Line] = {}
     left, judged = left_out(rows, key)
@@ -121,54 +117,69 @@ def unseen_table(rows: Sequence[Row], key: str = "correct", beside: Published | 
         found = scores(defined(asked, left), key, judged)
         costs = {name: scores(asked, source, tasks).unseen for name, (source, _) in COSTS.items()}
         lines[method] = costs | found.tasks | {"Avg": found.unseen}
-    published = beside.lines("unseen", lines, judged) if beside and key == "correct" else {}
+    published = beside.lines("unseen", lines, judged) if beside and key == PAPER_SCORE else {}
     note = (
-        f"{_measured(rows)} {_RIGHT[key]} A task's score is the mean over rows and variants, Avg that of the tasks. "
+        f"{_measured(rows)} {meaning([key])} A task's score is the mean over rows and variants, Avg that of the tasks. "
         f"{_SPREAD} {_COST}"
     )
     columns = [*COSTS, *_ordered(tasks, beside.order if beside else ()), "Avg"]
     without = {*left, *(["Avg"] if left else [])}
-    table = _table(f"Unseen {ACCURACY[key]}: {rows[0]['llm']}", columns, lines, published, note, without, beside)
-    return replace(table, plots=_PLOTS[key], runs=runs_of(rows), footnote=footnote(rows) if left else "")
+    table = _table(f"Unseen {key}: {rows[0]['llm']}", columns, lines, published, note, without, beside)
+    plots = ("scores", "cost") if key == first else ("scores",)
+    return replace(table, plots=plots, runs=runs_of(rows), footnote=footnote(rows, key))
 
 
 def summary_table(rows: Sequence[Row], beside: Published | None = None) -> Table:
-    """In-domain average, unseen average and the mean of both by both accuracies."""
-    ends = {"correct": "", "correct_among_options": " among options"}
-    (left, judged), (_, tasks) = (left_out(rows, key) for key in ends)
-    lines: dict[str, Line] = {}
-    for method, asked in _by_method(rows).items():
-        found = {"": scores(defined(asked, left), "correct", judged)}
-        found[" among options"] = scores(asked, "correct_among_options", tasks)
-        lines[method] = {
-            f"{name}{end}": score
-            for end, each in found.items()
-            for name, score in (("in-domain", each.in_domain), ("unseen", each.unseen), ("Avg", each.both))
-        }
-    published = beside.lines("summary", lines, judged) if beside else {}
+    """In-domain average, unseen average and the mean of both by each score that has all of them."""
+    names, lines, published = (
+        summarised(rows),
+        dict[str, dict[str, Score | None]](),
+        dict[str, dict[str, Score | None]](),
+    )
+    without: set[str] = set()
+    for name in names:
+        own = scored(rows, name)
+        left, judged = left_out(own, name)
+        for method, asked in _by_method(rows).items():
+            found = scores(defined(scored(asked, name), left), name, judged)
+            averages = {"in-domain": found.in_domain, "unseen": found.unseen, "Avg": found.both}
+            lines.setdefault(method, {}).update({column_of(part, name): score for part, score in averages.items()})
+        if beside and name == PAPER_SCORE:
+            for method, line in beside.lines("summary", lines, judged).items():
+                published[method] = {column_of(part, name): score for part, score in line.items()}
+        without |= {column_of(part, name) for part in averages_of(left) | ({"Avg"} if left else set())}
     note = (
         f"{_measured(rows)} In-domain: mean of the categories; unseen: mean of the unseen tasks; Avg: mean of both. "
-        f"{' '.join(_RIGHT.values())} {_SPREAD}"
+        f"{meaning(names)} {_SPREAD}"
     )
-    columns = [f"{name}{end}" for end in ends.values() for name in ("in-domain", "unseen", "Avg")]
-    without = averages_of(left) | ({"Avg"} if left else set())
+    columns = [column_of(part, name) for name in names for part in ("in-domain", "unseen", "Avg")]
     table = _table(f"In-domain and unseen: {rows[0]['llm']}", columns, lines, published, note, without, beside)
-    return replace(table, footnote=footnote(rows) if left else "")
+    return replace(table, footnote=footnote(rows, *names))
+
+
+def summarised(rows: Sequence[Row]) -> list[str]:
+    """The scores that all tasks of rows have: those of which averages over all of them can be taken."""
+    tasks = tasks_of(rows)
+    return [name for name in score_names(rows) if tasks_of(scored(rows, name)).keys() == tasks.keys()]
+
+
+def column_of(part: str, name: str) -> str:
+    """The column of an average (in-domain, unseen, Avg) of a score."""
+    return f"{part} {name}"
 
 
 def comparison_table(rows: Sequence[Row], reference: str = ATV) -> Table:
-    """A method minus each other one on the same rows: difference, interval and p, by both accuracies.
+    """A method minus each other one on the same rows: difference, interval and p, by each score.
 
     Args:
         rows: on one LLM.
         reference: the method that the others are subtracted from.
     """
-    kinds = {category == UNSEEN for category in tasks_of(rows).values()}
     others = [method for method in _by_method(rows) if method != reference]
     lines, reasons = [], dict[str, None]()
-    for key, accuracy in ACCURACY.items():
-        left, judged = left_out(rows, key)
-        for unseen in sorted(kinds):
+    for key in score_names(rows):
+        left, judged = left_out(scored(rows, key), key)
+        for unseen in sorted({category == UNSEEN for category in (left | judged).values()}):
             without = any((category == UNSEEN) == unseen for category in left.values())
             for other in others:
                 try:
@@ -179,7 +190,7 @@ def comparison_table(rows: Sequence[Row], reference: str = ATV) -> Table:
                     if any((category == UNSEEN) == unseen for category in judged.values()):
                         reasons[str(error)] = None
                 cells[0] = marked(cells[0]) if without else cells[0]
-                lines.append([accuracy, "unseen" if unseen else "in-domain", other, *cells])
+                lines.append([key, "unseen" if unseen else "in-domain", other, *cells])
     note = (
         f"{_measured(rows)} The average of {reference} minus that of the other method, in percentage points, on the "
         f"same test rows, variants and seeds. From, to: 95% percentile bootstrap interval, from {RESAMPLES:,} draws of "
@@ -199,7 +210,7 @@ def _of(rows: Sequence[Row], unseen: bool) -> list[Row]:
 
 
 def left_out(rows: Sequence[Row], key: str) -> tuple[dict[str, str], dict[str, str]]:
-    """The tasks for which an accuracy is not defined, and the others, each with their categories."""
+    """The tasks for which a score is not defined, and the others, each with their categories."""
     names = undefined(rows, key)
     tasks = tasks_of(rows)
     return {task: tasks[task] for task in names}, {task: its for task, its in tasks.items() if task not in names}

@@ -9,19 +9,21 @@ from typing import Any
 from atv.evaluation.records import load_runs
 from atv.files import read_json
 from atv.report.comparison import (
-    ACCURACY,
+    PAPER_SCORE,
     Published,
     all_tables,
     averages_of,
+    column_of,
     comparison_table,
     defined,
     in_domain_table,
     left_out,
     runs_of,
     shown,
+    summarised,
 )
-from atv.report.statistics import Row, scores, tasks_of
-from atv.report.tables import Table, footnote, marked
+from atv.report.statistics import Row, score_names, scored, scores, tasks_of
+from atv.report.tables import Table, footnote, marked, meaning
 
 FOLDER = "experiments"
 """In a reproduction's folder: one record for each experiment."""
@@ -80,7 +82,8 @@ def experiment_tables(found: Found, beside: Published | None = None) -> list[Tab
     for llm in dict.fromkeys(row["llm"] for row in found.rows):
         rows = [row for row in found.rows if row["llm"] == llm]
         tables.append(_overview(found, rows))
-        tables.append(in_domain_table(rows, beside=beside))
+        known = score_names(rows)
+        tables.append(in_domain_table(rows, PAPER_SCORE if PAPER_SCORE in known else known[0], beside))
         if len({row["method"] for row in rows}) > 1:
             tables.append(comparison_table(rows, found.reference))
     return [replace(table, title=f"{found.title}. {table.title}") for table in tables]
@@ -89,8 +92,9 @@ def experiment_tables(found: Found, beside: Published | None = None) -> list[Tab
 def _overview(found: Found, rows: Sequence[Row]) -> Table:
     """One line for each condition: what is trained, how long that took, and all averages."""
     tasks = tasks_of(rows)
-    ends = {"correct": "", "correct_among_options": " among options"}
-    columns = ["tokens", "s/query", *(f"{part}{end}" for part in ("in-domain", "unseen") for end in ends.values())]
+    names = summarised(rows)
+    columns = ["tokens", "s/query", *(column_of(part, name) for part in ("in-domain", "unseen") for name in names)]
+    without = {column_of(part, name) for name in names for part in averages_of(left_out(rows, name)[0])}
     lines = []
     for label in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == label]
@@ -98,22 +102,27 @@ def _overview(found: Found, rows: Sequence[Row]) -> Table:
             "tokens": scores(own, "prompt_tokens", tasks).in_domain,
             "s/query": scores(own, "seconds", tasks).in_domain,
         }
-        for key, end in ends.items():
-            left, judged = left_out(rows, key)
-            averages = scores(defined(own, left), key, judged)
-            values |= {f"in-domain{end}": averages.in_domain, f"unseen{end}": averages.unseen}
+        for name in names:
+            left, judged = left_out(rows, name)
+            averages = scores(defined(scored(own, name), left), name, judged)
+            values |= {column_of("in-domain", name): averages.in_domain, column_of("unseen", name): averages.unseen}
         costs = [_mean(found.trained.get(label, ()), "trainable_parameters"), _mean(found.trained[label], "seconds")]
         cells = {column: shown(values[column], column) for column in columns}
-        cells |= {part: marked(cells[part]) for part in averages_of(left_out(rows, "correct")[0])}
+        cells |= {column: marked(cells[column]) for column in without}
         lines.append([label, *costs, *cells.values()])
     note = (
         f"{found.asks} Reference: {found.reference}. In-domain: mean of the categories; unseen: mean of the unseen "
-        f"tasks, in percent; {ACCURACY['correct']} over the whole vocabulary, and among the task's options. Training: "
+        f"tasks, in percent. {meaning(names)} Training: "
         "its seconds, without those of reading prompts ahead, which conditions share. A dash: nothing is trained by a "
         "training loop."
     )
     return Table(
-        f"Conditions: {rows[0]['llm']}", ["condition", *_COSTS, *columns], lines, note, text=1, footnote=footnote(rows)
+        f"Conditions: {rows[0]['llm']}",
+        ["condition", *_COSTS, *columns],
+        lines,
+        note,
+        text=1,
+        footnote=footnote(rows, *names),
     )
 
 

@@ -118,7 +118,7 @@ def _cost(table: Table) -> Drawn:
 
 
 def _differences(table: Table) -> Drawn:
-    """The reference minus each other method, with 95% intervals: a panel for each accuracy."""
+    """The reference minus each other method, with 95% intervals: a panel for each score."""
     reference = table.columns[2].removesuffix(" minus")
     rows = [row[:6] for row in table.rows if number(row[3]) is not None]
     if not rows:

@@ -16,6 +16,8 @@ from atv.evaluation.records import row_key
 RESAMPLES = 10_000
 """Of the bootstrap, and sign flips of the permutation test."""
 
+COSTS = ("prompt_tokens", "seconds")
+"""What a row has of them beside its scores."""
 Row = dict[str, Any]
 
 
@@ -51,12 +53,32 @@ class Difference(NamedTuple):
     p: float
 
 
+def value(row: Mapping[str, Any], key: str) -> float | None:
+    """A score of a row by its name, or one of its costs, `prompt_tokens` or `seconds`; None: it is not defined.
+
+    Raises:
+        KeyError: the row was not measured with that score.
+    """
+    found: float | None = row[key] if key in COSTS else row["scores"][key]
+    return found
+
+
+def score_names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The names of all scores that rows have."""
+    return list(dict.fromkeys(name for row in rows for name in row["scores"]))
+
+
+def scored(rows: Iterable[Row], key: str) -> list[Row]:
+    """The rows that have a score."""
+    return [row for row in rows if key in row["scores"]]
+
+
 def tasks_of(rows: Iterable[Row]) -> dict[str, str]:
     """Names of the tasks that rows are of, and their categories, in the order of the rows."""
     return {row["task"]: row["category"] for row in rows}
 
 
-def scores(rows: Sequence[Row], key: str = "correct", tasks: Mapping[str, str] | None = None) -> Scores:
+def scores(rows: Sequence[Row], key: str, tasks: Mapping[str, str] | None = None) -> Scores:
     """A method's scores: task, category, and the averages of the paper, each for every seed, then over seeds.
 
     A task's score is the mean over its rows and variants, a category's the mean of its tasks, the in-domain average
@@ -64,14 +86,14 @@ def scores(rows: Sequence[Row], key: str = "correct", tasks: Mapping[str, str] |
 
     Args:
         rows: of one method on one LLM.
-        key: what is averaged: `correct`, `correct_among_options`, `prompt_tokens` or `seconds`.
+        key: what is averaged: the name of a score that all rows have, `prompt_tokens` or `seconds`.
         tasks: all that should have been asked, with their categories; None: those of `rows`. What a method was not
             asked with one of its seeds has no score, nor has any average that it is part of.
     """
     tasks = tasks_of(rows) if tasks is None else tasks
-    found: defaultdict[tuple[Any, str], list[float]] = defaultdict(list)
+    found: defaultdict[tuple[Any, str], list[float | None]] = defaultdict(list)
     for row in rows:
-        found[row["seed"], row["task"]].append(row[key])
+        found[row["seed"], row["task"]].append(value(row, key))
     seeds = list(dict.fromkeys(seed for seed, _ in found))
     by_task = {task: [_mean(found.get((seed, task), ())) for seed in seeds] for task in tasks}
     members: defaultdict[str, list[str]] = defaultdict(list)
@@ -107,7 +129,7 @@ def _over_seeds(values: Sequence[float | None]) -> Score | None:
     return Score(fmean(known), stdev(known) if len(known) > 1 else None)
 
 
-def paired(rows: Sequence[Row], method: str, other: str, key: str = "correct", *, unseen: bool = False) -> Difference:
+def paired(rows: Sequence[Row], method: str, other: str, key: str, *, unseen: bool = False) -> Difference:
     """By how much `method` is above `other` on the rows that both were asked, and how sure that is.
 
     The unit is a test row of a task, over all variants and seeds in which it was asked. It weighs what it weighs in
@@ -116,17 +138,19 @@ def paired(rows: Sequence[Row], method: str, other: str, key: str = "correct", *
     test that swaps the two methods' answers to a test row. Both draw from a fixed seed.
 
     Args:
-        rows: on one LLM, those of other methods too: the average is over the tasks that any of them was asked. An
+        rows: on one LLM, those of other methods too: the average is over the tasks that any of them was asked with
+            this score. An
             example's number stands for the same test row in all of them.
         method: what is measured.
         other: what it is measured against.
-        key: `correct` or `correct_among_options`.
+        key: the name of a score; rows without it count as not asked.
         unseen: compare the unseen average, not the in-domain one.
 
     Raises:
         ATVError: one was asked rows that the other was not, or a row twice, or not all tasks with every seed.
     """
-    tasks = {task: category for task, category in tasks_of(rows).items() if (category == UNSEEN) == unseen}
+    asked_tasks = tasks_of(scored(rows, key))
+    tasks = {task: category for task, category in asked_tasks.items() if (category == UNSEEN) == unseen}
     ours, theirs = (_asked(rows, name, tasks, key) for name in (method, other))
     alone, theirs_alone = len(ours.keys() - theirs.keys()), len(theirs.keys() - ours.keys())
     if alone or theirs_alone:
@@ -141,10 +165,10 @@ def paired(rows: Sequence[Row], method: str, other: str, key: str = "correct", *
     if absent or not seeds:
         what = ", ".join(absent) or ("unseen tasks" if unseen else "in-domain tasks")
         raise ATVError(f"{method} and {other} were not asked {what}. Evaluate both with the same tasks and seeds.")
-    ahead: Counter[tuple[str, int, Any]] = Counter()  # whole numbers, so that equal units stay equal
-    for asked, value in ours.items():
+    ahead: defaultdict[tuple[str, int, Any], float] = defaultdict(float)
+    for asked, found in ours.items():
         seed, task, *_, example = asked
-        ahead[task, example, seed] += value - theirs[asked]
+        ahead[task, example, seed] += found - theirs[asked]
     siblings = Counter(tasks.values())
     units: dict[str, list[float]] = {task: [] for task in tasks}
     for task, example in dict.fromkeys((task, example) for task, example, _ in ahead):
@@ -156,10 +180,10 @@ def paired(rows: Sequence[Row], method: str, other: str, key: str = "correct", *
     return Difference(float(everything.sum()), float(low), float(high), _p_value(everything))
 
 
-def _asked(rows: Iterable[Row], method: str, tasks: Mapping[str, str], key: str) -> dict[tuple[Any, ...], int]:
+def _asked(rows: Iterable[Row], method: str, tasks: Mapping[str, str], key: str) -> dict[tuple[Any, ...], float]:
     """What a method scored on each seed, task, template, answer prefix and example."""
-    mine = [row for row in rows if row["method"] == method and row["task"] in tasks]
-    asked = {(row["seed"], *row_key(row)): int(row[key]) for row in mine}
+    mine = [row for row in scored(rows, key) if row["method"] == method and row["task"] in tasks]
+    asked = {(row["seed"], *row_key(row)): float(row["scores"][key]) for row in mine}
     if len(asked) < len(mine):
         raise ATVError(
             f"{method} has {len(mine) - len(asked)} rows twice, from several runs with one seed; "

@@ -6,13 +6,17 @@ from statistics import fmean
 from typing import Any
 
 from atv.data import UNSEEN
+from atv.evaluation.metrics import SCORES
+from atv.report.statistics import COSTS, score_names, scored
 
 MARK = "†"
 """Behind a number or a dash that a table's footnote explains."""
 MISSING = "–"
 
-_COLUMNS = (("accuracy", "correct", 100, 1), ("among options", "correct_among_options", 100, 1),
-            ("tokens", "prompt_tokens", 1, 0), ("s/query", "seconds", 1, 4))  # fmt: skip
+_COSTS = (("tokens", "prompt_tokens", 0), ("s/query", "seconds", 4))
+_UNDEFINED = {
+    "first_token": "it is judged by an answer's first token, which does not tell all options of a task apart there",
+}
 
 
 @dataclass(frozen=True)
@@ -40,20 +44,31 @@ class Table:
         return f"{self.note} {MARK}: {self.footnote}" if self.footnote else self.note
 
 
-def undefined(rows: Iterable[Mapping[str, Any]], key: str = "correct") -> dict[str, None]:
-    """The tasks for which the accuracy `key` is not defined, since it is None in some of the rows."""
-    return dict.fromkeys(row["task"] for row in rows if row[key] is None)
+def undefined(rows: Iterable[Mapping[str, Any]], key: str) -> dict[str, None]:
+    """The tasks for which a score is not defined, since it is None in some of the rows that have it."""
+    return dict.fromkeys(row["task"] for row in rows if key not in COSTS and row["scores"].get(key, 0) is None)
 
 
-def footnote(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Why the accuracy over the whole vocabulary is not defined for some tasks of recorded rows; empty if it is."""
+def footnote(rows: Sequence[Mapping[str, Any]], *keys: str) -> str:
+    """Why scores are not defined for some tasks of recorded rows; empty if they are.
+
+    Args:
+        rows: from `load_runs`.
+        keys: names of scores; none: all that rows have.
+    """
     several = len({row["llm"] for row in rows}) > 1
-    left = [{**row, "task": f"{row['task']} ({row['llm']})"} if several else row for row in rows]
-    names = ", ".join(undefined(left))
-    return names and (
-        "accuracy over the whole vocabulary is of an answer's first token, which does not tell all options of a task "
-        f"apart in {names}: it is not defined there, and means leave that out."
-    )
+    found = []
+    for key in keys or score_names(rows):
+        left = [{**row, "task": f"{row['task']} ({row['llm']})"} if several else row for row in rows]
+        names = ", ".join(undefined(left, key))
+        why = _UNDEFINED.get(key, "it is None for some of the rows there")
+        found += [f"{key} is not defined in {names}: {why}, and means leave that out."] if names else []
+    return " ".join(found)
+
+
+def meaning(keys: Iterable[str]) -> str:
+    """What scores say, a sentence for each."""
+    return " ".join(f"{key}: {SCORES.get(key, 'a metric of your own')}." for key in keys)
 
 
 def marked(cell: str) -> str:
@@ -62,13 +77,13 @@ def marked(cell: str) -> str:
     return " ± ".join([value + MARK, *spread])
 
 
-def accuracy_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Accuracy per task and method, with tokens and seconds per query: one line for each task and method.
+def score_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Scores per task and method, with tokens and seconds per query: one line for each task and method.
 
-    A task's accuracy is the mean over its variants and rows, and over runs if there are several of a method; a
-    method's mean is that over its tasks, without those of the category Unseen, and a dash if it was not asked all of
-    them. Methods on different LLMs stand on lines of their own. Where accuracy over the whole vocabulary is not defined
-    a marked dash stands, and a mean without that task is marked.
+    A task's score is the mean over its variants and rows, and over runs if there are several of a method; a method's
+    mean is that over its tasks, without those of the category Unseen, and a dash if it was not asked all of them.
+    Methods on different LLMs stand on lines of their own. Where a score is not defined a marked dash stands, and a mean
+    without some task is marked.
 
     Args:
         rows: from `load_runs`, of any number of runs.
@@ -80,21 +95,30 @@ def accuracy_table(rows: Sequence[dict[str, Any]]) -> Table:
         cells.setdefault((row["task"], label), []).append(row)
     categories = {row["task"]: row["category"] for row in rows}
     methods, seen = list(dict.fromkeys(labels)), [task for task in categories if categories[task] != UNSEEN]
+    names = score_names(rows)
+    asked = {name: {row["task"] for row in scored(rows, name)} for name in names}
     lines = []
     for task, category in categories.items():
         for method in methods:
             found = cells.get((task, method), [])
-            lines.append([task, category, method, str(len(found)), *_shown([found])])
+            shown = [_mean([found], name) if task in asked[name] else MISSING for name in names]
+            lines.append([task, category, method, str(len(found)), *shown, *_costs([found])])
+    partial = [name for name in names if asked[name] & {*seen} and not asked[name] >= {*seen}]
     for method in methods if len(seen) > 1 else ():
-        parts = [cells.get((task, method), []) for task in seen]
-        lines.append([f"mean of {len(seen)} tasks", "", method, "", *_shown(parts)])
+        means = []
+        for name in names:
+            cell = _mean([cells.get((task, method), []) for task in seen if task in asked[name]], name)
+            means.append(marked(cell) if name in partial and not cell.endswith(MARK) else cell)
+        costs = _costs([cells.get((task, method), []) for task in seen])
+        lines.append([f"mean of {len(seen)} tasks", "", method, "", *means, *costs])
     note = (
-        "Accuracy in percent: the most likely next token over the whole vocabulary is the first token of the answer; "
-        "among options: the likeliest of the task's options, by their tokens up to where they differ, is the answer. "
-        "Tokens: prompt tokens per query. Seconds per query include everything that the method does for it."
+        f"Scores in percent. {meaning(names)} Tokens: prompt tokens per query. Seconds per query include everything "
+        "that the method and the metrics do for it."
     )
-    columns = ["task", "category", "method", "rows", *(column[0] for column in _COLUMNS)]
-    return Table("Accuracy per task", columns, lines, note, footnote=footnote(rows))
+    columns = ["task", "category", "method", "rows", *names, *(column for column, *_ in _COSTS)]
+    some = [f"{name} was not asked for in {', '.join(t for t in seen if t not in asked[name])}" for name in partial]
+    where = [f"{'; '.join(some)}: means are without these."] if some else []
+    return Table("Scores per task", columns, lines, note, footnote=" ".join([footnote(rows), *where]).strip())
 
 
 def number(cell: str) -> float | None:
@@ -105,17 +129,21 @@ def number(cell: str) -> float | None:
         return None
 
 
-def _shown(parts: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
-    """The mean over tasks of the means of their rows, in every column.
+def _mean(parts: Sequence[Sequence[dict[str, Any]]], name: str) -> str:
+    """The mean over tasks of the means of their rows, in percent.
 
     A dash if a task has no rows, since a mean over fewer tasks would flatter; marked without those for which it is not
     defined.
     """
-    cells = []
-    for _, key, factor, digits in _COLUMNS:
-        known = [rows for rows in parts if not undefined(rows, key)]
-        cell = MISSING
-        if known and all(known):
-            cell = f"{fmean(factor * fmean(row[key] for row in rows) for rows in known):.{digits}f}"
-        cells.append(marked(cell) if len(known) < len(parts) else cell)
-    return cells
+    known = [scored(rows, name) for rows in parts if not undefined(rows, name)]
+    cell = MISSING
+    if known and all(known):
+        cell = f"{fmean(100 * fmean(row['scores'][name] for row in rows) for rows in known):.1f}"
+    return marked(cell) if len(known) < len(parts) else cell
+
+
+def _costs(parts: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
+    """As `_mean`, of what rows cost."""
+    if not all(parts):
+        return [MISSING] * len(_COSTS)
+    return [f"{fmean(fmean(row[key] for row in rows) for rows in parts):.{digits}f}" for _, key, digits in _COSTS]

@@ -187,7 +187,7 @@ def _queries(
     neighbours: Sequence[tuple[Task, Example]],
     cosines: Tensor,
     places: dict[str, Any],
-    answers: Sequence[dict[str, dict[str, bool | None]]],
+    answers: Sequence[dict[str, dict[str, float | None]]],
     gates: Sequence[float],
 ) -> list[dict[str, Any]]:
     """One row for each test query: its place on the map, its neighbours, what is answered with which vectors."""

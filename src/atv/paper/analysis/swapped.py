@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from atv.data import Example, Task
+from atv.evaluation.metrics import FirstToken, NextToken
+from atv.lm.continuation import Continuation
 from atv.lm.prefix import call_llm
-from atv.lm.scoring import likeliest, reader, training_options
+from atv.lm.scoring import training_options
 from atv.model import ATVModel
 from atv.paper.analysis.norms import batches
 from atv.progress import Bar
@@ -62,7 +64,7 @@ def others(vectors: Tensor, tasks: Sequence[str]) -> dict[str, Tensor]:
 @torch.no_grad()
 def exchanged(
     atv: ATVModel, asked: Sequence[tuple[Task, Example]], prompts: Sequence[str], vectors: Tensor, progress: Bar
-) -> list[dict[str, dict[str, bool | None]]]:
+) -> list[dict[str, dict[str, float | None]]]:
     """Answer each query with its own vectors, with others, and with none.
 
     Args:
@@ -73,14 +75,13 @@ def exchanged(
         progress: advances by one for each answer.
 
     Returns:
-        For each query and kind whether the LLM is right over the whole vocabulary (`correct`; None where that is not
-        defined) and among the task's options (`correct_among_options`), as `atv eval` judges it, and whether it says
-        something else over the vocabulary than with the query's own vectors, or where options begin alike another
-        option (`other`).
+        For each query and kind the scores of the metric `first_token`, and whether it says something else over the
+        vocabulary than with the query's own vectors, or where options begin alike another option (`other`).
     """
     options = [training_options(atv.tokenizer, task) for task, _ in asked]
-    found: list[dict[str, dict[str, bool | None]]] = [{} for _ in asked]
-    said: dict[int, int | str] = {}  # with a query's own vectors, which come first
+    found: list[dict[str, dict[str, float | None]]] = [{} for _ in asked]
+    judge = FirstToken()
+    first: dict[int, int | str] = {}  # what is said with a query's own vectors, which come first
     kinds: dict[str, Any] = others(vectors, [task.name for task, _ in asked]) | {NONE: None}
     for kind, made in kinds.items():
         for batch in batches(prompts):
@@ -91,17 +92,13 @@ def exchanged(
             on = not all(each.told_apart for each in own)
             with steer:
                 output = call_llm(atv.llm, keep=1, **inputs, use_cache=on)
-                logits = output.logits[:, -1].float().cpu()  # (batch, vocabulary)
-                best = likeliest(own, logits, reader(atv.llm, inputs, output))
+                behind = Continuation(atv.llm, inputs, output)
+                best, tokens = behind.likeliest(own), behind.logits.argmax(-1).tolist()
             for place, index in enumerate(batch):
-                token, answer = int(logits[place].argmax()), asked[index][1].output
-                first = own[place].ids[own[place].texts.index(answer)][0]
-                says = token if own[place].told_apart else best[place]
-                found[index][kind] = {
-                    "correct": token == first if own[place].told_apart else None,
-                    "correct_among_options": best[place] == answer,
-                    "other": says != said.setdefault(index, says),
-                }
+                said = NextToken(tokens[place], atv.tokenizer.decode([tokens[place]]), best[place], own[place])
+                says = said.token if own[place].told_apart else said.option
+                other = {"other": float(says != first.setdefault(index, says))}
+                found[index][kind] = {**judge(asked[index][1], said), **other}
             progress.advance(len(batch))
     progress.advance((len(KINDS) - len(kinds)) * len(asked))
     return found

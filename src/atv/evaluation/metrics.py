@@ -1,0 +1,287 @@
+"""What an answer is worth. A metric knows no model: it says what it needs, and gets the example and that output.
+
+Several metrics that need the same are served by one request to the LLM. All scores are from 0 to 1, and None where a
+score is not defined for an example.
+"""
+
+import importlib
+import math
+import os
+import re
+import string
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+from atv.data import Example, Task
+from atv.errors import ATVError, unknown
+
+if TYPE_CHECKING:
+    from atv.lm.scoring import Options
+
+Need = Literal["next_token", "loglikelihood", "generate"]
+FEW_OPTIONS = 20
+"""Up to this many options are scored one by one by default; with more of them an answer is generated instead."""
+GENERATED = "generated"
+"""Under which rows have the generated answer, whatever number of metrics judge it."""
+
+
+class NextToken(NamedTuple):
+    """What the metrics get that need `next_token`."""
+
+    token: int
+    """The most likely next token over the whole vocabulary."""
+    text: str
+    """The same as text."""
+    option: str
+    """The likeliest of the task's options, judged by their tokens up to where they differ."""
+    options: "Options"
+    """The task's options as tokens."""
+
+    def texts(self) -> dict[str, str]:
+        """What a row records, by score."""
+        return {"first_token": self.text, "first_token_among_options": self.option}
+
+
+class Likelihoods(NamedTuple):
+    """What the metrics get that need `loglikelihood`."""
+
+    options: Sequence[str]
+    values: Sequence[float]
+    """Log-probability of each of the options as a whole."""
+    sums: bool = True
+    """The values are sums over tokens, and thus lower for longer options; false for the scores of a classifier."""
+
+    def best(self) -> str:
+        """The likeliest option, of equal ones the first."""
+        return self._highest(self.values)
+
+    def best_per_byte(self) -> str:
+        """The option with the highest log-probability per byte (UTF-8). A classifier's scores are taken as they are."""
+        if not self.sums:
+            return self.best()
+        sizes = [len(option.encode()) for option in self.options]
+        return self._highest([value / size for value, size in zip(self.values, sizes, strict=True)])
+
+    def _highest(self, values: Sequence[float]) -> str:
+        return self.options[max(range(len(values)), key=values.__getitem__)]
+
+    def texts(self) -> dict[str, str]:
+        """What a row records, by score."""
+        return {"option_likelihood": self.best(), "option_likelihood_per_byte": self.best_per_byte()}
+
+
+@runtime_checkable
+class Metric(Protocol):
+    """Judges one answer."""
+
+    @property
+    def name(self) -> str:
+        """How it is asked for, and recorded."""
+
+    @property
+    def needs(self) -> Need:
+        """What is asked of the LLM for it: the `output` is a `NextToken`, `Likelihoods`, or the generated text."""
+
+    def __call__(self, example: Example, output: Any) -> Mapping[str, float | None]:
+        """Scores by name, each from 0 to 1, or None where it is not defined."""
+
+
+class FirstToken:
+    """The paper's accuracy (section 3): the most likely next token over the whole vocabulary begins the answer.
+
+    It is not defined (None) where first tokens do not tell the task's options apart. Beside it stands whether the
+    answer is the likeliest of the options, each judged by its tokens up to where it differs from all others.
+    """
+
+    name = "first_token"
+    needs: Need = "next_token"
+
+    def __call__(self, example: Example, output: NextToken) -> dict[str, float | None]:
+        """`first_token` and `first_token_among_options`."""
+        begins = output.options.begins(output.token, example.output)
+        return {
+            "first_token": None if begins is None else float(begins),
+            "first_token_among_options": float(output.option == example.output),
+        }
+
+
+class OptionLikelihood:
+    """The answer is the most likely of the task's options as a whole, and the most likely per byte."""
+
+    name = "option_likelihood"
+    needs: Need = "loglikelihood"
+
+    def __call__(self, example: Example, output: Likelihoods) -> dict[str, float | None]:
+        """`option_likelihood` and `option_likelihood_per_byte`."""
+        return {
+            "option_likelihood": float(output.best() == example.output),
+            "option_likelihood_per_byte": float(output.best_per_byte() == example.output),
+        }
+
+
+class ExactMatch:
+    """The generated answer is the answer, but for white space around them."""
+
+    name = "exact_match"
+    needs: Need = "generate"
+
+    def __call__(self, example: Example, output: str) -> dict[str, float | None]:
+        """`exact_match`."""
+        return {"exact_match": float(output.strip() == example.output.strip())}
+
+
+def normalized_words(text: str) -> list[str]:
+    """Words as SQuAD compares them: lower case, without punctuation and articles."""
+    bare = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", bare).split()
+
+
+class TokenF1:
+    """F1 of the words that the generated answer and the answer share, as SQuAD counts them."""
+
+    name = "token_f1"
+    needs: Need = "generate"
+
+    def __call__(self, example: Example, output: str) -> dict[str, float | None]:
+        """`token_f1`."""
+        found, expected = normalized_words(output), normalized_words(example.output)
+        if not found or not expected:
+            return {"token_f1": float(found == expected)}
+        shared = (Counter(found) & Counter(expected)).total()
+        return {"token_f1": 2 * shared / (len(found) + len(expected))}
+
+
+class RougeL:
+    """ROUGE-L (F-measure) of the generated answer, by the library rouge-score without stemming."""
+
+    name = "rouge_l"
+    needs: Need = "generate"
+
+    def __init__(self) -> None:
+        if find_spec("rouge_score") is None:
+            raise ATVError(
+                "The metric rouge_l needs the package rouge-score, which is not installed. Install it with: "
+                "pip install 'adaptive-task-vectors[rouge]'"
+            )
+
+    @cached_property
+    def _scorer(self) -> Any:
+        from rouge_score.rouge_scorer import RougeScorer
+
+        return RougeScorer(["rougeL"])
+
+    def __call__(self, example: Example, output: str) -> dict[str, float | None]:
+        """`rouge_l`."""
+        return {"rouge_l": float(self._scorer.score(example.output, output)["rougeL"].fmeasure)}
+
+
+class UserMetric:
+    """A function of one's own, of an example and the generated answer.
+
+    Args:
+        name: how it is recorded.
+        function: takes `Example` and the text; returns a number from 0 to 1, which is recorded under the function's
+            name, or a dictionary of such numbers (None: not defined for this example).
+    """
+
+    needs: Need = "generate"
+
+    def __init__(self, name: str, function: Callable[[Example, str], Any]) -> None:
+        self.name, self.function = name, function
+        self.score = getattr(function, "__name__", name)
+
+    def __call__(self, example: Example, output: str) -> dict[str, float | None]:
+        """What the function returns, checked."""
+        try:
+            found = self.function(example, output)
+        except Exception as error:
+            raise ATVError(
+                f"The metric {self.name} raised {type(error).__name__} ({error}) for the answer {output[:60]!r} to "
+                f"{example.input[:60]!r}."
+            ) from error
+        scores = dict(found) if isinstance(found, Mapping) else {self.score: found}
+        return {str(key): self._checked(value) for key, value in scores.items()}
+
+    def _checked(self, value: Any) -> float | None:
+        if value is None:
+            return None
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not 0 <= number <= 1:
+            raise ATVError(
+                f"The metric {self.name} returned {value!r}; expected a number from 0 to 1, None, or a dictionary of "
+                "these by name."
+            )
+        return number
+
+
+METRICS: dict[str, Callable[[], Metric]] = {
+    each.name: each for each in (FirstToken, OptionLikelihood, ExactMatch, TokenF1, RougeL)
+}
+"""Makes each of the metrics that come with the package."""
+
+SCORES = {
+    "first_token": "the most likely next token over the whole vocabulary is the first token of the answer",
+    "first_token_among_options": "the likeliest of the task's options, by their tokens up to where they differ, is the "
+    "answer",
+    "option_likelihood": "the option with the highest log-probability, summed over its tokens, is the answer",
+    "option_likelihood_per_byte": "the option with the highest log-probability per byte is the answer",
+    "exact_match": "the generated answer is the answer",
+    "token_f1": "F1 of the words that the generated answer and the answer share",
+    "rouge_l": "ROUGE-L F-measure of the generated answer",
+}
+"""What the scores of these metrics say."""
+
+
+def load_metric(named: "str | Metric | Callable[[Example, str], Any]") -> Metric:
+    """A metric by its name, or one's own.
+
+    Args:
+        named: a key of `METRICS`; `package.module:function` (modules in the current folder are found too); a `Metric`;
+            or a function as `UserMetric` takes it.
+
+    Raises:
+        ATVError: there is no such metric, module or function, or a package that it needs is missing.
+    """
+    if not isinstance(named, str):
+        return _as_metric(f"{getattr(named, '__module__', '')}:{getattr(named, '__name__', named)}", named)
+    if ":" not in named:
+        if named not in METRICS:
+            raise unknown("metric", named, METRICS, "Or give a function of your own, as package.module:function.")
+        return METRICS[named]()
+    module, _, name = named.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except Exception as error:
+        raise ATVError(
+            f"The metric {named!r}: importing {module!r} raised {type(error).__name__} ({error}); expected "
+            "package.module:function, with a module that can be imported from here."
+        ) from error
+    return _as_metric(named, found)
+
+
+def _as_metric(name: str, found: Any) -> Metric:
+    made = found() if isinstance(found, type) and hasattr(found, "needs") else found
+    if isinstance(made, Metric):
+        if made.needs not in ("next_token", "loglikelihood", "generate"):
+            raise ATVError(f"The metric {name!r} needs {made.needs!r}; expected next_token, loglikelihood or generate.")
+        return made
+    if not callable(made):
+        raise ATVError(
+            f"The metric {name!r} is {made!r}; expected a function of an example and the generated text, as "
+            "package.module:function."
+        )
+    return UserMetric(name, made)
+
+
+def default_metric(task: Task) -> str:
+    """What a task is measured with if no metric is named: its options' likelihood where there are few, else matches."""
+    return OptionLikelihood.name if len(task.options) <= FEW_OPTIONS else ExactMatch.name

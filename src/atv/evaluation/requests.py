@@ -1,0 +1,123 @@
+"""What is asked of an LLM about a task's prompts: once for all metrics, from one pass over the prompts."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from atv.data import Task, Variant
+from atv.errors import ATVError
+from atv.evaluation.metrics import Likelihoods, Need, NextToken
+from atv.lm.continuation import Continuation
+from atv.lm.hooks import base_llm
+from atv.lm.scoring import Options, answer_ids, longest_answer, task_options
+from atv.methods.base import Choice
+from atv.progress import warn_once
+
+MOST_TOKENS = 256
+"""Of a generated answer, even where the task has longer ones."""
+
+
+class Requests:
+    """The requests about one task in one variant.
+
+    An answer is generated greedily. It ends at an end-of-text token, at a line break unless one of the task's answers
+    has one, or with as many tokens as the task's longest answer has (`MOST_TOKENS` at most).
+
+    Args:
+        llm: the LLM, whose end-of-text tokens are known.
+        tokenizer: the LLM's.
+        task: the task.
+        variant: how it is asked.
+        needs: of all metrics.
+
+    Raises:
+        ATVError: options are needed, and an answer is not an option or two options are the same tokens.
+    """
+
+    def __init__(self, llm: nn.Module, tokenizer: Any, task: Task, variant: Variant, needs: Collection[Need]) -> None:
+        self.llm, self.tokenizer, self.variant, self.needs = llm, tokenizer, variant, frozenset(needs)
+        # Where only an answer is generated nothing is done for each option.
+        options = self.needs & {"next_token", "loglikelihood"}
+        self.options: Options | None = task_options(tokenizer, task, variant) if options else None
+        self._lines = any("\n" in option for option in task.options)
+        self._ends = _end_ids(llm, tokenizer)
+        self.limit = 1
+        if "generate" in self.needs:
+            longest = longest_answer(tokenizer, task, variant)
+            self.limit = min(longest, MOST_TOKENS)
+            if longest > MOST_TOKENS:
+                warn_once(
+                    f"{task.name}: its longest answer has {longest} tokens, and generated ones end after {MOST_TOKENS}."
+                )
+
+    @property
+    def read_after(self) -> int:
+        """Tokens that are read after a prompt, at most."""
+        counts = [self.limit - 1]
+        if self.options is not None and "next_token" in self.needs:
+            counts.append(self.options.longest)
+        if self.options is not None and "loglikelihood" in self.needs:
+            counts += [len(ids) - (number not in self.options.continued) for number, ids in enumerate(self.options.ids)]
+        return max(counts)
+
+    @property
+    def continues(self) -> bool:
+        """Something may be read after the prompts, so that their keys and values are needed."""
+        return self.read_after > 0
+
+    def outputs(self, inputs: Mapping[str, Tensor], output: Any) -> list[dict[Need, Any]]:
+        """What metrics get, for each prompt of a batch. Call it inside the context that steers the LLM.
+
+        Args:
+            inputs: of the call that read the prompts, all columns, as `Continuation` takes them.
+            output: of that call; with a cache if `continues`.
+        """
+        behind = Continuation(self.llm, inputs, output)
+        found: list[dict[Need, Any]] = [{} for _ in behind.logits]
+        if self.options is not None and "next_token" in self.needs:
+            best = behind.likeliest([self.options] * len(found))
+            for each, token, option in zip(found, behind.logits.argmax(-1).tolist(), best, strict=True):
+                each["next_token"] = NextToken(token, self.tokenizer.decode([token]), option, self.options)
+        if self.options is not None and "loglikelihood" in self.needs:
+            for each, values in zip(found, behind.log_likelihoods(self.options).tolist(), strict=True):
+                each["loglikelihood"] = Likelihoods(self.options.texts, values)
+        if "generate" in self.needs:
+            for each, tokens in zip(found, behind.greedy(self.limit, self._ended), strict=True):
+                each["generate"] = self._text(tokens)
+        return found
+
+    def outputs_of(self, choice: Choice) -> dict[Need, Any]:
+        """What metrics get for an answer that a method has chosen without the LLM."""
+        found: dict[Need, Any] = {}
+        if "generate" in self.needs:
+            found["generate"] = choice.answer.strip()
+        if self.options is None:
+            return found
+        if choice.scores is None:
+            raise ATVError(
+                f"The answer {choice.answer!r} came without scores of the options, and the metrics need "
+                f"{', '.join(sorted(self.needs - {'generate'}))}. Give Choice.scores, or set serves = {{'generate'}}."
+            )
+        values = [choice.scores.get(option, float("-inf")) for option in self.options.texts]
+        likelihoods = Likelihoods(self.options.texts, values, sums=False)
+        if "loglikelihood" in self.needs:
+            found["loglikelihood"] = likelihoods
+        if "next_token" in self.needs:
+            token = answer_ids(self.tokenizer, choice.answer, self.variant)[0]
+            found["next_token"] = NextToken(token, choice.answer, likelihoods.best(), self.options)
+        return found
+
+    def _ended(self, tokens: Sequence[int]) -> bool:
+        return tokens[-1] in self._ends or (not self._lines and "\n" in self.tokenizer.decode(tokens[-1:]))
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        text: str = self.tokenizer.decode([token for token in tokens if token not in self._ends])
+        return (text if self._lines else text.partition("\n")[0]).strip()
+
+
+def _end_ids(llm: nn.Module, tokenizer: Any) -> set[int]:
+    """The tokens that end a text."""
+    known = getattr(getattr(base_llm(llm), "generation_config", None), "eos_token_id", None)
+    ids = {*known} if isinstance(known, list | tuple) else {known}
+    return {int(token) for token in ids | {tokenizer.eos_token_id} if token is not None}
