@@ -372,14 +372,16 @@ def test_answers_with_other_vectors_are_those_of_hooks_by_hand():
                 own.append(likeliest)
             expected.append(
                 {
-                    "correct": likeliest == first[row.output],
-                    "correct_among_options": max(first.values(), key=lambda token: logits[token]) == first[row.output],
+                    "first_token": likeliest == first[row.output],
+                    "first_token_among_options": max(first.values(), key=lambda token: logits[token])
+                    == first[row.output],
                     "other": likeliest != own[query],
                 }
             )
         assert [row["vectors"][kind] for row in record["queries"]] == expected
         values = [
-            100 * np.mean([row[name] for row in expected]) for name in ("correct", "correct_among_options", "other")
+            100 * np.mean([row[name] for row in expected])
+            for name in ("first_token", "first_token_among_options", "other")
         ]
         shares = (shown[kind][0], shown[kind][4], shown[kind][-1] if kind != "its own" else "0")
         assert [float(cell) for cell in shares] == pytest.approx(values, abs=0.051)
@@ -390,7 +392,7 @@ def test_answers_with_other_vectors_are_those_of_hooks_by_hand():
 def test_what_is_lost_is_a_paired_difference_and_kinds_that_cannot_be_are_left_out(atv):
     found = analyse(atv, [toy_task()], rows=6)
     assert "of a query of another task" not in found["queries"][0]["vectors"]
-    pair = [{"correct": right, "correct_among_options": right, "other": False} for right in (True, False)]
+    pair = [{"first_token": right, "first_token_among_options": right, "other": False} for right in (True, False)]
     for place, row in enumerate(found["queries"]):
         row["vectors"] = {"its own": pair[place >= 4], "none": pair[place >= 1]}
     (_, line) = analysis_tables(found)[1].rows
@@ -403,7 +405,7 @@ def test_tasks_whose_first_tokens_say_nothing_are_left_out_of_what_is_right_and_
     queries = json.loads(json.dumps(record["queries"]))
     for row in queries:
         if row["task"] == TASKS[0].name:
-            row["vectors"] = {kind: found | {"correct": None} for kind, found in row["vectors"].items()}
+            row["vectors"] = {kind: found | {"first_token": None} for kind, found in row["vectors"].items()}
     table, plain = (analysis_tables(made)[1] for made in (record | {"queries": queries}, record))
     alone = record | {"tasks": {TASKS[1].name: record["tasks"][TASKS[1].name]}}
     alone |= {"queries": [row for row in record["queries"] if row["task"] == TASKS[1].name]}
@@ -414,7 +416,7 @@ def test_tasks_whose_first_tokens_say_nothing_are_left_out_of_what_is_right_and_
     assert f"apart in {TASKS[0].name}: it is not defined there" in table.footnote
     assert not plain.footnote
     for row in queries:
-        row["vectors"] = {kind: found | {"correct": None} for kind, found in row["vectors"].items()}
+        row["vectors"] = {kind: found | {"first_token": None} for kind, found in row["vectors"].items()}
     for line in analysis_tables(record | {"queries": queries})[1].rows:
         assert line[1:5] == ["–†", "–", "–", "–"]
 

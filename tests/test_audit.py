@@ -38,10 +38,15 @@ def test_eval_refuses_before_it_asks_anything_and_says_its_findings_first(tmp_pa
     monkeypatch.setattr("atv.progress._WARNED", set())  # what another test had said would not be said again
     method = METHODS["zero-shot"].load(make_llm(), byte_level_tokenizer(), None)
     with refused("test inputs are training inputs of another task"):
-        evaluate(method, [small("one", "m", "a"), small("two", "b", "m")], RunWriter(tmp_path / "refused", {}))
+        evaluate(
+            method,
+            [small("one", "m", "a"), small("two", "b", "m")],
+            ["first_token"],
+            RunWriter(tmp_path / "refused", {}),
+        )
     assert (tmp_path / "refused" / "predictions.jsonl").read_text() == ""
     capsys.readouterr()
-    evaluate(method, [toy_task(rows=6)], RunWriter(tmp_path / "run", {}), variants="first")
+    evaluate(method, [toy_task(rows=6)], ["first_token"], RunWriter(tmp_path / "run", {}), variants="first")
     assert "toy: the most frequent answer alone scores 50.0%." in capsys.readouterr().err
 
 

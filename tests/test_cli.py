@@ -192,8 +192,8 @@ def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_rows(atv, worl
 
     def judged(name):
         lines = (tmp_path / name / "predictions.jsonl").read_text().splitlines()
-        keys = ("example", "prediction", "correct", "prediction_among_options", "correct_among_options")
-        return sorted(tuple(json.loads(line)[key] for key in keys) for line in lines)
+        keys = ("example", "outputs", "scores")
+        return sorted(str([json.loads(line)[key] for key in keys]) for line in lines)
 
     assert judged("whole") == judged("cut")
 

@@ -58,7 +58,7 @@ def asked(method, tasks, folder, batch_size=4):
         lambda _, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
     run = RunWriter(folder, {})
-    evaluate(method, tasks, run, variants="first", batch_size=batch_size)
+    evaluate(method, tasks, ["first_token"], run, variants="first", batch_size=batch_size)
     hook.remove()
     return run.rows, sum(read)
 
@@ -135,17 +135,17 @@ def test_demonstrations_are_training_rows_and_never_the_query(name):
 def test_predictions_are_those_of_one_plain_pass_over_the_text_written_by_hand(name, tmp_path, monkeypatch):
     task, method = random_task(test=6), load(name, shots=5)
     rows, read = asked(method, [task], tmp_path / "shared")
-    assert len({row["prediction"] for row in rows}) > 1
+    assert len({row["outputs"]["first_token"] for row in rows}) > 1
     for row, shown in zip(rows, method.demonstrations(task, task.test), strict=True):
         text = "".join(f"{example.input}\nyes or no?\nA: {example.output}\n\n" for example in shown)
         text += f"{task.test[row['example']].input}\nyes or no?\nA:"
         ids = torch.tensor([method.tokenizer(text)["input_ids"]])
         with torch.no_grad():
             likeliest = method.llm(ids).logits[0, -1].argmax()
-        assert row["prediction"] == method.tokenizer.decode([likeliest])
+        assert row["outputs"]["first_token"] == method.tokenizer.decode([likeliest])
         assert (row["prompt_tokens"], row["demonstrations"]) == (ids.shape[1], 5)
         yes, no = (method.tokenizer(text + f" {word}")["input_ids"][ids.shape[1]] for word in ("yes", "no"))
-        assert row["correct"] == (likeliest == (yes if row["target"] == "yes" else no))
+        assert row["scores"]["first_token"] == (likeliest == (yes if row["target"] == "yes" else no))
     monkeypatch.setattr(SharedPrefix.__init__, "__defaults__", (10**6,))
     plain, plain_read = asked(method, [task], tmp_path / "plain")
     without_time = [[{**row, "seconds": 0} for row in some] for some in (rows, plain)]
@@ -244,7 +244,7 @@ def test_a_run_from_before_demonstrations_goes_on(tmp_path):
     (tmp_path / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in old[:4]))
     again, read = asked(load("zero-shot"), [task], tmp_path)
     assert read
-    assert [row["prediction"] for row in again] == [row["prediction"] for row in rows]
+    assert [row["outputs"]["first_token"] for row in again] == [row["outputs"]["first_token"] for row in rows]
 
 
 SENTENCES = {

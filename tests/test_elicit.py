@@ -144,8 +144,8 @@ def test_the_edit_is_that_of_a_hook_written_by_hand(tmp_path, encoder, layers, w
     kept["layers"] = torch.tensor([0, 1, 2, 2, 0, 1])  # so that queries read together have theirs at different layers
     method = Elicit(loaded.llm, loaded.tokenizer, loaded.config, kept, loaded.retriever, {})
     run, task = RunWriter(tmp_path / "run", {}), TASKS[0]
-    evaluate(method, [task], run, variants="first", batch_size=8)
-    predictions = [row["prediction"] for row in run.rows]
+    evaluate(method, [task], ["first_token"], run, variants="first", batch_size=8)
+    predictions = [row["outputs"]["first_token"] for row in run.rows]
     by_hand, plain, used = [], [], set()
     for row in task.test:
         ids = method.tokenizer(f"{row.input}\nyes or no?\nA:")["input_ids"]

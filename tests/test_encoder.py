@@ -133,14 +133,14 @@ def test_it_learns_and_answers_known_and_unknown_tasks_without_a_call_of_the_llm
     monkeypatch.setattr(type(base_llm(method.llm)), "forward", None)
     new = replace(toy_task("new", 30), test=tuple(Example(f"{row.input} again", row.output) for row in TASKS[0].test))
     run = RunWriter(tmp_path / "run", {})
-    evaluate(method, [*TASKS, new], run, variants="first")
+    evaluate(method, [*TASKS, new], ["first_token"], run, variants="first")
     rows = {name: [row for row in run.rows if row["task"] == name] for name in ("toy", "ways", "new")}
-    assert [row["prediction"] for row in rows["toy"]] == [row.output for row in TASKS[0].test]
-    assert {row["prediction"] for row in rows["ways"]} <= {"maybe", "no", "no way"}
+    assert [row["outputs"]["first_token"] for row in rows["toy"]] == [row.output for row in TASKS[0].test]
+    assert {row["outputs"]["first_token"] for row in rows["ways"]} <= {"maybe", "no", "no way"}
     scores = method.model.scores([row.input for row in new.test])
-    assert [row["prediction"] for row in rows["new"]] == [ALL[place] for place in scores.argmax(1)]
+    assert [row["outputs"]["first_token"] for row in rows["new"]] == [ALL[place] for place in scores.argmax(1)]
     among = [("no", "yes")[place] for place in scores[:, [1, 3]].argmax(1)]
-    assert [row["prediction_among_options"] for row in rows["new"]] == among
+    assert [row["outputs"]["first_token_among_options"] for row in rows["new"]] == among
 
 
 def test_queries_read_together_are_answered_as_each_alone(generator):

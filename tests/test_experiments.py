@@ -66,10 +66,10 @@ def test_the_tables_are_what_the_rows_say(done):
     for label, line in lines.items():
         own = [row for row in rows if row["method"] == label]
         for name, key, category in (
-            ("in-domain", "correct", False),
-            ("unseen among options", "correct_among_options", True),
+            ("in-domain first_token", "first_token", False),
+            ("unseen first_token_among_options", "first_token_among_options", True),
         ):
-            share = fmean(row[key] for row in own if (row["category"] == "Unseen") == category)
+            share = fmean(row["scores"][key] for row in own if (row["category"] == "Unseen") == category)
             assert float(line[name]) == pytest.approx(100 * share, abs=0.05)
     trained = json.loads((done / "trained" / "fixed-bottom-1" / "train.json").read_text())
     assert float(lines["fixed, bottom"]["trained parameters"]) == trained["trainable_parameters"]

@@ -170,8 +170,8 @@ def test_it_learns_and_evaluation_asks_the_copy(tmp_path):
     shares = []
     for number, which in enumerate((method, METHODS["zero-shot"].load(llm, tokenizer, None))):
         run = RunWriter(tmp_path / f"run-{number}", {})
-        evaluate(which, [task], run, variants="first", batch_size=4)
-        shares.append(sum(row["correct"] for row in run.rows) / len(run.rows))
+        evaluate(which, [task], ["first_token"], run, variants="first", batch_size=4)
+        shares.append(sum(row["scores"]["first_token"] for row in run.rows) / len(run.rows))
     assert shares[0] > 0.9
     assert shares[1] < 0.1
     assert method.describe()["training"]["train"]["learning_rate"] == 5e-3

@@ -198,7 +198,7 @@ def test_it_learns_and_is_used_on_known_and_unknown_tasks(tmp_path):
     method = I2CL.load(llm, byte_level_tokenizer(), adapter)
     run = RunWriter(tmp_path / "run", {})
     unknown = toy_task("harbours")
-    evaluate(method, [TASKS[1], unknown], run, variants="first", batch_size=3)
+    evaluate(method, [TASKS[1], unknown], ["first_token"], run, variants="first", batch_size=3)
     # In batches of three as each row alone, whichever contexts it takes.
     for task in (TASKS[1], unknown):
         for row in (row for row in run.rows if row["task"] == task.name):
@@ -206,7 +206,7 @@ def test_it_learns_and_is_used_on_known_and_unknown_tasks(tmp_path):
             inputs = method.model.encode_prompts([task.prompt(example.input, Variant(0, "A:"))])
             with torch.no_grad(), method.steer(task, [example]):
                 likeliest = llm(**inputs).logits[0, -1].argmax().item()
-            assert row["prediction"] == method.tokenizer.decode([likeliest])
+            assert row["outputs"]["first_token"] == method.tokenizer.decode([likeliest])
     assert set(method.model.tasks_of("harbours", [e.input for e in unknown.test]).tolist()) == {0, 1}
     assert method.describe()["config"]["demonstrations"] == 16
     assert set(method.describe()["training"]["tasks"]) == {"toy", "sums"}

@@ -29,9 +29,9 @@ def asked(method, folder):
         lambda _, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
     run = RunWriter(folder, {})
-    evaluate(method, [task], run, variants="first", batch_size=4)
+    evaluate(method, [task], ["first_token"], run, variants="first", batch_size=4)
     hook.remove()
-    return [row["prediction"] for row in run.rows], sum(read)
+    return [row["outputs"]["first_token"] for row in run.rows], sum(read)
 
 
 @pytest.mark.parametrize("positions", ["last", "last:3", "all"])

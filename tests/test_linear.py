@@ -122,7 +122,7 @@ def test_steering_is_that_of_a_hook_written_by_hand_for_known_and_unknown_tasks(
     pairs = {task.name: pairs_by_hand(llm, task, 1) for task in TASKS}
     pairs["new"] = tuple(torch.cat([pair[side] for pair in pairs.values()]) for side in (0, 1))
     run = RunWriter(tmp_path / "run", {})
-    evaluate(method, [*TASKS, new], run, variants="first", batch_size=3)
+    evaluate(method, [*TASKS, new], ["first_token"], run, variants="first", batch_size=3)
     differs = 0
     for task in (*TASKS, new):
         weights, intercept = by_normal_equations(*pairs[task.name], 0.5)
@@ -130,7 +130,7 @@ def test_steering_is_that_of_a_hook_written_by_hand_for_known_and_unknown_tasks(
         for row, recorded in zip(task.test, own, strict=True):
             ids = encode_prompt(TOKENIZER, f"{task.templates[0].replace('{input}', row.input)}\nA:")
             logits = with_effect(llm, ids, 1, weights, intercept, 1.5)
-            assert recorded["prediction"] == TOKENIZER.decode([logits.argmax()])
+            assert recorded["outputs"]["first_token"] == TOKENIZER.decode([logits.argmax()])
             with torch.no_grad():
                 differs += int(llm(torch.tensor([ids])).logits[0, -1].argmax() != logits.argmax())
             assert recorded["prompt_tokens"] == len(ids)

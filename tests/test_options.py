@@ -21,8 +21,9 @@ from atv.data import Example, Task, Variant
 from atv.data.collate import encode_pair, left_padded
 from atv.evaluation.records import RunWriter
 from atv.evaluation.run import evaluate
+from atv.lm.continuation import Continuation
 from atv.lm.prefix import call_llm
-from atv.lm.scoring import Options, answers_right, reader, task_options, training_options
+from atv.lm.scoring import Options, answers_right, task_options, training_options
 from atv.lm.spans import Tracked
 from atv.methods import METHODS, exemplars
 from atv.methods.atv import ATV
@@ -150,7 +151,7 @@ def test_options_of_the_same_tokens_are_refused_before_anything_is_asked(tmp_pat
     task = labelled(("正面", "负面"))
     method = METHODS["zero-shot"].load(make_llm(), tokenizer, None)
     with refused("Task labels: 2 answers", "正面", "Write them differently"):
-        evaluate(method, [task], RunWriter(tmp_path, {}), variants="first")
+        evaluate(method, [task], ["first_token"], RunWriter(tmp_path, {}), variants="first")
     assert (tmp_path / "predictions.jsonl").read_text() == ""
     with refused("answers have the tokens of another"):
         training_options(tokenizer, task)
@@ -179,7 +180,7 @@ def score(read, ids, number):
 
 def run(method, task, folder, variants="first", batch_size=5):
     writer = RunWriter(folder, {})
-    evaluate(method, [task], writer, variants=variants, batch_size=batch_size)
+    evaluate(method, [task], ["first_token"], writer, variants=variants, batch_size=batch_size)
     return writer.rows
 
 
@@ -197,10 +198,12 @@ def check(method, task, folder, read, variants="first"):
         scores = [score(once, ids, number) for number in range(len(ids))]
         ordered = sorted(scores)
         assert ordered[-1] - ordered[-2] > 1e-6
-        assert row["prediction_among_options"] == task.options[scores.index(ordered[-1])], scores
-        assert row["correct_among_options"] == (row["prediction_among_options"] == row["target"])
+        assert row["outputs"]["first_token_among_options"] == task.options[scores.index(ordered[-1])], scores
+        assert row["scores"]["first_token_among_options"] == (
+            row["outputs"]["first_token_among_options"] == row["target"]
+        )
         apart[row["template"]] = len({i[0] for i in ids}) == len(ids)
-        assert (row["correct"] is None) == (not apart[row["template"]])
+        assert (row["scores"]["first_token"] is None) == (not apart[row["template"]])
     return rows
 
 
@@ -221,8 +224,8 @@ def test_label_sets_that_begin_alike_are_judged_by_what_differs(labels, tmp_path
     method = METHODS["zero-shot"].load(llm, byte_level_tokenizer(), None)
     assert not task_options(method.tokenizer, task, Variant(0, "A:")).told_apart
     rows = check(method, task, tmp_path, plainly(llm))
-    assert all(row["correct"] is None for row in rows)
-    right = Counter(row["correct_among_options"] for row in rows)[True]
+    assert all(row["scores"]["first_token"] is None for row in rows)
+    right = Counter(row["scores"]["first_token_among_options"] for row in rows)[True]
     assert right < len(rows)
 
 
@@ -288,7 +291,7 @@ def test_vectors_are_added_where_positions_say_while_options_are_read(name, posi
     prompts = [prompt.ids for prompt in method.prompts(task, examples, Variant(0, "A:"))]
     inputs, by_hand = left_padded(prompts, 0), steered_by_hand(atv, positions)
     with torch.no_grad(), method.steer(task, examples):
-        read = reader(atv.llm, inputs, call_llm(atv.llm, keep=1, **inputs, use_cache=True))
+        read = Continuation(atv.llm, inputs, call_llm(atv.llm, keep=1, **inputs, use_cache=True)).read
         found = [(prefixes, read(prefixes)) for prefixes in ([(5, 6, 7), (), (8,)], [(9,), (5, 7), (5, 6)])]
     for prefixes, tables in found:
         assert [len(table) for table in tables] == [len(prefix) for prefix in prefixes]
@@ -390,8 +393,8 @@ def test_where_first_tokens_differ_one_pass_and_the_first_tokens_decide(tmp_path
         prompt = task.prompt(task.test[row["example"]].input, Variant(0, "A:"))
         logits = plainly(llm)(None, method.tokenizer(prompt)["input_ids"], [])
         first = {o: encode_pair(method.tokenizer, prompt, o)[1][0] for o in task.options}
-        assert row["prediction_among_options"] == max(first, key=lambda option: logits[first[option]])
-        assert row["correct"] is (int(logits.argmax()) == first[row["target"]])
+        assert row["outputs"]["first_token_among_options"] == max(first, key=lambda option: logits[first[option]])
+        assert row["scores"]["first_token"] == (int(logits.argmax()) == first[row["target"]])
 
 
 def test_a_prompt_that_fits_without_an_options_beginning_is_refused(tmp_path):
@@ -402,7 +405,9 @@ def test_a_prompt_that_fits_without_an_options_beginning_is_refused(tmp_path):
     llm.config.max_position_embeddings = longest + behind
     run(method, task, tmp_path / "fits")
     llm.config.max_position_embeddings -= 1
-    with refused(f"prompt of {longest} tokens, {behind} of an option", f"context is {longest + behind - 1}"):
+    with refused(
+        f"prompt of {longest} tokens, {behind} of an answer are read after it", f"context is {longest + behind - 1}"
+    ):
         run(method, task, tmp_path / "long")
     shown = METHODS["icl"].load(llm, method.tokenizer, None, shots=16)
     llm.config.max_position_embeddings = 3 * longest
@@ -513,21 +518,23 @@ def test_answers_with_other_vectors_are_judged_alike():
         prompt_ids = encode_pair(atv.tokenizer, prompt, "x")[0]
         scores = [score(partial(read, example, prompt_ids), ids, number) for number in range(len(ids))]
         best = task.options[scores.index(max(scores))]
-        assert kinds[OWN]["correct_among_options"] == (best == example.output)
-        assert (kinds[OWN]["correct"] is None) == (task is alike)
+        assert kinds[OWN]["first_token_among_options"] == (best == example.output)
+        assert (kinds[OWN]["first_token"] is None) == (task is alike)
         assert not kinds[OWN]["other"]
 
 
 def test_rows_hold_null_where_the_first_token_says_nothing(tmp_path):
     run(METHODS["zero-shot"].load(make_llm(), byte_level_tokenizer(), None), labelled(LABELS["tens"]), tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
-    assert {row["correct"] for row in rows} == {None}
+    assert {row["scores"]["first_token"] for row in rows} == {None}
 
 
 def test_a_sweep_takes_the_score_among_options_where_the_papers_is_not_defined():
-    row = {"correct": None, "correct_among_options": True}
-    assert [_judged(row | {"correct": said}, "correct") for said in (None, False, True)] == [True, False, True]
-    assert _judged(row, "correct_among_options")
+    def judged(said, score):
+        return _judged({"scores": {"first_token": said, "first_token_among_options": 1.0}}, score)
+
+    assert [judged(said, "first_token") for said in (None, 0.0, 1.0)] == [1.0, 0.0, 1.0]
+    assert judged(None, "first_token_among_options") == 1.0
 
 
 def test_options_that_lack_an_answer_are_refused(tmp_path):

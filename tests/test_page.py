@@ -43,8 +43,8 @@ def make_run(folder, method, seed, marks):
     (folder / "run.json").write_text(json.dumps(run))
     rows = [
         {"task": task, "category": TASKS.get(task, "Safety"), "split": "test", "template": 0, "answer_prefix": "A:",
-         "example": example, "target": "A", "prediction": "A", "correct": mark == "x",
-         "prediction_among_options": "A", "correct_among_options": mark != "-",
+         "example": example, "target": "A", "outputs": {"first_token": "A", "first_token_among_options": "A"},
+         "scores": {"first_token": mark == "x", "first_token_among_options": mark != "-"},
          "prompt_tokens": 900 if method == "icl" else 50, "seconds": 0.25}
         for task, line in marks.items()
         for example, mark in enumerate(line)
@@ -432,7 +432,9 @@ def test_a_page_shows_the_mark_and_its_footnote_and_draws_without_what_is_not_de
         make_run(tmp_path / method, method, 1, {"arc": marks, "other": marks})
     for file in tmp_path.glob("*/predictions.jsonl"):
         rows = [json.loads(line) for line in file.read_text().splitlines()]
-        rows = [row | {"correct": None} if row["task"] == "other" else row for row in rows]
+        rows = [
+            row | {"scores": row["scores"] | {"first_token": None}} if row["task"] == "other" else row for row in rows
+        ]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     rows = load_runs([tmp_path])
     page = atv.report.write_page(rows, all_tables(rows), tmp_path / "page.html", "atv report")[0]

@@ -70,7 +70,7 @@ def fit(method, out, llm=None, config=None, task=None, **options):
 
 def answers(method, task, folder):
     run = RunWriter(folder, {})
-    evaluate(method, [task], run, variants="diagonal", batch_size=4)
+    evaluate(method, [task], ["first_token"], run, variants="diagonal", batch_size=4)
     return [{**row, "seconds": 0} for row in run.rows]
 
 
@@ -285,12 +285,12 @@ def test_evaluation_asks_through_the_adapter(method, tmp_path):
     loaded = METHODS[method.name].load(make_llm(dtype=torch.float32), byte_level_tokenizer(), adapter)
     rows = answers(loaded, task, tmp_path / "run")
     alone = METHODS["zero-shot"].load(make_llm(dtype=torch.float32), loaded.tokenizer, None)
-    assert not any(row["correct"] for row in answers(alone, task, tmp_path / "alone"))
-    assert sum(row["correct"] for row in rows) > 0.2 * len(rows)
+    assert not any(row["scores"]["first_token"] for row in answers(alone, task, tmp_path / "alone"))
+    assert sum(row["scores"]["first_token"] for row in rows) > 0.2 * len(rows)
     for row in rows:
         text = task.prompt(task.test[row["example"]].input, Variant(row["template"], row["answer_prefix"]))
         likeliest = read(loaded.llm, [loaded.tokenizer(text)["input_ids"]])[0, -1].argmax()
-        assert row["prediction"] == loaded.tokenizer.decode([likeliest])
+        assert row["outputs"]["first_token"] == loaded.tokenizer.decode([likeliest])
     assert loaded.describe()["training"]["tasks"] == {"toy": list(task.templates)}
 
 

@@ -77,7 +77,7 @@ def test_an_evaluation_reads_an_instruction_once_and_its_rows_are_the_same(metho
         monkeypatch.setattr(SharedPrefix.__init__, "__defaults__", (least,))
         run = RunWriter(tmp_path / folder, {})
         made = ATV(atv) if method == "atv" else ZeroShot(atv.llm, atv.tokenizer)
-        evaluate(made, [task], run, batch_size=4)
+        evaluate(made, [task], ["first_token"], run, batch_size=4)
         rows.append([{key: value for key, value in row.items() if key != "seconds"} for row in run.rows])
         read.append(0)
     hook.remove()

@@ -1,6 +1,7 @@
 """The probe against scikit-learn, its choices against a loop written by hand, and rows that need no LLM."""
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -157,7 +158,8 @@ def test_its_answers_are_those_of_scikit_learn_on_states_taken_by_hand(tmp_path,
         expected = by_sklearn(of(task, "train"), of(task, "test"), 2.0).argmax(1)
         found = method.choose(task, task.test, Variant(1, "The answer is"))
         assert [choice.answer for choice in found] == [answers[place] for place in expected]
-        assert all(choice.answer == choice.among_options for choice in found)
+        assert all(choice.answer == max(choice.scores, key=choice.scores.get) for choice in found)
+        assert all(sum(map(math.exp, choice.scores.values())) == pytest.approx(1) for choice in found)
         assert all((choice.prompt_tokens > 0) == (source == "llm") for choice in found)
     # A task that was not trained on: one classifier over all answers.
     new = replace(TASKS[0], name="new")
@@ -167,7 +169,8 @@ def test_its_answers_are_those_of_scikit_learn_on_states_taken_by_hand(tmp_path,
     answers = ["blue", "green", "no", "red", "yes"]
     found = method.choose(new, new.test, Variant(0, "A:"))
     assert [choice.answer for choice in found] == [answers[place] for place in shown.argmax(1)]
-    assert [choice.among_options for choice in found] == [("no", "yes")[p] for p in shown[:, [2, 4]].argmax(1)]
+    among = [max(("no", "yes"), key=choice.scores.get) for choice in found]
+    assert among == [("no", "yes")[p] for p in shown[:, [2, 4]].argmax(1)]
 
 
 def test_the_best_layer_is_chosen_and_kept(tmp_path, generator):
@@ -205,17 +208,21 @@ def test_rows_are_recorded_without_a_call_of_the_llm_and_resumed(tmp_path, gener
     monkeypatch.setattr(type(method.llm), "forward", None)
     new = replace(toy_task("new", 30), test=tuple(Example(f"{row.input} again", row.output) for row in TASKS[0].test))
     asked = [*TASKS, new]
-    evaluate(method, asked, RunWriter(tmp_path / "whole", {}), variants="diagonal")
+    evaluate(method, asked, ["first_token"], RunWriter(tmp_path / "whole", {}), variants="diagonal")
     rows = [json.loads(line) for line in (tmp_path / "whole/predictions.jsonl").read_text().splitlines()]
     assert len(rows) == sum(len(task.test) * len(task.templates) for task in asked)
     for row in rows:
         assert row["prompt_tokens"] == 0
         assert row["seconds"] > 0
-        assert row["correct_among_options"] == (row["prediction_among_options"] == row["target"])
+        assert row["scores"]["first_token_among_options"] == (
+            row["outputs"]["first_token_among_options"] == row["target"]
+        )
         if row["task"] != "new":
-            assert row["prediction"] == row["prediction_among_options"]
-            assert row["correct"] == (row["correct_among_options"] if row["task"] == "toy" else None)
-    assert {row["prediction_among_options"] for row in rows if row["task"] == "new"} <= {"yes", "no"}
+            assert row["outputs"]["first_token"] == row["outputs"]["first_token_among_options"]
+            assert row["scores"]["first_token"] == (
+                row["scores"]["first_token_among_options"] if row["task"] == "toy" else None
+            )
+    assert {row["outputs"]["first_token_among_options"] for row in rows if row["task"] == "new"} <= {"yes", "no"}
     run = RunWriter(tmp_path / "part", {})
     append = RunWriter.append
 
@@ -225,10 +232,10 @@ def test_rows_are_recorded_without_a_call_of_the_llm_and_resumed(tmp_path, gener
 
     monkeypatch.setattr(RunWriter, "append", killed)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(method, asked, run, variants="diagonal", batch_size=5)
+        evaluate(method, asked, ["first_token"], run, variants="diagonal", batch_size=5)
     monkeypatch.setattr(RunWriter, "append", append)
     resumed = RunWriter(tmp_path / "part", {})
-    evaluate(method, asked, resumed, variants="diagonal", batch_size=5)
+    evaluate(method, asked, ["first_token"], resumed, variants="diagonal", batch_size=5)
 
     def without_seconds(some):
         return [{key: value for key, value in row.items() if key != "seconds"} for row in some]
@@ -243,7 +250,7 @@ class Says(Method):
     answers: tuple[str, ...] = ()
 
     def choose(self, task, examples, variant):
-        return [Choice(answer, task.options[0]) for answer in self.answers]
+        return [Choice(answer, {task.options[0]: 0.0}) for answer in self.answers]
 
 
 @pytest.mark.parametrize(("options", "apart"), [(("yes", "no"), True), (("no", "no way"), False)])
@@ -254,20 +261,24 @@ def test_it_is_right_by_first_tokens_where_these_tell_the_options_apart(tmp_path
     method = Says(make_llm(dtype=torch.float32), tokenizer)
     said = [options[0], options[1], "no way at all", "kettle"]
     method.answers = tuple(said)
-    evaluate(method, [task], run := RunWriter(tmp_path / "run", {}), variants="first")
+    evaluate(method, [task], ["first_token"], run := RunWriter(tmp_path / "run", {}), variants="first")
 
     def first(text):
         return tokenizer(f"A: {text}")["input_ids"][len(tokenizer("A:")["input_ids"])]
 
     expected = [first(text) == first(row.output) if apart else None for text, row in zip(said, rows, strict=True)]
-    assert [row["correct"] for row in run.rows] == expected
-    assert [row["correct_among_options"] for row in run.rows] == [row.output == options[0] for row in rows]
+    assert [row["scores"]["first_token"] for row in run.rows] == expected
+    assert [row["scores"]["first_token_among_options"] for row in run.rows] == [
+        row.output == options[0] for row in rows
+    ]
 
 
-def test_of_equal_scores_and_of_options_that_nobody_knows_the_first_is_taken():
+def test_of_equal_scores_the_first_is_taken_and_scores_are_log_probabilities():
     scores = torch.tensor([[1.0, 3.0, 3.0], [2.0, 0.0, 1.0]])
-    assert choices(scores, ["a", "b", "c"], ["c", "b"]) == [Choice("b", "c"), Choice("a", "c")]
-    assert choices(scores, ["a", "b", "c"], ["x", "y"]) == [Choice("b", "x"), Choice("a", "x")]
+    found = choices(scores, ["a", "b", "c"])
+    assert [choice.answer for choice in found] == ["b", "a"]
+    for choice, row in zip(found, scores.softmax(-1).tolist(), strict=True):
+        assert [math.exp(choice.scores[answer]) for answer in "abc"] == pytest.approx(row)
 
 
 def test_a_loaded_one_answers_the_same_and_is_refused_where_it_does_not_belong(tmp_path, generator):

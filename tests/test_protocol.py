@@ -210,9 +210,9 @@ def test_a_sweep_never_sees_the_test_rows_and_keeps_the_best(world, tmp_path, mo
     seen = []
     from atv.evaluation.run import evaluate
 
-    def watched(method, tasks, run, **how):
+    def watched(method, tasks, metrics, run, **how):
         seen.extend(row for task in tasks for split in (task.train, task.valid, task.test) for row in split)
-        return evaluate(method, tasks, run, **how)
+        return evaluate(method, tasks, metrics, run, **how)
 
     monkeypatch.setattr(sys.modules["atv.evaluation.measure"], "evaluate", watched)  # the module, not the function
     best = sweep(TINY, frozen, tasks(), tmp_path, methods=["fixed", "lora", "probe"], trials=2, given=given)
@@ -222,7 +222,7 @@ def test_a_sweep_never_sees_the_test_rows_and_keeps_the_best(world, tmp_path, mo
     record = json.loads((tmp_path / "sweep.json").read_text())
     for name in ("fixed", "lora", "probe"):
         assert len(record["trials"][name]) == 2
-        top = max(record["trials"][name], key=lambda row: row["accuracy"])
+        top = max(record["trials"][name], key=lambda row: row["first_token"])
         assert best[name] == top["settings"]
     file = ConfigFile(tmp_path / "settings.toml", ())
     check_tables(file.tables, file.file)

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from refusals import refused
 
 import atv
-from atv.evaluation.records import Prediction, RunWriter, load_runs, read_rows
+from atv.evaluation.records import Row, RunWriter, load_runs, read_rows
 
 SETTINGS = {"method": "atv", "llm": "tiny", "seed": 42, "tasks": {"sentiment": 120}}
 
 
-def prediction(example: int = 0, **changed: object) -> Prediction:
+def prediction(example: int = 0, **changed: object) -> Row:
     fields = {
         "task": "sentiment",
         "category": "NLU",
@@ -27,14 +27,12 @@ def prediction(example: int = 0, **changed: object) -> Prediction:
         "answer_prefix": "A:",
         "example": example,
         "target": "positive",
-        "prediction": " größer\n",
-        "correct": False,
-        "prediction_among_options": "positive",
-        "correct_among_options": True,
+        "scores": {"first_token": None, "option_likelihood": 1.0},
+        "outputs": {"generated": " größer\n"},
         "prompt_tokens": 31,
         "seconds": 0.25,
     }
-    return Prediction(**fields | changed)
+    return Row(**fields | changed)
 
 
 def fresh(folder: Path, rows: int = 0, **changed: object) -> RunWriter:
@@ -56,7 +54,7 @@ def test_a_new_run_has_its_settings_its_origin_and_no_rows(folder):
     run = fresh(folder)
     described = run_file(folder)
     assert {key: described[key] for key in ("schema", "finished", "settings")} == {
-        "schema": 1,
+        "schema": 2,
         "finished": False,
         "settings": SETTINGS,
     }
@@ -71,7 +69,7 @@ def test_a_row_is_one_line_of_json_that_any_tool_can_read(folder):
     fresh(folder, rows=2)
     lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["example"] for line in lines] == [0, 1]
-    assert '"prediction": " größer\\n"' in lines[0]
+    assert '"generated": " größer\\n"' in lines[0]
     assert list(json.loads(lines[0])) == list(asdict(prediction()))
 
 
@@ -82,7 +80,7 @@ TEXT = st.text(max_size=12) | st.sampled_from(["\n", "a\r\nb", "\u2028", "\x85",
 @given(
     st.lists(
         st.builds(
-            Prediction,
+            Row,
             task=TEXT,
             category=TEXT,
             split=TEXT,
@@ -90,10 +88,8 @@ TEXT = st.text(max_size=12) | st.sampled_from(["\n", "a\r\nb", "\u2028", "\x85",
             answer_prefix=TEXT,
             example=st.integers(0, 999),
             target=TEXT,
-            prediction=TEXT,
-            correct=st.booleans(),
-            prediction_among_options=TEXT,
-            correct_among_options=st.booleans(),
+            scores=st.dictionaries(TEXT, st.none() | st.floats(0, 1)),
+            outputs=st.dictionaries(TEXT, TEXT),
             prompt_tokens=st.integers(0, 9999),
             demonstrations=st.integers(0, 16),
             seconds=st.floats(0, 100),
@@ -107,7 +103,7 @@ def test_rows_come_back_as_they_were_appended(predictions):
         run.append(predictions[:1])
         run.append(predictions[1:])
         assert run.rows == [asdict(row) for row in predictions]
-        assert [Prediction(**row) for row in read_rows(Path(name))] == predictions
+        assert [Row(**row) for row in read_rows(Path(name))] == predictions
 
 
 @pytest.mark.parametrize("line", ["3", "{}", '{"task": "sentiment"}'])
@@ -115,7 +111,7 @@ def test_a_line_that_is_no_prediction_is_named(folder, line):
     fresh(folder, rows=1)
     with (folder / "predictions.jsonl").open("a") as file:
         file.write(line + "\n")
-    with refused("predictions.jsonl line 2", line[:10], "a prediction with all of its fields"):
+    with refused("predictions.jsonl line 2", line[:10], "a row with all of its fields"):
         read_rows(folder)
 
 
@@ -256,7 +252,7 @@ def test_damage_before_the_last_line_is_named_with_its_place(folder, damage, lin
     lines = path.read_bytes().splitlines(keepends=True)
     lines[line - 1] = damage + b"\n"
     path.write_bytes(b"".join(lines))
-    with refused(f"{path} line {line} is not JSON", "expected one prediction a line"):
+    with refused(f"{path} line {line} is not JSON", "expected one row a line"):
         read_rows(folder)
     with refused(f"{path} line {line}"):
         RunWriter(folder, SETTINGS)
@@ -298,9 +294,9 @@ def test_a_run_can_be_moved(tmp_path, folder):
     [
         (None, ("is not a run", "run.json is missing", "Make one with: atv eval --out DIR")),
         ("{", ("run.json is not valid JSON", "expected a run's description")),
-        ("[]", ("run.json is not of schema 1", "another version")),
-        ('{"schema": 2, "settings": {}}', ("run.json is not of schema 1", "another version")),
-        ('{"settings": {}}', ("run.json is not of schema 1", "another version")),
+        ("[]", ("run.json has schema", "expected 2", "another version", "--force")),
+        ('{"schema": 1, "settings": {}}', ("run.json has schema", "expected 2", "another version", "--force")),
+        ('{"settings": {}}', ("run.json has schema", "expected 2", "another version", "--force")),
     ],
 )
 def test_a_folder_that_is_no_run_of_this_version_is_named(folder, content, parts):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atv.cli.output import print_table
-from atv.report import accuracy_table, markdown
+from atv.report import markdown, score_table
 from atv.report.formats import comma_separated, latex
 from atv.report.tables import marked, number
 
@@ -23,8 +23,7 @@ def row(method, task, correct, among_options, tokens=30, seconds=0.01):
         "llm": "small",
         "task": task,
         "category": CATEGORY[task],
-        "correct": correct,
-        "correct_among_options": among_options,
+        "scores": {"first_token": correct, "first_token_among_options": among_options},
         "prompt_tokens": tokens,
         "seconds": seconds,
     }
@@ -44,6 +43,10 @@ ROWS = [
 ]
 
 
+def untold(part):
+    return part | {"scores": part["scores"] | {"first_token": None}}
+
+
 def cells(table):
     """Cells by name of task, method and column."""
     return {
@@ -58,7 +61,7 @@ TOPIC_ATV = rows_of("atv", "topic", "x", "x", tokens=41, seconds=0.05)
 
 
 def test_two_methods_give_the_means_worked_out_by_hand_and_unseen_tasks_stay_out_of_the_mean():
-    found = cells(accuracy_table([*ROWS, *TOPIC, *TOPIC_ATV]))
+    found = cells(score_table([*ROWS, *TOPIC, *TOPIC_ATV]))
     expected = {
         ("sentiment", "zero-shot"): ("NLU", "4", "25.0", "50.0", "21", "0.0100"),
         ("outlook", "zero-shot"): ("Unseen", "3", "0.0", "33.3", "33", "0.0400"),
@@ -69,34 +72,34 @@ def test_two_methods_give_the_means_worked_out_by_hand_and_unseen_tasks_stay_out
         ("topic", "atv"): ("NLU", "1", "100.0", "100.0", "41", "0.0500"),
         ("mean of 2 tasks", "atv"): ("", "", "87.5", "87.5", "31", "0.0312"),
     }
-    columns = ("category", "rows", "accuracy", "among options", "tokens", "s/query")
+    columns = ("category", "rows", "first_token", "first_token_among_options", "tokens", "s/query")
     assert {key: tuple(found[*key, column] for column in columns) for key in expected} == expected
 
 
 def test_a_task_that_a_method_was_not_asked_is_a_dash_and_takes_the_mean_with_it():
-    found = cells(accuracy_table([*ROWS, *TOPIC]))
-    for column in ("accuracy", "among options", "tokens", "s/query"):
+    found = cells(score_table([*ROWS, *TOPIC]))
+    for column in ("first_token", "first_token_among_options", "tokens", "s/query"):
         assert (found["topic", "atv", column], found["mean of 2 tasks", "atv", column]) == ("–", "–")
         assert found["sentiment", "atv", column] != "–"
-    assert found["mean of 2 tasks", "zero-shot", "accuracy"] == "62.5"
+    assert found["mean of 2 tasks", "zero-shot", "first_token"] == "62.5"
     assert found["topic", "atv", "rows"] == "0"
 
 
 def test_several_runs_of_a_method_are_one_line():
     runs = [part | {"seed": seed} for seed, part in enumerate([ROWS[0], ROWS[1], ROWS[0]])]
-    found = cells(accuracy_table(runs))
-    assert found["sentiment", "zero-shot", "accuracy"] == "66.7"
+    found = cells(score_table(runs))
+    assert found["sentiment", "zero-shot", "first_token"] == "66.7"
     assert found["sentiment", "zero-shot", "rows"] == "3"
 
 
 def test_the_same_method_on_two_llms_is_two_lines_that_name_them():
     other = [part | {"llm": "large"} for part in ROWS if part["method"] == "zero-shot"]
-    methods = [line[2] for line in accuracy_table([*ROWS, *other]).rows if line[0] == "sentiment"]
+    methods = [line[2] for line in score_table([*ROWS, *other]).rows if line[0] == "sentiment"]
     assert methods == ["zero-shot, small", "atv, small", "zero-shot, large"]
 
 
 def test_methods_and_tasks_stand_in_the_order_of_the_rows():
-    table = accuracy_table(ROWS[::-1])
+    table = score_table(ROWS[::-1])
     assert [(line[0], line[2]) for line in table.rows] == [
         ("outlook", "atv"),
         ("outlook", "zero-shot"),
@@ -128,16 +131,17 @@ def shown(value, digits):
 @settings(max_examples=50)
 @given(RANDOM_ROWS)
 def test_every_cell_is_the_exact_mean_of_its_rows_and_every_mean_the_mean_of_its_cells(rows):
-    found = cells(accuracy_table(rows))
+    found = cells(score_table(rows))
     methods, tasks = {r["method"] for r in rows}, {r["task"] for r in rows}
     seen = tasks - {"outlook"}
-    columns = (("accuracy", "correct", 100, 1), ("among options", "correct_among_options", 100, 1))
+    columns = (("first_token", "first_token", 100, 1),)
+    columns += (("first_token_among_options", "first_token_among_options", 100, 1),)
     columns += (("tokens", "prompt_tokens", 1, 0), ("s/query", "seconds", 1, 4))
     for method in methods:
         for column, key, factor, digits in columns:
             means = {}
             for task in tasks:
-                values = [Fraction(r[key]) for r in rows if (r["method"], r["task"]) == (method, task)]
+                values = [Fraction((r["scores"] | r)[key]) for r in rows if (r["method"], r["task"]) == (method, task)]
                 cell = found[task, method, column]
                 if values:
                     means[task] = factor * sum(values) / len(values)
@@ -152,10 +156,10 @@ def test_every_cell_is_the_exact_mean_of_its_rows_and_every_mean_the_mean_of_its
 
 
 def test_a_table_as_markdown_is_this_text():
-    assert markdown(accuracy_table([*ROWS, *TOPIC])) == (
-        "# Accuracy per task\n"
+    assert markdown(score_table([*ROWS, *TOPIC])) == (
+        "# Scores per task\n"
         "\n"
-        "| task | category | method | rows | accuracy | among options | tokens | s/query |\n"
+        "| task | category | method | rows | first_token | first_token_among_options | tokens | s/query |\n"
         "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |\n"
         "| sentiment | NLU | zero-shot | 4 | 25.0 | 50.0 | 21 | 0.0100 |\n"
         "| sentiment | NLU | atv | 4 | 75.0 | 75.0 | 21 | 0.0124 |\n"
@@ -166,71 +170,72 @@ def test_a_table_as_markdown_is_this_text():
         "| mean of 2 tasks |  | zero-shot |  | 62.5 | 50.0 | 31 | 0.0200 |\n"
         "| mean of 2 tasks |  | atv |  | – | – | – | – |\n"
         "\n"
-        "Accuracy in percent: the most likely next token over the whole vocabulary is the first token of the answer; "
-        "among options: the likeliest of the task's options, by their tokens up to where they differ, is the answer. "
-        "Tokens: prompt tokens per query. Seconds per query include everything that the method does for it.\n"
+        "Scores in percent. first_token: the most likely next token over the whole vocabulary is the first token of "
+        "the answer. first_token_among_options: the likeliest of the task's options, by their tokens up to where they "
+        "differ, is the answer. Tokens: prompt tokens per query. Seconds per query include everything that the method "
+        "and the metrics do for it.\n"
     )
 
 
-UNTOLD = [part | {"correct": None} for part in rows_of("zero-shot", "sentiment", "xx--", "x---", tokens=21)]
-UNTOLD_ATV = [part | {"correct": None} for part in rows_of("atv", "sentiment", "xxxx", "xx--", tokens=21)]
+UNTOLD = [untold(part) for part in rows_of("zero-shot", "sentiment", "xx--", "x---", tokens=21)]
+UNTOLD_ATV = [untold(part) for part in rows_of("atv", "sentiment", "xxxx", "xx--", tokens=21)]
 WHY = (
-    "accuracy over the whole vocabulary is of an answer's first token, which does not tell all options of a task apart "
-    "in sentiment: it is not defined there, and means leave that out."
+    "first_token is not defined in sentiment: it is judged by an answer's first token, which does not tell all options "
+    "of a task apart there, and means leave that out."
 )
 
 
 def test_where_the_first_token_tells_nothing_a_marked_dash_stands_and_means_are_without_it():
-    table = accuracy_table([*UNTOLD, *UNTOLD_ATV, *TOPIC, *TOPIC_ATV])
+    table = score_table([*UNTOLD, *UNTOLD_ATV, *TOPIC, *TOPIC_ATV])
     found = cells(table)
-    assert found["sentiment", "zero-shot", "accuracy"] == found["sentiment", "atv", "accuracy"] == "–†"
-    assert found["sentiment", "zero-shot", "among options"] == "25.0"
+    assert found["sentiment", "zero-shot", "first_token"] == found["sentiment", "atv", "first_token"] == "–†"
+    assert found["sentiment", "zero-shot", "first_token_among_options"] == "25.0"
     assert found["sentiment", "atv", "tokens"] == "21"
-    assert found["mean of 2 tasks", "zero-shot", "accuracy"] == "100.0†"
-    assert found["mean of 2 tasks", "zero-shot", "among options"] == "37.5"
+    assert found["mean of 2 tasks", "zero-shot", "first_token"] == "100.0†"
+    assert found["mean of 2 tasks", "zero-shot", "first_token_among_options"] == "37.5"
     assert table.footnote == WHY
-    assert table.notes.endswith(f"does for it. †: {WHY}")
-    assert "†" not in accuracy_table([*TOPIC, *TOPIC_ATV]).notes
+    assert table.notes.endswith(f"do for it. †: {WHY}")
+    assert "†" not in score_table([*TOPIC, *TOPIC_ATV]).notes
 
 
 def test_a_mean_of_tasks_that_are_all_untold_is_a_marked_dash_and_a_task_not_asked_a_plain_one():
-    also = [part | {"correct": None} for part in TOPIC]
-    assert cells(accuracy_table([*UNTOLD, *also]))["mean of 2 tasks", "zero-shot", "accuracy"] == "–†"
-    found = cells(accuracy_table([*UNTOLD, *UNTOLD_ATV, *TOPIC]))
-    assert found["topic", "atv", "accuracy"] == "–"
-    assert found["mean of 2 tasks", "atv", "accuracy"] == "–†"
+    also = [untold(part) for part in TOPIC]
+    assert cells(score_table([*UNTOLD, *also]))["mean of 2 tasks", "zero-shot", "first_token"] == "–†"
+    found = cells(score_table([*UNTOLD, *UNTOLD_ATV, *TOPIC]))
+    assert found["topic", "atv", "first_token"] == "–"
+    assert found["mean of 2 tasks", "atv", "first_token"] == "–†"
 
 
 def test_a_row_without_the_score_takes_it_from_its_task():
-    mixed = [ROWS[0], ROWS[1] | {"correct": None}]
-    assert cells(accuracy_table(mixed))["sentiment", "zero-shot", "accuracy"] == "–†"
+    mixed = [ROWS[0], untold(ROWS[1])]
+    assert cells(score_table(mixed))["sentiment", "zero-shot", "first_token"] == "–†"
 
 
 def test_of_two_llms_the_footnote_names_the_one_that_cannot_tell():
     other = [part | {"llm": "large"} for part in rows_of("zero-shot", "sentiment", "xx--", "x---")]
-    table = accuracy_table([*UNTOLD, *other])
+    table = score_table([*UNTOLD, *other])
     found = cells(table)
-    assert found["sentiment", "zero-shot, small", "accuracy"] == "–†"
-    assert found["sentiment", "zero-shot, large", "accuracy"] == "50.0"
-    assert "apart in sentiment (small): it" in table.footnote
+    assert found["sentiment", "zero-shot, small", "first_token"] == "–†"
+    assert found["sentiment", "zero-shot, large", "first_token"] == "50.0"
+    assert "not defined in sentiment (small): it" in table.footnote
 
 
 def test_marks_and_footnote_in_markdown_latex_csv_and_terminal(capsys):
-    table = accuracy_table([*UNTOLD, *TOPIC])
+    table = score_table([*UNTOLD, *TOPIC])
     text = markdown(table)
     assert "| sentiment | NLU | zero-shot | 4 | –† | 25.0 | 21 | 0.0100 |" in text
     assert "| mean of 2 tasks |  | zero-shot |  | 100.0† | 37.5 | 31 | 0.0200 |" in text
     assert text.endswith(f"†: {WHY}\n")
     text = latex(table)
     assert r"sentiment & NLU & zero-shot & 4 & --$\dagger$ & 25.0" in text
-    assert r"$\dagger$: accuracy over the whole vocabulary" in text
+    assert r"$\dagger$: first\_token is not defined" in text
     text = list(csv.reader(comma_separated(table).splitlines()))
     assert text[0][-1] == "note"
     assert text[1][4:] == ["", "25.0", "21", "0.0100", WHY]
     assert text[2][4:] == ["100.0", "50.0", "41", "0.0300", ""]
     assert text[3][4:6] == ["100.0", "37.5"]
     assert text[3][-1] == WHY
-    assert "note" not in comma_separated(accuracy_table(TOPIC)).splitlines()[0]
+    assert "note" not in comma_separated(score_table(TOPIC)).splitlines()[0]
     print_table(table)
     said = " ".join(capsys.readouterr().out.split())
     assert "–†" in said

@@ -249,13 +249,13 @@ def test_measured_with_shared_instructions_it_answers_as_each_prompt_alone(tmp_p
     for number, (method, shots) in enumerate(((ATV, None), (ICLWithATV, 2))):
         loaded = method.load(llm, atv.tokenizer, tmp_path / "adapter", shots=shots)
         run = RunWriter(tmp_path / str(number), {})
-        evaluate(loaded, [task], run, variants="first", batch_size=3)
+        evaluate(loaded, [task], ["first_token"], run, variants="first", batch_size=3)
         variant = task.variants("first")[0]
         for row in run.rows:
             prompt = loaded.prompts(task, task.test, variant)[row["example"]].ids
             with torch.no_grad(), loaded.atv.steer(["x"], vectors=vectors_by_hand(loaded.atv, [prompt])):
                 logits = llm(input_ids=torch.tensor([prompt])).logits[0, -1]
-            assert atv.tokenizer.decode([int(logits.argmax())]) == row["prediction"]
+            assert atv.tokenizer.decode([int(logits.argmax())]) == row["outputs"]["first_token"]
 
 
 def test_its_analysis_is_of_prompts(monkeypatch):

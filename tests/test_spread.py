@@ -81,7 +81,7 @@ def test_it_is_evaluated_alike(tmp_path):
     whole, parts = pair("embeddings on disk", tmp_path / "offload")
     task = toy_task(rows=6)
     for atv, folder in ((whole, tmp_path / "whole"), (parts, tmp_path / "parts")):
-        evaluate(ATV(atv), [task], RunWriter(folder, {}))
+        evaluate(ATV(atv), [task], ["first_token"], RunWriter(folder, {}))
     rows = {}
     for name in ("whole", "parts"):
         lines = (tmp_path / name / "predictions.jsonl").read_text().splitlines()

@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from refusals import refused
 
 from atv.report import statistics
-from atv.report.statistics import Score, paired, scores
+from atv.report.statistics import Score
+
+
+def scores(rows, key="first_token", **how):
+    return statistics.scores(rows, key, **how)
+
+
+def paired(rows, method, other, key="first_token", **how):
+    return statistics.paired(rows, method, other, key, **how)
+
 
 CATEGORY = {"sst2": "NLU", "rte": "NLU", "math": "Mathematics", "cola": "Unseen", "bbq": "Unseen"}
 
@@ -21,8 +30,8 @@ def rows_of(method, task, marks, seed=42, **other):
     """One row for each mark, `x` being a right answer."""
     return [
         {"method": method, "llm": "small", "seed": seed, "run": "runs/a", "task": task, "category": CATEGORY[task],
-         "template": 0, "answer_prefix": "A:", "example": example, "correct": mark == "x",
-         "correct_among_options": True, "prompt_tokens": 20, "seconds": 0.5} | other
+         "template": 0, "answer_prefix": "A:", "example": example, "scores": {"first_token": mark == "x",
+         "first_token_among_options": True}, "prompt_tokens": 20, "seconds": 0.5} | other
         for example, mark in enumerate(marks)
     ]  # fmt: skip
 
@@ -45,7 +54,7 @@ def test_scores_are_those_worked_out_by_hand():
     assert found.unseen == pytest.approx((0.625, np.std(unseen, ddof=1)))
     assert found.both == pytest.approx((0.5625, np.std((in_domain + unseen) / 2, ddof=1)))
     assert list(found.categories) == ["NLU", "Mathematics"]
-    assert scores(rows, "correct_among_options").in_domain == Score(1, 0)
+    assert scores(rows, "first_token_among_options").in_domain == Score(1, 0)
     assert scores(rows, "prompt_tokens").unseen == Score(20, 0)
 
 
@@ -87,7 +96,9 @@ def exact_average(rows, method):
     for seed in seeds:
         means = {}
         for task in ("sst2", "rte", "math"):
-            marks = [r["correct"] for r in rows if (r["method"], r["seed"], r["task"]) == (method, seed, task)]
+            marks = [
+                r["scores"]["first_token"] for r in rows if (r["method"], r["seed"], r["task"]) == (method, seed, task)
+            ]
             means[task] = Fraction(sum(marks), len(marks))
         averages.append((Fraction(means["sst2"] + means["rte"], 2) + means["math"]) / 2)
     return sum(averages) / len(seeds)
