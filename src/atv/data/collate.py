@@ -20,10 +20,14 @@ IGNORED = -100
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
     """Token ids of a prompt, with the tokenizer's own beginning-of-text token and never an end-of-text one."""
-    ids = list(tokenizer(prompt)["input_ids"])
+    return _without_end(tokenizer, [tokenizer(prompt)["input_ids"]])[0]
+
+
+def _without_end(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[list[int]]:
     # Some tokenizers close every text with an end token, after which no model would go on with an answer.
-    closes = list(tokenizer("a")["input_ids"])[-1:] == [tokenizer.eos_token_id]
-    return ids[:-1] if closes and ids[-1:] == [tokenizer.eos_token_id] else ids
+    end = tokenizer.eos_token_id
+    closes = list(tokenizer("a")["input_ids"])[-1:] == [end]
+    return [list(ids[:-1] if closes and list(ids[-1:]) == [end] else ids) for ids in rows]
 
 
 def encode_pair(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
@@ -50,20 +54,23 @@ def encode_answers(tokenizer: Any, prompt: str, answers: Sequence[str]) -> tuple
             encoded[before] = encode_prompt(tokenizer, before)
         return encoded[before]
 
-    def following(answer: str) -> list[int]:
-        if not prompt.strip() or not answer.strip():
-            raise ATVError(f"Prompt {prompt!r} with answer {answer!r}; expected both to have text.")
+    def following(answer: str, joint: list[int]) -> list[int]:
         # Behind the prompt itself if a token begins at the seam, else behind a neutral ending that no token spans.
         for before in (prompt, ":", "\n", "a"):
-            before_ids, joint = ids(before), encode_prompt(tokenizer, f"{before} {answer}")
+            if before != prompt:
+                joint = encode_prompt(tokenizer, f"{before} {answer}")
+            before_ids = ids(before)
             if joint[: len(before_ids)] == before_ids and len(joint) > len(before_ids):
                 return joint[len(before_ids) :]
         raise ATVError(
             f"This tokenizer ({type(tokenizer).__name__}) merges the answer {answer!r} into what precedes it."
         )
 
-    found = [following(answer) for answer in answers]
-    return ids(prompt), found
+    for answer in answers:
+        if not prompt.strip() or not answer.strip():
+            raise ATVError(f"Prompt {prompt!r} with answer {answer!r}; expected both to have text.")
+    joints = _without_end(tokenizer, tokenizer([f"{prompt} {answer}" for answer in answers])["input_ids"])
+    return ids(prompt), [following(answer, joint) for answer, joint in zip(answers, joints, strict=True)]
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, side: str) -> tuple[Tensor, Tensor]:
