@@ -413,7 +413,7 @@ def test_tasks_whose_first_tokens_say_nothing_are_left_out_of_what_is_right_and_
         assert line[:2] == [own[0], f"{own[1]}†"]
         assert line[2:5] == own[2:5]
         assert line[5:] == whole[5:]
-    assert f"apart in {TASKS[0].name}: it is not defined there" in table.footnote
+    assert f"first_token is not defined in {TASKS[0].name}: " in table.footnote
     assert not plain.footnote
     for row in queries:
         row["vectors"] = {kind: found | {"first_token": None} for kind, found in row["vectors"].items()}
@@ -545,7 +545,7 @@ def test_the_command_writes_record_tables_and_plots_and_reports_show_them(run, w
     assert code == 0, err
     assert "Vectors in short" in said
     record = json.loads((out / "analysis.json").read_text())
-    assert record["schema"] == 1
+    assert record["schema"] == 2
     assert record["settings"]["llm"] == record["llm"] == str(world / "llm")
     assert record["settings"]["adapter"] != record["settings"]["elicit"]
     assert record["versions"]["scikit-learn"]
@@ -616,4 +616,4 @@ def test_folders_with_neither_run_nor_analysis_are_refused(run, tmp_path):
     (tmp_path / "analysis.json").write_text('{"schema": 0}')
     code, _, err = run("report", tmp_path, "--out", tmp_path / "r.md")
     assert (code, Path(tmp_path / "r.md").exists()) == (2, False)
-    assert "is not of schema 1" in err
+    assert "has schema 0; expected 2" in err

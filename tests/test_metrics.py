@@ -259,8 +259,12 @@ def test_a_generated_answer_has_a_most_and_that_is_said(capsys, monkeypatch):
 
 def test_where_an_answer_is_generated_nothing_is_done_for_each_option(monkeypatch):
     task = labelled(tuple(f"w{n}" for n in range(60)), rows=60)
-    monkeypatch.setattr("atv.evaluation.requests.task_options", None)
-    monkeypatch.setattr("atv.evaluation.run.option_ids", None)
+
+    def never(*_):
+        raise AssertionError("options were compared")
+
+    monkeypatch.setattr("atv.evaluation.requests.task_options", never)
+    monkeypatch.setattr("atv.evaluation.run.option_ids", never)
     llm, calls = make_llm(), []
     llm.register_forward_pre_hook(lambda *_: calls.append(1))
     evaluate(zero_shot(llm), [task], variants="first", batch_size=60)
@@ -490,7 +494,7 @@ def test_a_run_knows_its_metrics_and_is_not_continued_with_others(task, tmp_path
 
 
 def test_an_interrupted_run_ends_with_the_rows_of_a_whole_one(tmp_path):
-    llm, task = make_llm(), labelled(SOME, rows=10)
+    llm, task = make_llm(), labelled(SOME, rows=9)
     metrics = ["option_likelihood", "exact_match"]
     whole = evaluate(zero_shot(llm), [task], metrics, RunWriter(tmp_path / "whole", {}), variants="first", batch_size=4)
     writer = RunWriter(tmp_path / "cut", {})

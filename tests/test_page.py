@@ -36,7 +36,7 @@ def make_run(folder, method, seed, marks):
     """A finished run with a row for each mark of each task, `x` being a right answer."""
     folder.mkdir(parents=True)
     settings = {"method": method, "llm": LLM, "seed": seed, "dtype": "bfloat16", "revision": None}
-    run = {"schema": 1, "finished": True, "settings": settings, "seconds": 1.5, "versions": {"torch": "2.13.0"},
+    run = {"schema": 2, "finished": True, "settings": settings, "seconds": 1.5, "versions": {"torch": "2.13.0"},
            "commit": "c0ffee", "machine": "Linux & Co, 2 cores"}  # fmt: skip
     if method == "atv":
         run["method"] = {"config": {"positions": "last", "scale": 0.1, "expansion_rank": None}}
@@ -45,7 +45,7 @@ def make_run(folder, method, seed, marks):
         {"task": task, "category": TASKS.get(task, "Safety"), "split": "test", "template": 0, "answer_prefix": "A:",
          "example": example, "target": "A", "outputs": {"first_token": "A", "first_token_among_options": "A"},
          "scores": {"first_token": mark == "x", "first_token_among_options": mark != "-"},
-         "prompt_tokens": 900 if method == "icl" else 50, "seconds": 0.25}
+         "prompt_tokens": 900 if method == "icl" else 50, "seconds": 0.25, "demonstrations": 0}
         for task, line in marks.items()
         for example, mark in enumerate(line)
     ]  # fmt: skip

@@ -133,7 +133,7 @@ def evaluate(
 
 def _tell_of_dropped(method: Method, rows: Sequence[Mapping[str, Any]]) -> None:
     """Note, once for a run, that prompts had fewer demonstrations than asked for."""
-    counts = [row.get("demonstrations", 0) for row in rows]
+    counts = [row["demonstrations"] for row in rows]
     fewer = [count for count in counts if count < method.shots]
     if fewer:
         log.warning(
