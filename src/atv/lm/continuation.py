@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from atv.data.collate import position_ids
 from atv.lm.prefix import attention_alone, call_llm
 from atv.lm.scoring import Options, Prefix
-from atv.lm.tracking import continuing
+from atv.lm.spans import continuing
 
 SCORED_TOKENS = 512
 """Option tokens in one call, with the options of all rows; more only if a single option of each row has more."""
