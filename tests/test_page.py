@@ -441,5 +441,5 @@ def test_a_page_shows_the_mark_and_its_footnote_and_draws_without_what_is_not_de
     text = page.read_text(encoding="utf-8")
     assert "–†</td>" in text
     assert re.search(r'<td data-value="75.0"[^>]*>(<strong>)?75.0†', text)
-    assert text.count("†: accuracy over the whole vocabulary is of an answer") == 3
+    assert text.count("†: first_token is not defined in ") == 3
     assert "apart in other: it is not defined there" in text

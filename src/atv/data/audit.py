@@ -51,8 +51,8 @@ def shared_beginnings(task: Task, encode: Encode, variants: Iterable[Variant] | 
                 shared.setdefault(tuple(group), variant.answer_prefix)
     return [
         f"{task.name}: the answers {listed(options)} begin with the same token after {prefix!r}; the first token "
-        "cannot tell them apart. They are judged by their tokens up to where they differ, and the accuracy over the "
-        "whole vocabulary, which is of the first token, is left out."
+        "cannot tell them apart. They are judged by their tokens up to where they differ, and the score first_token is "
+        "not defined."
         for options, prefix in shared.items()
     ]
 
