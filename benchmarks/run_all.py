@@ -6,10 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from atv.progress import log
-from benchmarks import inference, peft_methods, positions, profile_step, prompt_length, report, training, vectors
+from benchmarks import (
+    answers,
+    inference,
+    peft_methods,
+    positions,
+    profile_step,
+    prompt_length,
+    report,
+    training,
+    vectors,
+)
 from benchmarks.common import options_of, output, parser, show
 
-ON_CPU = (vectors, positions, profile_step, inference, prompt_length, peft_methods, training)
+ON_CPU = (vectors, answers, positions, profile_step, inference, prompt_length, peft_methods, training)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

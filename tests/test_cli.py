@@ -198,6 +198,18 @@ def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_rows(atv, worl
     assert judged("whole") == judged("cut")
 
 
+def test_metrics_are_named_and_a_wrong_one_is_told_before_the_llm_is_loaded(atv, world, tmp_path):
+    arguments = ["eval", "--method", "zero-shot", *models(world), "--data", world / "data", "--variants", "first"]
+    assert atv(*arguments, "--out", tmp_path / "run", "--metric", "first_token", "--metric", "exact_match")[0] == 0
+    lines = (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()
+    scores = {tuple(json.loads(line)["scores"]) for line in lines}
+    assert scores == {("first_token", "first_token_among_options", "exact_match")}
+    code, _, err = atv(*arguments, "--out", tmp_path / "no", "--metric", "exact")
+    assert code == 2
+    assert "Unknown metric 'exact'" in err
+    assert not (tmp_path / "no").exists()
+
+
 def test_doctor_passes_on_a_named_llm_and_fails_on_a_broken_hook(atv, world, monkeypatch):
     arguments = ["doctor", *models(world), "--generator", world / "generator"]
     code, said, err = atv(*arguments)

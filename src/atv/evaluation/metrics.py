@@ -274,10 +274,10 @@ def _as_metric(name: str, found: Any) -> Metric:
         if made.needs not in ("next_token", "loglikelihood", "generate"):
             raise ATVError(f"The metric {name!r} needs {made.needs!r}; expected next_token, loglikelihood or generate.")
         return made
-    if not callable(made):
+    if hasattr(made, "needs") or not callable(made):
         raise ATVError(
             f"The metric {name!r} is {made!r}; expected a function of an example and the generated text, as "
-            "package.module:function."
+            "package.module:function, or a metric with a name, needs and __call__."
         )
     return UserMetric(name, made)
 
