@@ -19,7 +19,8 @@ from transformers import (
 
 from atv.config import EMBEDDED_GENERATOR, EMBEDDED_LLM, SELF, ATVConfig
 from atv.data import Task, load_tasks
-from atv.data.collate import EncodedRow, encode_pair
+from atv.data.collate import EncodedRow
+from atv.data.render import INPUT, with_prefix
 from atv.generator import Generator, load_generator
 from atv.lm.load import load_llm, load_tokenizer
 from atv.lm.prefix_store import PrefixStore
@@ -65,7 +66,13 @@ def memory_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(
-        [prompt for task in tasks() for row in training_rows(task) for prompt in row.prompts], trainer
+        [
+            with_prefix(template.replace(INPUT, row.input), task.answer_prefixes[0])
+            for task in tasks()
+            for row in task.train
+            for template in task.templates
+        ],
+        trainer,
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
@@ -129,7 +136,10 @@ def pairs_of(tokenizer: Any, count: int, tokens: int, templates: int = 3) -> lis
     rows = [row for task in tasks() for row in training_rows(task)]
     rows = rng.sample(rows, len(rows))
     rows = [rows[index % len(rows)] for index in range(count)]
-    found = [[encode_pair(tokenizer, prompt, row.answer) for prompt in row.prompts[:templates]] for row in rows]
+    found: list[Pairs] = []
+    for row in rows:
+        prompts = [(render, render.prompt(tokenizer, row.example)) for render in row.renderers[:templates]]
+        found.append([(p.ids, render.answer(tokenizer, p, row.example.output)) for render, p in prompts])
     text = [token for pairs in found for prompt, _ in pairs for token in prompt]
     text *= 1 + tokens // len(text)
 
@@ -138,7 +148,7 @@ def pairs_of(tokenizer: Any, count: int, tokens: int, templates: int = 3) -> lis
         return ((text[start:] + text[:start])[:tokens] + prompt)[-tokens:]
 
     return [
-        (row.query, [(exactly(prompt), answer) for prompt, answer in pairs])
+        (row.example.input, [(exactly(prompt), answer) for prompt, answer in pairs])
         for row, pairs in zip(rows, found, strict=True)
     ]
 

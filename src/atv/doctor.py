@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from atv.data.collate import Row, edit_mask
+from atv.data.render import INPUT, Example, Template
 from atv.errors import ATVError
 from atv.lm.hooks import base_llm, capture_outputs, decoder_layers, quantization
 from atv.lm.prefix import call_llm, steered_logits
@@ -150,7 +151,7 @@ def _close(
 
 def _gradient(atv: ATVModel) -> tuple[bool, str]:
     """Not only there but not zero: a vector at the wrong token gives a gradient that is exactly zero."""
-    rows = [atv.encode_row(Row(query, (prompt,), "yes")) for query, prompt in zip(QUERIES, PROMPTS, strict=True)]
+    rows = [atv.encode_row(Row(Example(prompt, "yes"), (Template(INPUT),))) for prompt in PROMPTS]
     device = next(atv.parameters()).device
     batch = {name: value.to(device) for name, value in atv.collator()(rows).items()}
     parameters = [p for p in atv.parameters() if p.requires_grad]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoModel, LlamaConfig
 
 from atv.config import SELF, ATVConfig, random_sizes
-from atv.data.collate import encode_prompt, like_lengths, pad, pad_id, position_ids
+from atv.data.collate import like_lengths, pad, pad_id, position_ids
+from atv.data.render import encode_text
 from atv.errors import ATVError
 from atv.lm.hooks import decoder_layers, read_up_to, text_config, unregistered
 from atv.lm.load import (
@@ -291,7 +292,7 @@ class Itself(Generator):
         return f"{SELF}: the LLM's own state after decoder layer {self.index}"
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        return [encode_prompt(self.tokenizer, text) for text in texts]
+        return [encode_text(self.tokenizer, text) for text in texts]
 
     def states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """What the layer returns: (queries, seq, hidden), float32."""

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from atv import adapter, artifact
 from atv.config import ENOUGH_TO_TRAIN, ATVConfig, Positions, TrainConfig, random_sizes
 from atv.data import Task
-from atv.data.collate import Collator, EncodedRow, Row, like_lengths, pad_id
+from atv.data.collate import Collator, EncodedRow, like_lengths, pad_id
+from atv.data.render import Prompt
 from atv.errors import ATVError, unknown
 from atv.expansion import Expansion, PaperExpansion
 from atv.generator import READ_TOKENS, Generator, Itself, check_queries, load_generator
@@ -303,11 +304,14 @@ class ATVModel(Trainable):
 
     # ---- texts to tensors ----
 
-    def encode_query(self, row: Row) -> list[int]:
+    @property
+    def reads(self) -> str:
+        """What the generator reads: "query" or "prompt"."""
+        return self.config.reads
+
+    def encode_query(self, query: str, task: str) -> list[int]:
         """What the generator reads of a row beside its prompts, as its token ids."""
-        if self.own:
-            return super().encode_query(row)
-        return self.generator.encode([row.query if self.config.reads == "query" else row.prompts[0]])[0]
+        return super().encode_query(query, task) if self.own else self.generator.encode([query])[0]
 
     def collator(self) -> Collator:
         """Makes the batches that `forward` takes from `encode_row`'s rows."""
@@ -352,21 +356,22 @@ class ATVModel(Trainable):
             yield self
 
     def generate(
-        self, prompts: Sequence[str], queries: Sequence[str] | None = None, **generate_options: Any
+        self, prompts: Sequence[Prompt | str], queries: Sequence[str] | None = None, **generate_options: Any
     ) -> list[str]:
         """Answer prompts, steered.
 
         Args:
-            prompts: what the LLM reads, of any mixed lengths.
-            queries: what the generator reads, one per prompt; by default the prompts themselves, as `reads = "prompt"`
-                has it in training.
+            prompts: what the LLM reads, of any mixed lengths: from a renderer, or texts that are read as they are.
+            queries: what the generator reads, one per prompt; by default the prompts' own `query`, which for texts is
+                the text, as `reads = "prompt"` has it in training.
             generate_options: for transformers' `generate`: `max_new_tokens`, `do_sample`, `num_beams`,
                 `num_return_sequences`, `streamer` and so on; no assisted decoding.
 
         Returns:
             The new text of each sequence; `num_return_sequences` per prompt, one prompt after the other.
         """
-        queries = prompts if queries is None else queries
+        if queries is None:
+            queries = prompts if isinstance(prompts, str) else [p if isinstance(p, str) else p.query for p in prompts]
         if isinstance(prompts, str) or isinstance(queries, str) or len(prompts) != len(queries) or not prompts:
             raise ATVError("generate takes a list of prompts, not empty, and as many queries (or none).")
         inputs = self.encode_prompts(prompts)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from atv.artifact import read
 from atv.cli.evaluate import evaluate_method
-from atv.cli.generate import prompts_of, unsteered
+from atv.cli.generate import prompt_template, prompts_of, unsteered
 from atv.cli.options import Demo, Evaluate, Tasks, Train
 from atv.cli.output import print_lines, print_table
 from atv.cli.train import train_adapter
@@ -71,12 +71,13 @@ def run_demo(given: Demo) -> None:
 
 
 def _show_queries(adapter: Path) -> None:
-    templates = read(adapter).training["tasks"]
+    saved = read(adapter)
     llm, tokenizer = Frozen(EMBEDDED_LLM).load()
     atv = ATVModel.from_pretrained(adapter, llm, tokenizer=tokenizer)
     for task, query in QUERIES:
-        prompts, how = prompts_of([query], templates[task][0]), {"max_new_tokens": 6, "do_sample": False}
-        steered, plain = atv.generate(prompts, prompts, **how), unsteered(atv, prompts, **how)
+        prompts = prompts_of([query], prompt_template(saved, task, None), tokenizer)
+        how: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
+        steered, plain = atv.generate(prompts, **how), unsteered(atv, prompts, **how)
         expected = ", ".join(builtin_task(task).options)
         lines = [f"  without steering: {plain[0].strip()!r}", f"  with steering:    {steered[0].strip()!r}", ""]
         print_lines([f"{task} ({expected}): {query}", *lines])

@@ -17,7 +17,7 @@ def evaluate_method(given: Evaluate) -> Path:
     out = given.out or DEFAULT_RUNS / name
     tasks = [task.drawn(given.train_rows, None, given.seed, test=given.test_rows) for task in named_tasks(given.tasks)]
     for task in tasks:
-        task.variants(given.variants)  # refused before the LLM is loaded
+        task.renderers(given.variants)  # refused before the LLM is loaded
     llm = frozen_llm(given.llm or (saved.base_llm["name"] if saved else EMBEDDED_LLM), given.loading)
     new = measure(
         name,

@@ -9,14 +9,15 @@ from atv import artifact
 from atv.cli.loading import frozen_llm
 from atv.cli.options import Generate, Inspect
 from atv.cli.output import print_lines
-from atv.data import TRAIN_PREFIX, composed
+from atv.data import ANSWER_PREFIXES, Example, Prompt, Template, composed
 from atv.data.collate import pad_id
+from atv.data.render import INPUT, query_template, renderer_name
 from atv.errors import ATVError, unknown
 from atv.model import ATVModel
 from atv.progress import log
 
 
-def load_adapter(given: Generate | Inspect) -> tuple[ATVModel, str]:
+def load_adapter(given: Generate | Inspect) -> tuple[ATVModel, Template]:
     """The adapter on its LLM, and the template of the queries; a mistake in these is told before the LLM is loaded."""
     for query in given.query:
         if not query.strip():
@@ -28,37 +29,38 @@ def load_adapter(given: Generate | Inspect) -> tuple[ATVModel, str]:
     return ATVModel.from_pretrained(folder, llm, tokenizer=tokenizer), template
 
 
-def prompt_template(saved: artifact.Saved, task: str | None, template: str | None) -> str:
-    """What surrounds a query for the LLM: as given, a trained task's first template, or the bare query."""
-    trained: dict[str, list[str]] = saved.training.get("tasks", {})
-    if template is not None:
-        if "{input}" not in template:
-            raise ATVError(f"The template {template!r} has no {{input}}; put {{input}} where the query goes.")
-        return template
-    if task is not None:
-        task = composed(task)
-        if task not in trained:
-            raise unknown("task", task, trained, "These are the tasks that the adapter was trained on.")
-        return trained[task][0]
-    if len(trained) == 1:
-        return next(iter(trained.values()))[0]
-    log.info(f"No --task or --template: the LLM reads the bare query. Trained tasks: {', '.join(trained) or 'none'}.")
-    return "{input}"
+def prompt_template(saved: artifact.Saved, task: str | None, template: str | None) -> Template:
+    """What surrounds a query for the LLM: as given, a trained task's first template, or nothing.
+
+    In each case with the answer prefix that the adapter was trained with: that of the task, or of the first one.
+    """
+    trained: dict[str, dict[str, Any]] = saved.training.get("tasks", {})
+    if task is not None and composed(task) not in trained:
+        raise unknown("task", composed(task), trained, "These are the tasks that the adapter was trained on.")
+    if task is None and template is None and len(trained) != 1:
+        names = ", ".join(trained) or "none"
+        log.info(f"No --task or --template: the LLM reads the bare query. Trained tasks: {names}.")
+        template = INPUT
+    asked = next(iter(trained.values()), None) if task is None else trained[composed(task)]
+    if asked is not None and asked["renderer"] != renderer_name(Template):
+        raise ATVError(
+            f"The adapter was trained on prompts that {asked['renderer']} rendered, and this command renders templates "
+            "alone. Use ATVModel.generate with prompts of that renderer."
+        )
+    if template is None:
+        template = asked["templates"][0] if asked else INPUT
+    prefix = asked["answer_prefixes"][0] if asked else ANSWER_PREFIXES[0]
+    return Template(template, prefix, query_template(saved.config.get("reads", "query"), template, prefix))
 
 
-def prompts_of(queries: Sequence[str], template: str) -> list[str]:
-    """What the LLM reads of queries, in a template with {input}."""
-    return [f"{template.replace('{input}', query)}\n{TRAIN_PREFIX}" for query in queries]
+def prompts_of(queries: Sequence[str], template: Template, tokenizer: Any) -> list[Prompt]:
+    """What the LLM and the generator read of queries."""
+    return [template.prompt(tokenizer, Example(query, "")) for query in queries]
 
 
-def read_by_generator(atv: ATVModel, queries: Sequence[str], prompts: Sequence[str]) -> Sequence[str]:
-    """What the generator reads: the prompts, or the queries alone, as the adapter's configuration says."""
-    return prompts if atv.config.reads == "prompt" else queries
-
-
-def unsteered(atv: ATVModel, prompts: Sequence[str], **options: Any) -> list[str]:
+def unsteered(atv: ATVModel, prompts: Sequence[Prompt], **options: Any) -> list[str]:
     """Answers of the frozen LLM alone."""
-    inputs = atv.encode_prompts(list(prompts))
+    inputs = atv.encode_prompts(prompts)
     width = inputs.pop("position_ids").shape[1]
     llm: Any = atv.llm
     plain = llm.generate(**inputs, **options, pad_token_id=pad_id(atv.tokenizer))
@@ -71,14 +73,13 @@ def answer(given: Generate) -> None:
     how: dict[str, Any] = {"max_new_tokens": given.max_new_tokens, "do_sample": given.temperature > 0}
     if given.temperature > 0:
         how["temperature"] = given.temperature
-    prompts = prompts_of(given.query, template)
+    prompts = prompts_of(given.query, template, atv.tokenizer)
     set_seed(given.seed)
-    read = read_by_generator(atv, given.query, prompts)
-    steered = [answer.strip() for answer in atv.generate(prompts, read, **how)]
+    steered = [answer.strip() for answer in atv.generate(prompts, **how)]
     if not given.compare:
         print_lines(steered)
         return
-    plain, gates = unsteered(atv, prompts, **how), atv.gate(read).tolist()
+    plain, gates = unsteered(atv, prompts, **how), atv.gate([p.query for p in prompts]).tolist()
     for query, without, with_vectors, gate in zip(given.query, plain, steered, gates, strict=True):
         lines = [f"query:     {query}", f"unsteered: {without.strip()!r}", f"steered:   {with_vectors!r}"]
         print_lines([*lines, gate_line(gate), ""])

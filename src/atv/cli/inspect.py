@@ -1,6 +1,6 @@
 """`atv inspect`: what an adapter does for single queries."""
 
-from atv.cli.generate import gate_line, load_adapter, prompts_of, read_by_generator
+from atv.cli.generate import gate_line, load_adapter, prompts_of
 from atv.cli.options import Inspect
 from atv.cli.output import print_lines, print_table
 from atv.lm.hooks import decoder_layers
@@ -11,8 +11,8 @@ from atv.report.tables import Table
 def inspect_queries(given: Inspect) -> None:
     """Print for each query the tokens that its vector promotes at each layer, as the LLM's own head reads it."""
     atv, template = load_adapter(given)
-    prompts = prompts_of(given.query, template)
-    read = read_by_generator(atv, given.query, prompts)
+    prompts = prompts_of(given.query, template, atv.tokenizer)
+    read = [prompt.query for prompt in prompts]
     readout = Readout(atv.llm, atv.encode_prompts(prompts[:1]), atv.config.layer_path)
     vectors = (atv.config.scale * atv.task_vectors(read)).cpu()  # (queries, layers, hidden)
     layers = atv.config.layer_indices(len(decoder_layers(atv.llm, atv.config.layer_path)))

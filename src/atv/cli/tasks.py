@@ -9,7 +9,6 @@ from atv.cli.loading import named_tasks
 from atv.cli.options import ListTasks
 from atv.cli.output import output, print_lines
 from atv.data import Task, findings, long_prompts, refuse_shared_inputs
-from atv.data.collate import encode_prompt
 from atv.errors import ATVError
 from atv.lm.load import load_context_length, load_tokenizer
 from atv.lm.scoring import option_ids
@@ -40,4 +39,4 @@ def _audit(tasks: Sequence[Task], llm: str | None) -> None:
     for task in tasks:
         print_lines(findings(task, None if tokenizer is None else partial(option_ids, tokenizer, task)))
         if limit is not None:
-            print_lines(long_prompts(task, lambda prompt: len(encode_prompt(tokenizer, prompt)), limit))
+            print_lines(long_prompts(task, tokenizer, limit))

@@ -3,15 +3,18 @@
 from atv.data.audit import findings, long_prompts, refuse_shared_inputs, shared_beginnings
 from atv.data.builtin import BUILTIN, builtin_task
 from atv.data.folder import available_tasks, load_task, load_tasks
-from atv.data.task import ANSWER_PREFIXES, TRAIN_PREFIX, UNSEEN, Example, Task, Variant, composed
+from atv.data.render import Example, Prompt, Renderer, Template
+from atv.data.task import ANSWER_PREFIXES, UNSEEN, Task, Variant, composed
 
 __all__ = [
     "ANSWER_PREFIXES",
     "BUILTIN",
-    "TRAIN_PREFIX",
     "UNSEEN",
     "Example",
+    "Prompt",
+    "Renderer",
     "Task",
+    "Template",
     "Variant",
     "available_tasks",
     "builtin_task",

@@ -1,11 +1,13 @@
 """What would make a measured number dishonest, and what one should know beside it.
 
 A `Task` refuses by itself what one can see in it alone: an input in two splits, a constant test answer. What takes
-several tasks is refused here. What takes a tokenizer comes in as a function, since a task knows none.
+several tasks is refused here.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+from atv.data.render import Renderer
 from atv.data.task import Task, Variant
 from atv.errors import ATVError
 
@@ -23,43 +25,46 @@ def refuse_shared_inputs(tasks: Sequence[Task]) -> None:
             )
 
 
-Encode = Callable[[Variant], Sequence[Sequence[int]]]
-"""The token ids of each of a task's options, as they follow its prompts in a variant."""
+Encode = Callable[[Renderer], Sequence[Sequence[int]]]
+"""The token ids of each of a task's options, as they follow the prompts of a renderer."""
 
 
-def findings(task: Task, encode: Encode | None = None, variants: Iterable[Variant] | None = None) -> list[str]:
+def findings(
+    task: Task, encode: Encode | None = None, renderers: Mapping[Variant, Renderer] | None = None
+) -> list[str]:
     """What is no mistake but should be known beside the task's numbers, a line each.
 
     Args:
         task: what is looked at.
         encode: encodes its options; None: their tokens are not looked at.
-        variants: templates and answer prefixes that will be asked; None: all of the task's.
+        renderers: the ways to ask that will be used; None: all of the task's.
     """
     found = [f"{task.name}: the most frequent answer alone scores {100 * task.majority():.1f}%."]
-    return found if encode is None else found + shared_beginnings(task, encode, variants)
+    return found if encode is None else found + shared_beginnings(task, encode, renderers)
 
 
-def shared_beginnings(task: Task, encode: Encode, variants: Iterable[Variant] | None = None) -> list[str]:
+def shared_beginnings(task: Task, encode: Encode, renderers: Mapping[Variant, Renderer] | None = None) -> list[str]:
     """A line for each group of options that begin with one token; the arguments are those of `findings`."""
     shared: dict[tuple[str, ...], str] = {}
-    for variant in task.variants() if variants is None else variants:
+    for variant, render in (task.renderers() if renderers is None else renderers).items():
         groups: dict[int, list[str]] = {}
-        for option, ids in zip(task.options, encode(variant), strict=True):
+        for option, ids in zip(task.options, encode(render), strict=True):
             groups.setdefault(ids[0], []).append(option)
         for group in groups.values():
             if len(group) > 1:
-                shared.setdefault(tuple(group), variant.answer_prefix)
+                shared.setdefault(tuple(group), repr(variant.answer_prefix) if variant.answer_prefix else "the prompt")
     return [
-        f"{task.name}: the answers {listed(options)} begin with the same token after {prefix!r}; the first token "
+        f"{task.name}: the answers {listed(options)} begin with the same token after {prefix}; the first token "
         "cannot tell them apart. They are judged by their tokens up to where they differ, and the score first_token is "
         "not defined."
         for options, prefix in shared.items()
     ]
 
 
-def long_prompts(task: Task, count_tokens: Callable[[str], int], limit: int) -> list[str]:
+def long_prompts(task: Task, tokenizer: Any, limit: int) -> list[str]:
     """A line if test prompts, in any variant, have more than `limit` tokens."""
-    lengths = [max(count_tokens(task.prompt(row.input, variant)) for variant in task.variants()) for row in task.test]
+    renderers = task.renderers().values()
+    lengths = [max(len(render.prompt(tokenizer, row).ids) for render in renderers) for row in task.test]
     above = sum(length > limit for length in lengths)
     if not above:
         return []

@@ -1,4 +1,4 @@
-"""Texts to tensors, in the one layout that everything here shares.
+"""Tokens to tensors, in the one layout that everything here shares.
 
 Prompts are padded on the left and answers on the right, so that the last prompt token is the same column in every
 row; position ids are always explicit; the tokens that receive a vector are a mask, computed here and nowhere else.
@@ -12,65 +12,10 @@ import torch
 from torch import Tensor
 
 from atv.config import Positions
-from atv.errors import ATVError
+from atv.data.render import Example, Renderer
 
 IGNORED = -100
 """Label of a place that has no answer token (the index that torch's cross-entropy ignores)."""
-
-
-def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """Token ids of a prompt, with the tokenizer's own beginning-of-text token and never an end-of-text one."""
-    return _without_end(tokenizer, [tokenizer(prompt)["input_ids"]])[0]
-
-
-def _without_end(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[list[int]]:
-    # Some tokenizers close every text with an end token, after which no model would go on with an answer.
-    end = tokenizer.eos_token_id
-    closes = list(tokenizer("a")["input_ids"])[-1:] == [end]
-    return [list(ids[:-1] if closes and list(ids[-1:]) == [end] else ids) for ids in rows]
-
-
-def encode_pair(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-    """Token ids of a prompt and of the answer that follows it after one space.
-
-    The prompt's ids are those of the prompt alone, because that is what the model reads in use. The answer's ids are
-    what the tokenizer adds for " " + answer behind the prompt: encoding the answer by itself would be wrong for
-    SentencePiece tokenizers (they put a space of their own before a text), and cutting the joint text at the
-    prompt's length would be wrong wherever a token spans the seam.
-
-    Raises:
-        ATVError: prompt or answer is empty, or no place was found where the answer starts with a fresh token.
-    """
-    prompt_ids, (answer_ids,) = encode_answers(tokenizer, prompt, [answer])
-    return prompt_ids, answer_ids
-
-
-def encode_answers(tokenizer: Any, prompt: str, answers: Sequence[str]) -> tuple[list[int], list[list[int]]]:
-    """As `encode_pair` for each of several answers to one prompt, which is encoded once."""
-    encoded: dict[str, list[int]] = {}
-
-    def ids(before: str) -> list[int]:
-        if before not in encoded:
-            encoded[before] = encode_prompt(tokenizer, before)
-        return encoded[before]
-
-    def following(answer: str, joint: list[int]) -> list[int]:
-        # Behind the prompt itself if a token begins at the seam, else behind a neutral ending that no token spans.
-        for before in (prompt, ":", "\n", "a"):
-            if before != prompt:
-                joint = encode_prompt(tokenizer, f"{before} {answer}")
-            before_ids = ids(before)
-            if joint[: len(before_ids)] == before_ids and len(joint) > len(before_ids):
-                return joint[len(before_ids) :]
-        raise ATVError(
-            f"This tokenizer ({type(tokenizer).__name__}) merges the answer {answer!r} into what precedes it."
-        )
-
-    for answer in answers:
-        if not prompt.strip() or not answer.strip():
-            raise ATVError(f"Prompt {prompt!r} with answer {answer!r}; expected both to have text.")
-    joints = _without_end(tokenizer, tokenizer([f"{prompt} {answer}" for answer in answers])["input_ids"])
-    return ids(prompt), [following(answer, joint) for answer, joint in zip(answers, joints, strict=True)]
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, side: str) -> tuple[Tensor, Tensor]:
@@ -131,11 +76,10 @@ def pad_id(tokenizer: Any) -> int:
 
 @dataclass(frozen=True)
 class Row:
-    """One training row: the query that the generator reads, the prompts that share its vector, and the answer."""
+    """One training row: an example, and the ways to ask it; the prompts share the vector of its query."""
 
-    query: str
-    prompts: tuple[str, ...]
-    answer: str
+    example: Example
+    renderers: tuple[Renderer, ...]
     task: str = ""
     """Name of the task that it is from, for what is learned for each."""
 

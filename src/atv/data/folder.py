@@ -1,8 +1,8 @@
 """Tasks from a folder of JSON files, one a task, and `templates.json` beside them.
 
 `DIR/TASK.json` or `DIR/tasks/TASK.json` is `{"train": [...], "valid": [...], "test": [...]}` with rows
-`{"input": text, "output": text}`, and `"category": text` if one is wanted; `DIR/templates.json` maps a task's name to
-its templates.
+`{"input": text, "output": text}`, and if wanted `"category": text` and `"answer_prefixes": [text, ...]`, in which null
+stands for no prefix; `DIR/templates.json` maps a task's name to its templates.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from atv.data.builtin import BUILTIN, builtin_task
-from atv.data.task import SPLITS, Example, Task, composed, not_text, text_of
+from atv.data.render import Example
+from atv.data.task import ANSWER_PREFIXES, SPLITS, Task, composed, not_text, text_of
 from atv.errors import ATVError, unknown
 from atv.files import local, read_json
 
@@ -93,7 +94,16 @@ def load_task(
     category = found.get("category", about.category if about else "other")
     if not isinstance(category, str) or not category.strip():
         raise ATVError(f"{file} has category {category!r}; expected some text, or no category.")
-    return Task(name, tuple(templates or _templates(name, folder, about)), **splits, category=category)
+    prefixes = found.get("answer_prefixes", list(ANSWER_PREFIXES))
+    if not isinstance(prefixes, list) or not all(prefix is None or isinstance(prefix, str) for prefix in prefixes):
+        raise ATVError(f'{file} has answer_prefixes {prefixes!r}; expected a list such as ["A:"], or [null] for none.')
+    return Task(
+        name,
+        tuple(templates or _templates(name, folder, about)),
+        **splits,
+        category=category,
+        answer_prefixes=tuple(prefixes),
+    )
 
 
 def _rows(rows: Any, split: str, file: Path) -> tuple[Example, ...]:

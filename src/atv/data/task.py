@@ -7,29 +7,19 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from atv.data.render import INPUT, Example, Renderer, RendererFactory, Template, query_template, renderer_name
 from atv.errors import ATVError, unknown
 
 ANSWER_PREFIXES = ("A:", "Answer:", "The answer is")
-"""What may stand before the answer (section 3 of the paper); evaluation uses all of them."""
-TRAIN_PREFIX = ANSWER_PREFIXES[0]
-"""The only one used in training."""
+"""What may stand before the answer (section 3 of the paper). Training uses the first one, evaluation all of them."""
 UNSEEN = "Unseen"
 """Category of the tasks that are not trained on unless they are named; they have no part in a table's mean."""
 VARIANTS = ("all", "diagonal", "first")
 SPLITS = ("train", "valid", "test")
 ENOUGH_TO_JUDGE = 10
 """Fewer test rows than this may share an answer by chance; at this many it is a hidden-label split."""
-
-
-class Example(NamedTuple):
-    """One row of a task."""
-
-    input: str
-    """The query: what the generator reads, and what fills the template that the LLM reads."""
-    output: str
-    """The answer that a model should give."""
 
 
 def composed(name: str) -> str:
@@ -53,10 +43,10 @@ def not_text(where: str, key: str, value: object) -> ATVError:
 
 
 class Variant(NamedTuple):
-    """One way to ask: the number of a template and an answer prefix."""
+    """The name of one of a task's renderers in records: the number of its template, and its answer prefix."""
 
     template: int
-    answer_prefix: str
+    answer_prefix: str | None
 
 
 @dataclass(frozen=True)
@@ -67,7 +57,8 @@ class Task:
 
     Raises:
         ATVError: a split is empty, an input or output is neither text nor a whole number, a template has no {input}, an
-            input is in two splits, or all test answers are the same (a constant answer would then score 100).
+            answer prefix is blank, an input is in two splits, or all test answers are the same (a constant answer would
+            then score 100).
     """
 
     name: str
@@ -78,16 +69,14 @@ class Task:
     category: str = "other"
     options: tuple[str, ...] = field(default=())
     """Among which an answer is judged; if none are given, every answer that occurs in the task, sorted."""
+    answer_prefixes: tuple[str | None, ...] = ANSWER_PREFIXES
+    """What may stand before the answer, as `Template` takes it; training uses the first one."""
+    renderer: RendererFactory = Template
+    """Makes a renderer of each template and answer prefix."""
 
     def __post_init__(self) -> None:
         """Validate the data: no number measured on what is refused here would be honest."""
-        if not self.templates:
-            raise ATVError(f"Task {self.name}: no template; expected at least one with {{input}} in it.")
-        for template in self.templates:
-            if "{input}" not in template:
-                raise ATVError(
-                    f"Task {self.name}: the template {template!r} has no {{input}}; put {{input}} where the input goes."
-                )
+        self._check_ways()
         object.__setattr__(self, "name", composed(self.name))
         seen: dict[str, str] = {}
         for split in SPLITS:
@@ -110,25 +99,65 @@ class Task:
             answers = {row.output for split in SPLITS for row in getattr(self, split)}
             object.__setattr__(self, "options", tuple(sorted(answers)))
 
-    def prompt(self, query: str, variant: Variant) -> str:
-        """What the LLM reads: template with the query in it, a line break, the answer prefix."""
-        return f"{self.templates[variant.template].replace('{input}', query)}\n{variant.answer_prefix}"
+    def _check_ways(self) -> None:
+        """Raise ATVError for a template without {input}, a blank answer prefix, or none of either."""
+        if not self.templates:
+            raise ATVError(f"Task {self.name}: no template; expected at least one with {{input}} in it.")
+        for template in self.templates:
+            if INPUT not in template:
+                raise ATVError(
+                    f"Task {self.name}: the template {template!r} has no {{input}}; put {{input}} where the input goes."
+                )
+        blank = [prefix for prefix in self.answer_prefixes if prefix is not None and not prefix.strip()]
+        if blank or not self.answer_prefixes:
+            raise ATVError(
+                f"Task {self.name}: the answer prefixes are {list(self.answer_prefixes)}; expected at least one, each "
+                "some text, or None where nothing stands before the answer."
+            )
 
-    def variants(self, which: str = "all") -> list[Variant]:
-        """Ways to ask the task.
+    def renderers(self, which: str = "all", reads: str = "query") -> dict[Variant, Renderer]:
+        """Ways to ask the task in evaluation.
 
         Args:
             which: "all": every template with every answer prefix; "diagonal": every template once, each with the next
                 prefix; "first": the first template with the prefix of training.
+            reads: what the generator reads, as in `ATVConfig.reads`: "query", or "prompt", which is the query in the
+                first template with the prefix of training, whatever the LLM reads.
         """
         if which not in VARIANTS:
             raise unknown("variants", which, VARIANTS)
+        templates, prefixes = range(len(self.templates)), self.answer_prefixes
         if which == "first":
-            return [Variant(0, TRAIN_PREFIX)]
-        templates, prefixes = range(len(self.templates)), ANSWER_PREFIXES
-        if which == "diagonal":
-            return [Variant(template, prefixes[template % len(prefixes)]) for template in templates]
-        return [Variant(template, prefix) for template in templates for prefix in prefixes]
+            variants = [Variant(0, prefixes[0])]
+        elif which == "diagonal":
+            variants = [Variant(template, prefixes[template % len(prefixes)]) for template in templates]
+        else:
+            variants = [Variant(template, prefix) for template in templates for prefix in prefixes]
+        return {variant: self._renderer(variant, reads) for variant in variants}
+
+    def training_renderers(self, reads: str = "query") -> tuple[Renderer, ...]:
+        """Ways to ask the task in training: every template with the first answer prefix; `reads` as in `renderers`."""
+        return tuple(
+            self._renderer(Variant(template, self.answer_prefixes[0]), reads) for template in range(len(self.templates))
+        )
+
+    def _renderer(self, variant: Variant, reads: str) -> Renderer:
+        query = query_template(reads, self.templates[0], self.answer_prefixes[0])
+        made = self.renderer(self.templates[variant.template], variant.answer_prefix, query)
+        if not isinstance(made, Renderer):
+            raise ATVError(
+                f"Task {self.name}: its renderer makes a {type(made).__name__}; expected a hashable object with the "
+                "methods prompt and answer, such as a frozen dataclass (see atv.data.render.Renderer)."
+            )
+        return made
+
+    def asking(self) -> dict[str, Any]:
+        """How the task is asked, ready for JSON: templates, answer prefixes, and what renders them."""
+        return {
+            "templates": list(self.templates),
+            "answer_prefixes": list(self.answer_prefixes),
+            "renderer": renderer_name(self.renderer),
+        }
 
     def majority(self) -> float:
         """Share of the most frequent test answer: what a constant answer scores."""

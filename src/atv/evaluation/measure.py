@@ -74,7 +74,7 @@ def measure(
         adapter: for a method that needs one.
         shots: demonstrations; None: the method's own number, and none for a method that has none.
         seed: of what is drawn.
-        variants: as `Task.variants` takes it.
+        variants: as `Task.renderers` takes it.
         batch_size: prompts per call of the LLM.
         force: start over.
     """
@@ -97,7 +97,7 @@ def measure(
         "seed": seed,
         "adapter": artifact.identity(folder) if folder else None,
         "tasks": {task.name: f"{len(task.test)} rows, {task.digest('test')}" for task in tasks},
-        "templates": {task.name: list(task.templates) for task in tasks},
+        "asking": {task.name: task.asking() for task in tasks},
         "variants": variants,
         "metrics": {task: [metric.name for metric in some] for task, some in judged.items()},
     }

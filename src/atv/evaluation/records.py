@@ -22,7 +22,7 @@ ANALYSIS_FILE = "analysis.json"
 OTHERS_FILES = "predictions-*.jsonl"
 """Rows of the processes beside the main one, each in a file of its own, until the run is finished or continued."""
 
-Key = tuple[str, int, str, int]
+Key = tuple[str, int, str | None, int]
 """Task, template, answer prefix and example."""
 
 
@@ -34,7 +34,7 @@ class Row:
     category: str
     split: str
     template: int
-    answer_prefix: str
+    answer_prefix: str | None
     example: int
     """Its place among the task's test rows, or among those that `--test-rows` drew, in the order of the file."""
     target: str

@@ -5,12 +5,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from atv.data import Task, Variant
+from atv.data import Renderer, Task
+from atv.data.render import answer_ids
 from atv.errors import ATVError
 from atv.evaluation.metrics import Likelihoods, Need, NextToken
 from atv.lm.continuation import Continuation
 from atv.lm.hooks import base_llm
-from atv.lm.scoring import Options, answer_ids, longest_answer, task_options
+from atv.lm.scoring import Options, longest_answer, task_options
 from atv.methods.base import Choice
 from atv.progress import warn_once
 
@@ -19,7 +20,7 @@ MOST_TOKENS = 256
 
 
 class Requests:
-    """The requests about one task in one variant.
+    """The requests about one task, asked in one way.
 
     An answer is generated greedily. It ends at an end-of-text token, at a line break unless one of the task's answers
     has one, or with as many tokens as the task's longest answer has (`MOST_TOKENS` at most).
@@ -28,23 +29,23 @@ class Requests:
         llm: the LLM, whose end-of-text tokens are known.
         tokenizer: the LLM's.
         task: the task.
-        variant: how it is asked.
+        render: how it is asked.
         needs: of all metrics.
 
     Raises:
         ATVError: options are needed, and an answer is not an option or two options are the same tokens.
     """
 
-    def __init__(self, llm: nn.Module, tokenizer: Any, task: Task, variant: Variant, needs: Collection[Need]) -> None:
-        self.llm, self.tokenizer, self.variant, self.needs = llm, tokenizer, variant, frozenset(needs)
+    def __init__(self, llm: nn.Module, tokenizer: Any, task: Task, render: Renderer, needs: Collection[Need]) -> None:
+        self.llm, self.tokenizer, self.render, self.needs = llm, tokenizer, render, frozenset(needs)
         # Where only an answer is generated nothing is done for each option.
         options = self.needs & {"next_token", "loglikelihood"}
-        self.options: Options | None = task_options(tokenizer, task, variant) if options else None
+        self.options: Options | None = task_options(tokenizer, task, render) if options else None
         self._lines = any("\n" in option for option in task.options)
         self._ends = _end_ids(llm, tokenizer)
         self.limit = 1
         if "generate" in self.needs:
-            longest = longest_answer(tokenizer, task, variant)
+            longest = longest_answer(tokenizer, task, render)
             self.limit = min(longest, MOST_TOKENS)
             if longest > MOST_TOKENS:
                 warn_once(
@@ -104,7 +105,7 @@ class Requests:
         if "loglikelihood" in self.needs:
             found["loglikelihood"] = likelihoods
         if "next_token" in self.needs:
-            token = answer_ids(self.tokenizer, choice.answer, self.variant)[0]
+            token = answer_ids(self.tokenizer, self.render, (choice.answer,))[0][0]
             found["next_token"] = NextToken(token, choice.answer, likelihoods.best(), self.options)
         return found
 

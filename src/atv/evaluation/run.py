@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from atv.data import Task, Variant, findings, refuse_shared_inputs
+from atv.data import Renderer, Task, Variant, findings, refuse_shared_inputs
 from atv.data.collate import pad_id
 from atv.errors import ATVError
 from atv.evaluation.metrics import GENERATED, ExactMatch, Metric, Need, default_metric, load_metric
@@ -84,7 +84,7 @@ def evaluate(
         tasks: their test splits are asked.
         metrics: names, functions or `Metric`s, as `load_metric` takes them; None: each task's default.
         out: where rows go; the rows that it has already are not asked again. None: they are only returned.
-        variants: templates and answer prefixes, as `Task.variants` takes it.
+        variants: templates and answer prefixes, as `Task.renderers` takes it.
         batch_size: prompts per call of the LLM.
 
     Returns:
@@ -101,26 +101,27 @@ def evaluate(
         raise ATVError("Several processes share their rows through a run's folder; expected out, a RunWriter.")
     judged = metrics_of(method, tasks, metrics)
     refuse_shared_inputs(tasks)
+    renderers = {task.name: task.renderers(variants, method.reads) for task in tasks}
     for task in tasks:
         needs = {metric.needs for metric in judged[task.name]}
         encode = partial(option_ids, method.tokenizer, task)
         if "loglikelihood" in needs:
-            for variant in task.variants(variants):
-                encode(variant)  # refuses options that are the same tokens, before anything is asked
-        for finding in findings(task, encode if "next_token" in needs else None, task.variants(variants)):
+            for render in renderers[task.name].values():
+                encode(render)  # refuses options that are the same tokens, before anything is asked
+        for finding in findings(task, encode if "next_token" in needs else None, renderers[task.name]):
             warn_once(finding)
     rows: list[dict[str, Any]] = [] if out is None else out.rows
     append = out.append if out is not None else lambda some: rows.extend(map(asdict, some))
     done = {row_key(row) for row in rows}
-    work = [(task, variant) for task in tasks for variant in task.variants(variants)]
-    order = [(task.name, *variant, index) for task, variant in work for index in range(len(task.test))]
+    work = [(task, variant, render) for task in tasks for variant, render in renderers[task.name].items()]
+    order = [(task.name, *variant, index) for task, variant, _ in work for index in range(len(task.test))]
     mine = cycle([process == rank() for process in range(world_size())])
     with bar(f"{method.name}", len(order)) as progress:
         progress.advance(len(done))
-        for task, variant in work:
+        for task, variant, render in work:
             progress.describe(f"{method.name}: {task.name}")
             asked = {i for i in range(len(task.test)) if (task.name, *variant, i) in done}
-            _ask(method, task, variant, judged[task.name], asked, append, batch_size, progress, mine)
+            _ask(method, task, variant, render, judged[task.name], asked, append, batch_size, progress, mine)
     if out is not None:
         out.gather(order)
         rows = out.rows
@@ -147,6 +148,7 @@ def _ask(
     method: Method,
     task: Task,
     variant: Variant,
+    render: Renderer,
     metrics: Sequence[Metric],
     asked: Set[int],
     append: Append,
@@ -160,9 +162,9 @@ def _ask(
     """
     if len(asked) == len(task.test):
         return
-    requests = Requests(method.llm, method.tokenizer, task, variant, {metric.needs for metric in metrics})
+    requests = Requests(method.llm, method.tokenizer, task, render, {metric.needs for metric in metrics})
     began = time.perf_counter()
-    chosen = method.choose(task, task.test, variant)
+    chosen = method.choose(task, task.test, render)
     if chosen is not None:
         seconds = (time.perf_counter() - began) / len(chosen)
         for start in range(0, len(chosen), batch_size):
@@ -172,7 +174,7 @@ def _ask(
                 append([_row_of(requests, metrics, task, variant, index, chosen[index], seconds) for index in batch])
         return
     began = time.perf_counter()
-    prompts = method.prompts(task, task.test, variant)
+    prompts = method.prompts(task, task.test, render)
     encoded = [prompt.ids for prompt in prompts]
     seconds_before = time.perf_counter() - began
     _check_lengths(method, task, encoded, requests.read_after)
@@ -189,7 +191,7 @@ def _ask(
         began = time.perf_counter()
         inputs, past = shared.inputs([encoded[index] for index in batch], pad_id(method.tokenizer))
         inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-        with method.steer(task, [task.test[index] for index in batch]), shared.attention():
+        with method.steer([prompts[index] for index in batch]), shared.attention():
             output = call_llm(
                 method.llm,
                 keep=1,

@@ -13,7 +13,8 @@ from transformers.utils.generic import ModelOutput
 
 from atv.config import Positions, TrainConfig
 from atv.data import Task
-from atv.data.collate import IGNORED, Collator, EncodedRow, Row, encode_pair, encode_prompt, left_padded, pad_id
+from atv.data.collate import IGNORED, Collator, EncodedRow, Row, left_padded, pad_id
+from atv.data.render import Prompt, plain_prompt
 from atv.errors import ATVError
 from atv.lm.hooks import base_llm, input_device, keep_differentiable, uncompiled, unregistered
 from atv.lm.load import context_length, load_tokenizer
@@ -85,6 +86,11 @@ class Trainable(nn.Module, ABC):
     llm: nn.Module
     edited: int | None = None
     """How many of a prompt's last tokens have states that depend on what is learned; None: any may."""
+
+    @property
+    def reads(self) -> str:
+        """What is read of an example beside its prompt, as `Task.renderers` takes it."""
+        return "query"
 
     def __init__(self, llm: nn.Module, tokenizer: Any = None) -> None:
         super().__init__()
@@ -173,32 +179,45 @@ class Trainable(nn.Module, ABC):
 
     # ---- texts to tensors ----
 
-    def encode_query(self, row: Row) -> list[int]:
-        """What is read of a row beside its prompts, as ids; nothing, unless a method says otherwise."""
-        del row
+    def encode_query(self, query: str, task: str) -> list[int]:
+        """What is read of a row beside its prompts, as ids; nothing, unless a method says otherwise.
+
+        Args:
+            query: `Prompt.query`.
+            task: name of the row's task.
+        """
+        del query, task
         return [0]
 
     def encode_row(self, row: Row) -> EncodedRow:
         """A training row as token ids; raises ATVError if a prompt and its answer exceed the LLM's context."""
-        pairs = [encode_pair(self.tokenizer, prompt, row.answer) for prompt in row.prompts]
-        for prompt, answer in pairs:
-            self._check_length(len(prompt) + len(answer), row.prompts[0])
-        return EncodedRow(self.encode_query(row), pairs)
+        prompts = [render.prompt(self.tokenizer, row.example) for render in row.renderers]
+        pairs = []
+        for render, prompt in zip(row.renderers, prompts, strict=True):
+            answer = render.answer(self.tokenizer, prompt, row.example.output)
+            self._check_length(prompt, len(answer))
+            pairs.append((prompt.ids, answer))
+        return EncodedRow(self.encode_query(prompts[0].query, row.task), pairs)
 
-    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Prompts as left-padded model inputs on the LLM's device: `input_ids`, `attention_mask`, `position_ids`."""
-        encoded = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
-        for ids, prompt in zip(encoded, prompts, strict=True):
-            self._check_length(len(ids), prompt)
+    def encode_prompts(self, prompts: Sequence[Prompt | str]) -> dict[str, Tensor]:
+        """Prompts as left-padded model inputs on the LLM's device: `input_ids`, `attention_mask`, `position_ids`.
+
+        Args:
+            prompts: from a renderer, or texts that are read as they are.
+        """
+        read = [plain_prompt(self.tokenizer, each) if isinstance(each, str) else each for each in prompts]
+        for prompt in read:
+            self._check_length(prompt)
         device = input_device(self.llm)
-        return {name: tensor.to(device) for name, tensor in left_padded(encoded, pad_id(self.tokenizer)).items()}
+        inputs = left_padded([prompt.ids for prompt in read], pad_id(self.tokenizer))
+        return {name: tensor.to(device) for name, tensor in inputs.items()}
 
-    def _check_length(self, tokens: int, prompt: str) -> None:
-        limit = context_length(self.llm)
+    def _check_length(self, prompt: Prompt, more: int = 0) -> None:
+        limit, tokens = context_length(self.llm), len(prompt.ids) + more
         if limit is not None and tokens > limit:
             raise ATVError(
-                f"A prompt has {tokens} tokens and the LLM's context is {limit}; shorten or drop it. It begins: "
-                f"{prompt[:60]!r}."
+                f"A prompt has {tokens} tokens and the LLM's context is {limit}; shorten or drop it. The generator "
+                f"reads of it: {prompt.query[:60]!r}."
             )
         if tokens == 0:
             raise ATVError("A prompt is empty; expected some text.")

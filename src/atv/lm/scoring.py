@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atv.data import TRAIN_PREFIX, Task, Variant, shared_beginnings
-from atv.data.collate import encode_answers
+from atv.data import Renderer, Task, shared_beginnings
+from atv.data.render import answer_ids
 from atv.errors import ATVError
 from atv.progress import warn_once
 
@@ -146,8 +146,8 @@ def _refuse_equal(texts: Sequence[str], ids: Sequence[Prefix]) -> None:
         )
 
 
-def task_options(tokenizer: Any, task: Task, variant: Variant) -> Options:
-    """The options of a task as they follow its prompts in a variant; encoded once for each answer prefix.
+def task_options(tokenizer: Any, task: Task, render: Renderer) -> Options:
+    """The options of a task as they follow the prompts of a renderer; encoded once for each.
 
     Raises:
         ATVError: one of its answers is not an option, or two options are the same tokens.
@@ -158,47 +158,36 @@ def task_options(tokenizer: Any, task: Task, variant: Variant) -> Options:
             "name every answer that occurs, or leave options out."
         )
     try:
-        return _encoded(tokenizer, task.options, variant.answer_prefix)
+        return _encoded(tokenizer, render, task.options)
     except ATVError as error:
         raise ATVError(f"Task {task.name}: {error}") from None
 
 
-def option_ids(tokenizer: Any, task: Task, variant: Variant) -> list[Prefix]:
-    """The token ids of a task's options in a variant: what `tasks.findings` asks for."""
-    return task_options(tokenizer, task, variant).ids
+def option_ids(tokenizer: Any, task: Task, render: Renderer) -> list[Prefix]:
+    """The token ids of a task's options behind the prompts of a renderer: what `findings` asks for."""
+    return task_options(tokenizer, task, render).ids
 
 
-def answer_ids(tokenizer: Any, answer: str, variant: Variant) -> Prefix:
-    """The token ids of any one answer in a variant, an option of the task or not."""
-    return _ids(tokenizer, (answer,), variant.answer_prefix)[0]
-
-
-def longest_answer(tokenizer: Any, task: Task, variant: Variant) -> int:
-    """Tokens of the longest of a task's options in a variant."""
-    return max(map(len, _ids(tokenizer, task.options, variant.answer_prefix)))
+def longest_answer(tokenizer: Any, task: Task, render: Renderer) -> int:
+    """Tokens of the longest of a task's options behind the prompts of a renderer."""
+    return max(map(len, answer_ids(tokenizer, render, task.options)))
 
 
 @lru_cache(maxsize=256)
-def _ids(tokenizer: Any, texts: tuple[str, ...], answer_prefix: str) -> tuple[Prefix, ...]:
-    # A prompt's last line alone: what stands before a line break changes no token of an answer after it.
-    return tuple(map(tuple, encode_answers(tokenizer, f"\n{answer_prefix}", texts)[1]))
-
-
-@lru_cache(maxsize=256)
-def _encoded(tokenizer: Any, texts: tuple[str, ...], answer_prefix: str) -> Options:
-    return Options(texts, _ids(tokenizer, texts, answer_prefix))
+def _encoded(tokenizer: Any, render: Renderer, texts: tuple[str, ...]) -> Options:
+    return Options(texts, answer_ids(tokenizer, render, texts))
 
 
 def training_options(tokenizer: Any, task: Task) -> Options:
     """The options of a task as they follow the one answer prefix of training, in any template."""
-    return task_options(tokenizer, task, Variant(0, TRAIN_PREFIX))
+    return task_options(tokenizer, task, task.training_renderers()[0])
 
 
 def note_shared(tokenizer: Any, tasks: Sequence[Task]) -> None:
     """Tell who trains on tasks, once, how answers that begin with one token are judged."""
     for task in tasks:
         options = training_options(tokenizer, task)
-        for line in shared_beginnings(task, partial(option_ids, tokenizer, task), task.variants("first")):
+        for line in shared_beginnings(task, partial(option_ids, tokenizer, task), task.renderers("first")):
             warn_once(line)
         continued = [
             text for text, row in zip(options.texts, options.ids, strict=True) if options.judged[text] > len(row)

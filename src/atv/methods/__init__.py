@@ -5,7 +5,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from atv.methods.base import Choice, Method, Prompt
+    from atv.methods.base import Choice, Method
 
 
 class Registry(MutableMapping[str, "type[Method]"]):
@@ -64,7 +64,7 @@ METHODS = Registry(
 TRAINED = tuple(name for name in METHODS if name not in ("zero-shot", "icl", "bm25", "icl+atv"))
 """Those that `atv train` trains: the others learn nothing of their own."""
 
-__all__ = ["METHODS", "TRAINED", "Choice", "Method", "Prompt", "Registry"]
+__all__ = ["METHODS", "TRAINED", "Choice", "Method", "Registry"]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,13 +9,12 @@ from accelerate.utils import set_seed  # that of transformers imports peft, whic
 from torch import nn
 
 from atv.config import ATVConfig, Checked, TrainConfig
-from atv.data import Example, Task
+from atv.data import Prompt, Task
 from atv.doctor import model_summary
 from atv.lm.prefix_store import PrefixStore
 from atv.methods.base import Method
 from atv.model import ATVModel
 from atv.progress import log
-from atv.training.batches import generator_text
 
 
 class ATV(Method):
@@ -32,7 +31,7 @@ class ATV(Method):
     def __init__(self, atv: ATVModel) -> None:
         super().__init__(atv.llm, atv.tokenizer)
         self.atv = atv.eval()
-        self.edited = atv.positions.prompt_tokens
+        self.edited, self.reads = atv.positions.prompt_tokens, atv.reads
 
     @classmethod
     def fit(
@@ -74,6 +73,6 @@ class ATV(Method):
         """Its configuration and how it was trained."""
         return {"config": self.atv.config.to_dict(), "training": self.atv.training_summary}
 
-    def steer(self, task: Task, examples: Sequence[Example]) -> AbstractContextManager[Any]:
-        """Vectors made from what the generator reads of `examples`; `self` reads the very prompts."""
-        return self.atv.steer([generator_text(task, example.input, self.atv.config.reads) for example in examples])
+    def steer(self, prompts: Sequence[Prompt]) -> AbstractContextManager[Any]:
+        """Vectors made from what the generator reads of the prompts; `self` reads them as the LLM does."""
+        return self.atv.steer([prompt.query for prompt in prompts])

@@ -9,18 +9,9 @@ from typing import Any, ClassVar, NamedTuple, Self
 from torch import nn
 
 from atv.config import Checked, TrainConfig
-from atv.data import Example, Task, Variant
-from atv.data.collate import encode_prompt
+from atv.data import Example, Prompt, Renderer, Task
 from atv.errors import ATVError
 from atv.lm.prefix_store import PrefixStore
-
-
-class Prompt(NamedTuple):
-    """What the LLM reads for an example."""
-
-    ids: list[int]
-    demonstrations: int = 0
-    """How many stand before the query."""
 
 
 class Choice(NamedTuple):
@@ -49,6 +40,7 @@ class Method(ABC):
         tokenizer: the LLM's.
         edited: how many of a prompt's last tokens `steer` may change; None: any. What prompts share before them is
             read once, unsteered; a method whose `steer` does nothing says 0.
+        reads: what `steer` reads of a prompt (`Prompt.query`), as `Task.renderers` takes it: "query" or "prompt".
         shots: demonstrations asked for before each query; 0 on the class: a method that has none.
         seed: of what the method draws.
     """
@@ -59,6 +51,7 @@ class Method(ABC):
     search: ClassVar[dict[str, tuple[Any, ...]]] = {}
     serves: ClassVar[frozenset[str]] = frozenset({"next_token", "loglikelihood", "generate"})
     edited: int | None = None
+    reads: str = "query"
     shots: int = 0
     seed: int = 42
 
@@ -148,24 +141,24 @@ class Method(ABC):
         """What identifies this method in a record, ready for JSON."""
         return {}
 
-    def choose(self, task: Task, examples: Sequence[Example], variant: Variant) -> list[Choice] | None:
+    def choose(self, task: Task, examples: Sequence[Example], render: Renderer) -> list[Choice] | None:
         """The answers of a method that needs no next token of the LLM; None: the LLM answers its prompts.
 
-        Asked for all that a task is asked in a variant at once, as `prompts` is, which is then not called.
+        Called once for all examples that a task is asked with a renderer, as `prompts` is, which is then not called.
         """
-        del task, examples, variant
+        del task, examples, render
         return None
 
-    def prompts(self, task: Task, examples: Sequence[Example], variant: Variant) -> list[Prompt]:
-        """What the LLM reads for each of `examples`, which are all that a task is asked in a variant.
+    def prompts(self, task: Task, examples: Sequence[Example], render: Renderer) -> list[Prompt]:
+        """What the LLM reads for each of `examples`, which are all that a task is asked with this renderer.
 
         Of all at once, because what all of them begin with is read once: a method that must shorten one prompt can
         shorten them all alike. As token ids, because only those tell whether a prompt fits the LLM's context. The
         time that this takes is part of a query's seconds.
         """
-        return [Prompt(encode_prompt(self.tokenizer, task.prompt(example.input, variant))) for example in examples]
+        return [render.prompt(self.tokenizer, example)._replace(task=task.name) for example in examples]
 
-    def steer(self, task: Task, examples: Sequence[Example]) -> AbstractContextManager[Any]:
-        """What happens inside the LLM while it reads the prompts of `examples`, in their order."""
-        del task, examples
+    def steer(self, prompts: Sequence[Prompt]) -> AbstractContextManager[Any]:
+        """What happens inside the LLM while it reads these prompts, in this order."""
+        del prompts
         return nullcontext()

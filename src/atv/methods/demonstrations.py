@@ -7,32 +7,24 @@ from typing import Any
 
 from torch import nn
 
-from atv.data import Example, Task, Variant
-from atv.data.collate import encode_prompt
+from atv.data import Example, Prompt, Renderer, Task
 from atv.lm.load import context_length
 from atv.lm.scoring import longest_answer
-from atv.methods.base import Method, Prompt
-
-
-def with_demonstrations(task: Task, demonstrations: Sequence[Example], query: str, variant: Variant) -> str:
-    """The prompt of a query behind demonstrations in the same variant, a blank line between each and the next."""
-    asked = [f"{task.prompt(shown.input, variant)} {shown.output}" for shown in demonstrations]
-    return "\n\n".join([*asked, task.prompt(query, variant)])
+from atv.methods.base import Method
 
 
 def fitted(
-    llm: nn.Module, tokenizer: Any, task: Task, shown: Sequence[Example], example: Example, variant: Variant
+    llm: nn.Module, tokenizer: Any, task: Task, shown: Sequence[Example], example: Example, render: Renderer
 ) -> Prompt:
     """A query behind the last of the demonstrations in `shown`, as many as the LLM's context holds, if need be none."""
 
     def prompt(kept: int) -> Prompt:
-        text = with_demonstrations(task, shown[len(shown) - kept :], example.input, variant)
-        return Prompt(encode_prompt(tokenizer, text), kept)
+        return render.prompt(tokenizer, example, shown[len(shown) - kept :])._replace(task=task.name)
 
     whole, limit = prompt(len(shown)), context_length(llm)
     if limit is None:
         return whole
-    limit -= longest_answer(tokenizer, task, variant)  # there must be room for any answer
+    limit -= longest_answer(tokenizer, task, render)  # there must be room for any answer
     if len(whole.ids) <= limit:
         return whole
     # Each demonstration makes a prompt longer: few of the counts need to be tried.
@@ -53,10 +45,10 @@ class Demonstrated(Method):
     def demonstrations(self, task: Task, examples: Sequence[Example]) -> list[list[Example]]:
         """The training examples to stand before each of `examples`; the last one is the nearest to the query."""
 
-    def prompts(self, task: Task, examples: Sequence[Example], variant: Variant) -> list[Prompt]:
+    def prompts(self, task: Task, examples: Sequence[Example], render: Renderer) -> list[Prompt]:
         """Each query behind as many of its demonstrations as fit."""
         chosen = self.demonstrations(task, examples)
         return [
-            fitted(self.llm, self.tokenizer, task, shown, example, variant)
+            fitted(self.llm, self.tokenizer, task, shown, example, render)
             for shown, example in zip(chosen, examples, strict=True)
         ]

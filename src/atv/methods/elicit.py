@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from atv import artifact
 from atv.config import EMBEDDED_GENERATOR, REGIONS, ATVConfig, Checked, Positions, TrainConfig
-from atv.data import Example, Task
+from atv.data import Prompt, Task
 from atv.errors import unknown
 from atv.files import write_bytes
 from atv.lm import identity
@@ -143,10 +143,9 @@ class Elicit(Method):
         names = list(self.training["tasks"])
         return [names[number] for number in self.retriever.tasks.tolist()]
 
-    def steer(self, task: Task, examples: Sequence[Example]) -> AbstractContextManager[Any]:
-        """The retrieved states, at their layers. What is retrieved depends on the inputs of `examples` alone."""
-        del task
-        picked = self.retriever.pick([example.input for example in examples]).to(self.states.device)  # (queries,)
+    def steer(self, prompts: Sequence[Prompt]) -> AbstractContextManager[Any]:
+        """The retrieved states, at their layers. What is retrieved depends on the queries alone."""
+        picked = self.retriever.pick([prompt.query for prompt in prompts]).to(self.states.device)  # (queries,)
         used = self._added[picked].any(0).nonzero()[:, 0]
         layers = [self._layers[index] for index in used.tolist()]
         added = self._added[picked][:, used, None]
@@ -198,7 +197,7 @@ def _save(
         for number, task in enumerate(tasks)
     ]
     summary = {
-        "tasks": {task.name: list(task.templates) for task in tasks},
+        "tasks": {task.name: task.asking() for task in tasks},
         "seed": seed,
         "best_layers": {task.name: made.layers.tolist() for task, made in zip(tasks, library, strict=True)}
         if config.layers == BEST

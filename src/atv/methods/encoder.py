@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from atv import artifact
 from atv.config import EMBEDDED_GENERATOR, ATVConfig, Checked, Positions, TrainConfig
-from atv.data import Example, Task, Variant
+from atv.data import Example, Renderer, Task
 from atv.data.collate import Collator, EncodedRow, Row, pad, pad_id
 from atv.errors import ATVError
 from atv.generator import Generator
@@ -123,14 +123,14 @@ class EncoderModel(Trainable):
 
     # ---- texts to tensors ----
 
-    def encode_query(self, row: Row) -> list[int]:
+    def encode_query(self, query: str, task: str) -> list[int]:
         """The number of its task, and its query's tokens."""
-        return [self.tasks.index(row.task), *self.generator.encode([row.query])[0]]
+        return [self.tasks.index(task), *self.generator.encode([query])[0]]
 
     def encode_row(self, row: Row) -> EncodedRow:
         """As long as its query, with the number of its answer: no prompt is read."""
-        query = self.encode_query(row)
-        return EncodedRow(query, [([0] * len(query), [self.all_answers.index(row.answer)])])
+        query = self.encode_query(row.example.input, row.task)
+        return EncodedRow(query, [([0] * len(query), [self.all_answers.index(row.example.output)])])
 
     def collator(self) -> Collator:
         """Makes the batches that `forward` takes from `encode_row`'s rows."""
@@ -272,9 +272,9 @@ class Encoder(Method):
         """Its configuration and how it was trained."""
         return {"config": self.model.config.to_dict(), "training": self.model.training_summary}
 
-    def choose(self, task: Task, examples: Sequence[Example], variant: Variant) -> list[Choice]:
+    def choose(self, task: Task, examples: Sequence[Example], render: Renderer) -> list[Choice]:
         """Among the answers of a task that was trained on, else among all."""
-        del variant
+        del render
         scores, answers = self.model.scores([example.input for example in examples]), self.model.all_answers
         if task.name in self.model.answers:
             own = self.model.answers[task.name]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from atv.config import Positions
-from atv.data import TRAIN_PREFIX, Example, Task, Variant
-from atv.data.collate import IGNORED, Collator, EncodedRow, encode_pair, left_padded, like_lengths, pad_id
+from atv.data import Example, Prompt, Task
+from atv.data.collate import IGNORED, Collator, EncodedRow, left_padded, like_lengths, pad_id
 from atv.errors import ATVError
 from atv.lm.frozen import answer_loss
 from atv.lm.hooks import capture_outputs, decoder_layers, input_device, read_up_to
@@ -17,7 +17,6 @@ from atv.lm.load import context_length
 from atv.lm.prefix import ReadPrefix, as_cache, call_llm, full_sides, read_prefix, steered_logits
 from atv.lm.scoring import answers_right, training_options
 from atv.lm.spans import Known
-from atv.methods.base import Prompt
 from atv.methods.demonstrations import fitted
 from atv.steer import AddVectors, steer
 
@@ -50,13 +49,12 @@ def exemplar_prompts(
     """
     draw = random.Random(f"{seed} {task.name}")
     rows = draw.sample(range(len(task.train)), len(task.train))
-    prompts = []
+    prompts, renderers = [], task.training_renderers()
     for number in range(count):
         asked = rows[number % len(rows)]
         others = [row for index, row in enumerate(task.train) if index != asked]
         shown = draw.sample(others, min(shots, len(others)))
-        variant = Variant(number % len(task.templates), TRAIN_PREFIX)
-        prompt = fitted(llm, tokenizer, task, shown, task.train[asked], variant)
+        prompt = fitted(llm, tokenizer, task, shown, task.train[asked], renderers[number % len(renderers)])
         check_length(llm, task, "train", prompt.ids)
         prompts.append((asked, prompt))
     return prompts
@@ -96,9 +94,14 @@ def last_states(llm: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]]
     return torch.stack([read[tuple(ids)] for ids in prompts])
 
 
-def in_turn(task: Task, rows: Sequence[Example]) -> list[str]:
-    """Prompts of rows with the answer prefix of training, the task's templates taking turns."""
-    return [task.prompt(row.input, Variant(n % len(task.templates), TRAIN_PREFIX)) for n, row in enumerate(rows)]
+def in_turn(tokenizer: Any, task: Task, rows: Sequence[Example]) -> list[tuple[list[int], list[int]]]:
+    """Prompts and answers of rows as token ids, the ways to ask in training taking turns."""
+    pairs, renderers = [], task.training_renderers()
+    for number, row in enumerate(rows):
+        render = renderers[number % len(renderers)]
+        prompt = render.prompt(tokenizer, row)
+        pairs.append((prompt.ids, render.answer(tokenizer, prompt, row.output)))
+    return pairs
 
 
 @torch.no_grad()
@@ -132,9 +135,8 @@ def layer_scores(
     """
     told_apart, asked = training_options(tokenizer, task).judged, []
     some_rows = task.valid[:rows]
-    for row, text in zip(some_rows, in_turn(task, some_rows), strict=True):
+    for row, (prompt, answer) in zip(some_rows, in_turn(tokenizer, task, some_rows), strict=True):
         tokens = told_apart[row.output]
-        prompt, answer = encode_pair(tokenizer, text, row.output)
         asked.append(EncodedRow([0], [(prompt, answer[:tokens])], tokens))
         check_length(llm, task, "valid", prompt + answer[: tokens - 1])
     inputs = Collator(LAST, pad_id(tokenizer), 0)(asked)  # each (rows, seq)

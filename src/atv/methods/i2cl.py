@@ -34,8 +34,8 @@ from torch import Tensor, nn
 
 from atv import artifact
 from atv.config import Checked, Positions, TrainConfig
-from atv.data import Example, Task
-from atv.data.collate import Row, left_padded, pad_id
+from atv.data import Prompt, Task
+from atv.data.collate import left_padded, pad_id
 from atv.errors import ATVError
 from atv.lm import identity
 from atv.lm.frozen import AnswerLoss, Trainable, plain_loss
@@ -134,7 +134,7 @@ class I2CLModel(Trainable):
                 pairs = [self.encode_row(row).pairs for row in shown]
                 read = [of_row[index % len(of_row)] for index, of_row in enumerate(pairs)]
                 contexts[task.name] = self._context([prompt + answer for prompt, answer in read])
-                queries[task.name] = self._states([row.query for row in shown])
+                queries[task.name] = self._states([row.example.input for row in shown])
                 progress.advance()
         return self.hold(contexts, queries)
 
@@ -179,11 +179,14 @@ class I2CLModel(Trainable):
             states.append(captured[0][:, -1].float().to(self.coefficients.device))
         return nn.functional.normalize(torch.cat(states), dim=-1)
 
-    def tasks_of(self, task: str, queries: Sequence[str]) -> Tensor:
-        """Whose context vectors queries of a task take, (queries,): its own, or where it has none the most similar."""
-        if task in self.tasks:
-            return torch.full((len(queries),), self.tasks.index(task), device=self.owners.device)
-        return self.owners[(self._states(queries) @ self.queries.T).argmax(1)]
+    def tasks_of(self, prompts: Sequence[Prompt]) -> Tensor:
+        """Whose context vectors prompts take, (prompts,): their task's, or where it has none the most similar."""
+        found = torch.tensor([self.tasks.index(p.task) if p.task in self.tasks else -1 for p in prompts])
+        found = found.to(self.owners.device)
+        if (found < 0).any():
+            states = self._states([p.query for p in prompts if p.task not in self.tasks])
+            found[found < 0] = self.owners[(states @ self.queries.T).argmax(1)]
+        return found
 
     # ---- injection ----
 
@@ -191,9 +194,10 @@ class I2CLModel(Trainable):
         """What mixes the context vectors of `tasks`, (rows,), into what attention and MLP return at every token."""
         return MixContext(self, tasks)
 
-    def encode_query(self, row: Row) -> list[int]:
+    def encode_query(self, query: str, task: str) -> list[int]:
         """The number of its task."""
-        return [self.tasks.index(row.task)]
+        del query
+        return [self.tasks.index(task)]
 
     def forward(
         self,
@@ -336,7 +340,7 @@ class I2CL(Method):
         """Its configuration and how it was trained."""
         return {"config": self.model.config.to_dict(), "training": self.model.training_summary}
 
-    def steer(self, task: Task, examples: Sequence[Example]) -> AbstractContextManager[Any]:
-        """The task's context vectors; for a task that was not trained on, those chosen by the inputs of `examples`."""
-        edit = self.model.edit(self.model.tasks_of(task.name, [example.input for example in examples]))
-        return steer(self.llm, edit, Tracked(len(examples), edit.positions))
+    def steer(self, prompts: Sequence[Prompt]) -> AbstractContextManager[Any]:
+        """The context vectors of each prompt's task; for a task that was not trained on, those chosen by the query."""
+        edit = self.model.edit(self.model.tasks_of(prompts))
+        return steer(self.llm, edit, Tracked(len(prompts), edit.positions))

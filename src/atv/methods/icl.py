@@ -3,15 +3,14 @@
 import random
 from collections.abc import Sequence
 
-from atv.data import Example, Task, Variant
-from atv.methods.base import Prompt
+from atv.data import Example, Prompt, Renderer, Task
 from atv.methods.demonstrations import Demonstrated, fitted
 
 
 class ICL(Demonstrated):
     """Demonstrations drawn by the run's seed and the task's name.
 
-    All prompts of a task and variant begin with the same demonstrations, whose keys and values are thus made once.
+    All prompts of a task and renderer begin with the same demonstrations, whose keys and values are thus made once.
     """
 
     name = "icl"
@@ -22,14 +21,14 @@ class ICL(Demonstrated):
         drawn = draw.sample(task.train, min(self.shots, len(task.train)))
         return [drawn] * len(examples)
 
-    def prompts(self, task: Task, examples: Sequence[Example], variant: Variant) -> list[Prompt]:
+    def prompts(self, task: Task, examples: Sequence[Example], render: Renderer) -> list[Prompt]:
         """Every query behind as many demonstrations as fit before the longest: else prompts would begin differently."""
         drawn = self.demonstrations(task, examples)[0]
         longest = max(examples, key=lambda example: len(example.input))  # in characters: a guess, corrected below
-        kept = fitted(self.llm, self.tokenizer, task, drawn, longest, variant).demonstrations
+        kept = fitted(self.llm, self.tokenizer, task, drawn, longest, render).demonstrations
         while True:
             shown = drawn[len(drawn) - kept :]
-            prompts = [fitted(self.llm, self.tokenizer, task, shown, example, variant) for example in examples]
+            prompts = [fitted(self.llm, self.tokenizer, task, shown, example, render) for example in examples]
             least = min(prompt.demonstrations for prompt in prompts)
             if least == kept:
                 return prompts

@@ -26,8 +26,7 @@ from torch import Tensor, nn
 
 from atv import artifact
 from atv.config import ATVConfig, Checked, Positions, TrainConfig
-from atv.data import TRAIN_PREFIX, Example, Task, Variant
-from atv.data.collate import encode_prompt
+from atv.data import Prompt, Task
 from atv.files import write_bytes
 from atv.lm import identity
 from atv.lm.hooks import decoder_layers, input_device
@@ -162,7 +161,7 @@ class Linear(Method):
             at[ALL] = torch.cat([s for s, _ in at.values()]), torch.cat([e for _, e in at.values()])
             maps = {name: fit(s, e, ridges[place]) for name, (s, e) in at.items()}
             summary = {
-                "tasks": {task.name: list(task.templates) for task in tasks},
+                "tasks": {task.name: task.asking() for task in tasks},
                 "seed": train.seed,
                 "layer": layers[where],
                 "ridge": ridges[place],
@@ -198,10 +197,11 @@ class Linear(Method):
         """Its configuration, and what validation rows have chosen."""
         return {"config": self.config.to_dict(), "training": self.training}
 
-    def steer(self, task: Task, examples: Sequence[Example]) -> AbstractContextManager[Any]:
-        """The task's map; for a task that was not trained on that of all training rows."""
-        edit = AddEffect([self.layer], self.maps.get(task.name, self.maps[ALL]), self.config.scale)
-        return steer(self.llm, edit, Tracked(len(examples), edit.positions))
+    def steer(self, prompts: Sequence[Prompt]) -> AbstractContextManager[Any]:
+        """The map of each prompt's task; for a task that was not trained on that of all training rows."""
+        maps = [self.maps.get(prompt.task, self.maps[ALL]) for prompt in prompts]
+        edit = AddEffect([self.layer], maps, self.config.scale)
+        return steer(self.llm, edit, Tracked(len(prompts), edit.positions))
 
 
 @dataclass
@@ -209,7 +209,8 @@ class AddEffect:
     """Adds what demonstrations would change, told from the prompt's own state at the layer. An `Edit`."""
 
     sites: Sequence[nn.Module]
-    made: Ridge
+    maps: Sequence[Ridge]
+    """Of each prompt, which may have several rows, one prompt after the other."""
     scale: float
     positions: Positions = field(default_factory=lambda: Positions.parse("last"))
 
@@ -217,8 +218,13 @@ class AddEffect:
         """Hidden states (rows, seq, hidden), edited at each prompt's last token."""
         del site
         assert span.ends is not None  # a call that edits a prompt's last token holds it
-        states = at_ends(hidden, span.ends).to(self.made.mean)  # (rows, hidden)
-        return add_from(span, hidden, self.made.effects(states), self.scale)
+        states = at_ends(hidden, span.ends).to(self.maps[0].mean)  # (rows, hidden)
+        of_prompts = states.unflatten(0, (len(self.maps), -1))  # (prompts, rows of each, hidden)
+        effects = torch.empty_like(of_prompts)
+        for made in {id(each): each for each in self.maps}.values():
+            rows = torch.tensor([each is made for each in self.maps], device=states.device)
+            effects[rows] = made.effects(of_prompts[rows])
+        return add_from(span, hidden, effects.flatten(0, 1), self.scale)
 
 
 def _read(
@@ -231,10 +237,7 @@ def _read(
     file = parts / f"{task.name}.safetensors"
     if not file.exists():
         shown = exemplar_prompts(llm, tokenizer, task, len(task.train), shots, seed)
-        plain = []
-        for number, (row, _) in enumerate(shown):
-            variant = Variant(number % len(task.templates), TRAIN_PREFIX)
-            plain.append(encode_prompt(tokenizer, task.prompt(task.train[row].input, variant)))
+        plain = [prompt for prompt, _ in in_turn(tokenizer, task, [task.train[row] for row, _ in shown])]
         read = {
             "without": last_states(llm, tokenizer, plain)[:, layers],
             "with": last_states(llm, tokenizer, [prompt.ids for _, prompt in shown])[:, layers],
@@ -255,7 +258,7 @@ def _scores(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """How well validation rows are answered, for each ridge and layer: as `layer_scores` says."""
-    prompts = [encode_prompt(tokenizer, text) for text in in_turn(task, task.valid)]
+    prompts = [prompt for prompt, _ in in_turn(tokenizer, task, task.valid)]
     for ids in prompts:
         check_length(llm, task, "valid", ids)
     asked = last_states(llm, tokenizer, prompts)[:, layers].float()  # (valid, layers, hidden)

@@ -1,7 +1,7 @@
 """Probe: logistic regression on a frozen state of the query. What can be told from it without any steering?
 
 The state is that of a generator, which reads the query as it is (mean pooling), or the frozen LLM's own: what one
-decoder layer gives out at the last token of the prompt (the task's first template, whatever the variant).
+decoder layer gives out at the last token of the prompt (the task's first template, whatever is asked).
 
 Each task that is trained on has a classifier of its own over its training answers; a query of any other task is
 answered by one over all of them. States are standardised with the training rows' mean and deviation. The penalty, the
@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from atv import adapter as adapters
 from atv import artifact
 from atv.config import EMBEDDED_GENERATOR, Checked, TrainConfig
-from atv.data import TRAIN_PREFIX, Example, Task, Variant
-from atv.data.collate import encode_prompt
+from atv.data import Example, Renderer, Task
 from atv.errors import ATVError, unknown
 from atv.lm import identity
 from atv.lm.hooks import input_device, text_config
@@ -156,8 +155,8 @@ class Reader:
         """What the LLM reads of rows, in the first template, as token ids; empty if it reads nothing."""
         if self.generator is not None:
             return [[] for _ in rows]
-        texts = [task.prompt(row.input, Variant(0, TRAIN_PREFIX)) for row in rows]
-        encoded = [encode_prompt(self.tokenizer, text) for text in texts]
+        render = task.training_renderers()[0]
+        encoded = [render.prompt(self.tokenizer, row).ids for row in rows]
         for ids in encoded:
             check_length(self.llm, task, split, ids)
         return encoded
@@ -237,7 +236,7 @@ class Probe(Method):
             learnt = {task.name: fit(each, penalty) for task, each in zip(tasks, train_rows, strict=True)}
             learnt[ALL] = fit(joined[0], joint_penalty)
             summary = {
-                "tasks": {task.name: list(task.templates) for task in tasks},
+                "tasks": {task.name: task.asking() for task in tasks},
                 "penalty": penalty,
                 "penalty_over_all_answers": joint_penalty,
                 "layer": reader.number(layer),
@@ -287,9 +286,9 @@ class Probe(Method):
         """Its configuration, and what validation rows have chosen."""
         return {"config": self.config.to_dict(), "training": self.training}
 
-    def choose(self, task: Task, examples: Sequence[Example], variant: Variant) -> list[Choice]:
+    def choose(self, task: Task, examples: Sequence[Example], render: Renderer) -> list[Choice]:
         """By the task's own classifier; for a task that was not trained on by that over all answers."""
-        del variant
+        del render
         answers, classifier = self.classifiers.get(task.name, self.classifiers[ALL])
         prompts = self.reader.prompts(task, "test", examples)
         states = self.reader.states(examples, prompts)[:, 0].float()

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from string import ascii_uppercase
 from typing import Any
 
-from atv.data.task import Example
+from atv.data.render import Example
 from atv.errors import ATVError
 
 Row = Mapping[str, Any]

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from atv.data.task import Example, Task
+from atv.data.render import Example
+from atv.data.task import Task
 from atv.errors import ATVError, unknown
 from atv.files import write_json
 from atv.paper import layouts

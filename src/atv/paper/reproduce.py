@@ -141,7 +141,7 @@ def _open(
         **frozen.described(),
         "batch_size": batch_size,
         "tasks": {task.name: task.digest("train", "valid", "test") for task in tasks},
-        "templates": {task.name: task.templates for task in tasks},
+        "asking": {task.name: task.asking() for task in tasks},
     }
     learned: dict[str, Any] = {}
     for job, of in settings.items():
@@ -217,7 +217,7 @@ def _work(job: Job, profile: Profile, tasks: Sequence[Task], settings: Settings 
         return once * epochs * settings.train.templates_per_row * (1.5 if reads_once else 5)
     shots = asked.shots or profile.shots
     shown = shots if asked.method == "bm25" else 1 if METHODS[asked.method].shots else 0  # icl's are read once
-    once = sum(length[task.name] * len(task.test) * len(task.variants(profile.variants)) for task in tasks)
+    once = sum(length[task.name] * len(task.test) * len(task.renderers(profile.variants)) for task in tasks)
     return once * (1 + shown)
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch.utils.data import Dataset, Sampler
 
-from atv.data import TRAIN_PREFIX, Task, Variant
+from atv.data import Task
 from atv.data.collate import IGNORED, EncodedRow, Row
 
 PADDING = -1
@@ -45,18 +45,10 @@ class Rows(Dataset[EncodedRow]):
             yield from (asked[index] for index in range(len(self)))
 
 
-def training_rows(task: Task, split: str = "train") -> list[Row]:
-    """A task's rows with every template and the one answer prefix of training."""
-    variants = [Variant(template, TRAIN_PREFIX) for template in range(len(task.templates))]
-    return [
-        Row(row.input, tuple(task.prompt(row.input, variant) for variant in variants), row.output, task.name)
-        for row in getattr(task, split)
-    ]
-
-
-def generator_text(task: Task, query: str, reads: str) -> str:
-    """What a generator that reads the query, or the prompt, is given of one, in training and in use alike."""
-    return query if reads == "query" else task.prompt(query, Variant(0, TRAIN_PREFIX))
+def training_rows(task: Task, split: str = "train", reads: str = "query") -> list[Row]:
+    """A split's rows with every template and the answer prefix of training; `reads` as `Task.renderers` takes it."""
+    renderers = task.training_renderers(reads)
+    return [Row(example, renderers, task.name) for example in getattr(task, split)]
 
 
 class Batches(Sampler[int]):

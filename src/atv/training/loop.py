@@ -385,7 +385,7 @@ def training_settings(
         task.name: {
             "train": len(task.train),
             "valid": len(task.valid),
-            "templates": list(task.templates),
+            "asking": task.asking(),
             "digest": task.digest("train", "valid"),
         }
         for task in tasks
@@ -415,11 +415,11 @@ def former_record(out: Path, settings: dict[str, Any], force: bool) -> dict[str,
 
 def _encoded(model: Trainable, tasks: Sequence[Task], split: str) -> list[EncodedRow]:
     judged = {task.name: training_options(model.tokenizer, task).judged for task in tasks}
-    rows = [row for task in tasks for row in training_rows(task, split)]
+    rows = [row for task in tasks for row in training_rows(task, split, model.reads)]
     encoded = []
     with bar(f"tokenise {split}", len(rows)) if len(rows) >= 2000 else nullcontext() as progress:
         for row in rows:
-            encoded.append(replace(model.encode_row(row), judged=judged[row.task][row.answer]))
+            encoded.append(replace(model.encode_row(row), judged=judged[row.task][row.example.output]))
             if progress is not None:
                 progress.advance()
     return encoded
@@ -536,7 +536,7 @@ def _save(trainer: ATVTrainer, model: Trainable, record: dict[str, Any], out: Pa
     record |= {f"best_eval_{name}": kept.get(f"eval_{name}") for name in ("accuracy", "loss")}
     settings = record["settings"]
     model.training_summary = {
-        "tasks": {name: task["templates"] for name, task in settings["tasks"].items()},
+        "tasks": {name: task["asking"] for name, task in settings["tasks"].items()},
         "train": settings["train"],
         "best_step": record["best_step"],
         "best_eval_accuracy": record["best_eval_accuracy"],

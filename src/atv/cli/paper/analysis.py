@@ -75,7 +75,7 @@ def write_analysis(
         "adapter": artifact.identity(adapter),
         "elicit": artifact.identity(library) if library else None,
         "tasks": {task.name: task.digest("train", "test") for task in tasks},
-        "templates": {task.name: list(task.templates) for task in tasks},
+        "asking": {task.name: task.asking() for task in tasks},
     }
     seconds = round(time.perf_counter() - began, 3)
     about = {"schema": SCHEMA, "settings": settings, "seconds": seconds, "device": str(input_device(llm))}

@@ -13,7 +13,8 @@ from importlib.resources import files
 from itertools import pairwise
 from typing import Any
 
-from atv.data.task import UNSEEN, Example, Task
+from atv.data.render import Example
+from atv.data.task import UNSEEN, Task
 
 _NAMES = (
     "Ada",

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atv.data import TRAIN_PREFIX, Example, Task, Variant
+from atv.data import Example, Prompt, Task
 from atv.errors import ATVError
 from atv.lm.hooks import base_llm, decoder_layers
 from atv.lm.lens import Readout, top_tokens
@@ -18,7 +18,6 @@ from atv.paper.analysis.lens import layer_by_layer
 from atv.paper.analysis.norms import beside_residual, scaled_vectors
 from atv.paper.analysis.swapped import KINDS, exchanged
 from atv.progress import Bar, bar, log
-from atv.training.batches import generator_text
 
 NEIGHBOURS = 90
 """At most so many training rows of a task are neighbours: as many as the paper trains on."""
@@ -66,16 +65,16 @@ def analyse(
     entries = None if elicit is None else _entries(elicit, atv, tasks)
     one = Example(query, "") if query is not None else asked[0][1]
     neighbours = [(task, example) for task in drawn for example in task.train]
-    texts = [_read(atv, task, example) for task, example in asked]
+    prompts = [_prompt(atv, task, example) for task, example in asked]
+    texts = [prompt.query for prompt in prompts]
     with bar("analysis", (2 + len(KINDS)) * len(asked) + len(neighbours) + 2) as progress:
         progress.describe("analysis: vectors")
         vectors = _gathered(
-            atv, [*texts, _read(atv, tasks[0], one)], progress
+            atv, [*texts, _prompt(atv, tasks[0], one).query], progress
         )  # (queries + 1, layers, hidden), the last one's: `one`
         progress.describe("analysis: training queries")
-        cosines = _cosines(atv, vectors, [_read(atv, *row) for row in neighbours], progress)
+        cosines = _cosines(atv, vectors, [_prompt(atv, *row).query for row in neighbours], progress)
         progress.describe("analysis: residual stream")
-        prompts = [_prompt(task, example) for task, example in asked]
         beside = beside_residual(atv, prompts, vectors[:-1], progress)
         progress.describe("analysis: other vectors")
         own = vectors[:-1]
@@ -108,13 +107,9 @@ def analyse(
     return record
 
 
-def _prompt(task: Task, example: Example) -> str:
-    return task.prompt(example.input, Variant(0, TRAIN_PREFIX))
-
-
-def _read(atv: ATVModel, task: Task, example: Example) -> str:
-    """What the generator reads of an example."""
-    return generator_text(task, example.input, atv.config.reads)
+def _prompt(atv: ATVModel, task: Task, example: Example) -> Prompt:
+    """An example in the task's first template."""
+    return task.training_renderers(atv.reads)[0].prompt(atv.tokenizer, example)
 
 
 def _about(task: Task, atv: ATVModel) -> dict[str, Any]:
@@ -237,9 +232,10 @@ def _lens(
 
     Where the lens cannot be read, `lens` and the query's `layers` are None, and `no_lens` says why.
     """
-    prompt = _prompt(tasks[0], one)
+    prompt = _prompt(atv, tasks[0], one)
     inputs = atv.encode_prompts([prompt])
-    query: dict[str, Any] = {"task": tasks[0].name, "query": one.input, "prompt": prompt, "layers": None}
+    query: dict[str, Any] = {"task": tasks[0].name, "query": one.input, "layers": None}
+    query["prompt"] = atv.tokenizer.decode(prompt.ids, skip_special_tokens=True)
     try:
         readout = Readout(atv.llm, inputs, atv.config.layer_path)
     except ATVError as error:

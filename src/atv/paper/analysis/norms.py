@@ -1,10 +1,11 @@
 """How large the vectors are beside what they are added to."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 
 import torch
 from torch import Tensor
 
+from atv.data import Prompt
 from atv.data.collate import edit_mask
 from atv.lm.hooks import capture_outputs
 from atv.lm.prefix import call_llm
@@ -15,8 +16,8 @@ AT_ONCE = 8
 """Texts that a model reads together."""
 
 
-def batches(texts: Sequence[str]) -> Iterator[list[int]]:
-    """Places of texts that are read together: of like lengths, for little padding."""
+def batches(texts: Sequence[Sized]) -> Iterator[list[int]]:
+    """Places of texts, or token ids, that are read together: of like lengths, for little padding."""
     by_length = sorted(range(len(texts)), key=lambda index: len(texts[index]))
     for start in range(0, len(texts), AT_ONCE):
         yield by_length[start : start + AT_ONCE]
@@ -31,7 +32,7 @@ def scaled_vectors(atv: ATVModel, queries: Sequence[str], progress: Bar) -> Iter
 
 
 @torch.no_grad()
-def beside_residual(atv: ATVModel, prompts: Sequence[str], vectors: Tensor, progress: Bar) -> dict[str, Tensor]:
+def beside_residual(atv: ATVModel, prompts: Sequence[Prompt], vectors: Tensor, progress: Bar) -> dict[str, Tensor]:
     """The unsteered residual stream at the tokens that would be edited, and the vectors beside it.
 
     Args:
@@ -45,7 +46,7 @@ def beside_residual(atv: ATVModel, prompts: Sequence[str], vectors: Tensor, prog
         norm of what the layer gives out; `ratio`, the vector's norm as a share of that; `cosine` of the two.
     """
     found = {name: vectors.new_empty(vectors.shape[:2]) for name in ("residual", "ratio", "cosine")}
-    for batch in batches(prompts):
+    for batch in batches([prompt.ids for prompt in prompts]):
         inputs = atv.encode_prompts([prompts[index] for index in batch])
         edited = edit_mask(inputs["attention_mask"], atv.positions)  # (batch, seq)
         with capture_outputs(atv.layers) as captured:

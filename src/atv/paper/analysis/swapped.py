@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atv.data import Example, Task
+from atv.data import Example, Prompt, Task
 from atv.evaluation.metrics import FirstToken, NextToken
 from atv.lm.continuation import Continuation
 from atv.lm.prefix import call_llm
@@ -63,7 +63,7 @@ def others(vectors: Tensor, tasks: Sequence[str]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def exchanged(
-    atv: ATVModel, asked: Sequence[tuple[Task, Example]], prompts: Sequence[str], vectors: Tensor, progress: Bar
+    atv: ATVModel, asked: Sequence[tuple[Task, Example]], prompts: Sequence[Prompt], vectors: Tensor, progress: Bar
 ) -> list[dict[str, dict[str, float | None]]]:
     """Answer each query with its own vectors, with others, and with none.
 
@@ -84,9 +84,9 @@ def exchanged(
     first: dict[int, int | str] = {}  # what is said with a query's own vectors, which come first
     kinds: dict[str, Any] = others(vectors, [task.name for task, _ in asked]) | {NONE: None}
     for kind, made in kinds.items():
-        for batch in batches(prompts):
+        for batch in batches([prompt.ids for prompt in prompts]):
             inputs = atv.encode_prompts([prompts[index] for index in batch])
-            queries = [prompts[index] for index in batch]
+            queries = [prompts[index].query for index in batch]
             steer = nullcontext() if made is None else atv.steer(queries, vectors=made[batch], scale=1.0)
             own = [options[index] for index in batch]
             on = not all(each.told_apart for each in own)

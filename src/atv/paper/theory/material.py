@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from atv.data import load_tasks
-from atv.data.collate import encode_prompt
+from atv.data.render import Example, Template
 from atv.errors import ATVError
 from atv.lm.calls import Calls
 from atv.lm.hooks import attention_and_mlp, base_llm, input_device, text_config
@@ -74,8 +74,10 @@ def llm_material(llm: nn.Module, tokenizer: Any, tokens: int = 24, width: int = 
     wanted = 2 * int(text_config(llm).hidden_size)
     prompts: list[Tensor] = []  # (layers, tokens, d) each
     read = 0
+    render = Template("{input}", "A:")
     for text in _texts():
-        prompts.append(_inputs(llm, [projections[index].q for index in layers], encode_prompt(tokenizer, text)))
+        ids = render.prompt(tokenizer, Example(text, "")).ids
+        prompts.append(_inputs(llm, [projections[index].q for index in layers], ids))
         read += prompts[-1].shape[1] - 1
         if read >= wanted and len(prompts) >= SAME_TOKEN:
             break
@@ -132,7 +134,7 @@ def _texts() -> Iterator[str]:
     """Inputs of the built-in tasks, a row of each in turn."""
     columns: Iterable[list[str]] = ([example.input for example in task.train] for task in load_tasks())
     rows = zip_longest(*columns)
-    return (f"{text}\nA:" for text in islice(chain.from_iterable(rows), 4096) if text)
+    return (text for text in islice(chain.from_iterable(rows), 4096) if text)
 
 
 @torch.no_grad()
