@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 from conftest import byte_level_tokenizer, make_llm, sentencepiece_tokenizer, toy_task
 from refusals import refused
+from rendering import Letters, encode_prompt, prompt_text
 
-from atv.data import Example, Task, Variant, findings, load_tasks, long_prompts, refuse_shared_inputs
-from atv.data.collate import encode_answers, encode_prompt
+from atv.data import Example, Renderer, Task, findings, load_tasks, long_prompts, refuse_shared_inputs
+from atv.data.render import answer_ids
 from atv.evaluation.records import RunWriter
 from atv.evaluation.run import evaluate
 from atv.methods import METHODS
@@ -60,10 +61,9 @@ def test_options_that_begin_with_one_token_are_found_for_this_tokenizer(make):
     tokenizer = make()
     words = ("10", "12", "yes", "yesterday", "no", "xylophone", "xenon")
     task = replace(toy_task(), options=words)
-    variant = Variant(0, "A:")
 
-    def encode(asked: Variant) -> list[list[int]]:
-        return encode_answers(tokenizer, asked.answer_prefix, words)[1]
+    def encode(asked: Renderer) -> tuple[tuple[int, ...], ...]:
+        return answer_ids(tokenizer, asked, words)
 
     # Independently: the tokens of the whole text, where they depart from those of the prompt.
     prompt = encode_prompt(tokenizer, "A:")
@@ -77,25 +77,25 @@ def test_options_that_begin_with_one_token_are_found_for_this_tokenizer(make):
         if len(group) > 1
     ]
     assert expected
-    assert findings(task, encode, [variant])[1:] == expected
+    assert findings(task, encode, task.renderers("first"))[1:] == expected
     assert not findings(replace(task, options=("yes", "no")), lambda _: [[1, 2], [2, 1]])[1:]
 
 
 def test_of_many_options_the_first_ones_are_named():
     task = replace(toy_task(), options=tuple(f"answer {number}" for number in range(500)))
-    (line,) = findings(task, lambda _: [[1, 2]] * 500, [Variant(0, "A:")])[1:]
+    (line,) = findings(task, lambda _: [[1, 2]] * 500, task.renderers("first"))[1:]
     assert "'answer 7' and 492 others begin with the same token" in line
     assert "answer 8'" not in line
 
 
 def test_test_rows_with_too_long_a_prompt_are_counted_in_their_longest_variant():
     task = replace(toy_task(), test=rows("short=yes", "a longer one=no"), templates=("{input}", "Q {input} Q"))
-    longest = max(len(task.prompt("a longer one", variant)) for variant in task.variants())
-    assert long_prompts(task, len, longest) == []
-    assert long_prompts(task, len, longest - 1) == [
+    longest = max(len(prompt_text(task, "a longer one", *variant)) for variant in task.renderers())
+    assert long_prompts(task, Letters(), longest) == []
+    assert long_prompts(task, Letters(), longest - 1) == [
         f"toy: 1 of 2 test rows make a prompt of more than {longest - 1} tokens (up to {longest}); eval refuses them."
     ]
-    assert "2 of 2 test rows" in long_prompts(task, len, 1)[0]
+    assert "2 of 2 test rows" in long_prompts(task, Letters(), 1)[0]
 
 
 def run(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:

@@ -7,8 +7,8 @@ import os
 import pytest
 import torch
 from conftest import make_atv
+from rendering import row_of
 
-from atv.data.collate import Row
 from benchmarks import common, peft_methods, report, run_all
 from benchmarks.reference import batch_loss, row_loss
 from benchmarks.step import PARTS, floor_step, loss_of, own_optimizer, timed_step, train_step
@@ -21,9 +21,11 @@ SCRIPTS = [module.__name__.rpartition(".")[2] for module in run_all.ON_CPU]
 def several_rows(atv):
     """Prompts of several lengths, answers of one token and of many."""
     rows = [
-        Row("the harbour was quiet", ("the harbour was quiet\nA:", "Question: the harbour\nA:"), "yes"),
-        Row("it leaks", ("Is it so? the kettle leaks and the lid sticks\nA:", "it leaks\nA:"), "negative or positive"),
-        Row("one two three four", ("one two\nA:", "one two three four five six\nA:"), "no"),
+        row_of("the harbour was quiet", ("the harbour was quiet\nA:", "Question: the harbour\nA:"), "yes"),
+        row_of(
+            "it leaks", ("Is it so? the kettle leaks and the lid sticks\nA:", "it leaks\nA:"), "negative or positive"
+        ),
+        row_of("one two three four", ("one two\nA:", "one two three four five six\nA:"), "no"),
     ]
     return [atv.encode_row(row) for row in rows]
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import byte_level_tokenizer, make_atv, make_llm, toy_task
+from rendering import encode_pair, prompt_text
 
 from atv.config import ATVConfig, TrainConfig
 from atv.data import Example, Task
-from atv.data.collate import encode_answers
 from atv.expansion import Expansion
 from atv.gate import Gate
 from atv.methods.atv import ATV
@@ -230,10 +230,12 @@ def test_self_is_calibrated_on_prompts():
 @pytest.mark.parametrize("reads", ["query", "prompt"])
 def test_in_use_the_generator_reads_what_it_read_in_training(reads):
     task, atv = toy_task(), calibrated(reads=reads)
-    row, example = training_rows(task)[0], task.train[0]
+    row, example = training_rows(task, reads=atv.reads)[0], task.train[0]
+    method = ATV(atv)
+    prompts = method.prompts(task, [example], task.renderers("all", method.reads)[2, "Answer:"])
     text = example.input if reads == "query" else f"{example.input}\nyes or no?\nA:"
     assert atv.encode_row(row).query == atv.generator.encode([text])[0]
-    with ATV(atv).steer(task, [example]):
+    with method.steer(prompts):
         found = atv.llm(**atv.encode_prompts(["quiet\nA:"])).logits
     with atv.steer([text]):
         assert torch.equal(atv.llm(**atv.encode_prompts(["quiet\nA:"])).logits, found)
@@ -277,10 +279,10 @@ def test_with_the_defaults_alone_it_learns_on_any_llm(name, tmp_path):
     train(atv, [task], tmp_path / "out")
     right = 0
     for row in task.test:
-        prompt = task.prompt(row.input, task.variants("first")[0])
+        prompt = prompt_text(task, row.input)
         with torch.no_grad(), atv.steer([row.input]):
             token = atv.llm(**atv.encode_prompts([prompt])).logits[0, -1].argmax()
-        right += int(token == encode_answers(atv.tokenizer, prompt, [row.output])[1][0][0])
+        right += int(token == encode_pair(atv.tokenizer, prompt, row.output)[1][0])
     assert right >= 0.95 * len(task.test)
 
 

@@ -101,9 +101,9 @@ def test_an_llm_compiled_in_place_or_inside_a_function_is_steered():
 
 
 def rows():
-    from atv.data.collate import Row
+    from rendering import row_of
 
-    return [Row(query, (prompt,), "yes") for query, prompt in zip(QUERIES, PROMPTS, strict=True)]
+    return [row_of(query, (prompt,), "yes") for query, prompt in zip(QUERIES, PROMPTS, strict=True)]
 
 
 @pytest.mark.parametrize("positions", ["last", "answer"])

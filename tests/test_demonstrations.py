@@ -13,8 +13,9 @@ from conftest import byte_level_tokenizer, make_llm, toy_task
 from hypothesis import given
 from hypothesis import strategies as st
 from refusals import refused
+from rendering import prompt_text
 
-from atv.data import Example, Task, Variant
+from atv.data import Example, Task
 from atv.evaluation.records import RunWriter
 from atv.evaluation.run import evaluate
 from atv.lm.prefix import SharedPrefix
@@ -23,7 +24,6 @@ from atv.methods import METHODS
 from atv.methods.bm25 import words
 from atv.methods.demonstrations import Demonstrated
 
-FIRST = Variant(0, "A:")
 WORDS = ["harbour", "kettle", "lid", "boat", "quiet", "not", "A", "7", "the", "the", "the"]
 
 
@@ -162,8 +162,9 @@ def fits(method, task, shown, example, limit):
 def test_bm25_drops_from_the_front_what_does_not_fit_before_each_query(limit):
     task, method = random_task(), load("bm25", roomy_llm(limit))
     counts = set()
-    limit -= longest_answer(method.tokenizer, task, FIRST)
-    prompts = method.prompts(task, task.test, FIRST)
+    render = task.training_renderers()[0]
+    limit -= longest_answer(method.tokenizer, task, render)
+    prompts = method.prompts(task, task.test, render)
     for prompt, shown, example in zip(prompts, method.demonstrations(task, task.test), task.test, strict=True):
         kept = prompt.demonstrations
         assert len(prompt.ids) <= limit
@@ -195,7 +196,7 @@ def test_icl_looks_again_where_the_most_characters_are_not_the_most_tokens():
     wide = Example("the harbour was quiet " * 5, "no")  # a token a word
     plain = random_task()
     task = Task(plain.name, plain.templates, plain.train, plain.valid, (wide, dense))
-    prompts = load("icl", roomy_llm(256)).prompts(task, task.test, FIRST)
+    prompts = load("icl", roomy_llm(256)).prompts(task, task.test, task.training_renderers()[0])
     assert len(prompts[1].ids) > len(prompts[0].ids)
     assert len(prompts[1].ids) <= 256
     assert prompts[0].demonstrations == prompts[1].demonstrations > 0
@@ -204,7 +205,7 @@ def test_icl_looks_again_where_the_most_characters_are_not_the_most_tokens():
 @pytest.mark.parametrize("name", ["icl", "bm25"])
 def test_a_query_is_never_dropped_and_one_too_long_is_refused(name, tmp_path):
     task = toy_task()
-    longest = max(len(byte_level_tokenizer()(task.prompt(row.input, FIRST))["input_ids"]) for row in task.test)
+    longest = max(len(byte_level_tokenizer()(prompt_text(task, row.input))["input_ids"]) for row in task.test)
     rows, _ = asked(load(name, roomy_llm(longest)), [task], tmp_path / "just")
     assert {row["demonstrations"] for row in rows} == {0}
     with refused(f"the LLM's context is {longest - 1}"):

@@ -8,9 +8,10 @@ import pytest
 import torch
 from conftest import make_llm
 from refusals import refused
+from rendering import encode_pair
 
 import atv.lm.load as models
-from atv.data.collate import encode_pair, encode_prompt
+from atv.data.render import encode_text
 from atv.lm.load import EMBEDDED, cache_folder, load_llm, load_tokenizer, resolve
 
 GEMMA = "embedded:gemma3-270m"
@@ -105,13 +106,13 @@ def test_every_embedded_name_says_how_to_install_it(name, tmp_path, monkeypatch)
 def test_gemma_reads_and_writes_as_it_should():
     tokenizer, llm = load_tokenizer(GEMMA), load_llm(GEMMA, device="cpu")
     bos = tokenizer.bos_token_id
-    assert encode_prompt(tokenizer, "The capital of France is") == [bos, 818, 5279, 529, 7001, 563]
+    assert encode_text(tokenizer, "The capital of France is") == [bos, 818, 5279, 529, 7001, 563]
     question = "Question: What colour is the sky on a clear day?\nAnswer:"
     prompt, answer = encode_pair(tokenizer, question, "Blue")
     assert (prompt[0], prompt.count(bos), tokenizer.decode(answer)) == (bos, 1, " Blue")
     for text in ("two  spaces\n\n\tand 12,345.67% of é漢😀", question):
-        assert tokenizer.decode(encode_prompt(tokenizer, text), skip_special_tokens=True) == text
-    english = torch.tensor([encode_prompt(tokenizer, "It was a bright cold day, and the clocks were striking twelve.")])
+        assert tokenizer.decode(encode_text(tokenizer, text), skip_special_tokens=True) == text
+    english = torch.tensor([encode_text(tokenizer, "It was a bright cold day, and the clocks were striking twelve.")])
     with torch.no_grad():
         assert llm(torch.tensor([prompt])).logits[0, -1].argmax() == answer[0]
         assert llm(english, labels=english).loss < 4.5  # ln(262144) is 12.5

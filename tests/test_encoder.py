@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModel, set_seed
 
 from atv.config import ATVConfig, TrainConfig
-from atv.data import Example, Task, Variant
+from atv.data import Example, Task
 from atv.evaluation.records import RunWriter
 from atv.evaluation.run import evaluate
 from atv.lm.hooks import base_llm
@@ -75,8 +75,8 @@ class ByHand(nn.Module):
 
     def loss(self, row):
         own = {"toy": [1, 3], "ways": [0, 1, 2]}[row.task]
-        scores = self(row.query)[own]
-        return nn.functional.cross_entropy(scores[None], torch.tensor([own.index(ALL.index(row.answer))]))
+        scores = self(row.example.input)[own]
+        return nn.functional.cross_entropy(scores[None], torch.tensor([own.index(ALL.index(row.example.output))]))
 
 
 def rows_of(split):
@@ -92,11 +92,11 @@ def test_losses_and_answers_are_those_of_a_model_by_hand_masked_to_the_task(gene
     torch.testing.assert_close(found.losses, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found.loss, expected.mean(), atol=1e-5, rtol=1e-5)
     own = {"toy": [1, 3], "ways": [0, 1, 2]}
-    best = [own[row.task][int(by_hand(row.query)[own[row.task]].argmax())] for row in rows]
+    best = [own[row.task][int(by_hand(row.example.input)[own[row.task]].argmax())] for row in rows]
     judged = max(max(training_options(byte_level_tokenizer(), task).judged.values()) for task in TASKS)
     assert judged > 1  # "no way" continues "no"
     assert found.right.shape == (len(rows), judged)
-    assert found.right.tolist() == [[ALL[b] == row.answer] * judged for b, row in zip(best, rows, strict=True)]
+    assert found.right.tolist() == [[ALL[b] == row.example.output] * judged for b, row in zip(best, rows, strict=True)]
 
 
 def test_its_gradient_is_that_of_the_model_by_hand(generator):
@@ -188,5 +188,6 @@ def test_what_is_no_encoder_is_refused(name):
 
 def test_the_variant_is_nothing_to_it(tmp_path, generator):
     method = load(fitted(tmp_path / "out", generator, train=quick(epochs=1)))
-    variants = [Variant(0, "A:"), Variant(1, "The answer is")]
-    assert len({str(method.choose(TASKS[0], TASKS[0].test, variant)) for variant in variants}) == 1
+    renderers = TASKS[0].renderers().values()
+    assert len(renderers) == 9
+    assert len({str(method.choose(TASKS[0], TASKS[0].test, render)) for render in renderers}) == 1

@@ -3,17 +3,18 @@
 import json
 import random
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from conftest import CONFIGS, byte_level_tokenizer, make_llm, toy_task
 from refusals import refused
+from rendering import encode_pair, prompt_text
 from torch import nn
 
 from atv.config import Positions, TrainConfig
-from atv.data import Example, Task, Variant
-from atv.data.collate import Row, encode_pair
+from atv.data import Example, Prompt, Task
 from atv.errors import ATVError
 from atv.evaluation.records import RunWriter
 from atv.evaluation.run import evaluate
@@ -75,7 +76,7 @@ def test_context_vectors_are_the_mean_of_last_token_outputs_over_demonstrations_
         shown = random.Random(f"7 {task.name}").sample(task.train, 5)
         sums = torch.zeros(3, 2, 32, dtype=torch.float64)
         for turn, example in enumerate(shown):
-            asked = task.prompt(example.input, Variant(turn % len(task.templates), "A:"))
+            asked = prompt_text(task, example.input, turn % len(task.templates))
             prompt, answer = encode_pair(model.tokenizer, asked, example.output)
             got = {}
 
@@ -96,7 +97,7 @@ def test_context_vectors_are_the_mean_of_last_token_outputs_over_demonstrations_
 def test_injection_equals_hooks_written_by_hand(name):
     model = made(name)
     (row,) = rows_of(0, 1)
-    row = Row(row.query, row.prompts[:1], row.answer, row.task)
+    row = replace(row, renderers=row.renderers[:1])
     batch = batch_of(model, [row])
     with ExitStack() as hooks, torch.no_grad():
         for layer, pair in enumerate(parts_by_hand(name, model.llm)):
@@ -156,8 +157,11 @@ def test_noise_is_of_its_size_and_only_in_training():
 def test_a_query_of_an_unknown_task_takes_the_context_of_the_task_with_the_nearest_query():
     model = made()
     queries = ["two and two are four 9", "the harbour leaks 40", "two and two are five"]
-    assert model.tasks_of("toy", queries).tolist() == [0, 0, 0]
-    assert model.tasks_of("sums", queries).tolist() == [1, 1, 1]
+
+    def tasks_of(*tasks):
+        return model.tasks_of([Prompt([], q, task=t) for q, t in zip(queries, tasks, strict=True)]).tolist()
+
+    assert tasks_of("toy", "sums", "toy") == [0, 1, 0]
 
     def state(text):
         with torch.no_grad():
@@ -175,7 +179,8 @@ def test_a_query_of_an_unknown_task_takes_the_context_of_the_task_with_the_neare
             shown = random.Random(f"7 {task.name}").sample(task.train, 5)
             nearest.append(max(torch.cosine_similarity(state(query), state(e.input), dim=0).item() for e in shown))
         expected.append(nearest.index(max(nearest)))
-    assert model.tasks_of("another", queries).tolist() == expected
+    assert tasks_of("another", "", "another") == expected
+    assert tasks_of("another", "sums", "") == [expected[0], 1, expected[2]]
     assert set(expected) == {0, 1}
 
 
@@ -203,11 +208,11 @@ def test_it_learns_and_is_used_on_known_and_unknown_tasks(tmp_path):
     for task in (TASKS[1], unknown):
         for row in (row for row in run.rows if row["task"] == task.name):
             example = task.test[row["example"]]
-            inputs = method.model.encode_prompts([task.prompt(example.input, Variant(0, "A:"))])
-            with torch.no_grad(), method.steer(task, [example]):
+            inputs = method.model.encode_prompts([prompt_text(task, example.input)])
+            with torch.no_grad(), method.steer([Prompt([], example.input, task=task.name)]):
                 likeliest = llm(**inputs).logits[0, -1].argmax().item()
             assert row["outputs"]["first_token"] == method.tokenizer.decode([likeliest])
-    assert set(method.model.tasks_of("harbours", [e.input for e in unknown.test]).tolist()) == {0, 1}
+    assert set(method.model.tasks_of([Prompt([], e.input, task="harbours") for e in unknown.test]).tolist()) == {0, 1}
     assert method.describe()["config"]["demonstrations"] == 16
     assert set(method.describe()["training"]["tasks"]) == {"toy", "sums"}
 
@@ -219,8 +224,8 @@ def test_a_saved_one_is_the_same_and_holds_what_it_learned_alone(tmp_path):
     again = I2CLModel.from_pretrained(make_llm(dtype=torch.float32), tmp_path, tokenizer=model.tokenizer)
     rows = rows_of(1, 1)
     assert torch.equal(again(**batch_of(again, rows)).losses, model(**batch_of(model, rows)).losses)
-    queries = ["two and two", "the harbour"]
-    named = [[m.tasks[index] for index in m.tasks_of("unknown", queries)] for m in (model, again)]
+    prompts = [Prompt([], "two and two"), Prompt([], "the harbour")]
+    named = [[m.tasks[index] for index in m.tasks_of(prompts)] for m in (model, again)]
     assert named[0] == named[1]
     assert not again.training
     assert {file.name for file in (tmp_path / "adapter").iterdir()} == {"atv_config.json", "i2cl.safetensors"}

@@ -8,6 +8,7 @@ from conftest import byte_level_tokenizer, make_llm, toy_task
 from refusals import refused
 
 from atv.config import TrainConfig
+from atv.data import Prompt
 from atv.lm.hooks import decoder_layers
 from atv.methods import METHODS, once
 from atv.methods.fixed import Fixed, FixedConfig
@@ -53,7 +54,7 @@ def test_it_adds_one_vector_at_one_layer_at_the_last_tokens(tmp_path, positions)
     assert torch.equal(vectors[0], vectors[1])
     assert vectors.abs().max() > 0.01
     inputs, last = method.atv.encode_prompts(PROMPTS), 1 if positions == "last" else 5
-    asked = [row._replace(input=text) for row, text in zip(TASKS[0].test, ("anything", "else"), strict=False)]
+    asked = [Prompt([], text) for text in ("anything", "else")]
 
     def outputs():
         states = []
@@ -68,7 +69,7 @@ def test_it_adds_one_vector_at_one_layer_at_the_last_tokens(tmp_path, positions)
         return states, logits
 
     plain, plain_logits = outputs()
-    with method.steer(TASKS[0], asked):
+    with method.steer(asked):
         steered, logits = outputs()
     assert torch.equal(plain[0], steered[0])
     added = steered[1] - plain[1]

@@ -1,13 +1,15 @@
 """The mathematics: what is injected, where, and that reading the prefix apart changes nothing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import ARCHITECTURES, make_atv, make_llm, steer_known
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rendering import row_of
 from torch import nn
 
-from atv.data.collate import Row
 from atv.errors import ATVError
 from atv.expansion import PaperExpansion
 from atv.lm.hooks import base_llm, capture_outputs
@@ -15,8 +17,8 @@ from atv.lm.prefix import call_llm
 from atv.steer import add_vectors
 
 ROWS = [
-    Row("the kettle leaks", ("the kettle leaks and the lid sticks\nA:", "is it so? the kettle\nA:"), "yes no"),
-    Row("a quiet harbour before the first boats came in", ("quiet\nA:", "x"), "three"),
+    row_of("the kettle leaks", ("the kettle leaks and the lid sticks\nA:", "is it so? the kettle\nA:"), "yes no"),
+    row_of("a quiet harbour before the first boats came in", ("quiet\nA:", "x"), "three"),
 ]
 POSITIONS = ["last", "last:3", "answer", "all"]
 
@@ -113,7 +115,7 @@ def test_all_equals_a_hand_written_loop():
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_left_padded_equals_alone(name, positions):
     atv = make_atv(name, positions=positions)
-    rows = [Row(row.query, row.prompts[:1], row.answer) for row in ROWS]
+    rows = [replace(row, renderers=row.renderers[:1]) for row in ROWS]
     together = atv(**batch_of(atv, rows)).loss
     alone = [atv(**batch_of(atv, [row])).loss for row in rows]
     torch.testing.assert_close(together, torch.stack(alone).mean(), atol=1e-9, rtol=0)

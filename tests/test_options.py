@@ -14,11 +14,13 @@ from conftest import byte_level_tokenizer, make_atv, make_llm, sentencepiece_tok
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import refused
+from rendering import encode_pair, prompt_text
 from transformers import MambaConfig, MambaForCausalLM, set_seed
 
 from atv.config import ATVConfig, Positions, TrainConfig
-from atv.data import Example, Task, Variant
-from atv.data.collate import encode_pair, left_padded
+from atv.data import Example, Task
+from atv.data.collate import left_padded
+from atv.data.render import plain_prompt
 from atv.evaluation.records import RunWriter
 from atv.evaluation.run import evaluate
 from atv.lm.continuation import Continuation
@@ -161,9 +163,10 @@ def test_options_of_the_same_tokens_are_refused_before_anything_is_asked(tmp_pat
 def test_options_are_encoded_as_they_follow_whole_prompts(make):
     tokenizer = make()
     task = dataclasses.replace(labelled(("yes", "no", "yesterday", "one", "True or False")), templates=("{input} x",))
-    for variant in task.variants():
-        expected = [tuple(encode_pair(tokenizer, task.prompt(task.test[3].input, variant), o)[1]) for o in task.options]
-        assert task_options(tokenizer, task, variant).ids == expected
+    for variant, render in task.renderers().items():
+        text = prompt_text(task, task.test[3].input, *variant)
+        expected = [tuple(encode_pair(tokenizer, text, option)[1]) for option in task.options]
+        assert task_options(tokenizer, task, render).ids == expected
 
 
 # ---- evaluation, against full passes for one prompt and option at a time ----
@@ -189,10 +192,10 @@ def check(method, task, folder, read, variants="first"):
     rows = run(method, task, folder, variants)
     apart = {}
     for row in rows:
-        variant = Variant(row["template"], row["answer_prefix"])
+        variant = row["template"], row["answer_prefix"]
         example = task.test[row["example"]]
-        prompt = method.prompts(task, [example], variant)[0].ids
-        plain = task.prompt(example.input, variant)
+        prompt = method.prompts(task, [example], task.renderers()[variant])[0].ids
+        plain = prompt_text(task, example.input, *variant)
         ids = [tuple(encode_pair(method.tokenizer, plain, option)[1]) for option in task.options]
         once = cache(partial(read, example, prompt))
         scores = [score(once, ids, number) for number in range(len(ids))]
@@ -222,7 +225,7 @@ NAMES = ["llama", "mistral", "gpt2", "opt", "gemma3", "peft"]
 def test_label_sets_that_begin_alike_are_judged_by_what_differs(labels, tmp_path):
     llm, task = make_llm(), labelled(LABELS[labels], rows=6)
     method = METHODS["zero-shot"].load(llm, byte_level_tokenizer(), None)
-    assert not task_options(method.tokenizer, task, Variant(0, "A:")).told_apart
+    assert not training_options(method.tokenizer, task).told_apart
     rows = check(method, task, tmp_path, plainly(llm))
     assert all(row["scores"]["first_token"] is None for row in rows)
     right = Counter(row["scores"]["first_token_among_options"] for row in rows)[True]
@@ -288,9 +291,10 @@ def test_vectors_are_added_where_positions_say_while_options_are_read(name, posi
     atv = make_atv(name, positions=positions, scale=2.0)
     task = labelled(("very", "very good", "very bad", "The quay", "The boats are in"), rows=3)
     method, examples = ATV(atv), list(task.test)
-    prompts = [prompt.ids for prompt in method.prompts(task, examples, Variant(0, "A:"))]
+    asked = method.prompts(task, examples, task.training_renderers()[0])
+    prompts = [prompt.ids for prompt in asked]
     inputs, by_hand = left_padded(prompts, 0), steered_by_hand(atv, positions)
-    with torch.no_grad(), method.steer(task, examples):
+    with torch.no_grad(), method.steer(asked):
         read = Continuation(atv.llm, inputs, call_llm(atv.llm, keep=1, **inputs, use_cache=True)).read
         found = [(prefixes, read(prefixes)) for prefixes in ([(5, 6, 7), (), (8,)], [(9,), (5, 7), (5, 6)])]
     for prefixes, tables in found:
@@ -353,7 +357,7 @@ def test_i2cl_mixes_into_option_tokens_too(tmp_path):
     method = I2CL(model)
 
     def read(example, prompt, answer):
-        with torch.no_grad(), method.steer(task, [example]):
+        with torch.no_grad(), method.steer(method.prompts(task, [example], task.training_renderers()[0])):
             return llm(input_ids=torch.tensor([[*prompt, *answer]])).logits[0, -1]
 
     check(method, task, tmp_path, read)
@@ -368,9 +372,8 @@ def test_a_state_at_the_last_prompt_token_stays_there(tmp_path):
     class Stated(METHODS["zero-shot"]):
         edited = 1
 
-        def steer(self, task, examples):
-            states = state.expand(len(examples), -1, -1)
-            last = Positions.parse("last")
+        def steer(self, prompts):
+            states, last = state.expand(len(prompts), -1, -1), Positions.parse("last")
             return steer(llm, AddVectors(list(llm.model.layers), states, 2.0, last), Tracked(len(states), last))
 
     def read(_, prompt, answer):
@@ -390,7 +393,7 @@ def test_where_first_tokens_differ_one_pass_and_the_first_tokens_decide(tmp_path
     assert len(calls) == 1
     assert not calls[0]["use_cache"]
     for row in rows:
-        prompt = task.prompt(task.test[row["example"]].input, Variant(0, "A:"))
+        prompt = prompt_text(task, task.test[row["example"]].input)
         logits = plainly(llm)(None, method.tokenizer(prompt)["input_ids"], [])
         first = {o: encode_pair(method.tokenizer, prompt, o)[1][0] for o in task.options}
         assert row["outputs"]["first_token_among_options"] == max(first, key=lambda option: logits[first[option]])
@@ -400,8 +403,8 @@ def test_where_first_tokens_differ_one_pass_and_the_first_tokens_decide(tmp_path
 def test_a_prompt_that_fits_without_an_options_beginning_is_refused(tmp_path):
     llm, task = make_llm(), labelled(LABELS["classes"], rows=6)
     method = METHODS["zero-shot"].load(llm, byte_level_tokenizer(), None)
-    longest = max(len(prompt.ids) for prompt in method.prompts(task, task.test, Variant(0, "A:")))
-    behind = task_options(method.tokenizer, task, Variant(0, "A:")).longest
+    longest = max(len(prompt.ids) for prompt in method.prompts(task, task.test, task.training_renderers()[0]))
+    behind = training_options(method.tokenizer, task).longest
     llm.config.max_position_embeddings = longest + behind
     run(method, task, tmp_path / "fits")
     llm.config.max_position_embeddings -= 1
@@ -411,7 +414,7 @@ def test_a_prompt_that_fits_without_an_options_beginning_is_refused(tmp_path):
         run(method, task, tmp_path / "long")
     shown = METHODS["icl"].load(llm, method.tokenizer, None, shots=16)
     llm.config.max_position_embeddings = 3 * longest
-    for prompt in shown.prompts(task, task.test, Variant(0, "A:")):
+    for prompt in shown.prompts(task, task.test, task.training_renderers()[0]):
         assert 0 < prompt.demonstrations < 16
         assert len(prompt.ids) + behind <= 3 * longest
 
@@ -456,7 +459,7 @@ def test_validation_accuracy_counts_the_tokens_that_tell_an_answer_apart(tmp_pat
     shown = next(entry["eval_accuracy"] for entry in record["history"] if "eval_accuracy" in entry)
     right = []
     for example, template in itertools.product(task.valid, range(3)):
-        prompt, _ = encode_pair(atv.tokenizer, task.prompt(example.input, Variant(template, "A:")), example.output)
+        prompt, _ = encode_pair(atv.tokenizer, prompt_text(task, example.input, template), example.output)
         read = steered_by_hand(atv, "last")
         tokens, barred = beginning([tuple(encode_pair(atv.tokenizer, "A:", o)[1]) for o in task.options],
                                    task.options.index(example.output))  # fmt: skip
@@ -489,7 +492,7 @@ def test_the_best_layer_is_chosen_by_the_tokens_that_tell_an_answer_apart():
     for exemplar, layer in itertools.product(range(2), range(3)):
         hits, chances = [], []
         for number, row in enumerate(task.valid[:5]):
-            prompt, _ = encode_pair(tokenizer, task.prompt(row.input, Variant(number % 3, "A:")), row.output)
+            prompt, _ = encode_pair(tokenizer, prompt_text(task, row.input, number % 3), row.output)
             tokens, barred = beginning(ids, task.options.index(row.output))
             vector = 2.0 * states[exemplar, layer]
             total, hit = 0.0, not barred
@@ -508,10 +511,10 @@ def test_answers_with_other_vectors_are_judged_alike():
     atv = make_atv(scale=2.0)
     apart, alike = toy_task("apart"), labelled(LABELS["nested"], rows=4)
     asked = [(task, example) for task in (apart, alike) for example in task.test[:4]]
-    prompts = [task.prompt(example.input, Variant(0, "A:")) for task, example in asked]
+    prompts = [prompt_text(task, example.input) for task, example in asked]
     vectors = atv.config.scale * atv.task_vectors([example.input for _, example in asked])
     with bar("x", 99) as progress:
-        found = exchanged(atv, asked, prompts, vectors, progress)
+        found = exchanged(atv, asked, [plain_prompt(atv.tokenizer, text) for text in prompts], vectors, progress)
     read = steered_by_hand(atv, "last")
     for (task, example), prompt, kinds in zip(asked, prompts, found, strict=True):
         ids = [tuple(encode_pair(atv.tokenizer, prompt, option)[1]) for option in task.options]

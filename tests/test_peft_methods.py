@@ -9,12 +9,12 @@ import pytest
 import torch
 from conftest import CONFIGS, GROUPED, SIZES, byte_level_tokenizer, make_llm, toy_task
 from peft import PeftModel, get_peft_model_state_dict
+from rendering import prompt_text
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
 
 from atv.config import TrainConfig
-from atv.data import Variant
 from atv.data.collate import left_padded
 from atv.errors import ATVError
 from atv.evaluation.records import RunWriter
@@ -288,10 +288,10 @@ def test_evaluation_asks_through_the_adapter(method, tmp_path):
     assert not any(row["scores"]["first_token"] for row in answers(alone, task, tmp_path / "alone"))
     assert sum(row["scores"]["first_token"] for row in rows) > 0.2 * len(rows)
     for row in rows:
-        text = task.prompt(task.test[row["example"]].input, Variant(row["template"], row["answer_prefix"]))
+        text = prompt_text(task, task.test[row["example"]].input, row["template"], row["answer_prefix"])
         likeliest = read(loaded.llm, [loaded.tokenizer(text)["input_ids"]])[0, -1].argmax()
         assert row["outputs"]["first_token"] == loaded.tokenizer.decode([likeliest])
-    assert loaded.describe()["training"]["tasks"] == {"toy": list(task.templates)}
+    assert loaded.describe()["training"]["tasks"] == {"toy": task.asking()}
 
 
 @BOTH

@@ -12,7 +12,7 @@ from refusals import refused
 from safetensors.torch import load_file, save_file
 
 from atv.config import ATVConfig, TrainConfig
-from atv.data import Example, Task, Variant
+from atv.data import Example, Task
 from atv.evaluation.records import RunWriter
 from atv.evaluation.run import evaluate
 from atv.files import sha256
@@ -156,7 +156,7 @@ def test_its_answers_are_those_of_scikit_learn_on_states_taken_by_hand(tmp_path,
     for task in TASKS:
         answers = sorted({row.output for row in task.train})
         expected = by_sklearn(of(task, "train"), of(task, "test"), 2.0).argmax(1)
-        found = method.choose(task, task.test, Variant(1, "The answer is"))
+        found = method.choose(task, task.test, task.renderers()[1, "The answer is"])
         assert [choice.answer for choice in found] == [answers[place] for place in expected]
         assert all(choice.answer == max(choice.scores, key=choice.scores.get) for choice in found)
         assert all(sum(map(math.exp, choice.scores.values())) == pytest.approx(1) for choice in found)
@@ -167,7 +167,7 @@ def test_its_answers_are_those_of_scikit_learn_on_states_taken_by_hand(tmp_path,
     joined = Labelled(torch.cat([p.states for p in parts]), [a for p in parts for a in p.answers])
     shown = by_sklearn(joined, of(new, "test"), 2.0)
     answers = ["blue", "green", "no", "red", "yes"]
-    found = method.choose(new, new.test, Variant(0, "A:"))
+    found = method.choose(new, new.test, new.training_renderers()[0])
     assert [choice.answer for choice in found] == [answers[place] for place in shown.argmax(1)]
     among = [max(("no", "yes"), key=choice.scores.get) for choice in found]
     assert among == [("no", "yes")[p] for p in shown[:, [2, 4]].argmax(1)]
@@ -249,7 +249,7 @@ class Says(Method):
     name = "says"
     answers: tuple[str, ...] = ()
 
-    def choose(self, task, examples, variant):
+    def choose(self, task, examples, render):
         return [Choice(answer, {task.options[0]: 0.0}) for answer in self.answers]
 
 
@@ -285,9 +285,8 @@ def test_a_loaded_one_answers_the_same_and_is_refused_where_it_does_not_belong(t
     adapter = trained(tmp_path / "out", generator)
     kept = load_file(adapter / "probe.safetensors")
     assert {name.partition("/")[0] for name in kept} == {"toy", "colours", ""}
-    first, again = (
-        load(path).choose(TASKS[1], TASKS[1].test, Variant(0, "A:")) for path in (adapter, tmp_path / "out")
-    )
+    render = TASKS[1].training_renderers()[0]
+    first, again = (load(path).choose(TASKS[1], TASKS[1].test, render) for path in (adapter, tmp_path / "out"))
     assert first == again
     assert not {path.suffix for path in adapter.iterdir()} - {".safetensors", ".json"}
     with refused("made for", "model_type llama against gpt2"):

@@ -6,11 +6,11 @@ from importlib.util import find_spec
 import pytest
 import torch
 from conftest import GROUPED, PAPER_FORM, byte_level_tokenizer, make_generator, toy_task
+from rendering import row_of
 from transformers import AutoModelForCausalLM, LlamaConfig, set_seed
 
 import atv.lm.load as models
 from atv.config import ATVConfig, TrainConfig
-from atv.data.collate import Row
 from atv.doctor import check_wiring
 from atv.errors import ATVError
 from atv.lm.hooks import quantization
@@ -21,8 +21,8 @@ from atv.training.loop import train
 
 needs_package = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 BITS = ["8bit", "4bit"]
-ROWS = [Row("the kettle leaks", ("the kettle leaks and the lid sticks\nA:", "is it so?\nA:"), "yes no"),
-        Row("quiet", ("quiet\nA:", "x"), "three")]  # fmt: skip
+ROWS = [row_of("the kettle leaks", ("the kettle leaks and the lid sticks\nA:", "is it so?\nA:"), "yes no"),
+        row_of("quiet", ("quiet\nA:", "x"), "three")]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

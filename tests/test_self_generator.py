@@ -250,9 +250,9 @@ def test_measured_with_shared_instructions_it_answers_as_each_prompt_alone(tmp_p
         loaded = method.load(llm, atv.tokenizer, tmp_path / "adapter", shots=shots)
         run = RunWriter(tmp_path / str(number), {})
         evaluate(loaded, [task], ["first_token"], run, variants="first", batch_size=3)
-        variant = task.variants("first")[0]
+        render = task.training_renderers()[0]
         for row in run.rows:
-            prompt = loaded.prompts(task, task.test, variant)[row["example"]].ids
+            prompt = loaded.prompts(task, task.test, render)[row["example"]].ids
             with torch.no_grad(), loaded.atv.steer(["x"], vectors=vectors_by_hand(loaded.atv, [prompt])):
                 logits = llm(input_ids=torch.tensor([prompt])).logits[0, -1]
             assert atv.tokenizer.decode([int(logits.argmax())]) == row["outputs"]["first_token"]

@@ -10,10 +10,10 @@ import pytest
 import torch
 from accelerate import dispatch_model
 from conftest import byte_level_tokenizer, make_atv, make_generator, make_llm, toy_task
+from rendering import row_of
 from transformers import Trainer, TrainingArguments
 
 from atv.config import ATVConfig
-from atv.data.collate import Row
 from atv.doctor import check_wiring
 from atv.errors import ATVError
 from atv.evaluation.records import RunWriter
@@ -24,7 +24,7 @@ from atv.lm.load import load_llm
 from atv.methods.atv import ATV
 from atv.model import ATVModel
 
-ROWS = [Row("the kettle leaks", ("the kettle leaks and the lid sticks\nA:", "is it so?\nA:"), "yes no")]
+ROWS = [row_of("the kettle leaks", ("the kettle leaks and the lid sticks\nA:", "is it so?\nA:"), "yes no")]
 MAPS = {
     "embeddings on disk": {"embed_tokens": "disk", "norm": "disk", "rotary_emb": "cpu", "layers.0": "cpu",
                            "layers.1": "disk", "layers.2": "cpu"},

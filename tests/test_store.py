@@ -5,10 +5,11 @@ import errno
 import pytest
 import torch
 from conftest import ARCHITECTURES, make_atv, toy_task
+from rendering import row_of
 from safetensors.torch import load_file
 from test_training import quick, tiny, weights
 
-from atv.data.collate import Row, left_padded
+from atv.data.collate import left_padded
 from atv.lm.prefix import read_prefix
 from atv.lm.prefix_store import PrefixStore
 from atv.training.loop import train
@@ -44,7 +45,7 @@ def count_reads(monkeypatch):
 @pytest.mark.parametrize("budgets", BUDGETS.values(), ids=BUDGETS)
 def test_loss_and_gradients_are_those_without_a_store(name, budgets, tmp_path):
     atv = make_atv(name, positions="last:2")
-    rows = [atv.encode_row(Row(text, (f"{text}\nA:", f"Question: {text} so?"), "no it is")) for text in TEXTS]
+    rows = [atv.encode_row(row_of(text, (f"{text}\nA:", f"Question: {text} so?"), "no it is")) for text in TEXTS]
     batch, parameters = atv.collator()(rows), list(atv.parameters())
     plain = torch.autograd.grad(atv(**batch).loss, parameters)
     prompts = [prompt[:-2] for row in rows for prompt, _ in row.pairs]

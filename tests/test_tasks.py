@@ -16,8 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from refusals import refused
+from rendering import Letters
 
-from atv.data import BUILTIN, UNSEEN, Example, Task, Variant, available_tasks, builtin_task, load_task, load_tasks
+from atv.data import BUILTIN, UNSEEN, Example, Task, available_tasks, builtin_task, load_task, load_tasks
 
 SPLITS = ("train", "valid", "test")
 KNOWN = {
@@ -208,9 +209,14 @@ def test_ones_own_templates_take_the_place_of_a_built_in_tasks():
     assert task.templates == ("{input}?",)
 
 
+def read(task: Task, query: str, template: int = 0, prefix: str = "A:") -> str:
+    """What the LLM reads of a query."""
+    return Letters.text(task.renderers()[template, prefix].prompt(Letters(), Example(query, "")).ids)
+
+
 def test_a_prompt_is_the_template_a_line_break_and_the_prefix_with_nothing_after_it():
-    assert make_task().prompt("Is rain wet?", Variant(1, "The answer is")) == "Question: Is rain wet?\nThe answer is"
-    assert make_task().prompt("Is rain wet?", Variant(0, "A:")) == "Is rain wet?\nyes or no?\nA:"
+    assert read(make_task(), "Is rain wet?", 1, "The answer is") == "Question: Is rain wet?\nThe answer is"
+    assert read(make_task(), "Is rain wet?") == "Is rain wet?\nyes or no?\nA:"
 
 
 WORDS = st.text(max_size=20)
@@ -223,16 +229,16 @@ BRACES = st.sampled_from(["{input}", "{}", "{0}", "{x!r}", "}{", "%s", "\\1"])
 def test_a_query_is_put_in_as_it_is_whatever_its_braces(query, around, braces):
     task = make_task(templates=(f"{around}{{input}}{around}",))
     query = f"{query}{braces}{query}"
-    assert task.prompt(query, Variant(0, "A:")) == around + query + around + "\nA:"
+    assert read(task, query) == around + query + around + "\nA:"
 
 
 def test_other_braces_of_a_template_stay_as_they_are():
-    assert make_task(templates=("{a} {input} {}",)).prompt("x", Variant(0, "A:")) == "{a} x {}\nA:"
+    assert read(make_task(templates=("{a} {input} {}",)), "x") == "{a} x {}\nA:"
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_the_variants_are_every_template_with_each_of_the_three_prefixes(count):
-    variants = list(make_task(templates=TEMPLATES[:count]).variants())
+    variants = list(make_task(templates=TEMPLATES[:count]).renderers())
     assert len(variants) == 3 * count
     assert variants == list(product(range(count), ("A:", "Answer:", "The answer is")))
 

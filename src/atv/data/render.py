@@ -157,6 +157,11 @@ def _closes(tokenizer: Any) -> bool:
     return list(tokenizer("a")["input_ids"])[-1:] == [tokenizer.eos_token_id]
 
 
+@lru_cache(maxsize=256)
+def _ending(tokenizer: Any, text: str) -> tuple[int, ...]:
+    return tuple(encode_text(tokenizer, text))
+
+
 @lru_cache(maxsize=2**14)
 def _following(tokenizer: Any, ending: str, text: str) -> tuple[int, ...]:
     """Token ids of a text behind a prompt.
@@ -169,9 +174,9 @@ def _following(tokenizer: Any, ending: str, text: str) -> tuple[int, ...]:
     for before in (ending, *NEUTRAL_ENDINGS):
         if not before:
             continue
-        before_ids, joint = encode_text(tokenizer, before), encode_text(tokenizer, before + text)
-        if joint[: len(before_ids)] == before_ids and len(joint) > len(before_ids):
-            return tuple(joint[len(before_ids) :])
+        alone, joint = _ending(tokenizer, before), tuple(encode_text(tokenizer, before + text))
+        if joint[: len(alone)] == alone and len(joint) > len(alone):
+            return joint[len(alone) :]
     raise ATVError(
         f"This tokenizer ({type(tokenizer).__name__}) merges the answer {text.strip()!r} into what precedes it."
     )
