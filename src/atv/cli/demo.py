@@ -1,6 +1,7 @@
 """`atv demo`: the whole path on the built-in tasks with the embedded models, in a few minutes on two cores."""
 
 from pathlib import Path
+from typing import Any
 
 from atv.artifact import read
 from atv.cli.evaluate import evaluate_method
