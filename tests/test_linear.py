@@ -157,7 +157,7 @@ def test_the_logits_of_a_padded_batch_are_those_of_hooks_by_hand(tmp_path):
         with method.steer([Prompt(encoded[0], "", task=TASKS[0].name), Prompt(encoded[1], "", task="unknown")]):
             mixed = llm(**inputs).logits[:, -1]
     assert (unknown - found).abs().max() > 0.1
-    torch.testing.assert_close(mixed, torch.stack([found[0], unknown[1]]))
+    torch.testing.assert_close(mixed, torch.stack([found[0], unknown[1]]), atol=1e-5, rtol=1e-3)  # float32 maps
 
 
 def test_layer_and_ridge_are_those_with_most_validation_rows_right(tmp_path, monkeypatch):
