@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from atv.data import Example, Task
+from atv.data import Example, Task, render
 from atv.evaluation.run import evaluate
 from atv.lm import scoring
 from atv.methods import METHODS
@@ -68,8 +68,8 @@ def numbers(count: int, rows: int) -> Task:
 
 def measured(llm: nn.Module, tokenizer: Any, task: Task, metric: str) -> None:
     """One evaluation, with answers that were never encoded."""
-    scoring._ids.cache_clear()
-    scoring._encoded.cache_clear()
+    for cached in (render._ending, render._following, render.answer_ids, scoring._encoded):
+        cached.cache_clear()
     evaluate(METHODS["zero-shot"].load(llm, tokenizer, None), [task], [metric], variants="first")
 
 

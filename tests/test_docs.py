@@ -62,7 +62,7 @@ def place(world, tmp_path, monkeypatch):
         ATVConfig(generator=GENERATOR, parametrisation="paper", scale=0.1),
         generator=None,
     )
-    atv.training_summary = {"tasks": {"sentiment": list(builtin_task("sentiment").templates)}}
+    atv.training_summary = {"tasks": {"sentiment": builtin_task("sentiment").asking()}}
     atv.save_pretrained("runs/demo/train/adapter")
     yield tmp_path
     for name in set(METHODS) - before:

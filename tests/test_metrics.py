@@ -10,12 +10,12 @@ import pytest
 import torch
 from conftest import byte_level_tokenizer, make_atv, make_llm, sentencepiece_tokenizer, toy_task
 from refusals import refused
+from rendering import encode_pair, prompt_text
 from sklearn.metrics import f1_score, precision_score, recall_score
 from test_options import LABELS, labelled, steered_by_hand
 from transformers import MambaConfig, MambaForCausalLM, set_seed
 
-from atv.data import Example, Task, Variant
-from atv.data.collate import encode_pair
+from atv.data import Example, Task
 from atv.errors import ATVError
 from atv.evaluation.measure import Frozen, measure
 from atv.evaluation.metrics import (
@@ -66,13 +66,13 @@ def scored(method, task, folder, monkeypatch, read, **how):
 
     monkeypatch.setattr(continuation.Continuation, "log_likelihoods", watched)
     rows = evaluate(method, [task], ["option_likelihood"], RunWriter(folder, {}), variants="first", **how)
-    variant = Variant(0, "A:")
-    prompts = [prompt.ids for prompt in method.prompts(task, task.test, variant)]
+    render = task.training_renderers()[0]
+    prompts = [prompt.ids for prompt in method.prompts(task, task.test, render)]
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     found = dict(zip(order, torch.cat(seen).tolist(), strict=True))
     for row in rows:
         example, prompt = task.test[row["example"]], prompts[row["example"]]
-        plain = task.prompt(example.input, variant)
+        plain = prompt_text(task, example.input)
         ids = [tuple(encode_pair(method.tokenizer, plain, option)[1]) for option in task.options]
         expected = [by_hand(lambda answer, e=example, p=prompt: read(e, p, answer), ids, n) for n in range(len(ids))]
         assert found[row["example"]] == pytest.approx(expected, abs=2e-3, rel=1e-4)
@@ -127,7 +127,7 @@ def test_i2cl_mixes_into_whole_options(tmp_path, monkeypatch):
     method = I2CL(model)
 
     def read(example, prompt, answer):
-        with torch.no_grad(), method.steer(task, [example]):
+        with torch.no_grad(), method.steer(method.prompts(task, [example], task.training_renderers()[0])):
             return llm(input_ids=torch.tensor([[*prompt, *answer]])).logits[0, -1]
 
     scored(method, task, tmp_path, monkeypatch, read)
@@ -166,9 +166,9 @@ def test_prompts_are_read_once_and_options_of_one_length_together(tmp_path):
     method = zero_shot(llm)
     rows = evaluate(method, [task], metrics, variants="first", batch_size=6)
     handle.remove()
-    longest = max(len(prompt.ids) for prompt in method.prompts(task, task.test, Variant(0, "A:")))
+    longest = max(len(prompt.ids) for prompt in method.prompts(task, task.test, task.training_renderers()[0]))
     assert [call["input_ids"].shape[1] for call in calls].count(longest) == 1
-    lengths = {len(ids) for ids in task_options(method.tokenizer, task, Variant(0, "A:")).ids}
+    lengths = {len(ids) for ids in task_options(method.tokenizer, task, task.training_renderers()[0]).ids}
     several = [call for call in calls if len(call["input_ids"]) > 6]
     assert len(several) <= len(lengths - {1})
     assert set(rows[0]["outputs"]) == {
@@ -187,7 +187,7 @@ def test_a_generated_answer_is_that_of_transformers(name):
     rows = evaluate(method, [task], ["exact_match"], variants="first", batch_size=4)
     limit = max(len(encode_pair(tokenizer, "A:", option)[1]) for option in task.options)
     for row in rows:
-        ids = torch.tensor([method.prompts(task, [task.test[row["example"]]], Variant(0, "A:"))[0].ids])
+        ids = torch.tensor([method.prompts(task, [task.test[row["example"]]], task.training_renderers()[0])[0].ids])
         out = llm.generate(ids, max_new_tokens=limit, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
         text = tokenizer.decode([token for token in out.tolist() if token != tokenizer.eos_token_id])
         assert row["outputs"] == {"generated": text.split("\n")[0].strip()}
@@ -203,7 +203,7 @@ def test_a_generated_answer_is_steered(positions):
     limit = max(len(encode_pair(atv.tokenizer, "A:", option)[1]) for option in task.options)
     for row in rows:
         example, tokens = task.test[row["example"]], []
-        prompt = method.prompts(task, [example], Variant(0, "A:"))[0].ids
+        prompt = method.prompts(task, [example], task.training_renderers()[0])[0].ids
         while len(tokens) < limit and 3 not in tokens and "\n" not in atv.tokenizer.decode(tokens):
             tokens.append(int(read(example, prompt, tokens).argmax()))
         text = atv.tokenizer.decode([token for token in tokens if token != 3])
@@ -252,7 +252,7 @@ def test_a_generated_answer_has_a_most_and_that_is_said(capsys, monkeypatch):
     monkeypatch.setattr("atv.evaluation.requests.MOST_TOKENS", 5)
     assert MOST_TOKENS == 256
     task, tokenizer = labelled(("yes", "a very much longer answer"), rows=4), byte_level_tokenizer()
-    asked = Requests(make_llm(), tokenizer, task, Variant(0, "A:"), {"generate"})
+    asked = Requests(make_llm(), tokenizer, task, task.training_renderers()[0], {"generate"})
     assert (asked.limit, asked.read_after, asked.options) == (5, 4, None)
     assert "labels: its longest answer has" in capsys.readouterr().err
 
@@ -429,7 +429,7 @@ def test_what_a_function_returns_must_be_a_score(module, task):
 class Knows(Method):
     name = "knows"
 
-    def choose(self, task, examples, variant):
+    def choose(self, task, examples, render):
         return [Choice("yes", {"yes": -0.1, "no": -3.0}, 7) for _ in examples]
 
 
@@ -437,7 +437,7 @@ class Says(Knows):
     name = "says"
     serves = frozenset({"generate"})
 
-    def choose(self, task, examples, variant):
+    def choose(self, task, examples, render):
         return [Choice("yes") for _ in examples]
 
 

@@ -258,14 +258,14 @@ def test_a_renderer_of_ones_own_trains_and_evaluates(tmp_path, monkeypatch):
         assert encoded.pairs == [([*begins, *tokenizer(text)["input_ids"], END, TURN], answer) for text in texts]
         assert encoded.query == atv.generator.encode([texts[0]])[0]
     run = RunWriter(tmp_path / "run", {})
-    evaluate(ATV(atv), [task], run, variants="first")
+    evaluate(ATV(atv), [task], ["first_token"], run, variants="first")
     assert len(run.rows) == len(task.test)
     for row in run.rows:
         text = task.templates[0].replace("{input}", task.test[row["example"]].input)
         ids = [*begins, *tokenizer(text)["input_ids"], END, TURN]
         with torch.no_grad(), atv.steer([text]):
             token = atv.llm(input_ids=torch.tensor([ids])).logits[0, -1].argmax()
-        assert row["prediction"] == tokenizer.decode([token])
+        assert row["outputs"]["first_token"] == tokenizer.decode([token])
         assert (row["prompt_tokens"], row["answer_prefix"]) == (len(ids), None)
 
 
