@@ -98,7 +98,7 @@ def test_train_eval_report_generate_on_ones_own_models_and_data(atv, world, tmp_
     code, said, err = atv("report", tmp_path, "--out", tmp_path / "tables.csv")
     assert code == 0, err
     assert "atv minus" in said
-    assert f"Written to {tmp_path / 'tables-1-accuracy-per-task.csv'}" in said
+    assert f"Written to {tmp_path / 'tables-1-scores-per-task.csv'}" in said
     assert len(list(tmp_path.glob("tables-*.csv"))) == 4  # per task, in-domain by both accuracies, comparison
     check_refused(*atv("report", tmp_path, "--out", tmp_path / "table.txt"), ["'.txt'", ".md, .tex, .csv or .html"])
 
@@ -165,7 +165,7 @@ def test_reproduce_and_sweep_from_the_command_line(atv, world, tmp_path):
     code, said, err = atv(*some)
     assert code == 0, err
     assert "its numbers mean nothing" in err
-    assert "In-domain accuracy" in said
+    assert "In-domain first_token" in said
     assert {file.suffix for file in (tmp_path / "r" / "tables").iterdir()} == {".md", ".tex", ".csv"}
     assert json.loads((tmp_path / "r" / "trained/fixed-42/train.json").read_text())["settings"]["train"]["epochs"] == 1
     assert atv(*some)[1] == said
