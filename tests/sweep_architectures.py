@@ -395,12 +395,12 @@ COLUMNS = {
 }
 SHORT = {"itself": "LLM itself", "others": "refused"}
 MEANING = {
-    "equal": "equal to hooks written by hand, in every column",
-    "itself": "equal, but where padding or a cache changes the unsteered LLM's own answers, or it has no such cache",
-    "refused": "refused in one column at least, with an error that says why",
-    "not built": "not built: no language model by itself, or broken in transformers",
-    "different": "**different from hooks written by hand, with no error**",
-    "fails": "**an error that says nothing to a user**",
+    "equal": "equal to hand-written hooks, in every column",
+    "itself": "equal, except where padding or a cache changes the unsteered LLM's own answers, or it has no such cache",
+    "refused": "refused in at least one column, with an error that says why",
+    "not built": "not built: not a language model on its own, or broken in transformers",
+    "different": "**different from hand-written hooks, without an error**",
+    "fails": "**an error that does not help the user**",
 }
 WORST = ("fails", "different", "refused", "itself", "not built")
 HEAD = """\
@@ -410,22 +410,22 @@ HEAD = """\
 
 Every family that transformers {transformers} loads as a causal language model, as a tiny random LLM in float32
 (torch {torch}, adaptive-task-vectors {atv}). `make sweep` builds and compares them all and writes this page,
-which takes about {minutes:.0f} minutes on two CPU cores; `python tests/sweep_architectures.py llama mamba`
-prints the rows of some.
+in about {minutes:.0f} minutes on two CPU cores. `python tests/sweep_architectures.py llama mamba` prints the rows
+of these two.
 
 Each LLM is steered at the positions `last`, `last:4`, `answer` and `all` in greedy `generate` calls of {new}
 new tokens, with a dynamic cache, a static one and none, on three prompts of {lengths} tokens padded on the
-left; attention windows are of 6 tokens. The logits of every step are compared with those of hooks written by
-hand, each prompt alone, the whole text read again at every step. What may differ is {equal:.0%} of what
-steering changes. Layers are compared with the hidden states that the LLM itself reports, and `atv doctor`'s
-checks are run.
+left; attention windows are 6 tokens wide. The logits of every step are compared with those of hand-written hooks,
+with each prompt alone and the whole text read again at every step. The tolerance is {equal:.0%} of the change that
+steering makes. The layers' outputs are compared with the hidden states that the LLM itself reports, and the
+checks of `atv doctor` are run.
 
 `LLM itself`: padding changes the answers of the unsteered LLM, and it is compared without padding; or a cache
-changes them, and it is compared with hooks in the same call; or it has no such cache. Doctor cannot tell that
-from a fault of steering and refuses to train such an LLM.
+changes them, and it is compared with hooks in the same call; or it has no such cache. Doctor cannot distinguish
+this from a steering error and refuses to train such an LLM.
 
-An LLM that keeps several residual streams beside each other (AltUp in Gemma 3n, hyper-connections in DeepSeek
-V4, HY V4 and Qwen 4) has each vector added to each of them.
+If an LLM has several parallel residual streams (AltUp in Gemma 3n, hyper-connections in DeepSeek V4, HY V4 and
+Qwen 4), each vector is added to each of them.
 
 | families | |
 |---|---|
