@@ -218,7 +218,7 @@ def test_checkpoints_hold_safetensors_and_no_llm(tmp_path, monkeypatch):
     train(tiny(), [toy_task()], tmp_path / "out", quick(epochs=1))
     folder = tmp_path / "out" / "checkpoints" / "checkpoint-2"
     assert not (folder / "training_args.bin").exists()
-    assert {name.split(".")[0] for name in load_file(folder / "model.safetensors")} == {"generator", "expansion"}
+    assert {name.split(".")[1] for name in load_file(folder / "model.safetensors")} == {"generator", "expansion"}
 
 
 def row(length):
