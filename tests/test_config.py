@@ -26,6 +26,8 @@ def test_the_shape_of_the_paper():
         "expansion_rank": None,
         "layers": "all",
         "layer_path": None,
+        "site": "layer",
+        "edit": "add",
         "positions": "last",
         "parametrisation": "paper",
         "scale": 0.001,
@@ -146,7 +148,7 @@ def test_zero_and_whole_numbers_are_rates(value):
     ("kind", "key", "parts"),
     [
         (ATVConfig, "poolings", ("option 'poolings'", "Did you mean 'pooling'?", "query_template")),
-        (ATVConfig, "lambda", ("option 'lambda'", "known: expansion_rank, gate, generator", "scale")),
+        (ATVConfig, "lambda", ("option 'lambda'", "known: edit, expansion_rank, gate, generator", "scale")),
         (
             TrainConfig,
             "lr",
