@@ -1,9 +1,9 @@
 """Which tokens of a call of the LLM are edited? The three sources of that answer.
 
-`Known`: whoever makes the call has a mask (training). `Lengths`: each row is a whole text whose prompt has so many
-tokens (scoring). `Tracked`: any call, `generate` above all, which calls the LLM in several ways: the whole prompt first
-and then one token at a time with a cache; the whole text again at every step without one; several beams or returned
-sequences per prompt.
+`Known`: whoever makes the call has a mask (training). `Lengths`: each row is a whole text, and the prompts have known
+lengths (scoring). `Tracked`: any call, `generate` above all, which calls the LLM in several ways: the whole prompt
+first and then one token at a time with a cache; the whole text again at every step without one; several beams or
+returned sequences per prompt.
 """
 
 from abc import ABC, abstractmethod

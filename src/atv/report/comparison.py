@@ -7,7 +7,7 @@ from typing import Protocol
 from atv.data import UNSEEN
 from atv.errors import ATVError
 from atv.methods import METHODS
-from atv.report.statistics import RESAMPLES, Row, Score, paired, score_names, scored, scores, tasks_of
+from atv.report.statistics import RESAMPLES, Row, Score, Scores, paired, score_names, scored, scores, tasks_of
 from atv.report.tables import MISSING, Table, footnote, marked, meaning, score_table, undefined
 
 ATV = "atv"
@@ -81,50 +81,40 @@ def in_domain_table(rows: Sequence[Row], key: str, beside: Published | None = No
         key: the name of a score that some of the rows have; only these are in the table.
         beside: numbers published elsewhere.
     """
-    rows, first = scored(_of(rows, unseen=False), key), score_names(rows)[0]
-    tasks = tasks_of(rows)
-    lines: dict[str, Line] = {}
-    left, judged = left_out(rows, key)
-    for method, asked in _by_method(rows).items():
-        found = scores(defined(asked, left), key, judged)
-        costs = {name: scores(asked, source, tasks).in_domain for name, (source, _) in COSTS.items()}
-        lines[method] = costs | found.categories | {"Avg": found.in_domain}
-    published = beside.lines("in-domain", lines, judged) if beside and key == PAPER_SCORE else {}
     note = (
-        f"{_measured(rows)} {meaning([key])} A task's score is the mean over its rows and variants, a category's that "
-        f"of its tasks, Avg that of the categories. {_SPREAD} {_COST}"
+        "A task's score is the mean over its rows and variants, a category's that of its tasks, Avg that of the "
+        "categories."
     )
-    columns = [*COSTS, *_ordered(tasks.values(), beside.order if beside else ()), "Avg"]
-    without = {*left.values(), *(["Avg"] if left else [])}
-    table = _table(f"In-domain {key}: {rows[0]['llm']}", columns, lines, published, note, without, beside)
-    plots = ("scores", "cost") if key == first else ("scores",)
-    return replace(table, plots=plots, runs=runs_of(rows), footnote=footnote(rows, key))
+    return _scores_table(rows, key, beside, note, unseen=False)
 
 
 def unseen_table(rows: Sequence[Row], key: str, beside: Published | None = None) -> Table:
-    """Cost, scores of the unseen tasks and their mean for each method.
+    """Cost, scores of the unseen tasks and their mean for each method; the arguments are those of `in_domain_table`."""
+    note = "A task's score is the mean over rows and variants, Avg that of the tasks."
+    return _scores_table(rows, key, beside, note, unseen=True)
 
-    Args:
-        rows: on one LLM.
-        key: the name of a score that some of the rows have; only these are in the table.
-        beside: numbers published elsewhere.
-    """
-    rows, first = scored(_of(rows, unseen=True), key), score_names(rows)[0]
+
+def _scores_table(rows: Sequence[Row], key: str, beside: Published | None, averaged: str, *, unseen: bool) -> Table:
+    """A line for each method; `averaged` says how its scores are averaged. In-domain its columns are categories."""
+    part = "unseen" if unseen else "in-domain"
+    rows, first = scored(_of(rows, unseen), key), score_names(rows)[0]
     tasks = tasks_of(rows)
     lines: dict[str, Line] = {}
     left, judged = left_out(rows, key)
+
+    def average(found: Scores) -> Score | None:
+        return found.unseen if unseen else found.in_domain
+
     for method, asked in _by_method(rows).items():
         found = scores(defined(asked, left), key, judged)
-        costs = {name: scores(asked, source, tasks).unseen for name, (source, _) in COSTS.items()}
-        lines[method] = costs | found.tasks | {"Avg": found.unseen}
-    published = beside.lines("unseen", lines, judged) if beside and key == PAPER_SCORE else {}
-    note = (
-        f"{_measured(rows)} {meaning([key])} A task's score is the mean over rows and variants, Avg that of the tasks. "
-        f"{_SPREAD} {_COST}"
-    )
-    columns = [*COSTS, *_ordered(tasks, beside.order if beside else ()), "Avg"]
-    without = {*left, *(["Avg"] if left else [])}
-    table = _table(f"Unseen {key}: {rows[0]['llm']}", columns, lines, published, note, without, beside)
+        costs = {name: average(scores(asked, source, tasks)) for name, (source, _) in COSTS.items()}
+        lines[method] = costs | (found.tasks if unseen else found.categories) | {"Avg": average(found)}
+    published = beside.lines(part, lines, judged) if beside and key == PAPER_SCORE else {}
+    note = f"{_measured(rows)} {meaning([key])} {averaged} {_SPREAD} {_COST}"
+    names, without = (tasks, {*left}) if unseen else (tasks.values(), {*left.values()})
+    columns = [*COSTS, *_ordered(names, beside.order if beside else ()), "Avg"]
+    without |= {"Avg"} if left else set()
+    table = _table(f"{part.capitalize()} {key}: {rows[0]['llm']}", columns, lines, published, note, without, beside)
     plots = ("scores", "cost") if key == first else ("scores",)
     return replace(table, plots=plots, runs=runs_of(rows), footnote=footnote(rows, key))
 
