@@ -1,9 +1,10 @@
 """Training on a GPU with an LLM of Llama 3 8B's shape and a GPT-2-sized generator: rows per second and memory.
 
-Beside the straightforward loop, row by row. Peak memory is compared with what cannot be done without.
+Beside the straightforward loop, row by row, and beside LoRA. Peak memory is compared with what cannot be done without.
 """
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from atv.data.collate import EncodedRow
 from atv.model import ATVModel
 from benchmarks.common import Figure, Record, in_turn, parse_options, rate, ratio, times
+from benchmarks.peft_methods import LORA, peft_model, peft_optimizer, peft_step
 from benchmarks.reference import train_rows
 from benchmarks.step import RATE, own_optimizer, train_step
 from benchmarks.subjects import fill, large_llm, make_atv, mean_query, rows_of
@@ -49,8 +51,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
         record.measure("weights, generator, expansion, Adam's moments, one batch of prefixes", "GiB", needed)
         record.measure("peak memory / these", "x", peak / needed, ("at most", 1.15))
     plain = torch.optim.Adam(atv.parameters(), lr=RATE, weight_decay=1e-5)
-    sides = {
+    lora = peft_model(copy.deepcopy(llm), LORA)
+    sides: dict[str, Callable[[], object]] = {
         ONE_BY_ONE: partial(train_rows, atv, rows[:BY_ROW], plain),
+        LORA: partial(peft_step, lora, peft_optimizer(lora), rows),
         OURS: partial(train_step, atv, rows, ours),
     }
     seconds = in_turn("training on a GPU", sides, options)
@@ -60,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     for side, figure in rates.items():
         record.measure(side, "rows/s", figure)
     record.measure(f"{OURS} / {ONE_BY_ONE}", "x rows/s", ratio(seconds[ONE_BY_ONE], seconds[OURS]), ("at least", 30))
+    record.measure(f"{OURS} / {LORA}", "x rows/s", ratio(seconds[LORA], seconds[OURS]))
     shown = {side: {"GPT-2-sized": figure} for side, figure in rates.items()}
     record.plot("", "generator", "training rows per second", shown, kind="bars")
     return record.finish()

@@ -28,7 +28,7 @@ DEMONSTRATIONS, NEW_TOKENS = 16, 16
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
-    """Measure batches of 1 and 16, the first answer token and 16 new tokens."""
+    """Measure batches of 1 and 16, on a GPU of 1, 8 and 64: the first answer token, and 16 new tokens."""
     options = parse_options("benchmarks.inference", __doc__, argv)
     on_gpu = options.device == "cuda"
     tokens = 24 if options.tiny else 110
@@ -49,14 +49,14 @@ def main(argv: Sequence[str] | None = None) -> Path:
         **{"prompt tokens": tokens, "tokens with 16 demonstrations": tokens + DEMONSTRATIONS * (tokens + 2)},
     )
     plots: dict[str, dict[str, dict[Any, Figure]]] = {}
-    for batch in (1, 16):
+    for batch in (1, 8, 64) if on_gpu else (1, 16):
         queries = [example.input for task in tasks() for example in task.test][:batch]
         rows = rows_of(atv, (DEMONSTRATIONS + 1) * batch, tokens, templates=1)
         prompts = [row.pairs[0][0] for row in rows[:batch]]
         reads = {PLAIN: partial(first_token, atv, prompts), STEERED: partial(first_token, atv, prompts, queries)}
         reads[ITSELF] = partial(first_token, itself, prompts, queries)
         reads[APART] = partial(first_token_apart, atv, prompts, queries)
-        if batch == 1 or on_gpu or options.tiny:  # 30,000 tokens at once are too slow on a CPU
+        if batch == 1 or (on_gpu and batch == 8) or options.tiny:  # more tokens at once take too long
             shown = [_with_demonstrations(rows, index, batch) for index in range(batch)]
             reads[MANY] = partial(first_token, atv, shown)
         texts = [tokenizer.decode(prompt) for prompt in prompts]

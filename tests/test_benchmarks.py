@@ -9,7 +9,7 @@ import torch
 from conftest import make_atv
 from rendering import row_of
 
-from benchmarks import common, peft_methods, report, run_all
+from benchmarks import common, gpu_day, peft_methods, report, run_all
 from benchmarks.reference import batch_loss, row_loss
 from benchmarks.step import PARTS, floor_step, loss_of, own_optimizer, timed_step, train_step
 from benchmarks.subjects import fill, rows_of, small_llm
@@ -165,3 +165,11 @@ def test_a_missing_gpu_is_said(tmp_path):
 def test_the_page_has_a_place_for_every_benchmark():
     places = set(report.BLOCK.findall(report.PAGE.read_text(encoding="utf-8")))
     assert places == {*SCRIPTS, "inference-cuda", "gpu_training-cuda"}
+
+
+def test_the_day_on_a_gpu_runs_to_its_end_and_finds_the_devices_equal(tmp_path):
+    files = gpu_day.main(quick(tmp_path))
+    assert [file.stem for file in files] == ["gpu_equality", "inference", "gpu_training"]
+    equal = json.loads(files[0].read_text())["measures"]
+    assert [line["what"].split(":")[0] for line in equal] == ["loss", "gradient", "logits"]
+    assert all(line["reached"] for line in equal)

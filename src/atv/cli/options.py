@@ -301,12 +301,14 @@ class Reproduce:
     loading: Loading = group(Loading)
     tasks: Tasks = group(Tasks)
     profile: str = profile_field()
-    """How much of the paper's protocol is run: small takes two CPU cores about 90 minutes, ablation some minutes for
+    """How much of the paper's protocol is run: small takes two CPU cores about two hours, ablation some minutes for
     each condition, smoke 3 minutes."""
     experiment: list[str] | None = option(None, panel=METHOD, also=lambda: listed("Known", known_experiments()))
     """A question instead of the tables, or several; or a TOML file of your own."""
     method: list[str] | None = option(None, panel=METHOD, also=lambda: listed("Known", METHODS))
     """Method; once for each. Default: those of the paper's tables."""
+    seed: list[int] | None = option(None, panel=METHOD)
+    """Seed, instead of the profile's; once for each."""
     batch_size: int = option(16, panel=METHOD, min=1)
     """Prompts per call of the LLM when measuring."""
     out: Path = out_field(DEFAULT_RUNS / "reproduce")

@@ -1,6 +1,7 @@
 """`atv paper reproduce`."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from atv import artifact
@@ -50,6 +51,8 @@ def reproduce_tables(given: Reproduce) -> None:
         raise ATVError("An experiment names its methods; found --experiment and --method: leave one of them out.")
     experiments = [read_experiment(name) for name in given.experiment or ()]
     profile, out = chosen_profile(given.profile), given.out
+    if given.seed:
+        profile = replace(profile, seeds=tuple(dict.fromkeys(given.seed)))
     conditions = conditions_of(experiments) if experiments else [Condition(name) for name in given.method or ()]
     analysed = any(of.analysis for of in experiments)
     if analysed:
