@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def missing(name: str) -> str:
     """What stands where nothing has been measured."""
     cuda = name.endswith("-cuda")
-    command = f"python -m benchmarks.{name.removesuffix('-cuda')}{' --device cuda' if cuda else ''}"
+    command = "python -m benchmarks.gpu_day --device cuda" if cuda else f"python -m benchmarks.{name}"
     return f"*Not measured yet: `{command}`, then `python -m benchmarks.report`.*"
 
 
