@@ -6,7 +6,8 @@ rounding. Then `benchmarks.inference` and `benchmarks.gpu_training`.
 
 import copy
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,14 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     options = options_of(given, "benchmarks.gpu_day", argv)
     words = ["--device", options.device, "--threads", str(options.threads), "--rounds", str(options.rounds)]
     words += ["--out", str(options.out), *(["--tiny"] if options.tiny else [])]
+    steps: list[Callable[[], Path]] = [
+        partial(_equality, options),
+        partial(inference.main, words),
+        partial(gpu_training.main, words),
+    ]
     files = []
-    for measured in (lambda: _equality(options), lambda: inference.main(words), lambda: gpu_training.main(words)):
-        files.append(measured())
+    for step in steps:
+        files.append(step())
         gc.collect()  # an LLM with hooks is part of cycles: its memory would count as the next benchmark's
         torch.cuda.empty_cache()
     return files
