@@ -10,9 +10,10 @@ from rendering import encode_pair, prompt_text
 
 from atv.config import ATVConfig, TrainConfig
 from atv.data import Example, Task
+from atv.evaluation.run import steered
 from atv.expansion import Expansion
 from atv.gate import Gate
-from atv.methods.atv import ATV
+from atv.methods.atv import ATVMethod
 from atv.model import ATVModel
 from atv.training.batches import training_rows
 from atv.training.loop import train
@@ -231,11 +232,11 @@ def test_self_is_calibrated_on_prompts():
 def test_in_use_the_generator_reads_what_it_read_in_training(reads):
     task, atv = toy_task(), calibrated(reads=reads)
     row, example = training_rows(task, reads=atv.reads)[0], task.train[0]
-    method = ATV(atv)
+    method = ATVMethod(atv)
     prompts = method.prompts(task, [example], task.renderers("all", method.reads)[2, "Answer:"])
     text = example.input if reads == "query" else f"{example.input}\nyes or no?\nA:"
     assert atv.encode_row(row).query == atv.generator.encode([text])[0]
-    with method.steer(prompts):
+    with steered(method, prompts):
         found = atv.llm(**atv.encode_prompts(["quiet\nA:"])).logits
     with atv.steer([text]):
         assert torch.equal(atv.llm(**atv.encode_prompts(["quiet\nA:"])).logits, found)

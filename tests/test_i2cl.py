@@ -17,7 +17,7 @@ from atv.config import Positions, TrainConfig
 from atv.data import Example, Prompt, Task
 from atv.errors import ATVError
 from atv.evaluation.records import RunWriter
-from atv.evaluation.run import evaluate
+from atv.evaluation.run import evaluate, steered
 from atv.lm.hooks import attention_and_mlp, base_llm
 from atv.lm.spans import Span, Tracked
 from atv.methods import METHODS
@@ -209,7 +209,7 @@ def test_it_learns_and_is_used_on_known_and_unknown_tasks(tmp_path):
         for row in (row for row in run.rows if row["task"] == task.name):
             example = task.test[row["example"]]
             inputs = method.model.encode_prompts([prompt_text(task, example.input)])
-            with torch.no_grad(), method.steer([Prompt([], example.input, task=task.name)]):
+            with torch.no_grad(), steered(method, [Prompt([], example.input, task=task.name)]):
                 likeliest = llm(**inputs).logits[0, -1].argmax().item()
             assert row["outputs"]["first_token"] == method.tokenizer.decode([likeliest])
     assert set(method.model.tasks_of([Prompt([], e.input, task="harbours") for e in unknown.test]).tolist()) == {0, 1}

@@ -74,7 +74,7 @@ def test_it_has_the_options_of_both(tmp_path):
     method, task = load(tmp_path, shots=5, seed=7), toy_task()
     assert method.demonstrations(task, task.test) == load(tmp_path, "icl", 5, 7).demonstrations(task, task.test)
     assert method.describe() == load(tmp_path, "atv").describe() | {"shots": 5}
-    assert method.edited == 1
+    assert method.edited_tokens == 1
     assert load(tmp_path, shots=None).shots == 16
     with refused("icl+atv needs an adapter"):
         METHODS["icl+atv"].load(make_llm(), byte_level_tokenizer(), None)

@@ -9,6 +9,7 @@ from refusals import refused
 
 from atv.config import TrainConfig
 from atv.data import Prompt
+from atv.evaluation.run import steered
 from atv.lm.hooks import decoder_layers
 from atv.methods import METHODS, once
 from atv.methods.fixed import Fixed, FixedConfig
@@ -69,10 +70,10 @@ def test_it_adds_one_vector_at_one_layer_at_the_last_tokens(tmp_path, positions)
         return states, logits
 
     plain, plain_logits = outputs()
-    with method.steer(asked):
-        steered, logits = outputs()
-    assert torch.equal(plain[0], steered[0])
-    added = steered[1] - plain[1]
+    with steered(method, asked):
+        changed, logits = outputs()
+    assert torch.equal(plain[0], changed[0])
+    added = changed[1] - plain[1]
     assert added[:, :-last].abs().max() < 1e-6
     per_token = added[:, -last:].reshape(-1, 32)
     torch.testing.assert_close(per_token, per_token[:1].expand_as(per_token), atol=1e-5, rtol=1e-4)

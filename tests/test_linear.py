@@ -14,7 +14,7 @@ from atv.config import TrainConfig
 from atv.data import Example, Prompt, Task
 from atv.data.collate import left_padded
 from atv.evaluation.records import RunWriter
-from atv.evaluation.run import evaluate
+from atv.evaluation.run import evaluate, steered
 from atv.lm.hooks import decoder_layers
 from atv.methods import METHODS, exemplars
 from atv.methods import linear as linear_module
@@ -145,16 +145,16 @@ def test_the_logits_of_a_padded_batch_are_those_of_hooks_by_hand(tmp_path):
     queries = [Example("the kettle", "yes"), Example("a quiet harbour before the first boats", "no")]
     encoded = [TOKENIZER(f"{row.input}\nyes or no?\nA:")["input_ids"] for row in queries]
     inputs = left_padded(encoded, 0)
-    with torch.no_grad(), method.steer([Prompt(ids, "", task=TASKS[0].name) for ids in encoded]):
+    with torch.no_grad(), steered(method, [Prompt(ids, "", task=TASKS[0].name) for ids in encoded]):
         found = llm(**inputs).logits[:, -1]
     for row, ids in enumerate(encoded):
         expected = with_effect(llm, ids, 2, weights, intercept, 1.0)
         torch.testing.assert_close(found[row], expected, atol=1e-3, rtol=1e-3)  # the map is kept in float32
     with torch.no_grad():
         assert (llm(**inputs).logits[:, -1] - found).abs().max() > 0.1
-        with method.steer([Prompt(ids, "") for ids in encoded]):
+        with steered(method, [Prompt(ids, "") for ids in encoded]):
             unknown = llm(**inputs).logits[:, -1]
-        with method.steer([Prompt(encoded[0], "", task=TASKS[0].name), Prompt(encoded[1], "", task="unknown")]):
+        with steered(method, [Prompt(encoded[0], "", task=TASKS[0].name), Prompt(encoded[1], "", task="unknown")]):
             mixed = llm(**inputs).logits[:, -1]
     assert (unknown - found).abs().max() > 0.1
     torch.testing.assert_close(mixed, torch.stack([found[0], unknown[1]]), atol=1e-5, rtol=1e-3)  # float32 maps

@@ -29,11 +29,11 @@ from atv.evaluation.metrics import (
 )
 from atv.evaluation.records import RunWriter, load_runs
 from atv.evaluation.requests import MOST_TOKENS, Requests
-from atv.evaluation.run import evaluate, metrics_of
+from atv.evaluation.run import evaluate, metrics_of, steered
 from atv.lm import continuation
 from atv.lm.scoring import task_options
 from atv.methods import METHODS, Choice, Method
-from atv.methods.atv import ATV
+from atv.methods.atv import ATVMethod
 from atv.methods.i2cl import I2CL, I2CLConfig, I2CLModel
 from atv.methods.lora import LoRA
 from atv.methods.peft_model import PEFTModel
@@ -118,7 +118,7 @@ def test_an_llm_without_a_cache_of_keys_reads_the_prompts_again(tmp_path, monkey
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_whole_options_are_steered_as_answers_are(name, positions, tmp_path, monkeypatch):
     atv = make_atv(name, positions=positions, scale=2.0)
-    scored(ATV(atv), labelled(SOME, rows=6), tmp_path, monkeypatch, steered_by_hand(atv, positions), batch_size=4)
+    scored(ATVMethod(atv), labelled(SOME, rows=6), tmp_path, monkeypatch, steered_by_hand(atv, positions), batch_size=4)
 
 
 def test_i2cl_mixes_into_whole_options(tmp_path, monkeypatch):
@@ -127,7 +127,7 @@ def test_i2cl_mixes_into_whole_options(tmp_path, monkeypatch):
     method = I2CL(model)
 
     def read(example, prompt, answer):
-        with torch.no_grad(), method.steer(method.prompts(task, [example], task.training_renderers()[0])):
+        with torch.no_grad(), steered(method, method.prompts(task, [example], task.training_renderers()[0])):
             return llm(input_ids=torch.tensor([[*prompt, *answer]])).logits[0, -1]
 
     scored(method, task, tmp_path, monkeypatch, read)
@@ -198,7 +198,7 @@ def test_a_generated_answer_is_that_of_transformers(name):
 def test_a_generated_answer_is_steered(positions):
     atv = make_atv(positions=positions, scale=2.0)
     task, read = labelled(("fish", "a longer answer"), rows=6), steered_by_hand(atv, positions)
-    method = ATV(atv)
+    method = ATVMethod(atv)
     rows = evaluate(method, [task], ["exact_match"], variants="first", batch_size=4)
     limit = max(len(encode_pair(atv.tokenizer, "A:", option)[1]) for option in task.options)
     for row in rows:

@@ -22,13 +22,12 @@ from atv.data import Example, Task
 from atv.data.collate import left_padded
 from atv.data.render import plain_prompt
 from atv.evaluation.records import RunWriter
-from atv.evaluation.run import evaluate
+from atv.evaluation.run import evaluate, steered
 from atv.lm.continuation import Continuation
 from atv.lm.prefix import call_llm
 from atv.lm.scoring import Options, answers_right, task_options, training_options
-from atv.lm.spans import Tracked
 from atv.methods import METHODS, exemplars
-from atv.methods.atv import ATV
+from atv.methods.atv import ATVMethod
 from atv.methods.i2cl import I2CL, I2CLConfig, I2CLModel
 from atv.methods.lora import LoRA
 from atv.methods.peft_model import PEFTModel
@@ -37,7 +36,7 @@ from atv.model import ATVModel
 from atv.paper.analysis.swapped import OWN, exchanged
 from atv.paper.sweep import _judged
 from atv.progress import bar
-from atv.steer import AddVectors, steer
+from atv.steer import AddVectors
 from atv.training.loop import train
 
 LABELS = {
@@ -290,11 +289,11 @@ def steered_by_hand(atv, positions):
 def test_vectors_are_added_where_positions_say_while_options_are_read(name, positions, tmp_path):
     atv = make_atv(name, positions=positions, scale=2.0)
     task = labelled(("very", "very good", "very bad", "The quay", "The boats are in"), rows=3)
-    method, examples = ATV(atv), list(task.test)
+    method, examples = ATVMethod(atv), list(task.test)
     asked = method.prompts(task, examples, task.training_renderers()[0])
     prompts = [prompt.ids for prompt in asked]
     inputs, by_hand = left_padded(prompts, 0), steered_by_hand(atv, positions)
-    with torch.no_grad(), method.steer(asked):
+    with torch.no_grad(), steered(method, asked):
         read = Continuation(atv.llm, inputs, call_llm(atv.llm, keep=1, **inputs, use_cache=True)).read
         found = [(prefixes, read(prefixes)) for prefixes in ([(5, 6, 7), (), (8,)], [(9,), (5, 7), (5, 6)])]
     for prefixes, tables in found:
@@ -348,7 +347,7 @@ def test_the_llm_as_its_own_generator_steers_options_by_its_prompts(positions, t
             with added(atv.layers, vectors, columns):
                 return atv.llm(input_ids=torch.tensor([[*prompt, *answer]])).logits[0, -1]
 
-    check(ATV(atv), labelled(LABELS["nested"], rows=6), tmp_path, read)
+    check(ATVMethod(atv), labelled(LABELS["nested"], rows=6), tmp_path, read)
 
 
 def test_i2cl_mixes_into_option_tokens_too(tmp_path):
@@ -357,24 +356,24 @@ def test_i2cl_mixes_into_option_tokens_too(tmp_path):
     method = I2CL(model)
 
     def read(example, prompt, answer):
-        with torch.no_grad(), method.steer(method.prompts(task, [example], task.training_renderers()[0])):
+        with torch.no_grad(), steered(method, method.prompts(task, [example], task.training_renderers()[0])):
             return llm(input_ids=torch.tensor([[*prompt, *answer]])).logits[0, -1]
 
     check(method, task, tmp_path, read)
 
 
 def test_a_state_at_the_last_prompt_token_stays_there(tmp_path):
-    """What ELICIT does: `steer` with positions `last` and ready states."""
+    """What ELICIT does: positions `last` and ready states."""
     llm, task = make_llm(), labelled(LABELS["nested"], rows=6)
     torch.manual_seed(0)
     state = torch.randn(1, 3, 32, dtype=torch.float64)
 
     class Stated(METHODS["zero-shot"]):
-        edited = 1
+        edited_tokens = 1
 
-        def steer(self, prompts):
-            states, last = state.expand(len(prompts), -1, -1), Positions.parse("last")
-            return steer(llm, AddVectors(list(llm.model.layers), states, 2.0, last), Tracked(len(states), last))
+        def edit(self, prompts):
+            states = state.expand(len(prompts), -1, -1)
+            return AddVectors(list(llm.model.layers), states, 2.0, Positions.parse("last"))
 
     def read(_, prompt, answer):
         with torch.no_grad(), added(llm.model.layers, 2.0 * state[0], [len(prompt) - 1]):

@@ -133,7 +133,7 @@ def test_a_row_reads_the_same_alone_and_in_a_padded_batch(method, name):
 def test_what_prompts_share_is_read_once_and_changes_nothing(method):
     model = make(method)
     prompts = [[*range(20, 32), *prompt] for prompt in PROMPTS]
-    shared = SharedPrefix(model.adapted, prompts, method.edited)
+    shared = SharedPrefix(model.adapted, prompts, method.edited_tokens)
     assert shared.length == 12
     inputs, past = shared.inputs(prompts, 0)
     own = {name: inputs[name][:, 12:] for name in ("input_ids", "position_ids")}

@@ -13,7 +13,7 @@ from atv.data.collate import left_padded, pad_id
 from atv.evaluation.records import RunWriter
 from atv.evaluation.run import evaluate
 from atv.lm.prefix import SharedPrefix, call_llm
-from atv.methods.atv import ATV
+from atv.methods.atv import ATVMethod
 from atv.methods.zero_shot import ZeroShot
 
 INSTRUCTION = "Is this opinion positive or negative? Answer positive or negative. "
@@ -76,7 +76,7 @@ def test_an_evaluation_reads_an_instruction_once_and_its_rows_are_the_same(metho
     for folder, least in (("plain", 10_000), ("shared", 8)):
         monkeypatch.setattr(SharedPrefix.__init__, "__defaults__", (least,))
         run = RunWriter(tmp_path / folder, {})
-        made = ATV(atv) if method == "atv" else ZeroShot(atv.llm, atv.tokenizer)
+        made = ATVMethod(atv) if method == "atv" else ZeroShot(atv.llm, atv.tokenizer)
         evaluate(made, [task], ["first_token"], run, batch_size=4)
         rows.append([{key: value for key, value in row.items() if key != "seconds"} for row in run.rows])
         read.append(0)

@@ -20,7 +20,7 @@ from atv.data.render import Renderer, answer_ids, plain_prompt
 from atv.evaluation.records import RunWriter
 from atv.evaluation.run import evaluate
 from atv.lm.scoring import training_options
-from atv.methods.atv import ATV
+from atv.methods.atv import ATVMethod
 from atv.methods.icl import ICL
 from atv.model import ATVModel
 from atv.training.batches import training_rows
@@ -258,7 +258,7 @@ def test_a_renderer_of_ones_own_trains_and_evaluates(tmp_path, monkeypatch):
         assert encoded.pairs == [([*begins, *tokenizer(text)["input_ids"], END, TURN], answer) for text in texts]
         assert encoded.query == atv.generator.encode([texts[0]])[0]
     run = RunWriter(tmp_path / "run", {})
-    evaluate(ATV(atv), [task], ["first_token"], run, variants="first")
+    evaluate(ATVMethod(atv), [task], ["first_token"], run, variants="first")
     assert len(run.rows) == len(task.test)
     for row in run.rows:
         text = task.templates[0].replace("{input}", task.test[row["example"]].input)

@@ -17,7 +17,7 @@ from atv.evaluation.records import RunWriter
 from atv.evaluation.run import evaluate
 from atv.lm.hooks import base_llm, decoder_layers
 from atv.lm.spans import Tracked
-from atv.methods.atv import ATV
+from atv.methods.atv import ATVMethod
 from atv.methods.icl_atv import ICLWithATV
 from atv.methods.settings import method_settings
 from atv.model import ATVModel
@@ -246,7 +246,7 @@ def test_measured_with_shared_instructions_it_answers_as_each_prompt_alone(tmp_p
     atv = made(dtype=torch.float32, scale=1.0)
     atv.save_pretrained(tmp_path / "adapter")
     llm = make_llm(dtype=torch.float32)
-    for number, (method, shots) in enumerate(((ATV, None), (ICLWithATV, 2))):
+    for number, (method, shots) in enumerate(((ATVMethod, None), (ICLWithATV, 2))):
         loaded = method.load(llm, atv.tokenizer, tmp_path / "adapter", shots=shots)
         run = RunWriter(tmp_path / str(number), {})
         evaluate(loaded, [task], ["first_token"], run, variants="first", batch_size=3)

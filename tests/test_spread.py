@@ -21,7 +21,7 @@ from atv.evaluation.run import evaluate
 from atv.lm.hooks import input_device
 from atv.lm.identity import describe_llm
 from atv.lm.load import load_llm
-from atv.methods.atv import ATV
+from atv.methods.atv import ATVMethod
 from atv.model import ATVModel
 
 ROWS = [row_of("the kettle leaks", ("the kettle leaks and the lid sticks\nA:", "is it so?\nA:"), "yes no")]
@@ -81,7 +81,7 @@ def test_it_is_evaluated_alike(tmp_path):
     whole, parts = pair("embeddings on disk", tmp_path / "offload")
     task = toy_task(rows=6)
     for atv, folder in ((whole, tmp_path / "whole"), (parts, tmp_path / "parts")):
-        evaluate(ATV(atv), [task], ["first_token"], RunWriter(folder, {}))
+        evaluate(ATVMethod(atv), [task], ["first_token"], RunWriter(folder, {}))
     rows = {}
     for name in ("whole", "parts"):
         lines = (tmp_path / name / "predictions.jsonl").read_text().splitlines()

@@ -17,12 +17,12 @@ from atv.data.render import Prompt
 from atv.errors import ATVError, unknown
 from atv.expansion import Expansion, PaperExpansion
 from atv.generator import READ_TOKENS, Generator, Itself, check_queries, load_generator
-from atv.lm.frozen import AnswerLoss, Trainable, answer_loss
 from atv.lm.hooks import SITES, base_llm, capture_outputs, input_device, text_config, unregistered
 from atv.lm.identity import describe_llm
 from atv.lm.load import load_llm, load_tokenizer
 from atv.lm.prefix import ReadPrefix, steered_logits
 from atv.lm.spans import Known, Span, Tracked
+from atv.lm.trainable import AnswerLoss, Trainable, answer_loss
 from atv.steer import EDITS, Edit, VectorEdit, at_ends, steer
 from atv.vector_cache import VectorCache
 from atv.vectors import ATV
@@ -86,7 +86,7 @@ class ATVModel(Trainable):
             what, known = ("site", SITES) if config.site not in SITES else ("edit", EDITS)
             raise unknown(what, getattr(config, what), known)
         self.positions = Positions.parse(config.positions)
-        self.edited = self.positions.prompt_tokens
+        self.dependent_tokens = self.positions.prompt_tokens
         unregistered(self, layers=self.named_layers(config))
         if not isinstance(atv, ATV):
             vectors = len(self.layers) * EDITS[config.edit].vectors_per_site
@@ -327,6 +327,11 @@ class ATVModel(Trainable):
         """Share of its own part that each query has in use, (queries,); see `ATV.gate`."""
         return self.atv.gate(queries)
 
+    def own_vectors(self, queries: Sequence[str]) -> Tensor | None:
+        """What `edit` takes to steer by these queries: their task vectors, or None for the generator `self`."""
+        check_queries(queries)
+        return None if self.own else self.task_vectors(queries)
+
     @contextmanager
     def steer(
         self, queries: Sequence[str], *, vectors: Tensor | None = None, scale: float | None = None
@@ -349,8 +354,7 @@ class ATVModel(Trainable):
             ATVError: a number of rows that is no multiple of the number of queries, or an empty query.
         """
         if vectors is None:
-            check_queries(queries)
-            vectors = None if self.own else self.task_vectors(queries)
+            vectors = self.own_vectors(queries)
         prompts = len(queries) if vectors is None else len(vectors)
         with steer(self.llm, self.edit(vectors, scale), Tracked(prompts, self.positions)):
             yield self

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from itertools import cycle
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from atv.data import Renderer, Task, Variant, findings, refuse_shared_inputs
+from atv.data import Prompt, Renderer, Task, Variant, findings, refuse_shared_inputs
 from atv.data.collate import pad_id
 from atv.errors import ATVError
 from atv.evaluation.metrics import GENERATED, ExactMatch, Metric, Need, default_metric, load_metric
@@ -19,9 +20,11 @@ from atv.lm.hooks import input_device
 from atv.lm.load import context_length
 from atv.lm.prefix import SharedPrefix, call_llm
 from atv.lm.scoring import option_ids
+from atv.lm.spans import Tracked
 from atv.methods.base import Choice, Method
 from atv.processes import rank, world_size
 from atv.progress import Bar, bar, log, warn_once
+from atv.steer import steer
 
 Metrics = Sequence[str | Metric | Callable[..., Any]]
 """Metrics as `load_metric` takes them."""
@@ -181,7 +184,7 @@ def _ask(
     device = input_device(method.llm)
     by_length = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))  # equal lengths: little padding
     began = time.perf_counter()
-    shared = SharedPrefix(method.llm, encoded, method.edited)
+    shared = SharedPrefix(method.llm, encoded, method.edited_tokens)
     shared_seconds = (seconds_before + time.perf_counter() - began) / len(encoded)
     for start in range(0, len(by_length), batch_size):
         batch = by_length[start : start + batch_size]
@@ -191,7 +194,7 @@ def _ask(
         began = time.perf_counter()
         inputs, past = shared.inputs([encoded[index] for index in batch], pad_id(method.tokenizer))
         inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-        with method.steer([prompts[index] for index in batch]), shared.attention():
+        with steered(method, [prompts[index] for index in batch]), shared.attention():
             output = call_llm(
                 method.llm,
                 keep=1,
@@ -219,6 +222,12 @@ def _ask(
                 if index not in asked
             ]
         )
+
+
+def steered(method: Method, prompts: Sequence[Prompt]) -> AbstractContextManager[None]:
+    """A context in which the method's LLM reads these prompts, in this order, edited as the method says."""
+    edit = method.edit(prompts)
+    return nullcontext() if edit is None else steer(method.llm, edit, Tracked(len(prompts), edit.positions))
 
 
 def _check_lengths(method: Method, task: Task, encoded: Sequence[Sequence[int]], read_after: int) -> None:

@@ -56,7 +56,7 @@ METHODS = Registry(
         "encoder": "atv.methods.encoder:Encoder",
         "learned-tv": "atv.methods.learned_tv:LearnedTV",
         "fixed": "atv.methods.fixed:Fixed",
-        "atv": "atv.methods.atv:ATV",
+        "atv": "atv.methods.atv:ATVMethod",
         "icl+atv": "atv.methods.icl_atv:ICLWithATV",
     }
 )

@@ -1,7 +1,6 @@
 """ATV: the plain prompt, and vectors made from the query inside the LLM."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -15,9 +14,10 @@ from atv.lm.prefix_store import PrefixStore
 from atv.methods.base import Method
 from atv.model import ATVModel
 from atv.progress import log
+from atv.steer import Edit
 
 
-class ATV(Method):
+class ATVMethod(Method):
     """A trained adapter, whose generator reads an example's input, or what its configuration says."""
 
     name = "atv"
@@ -31,7 +31,7 @@ class ATV(Method):
     def __init__(self, atv: ATVModel) -> None:
         super().__init__(atv.llm, atv.tokenizer)
         self.atv = atv.eval()
-        self.edited, self.reads = atv.positions.prompt_tokens, atv.reads
+        self.edited_tokens, self.reads = atv.positions.prompt_tokens, atv.reads
 
     @classmethod
     def fit(
@@ -73,6 +73,6 @@ class ATV(Method):
         """Its configuration and how it was trained."""
         return {"config": self.atv.config.to_dict(), "training": self.atv.training_summary}
 
-    def steer(self, prompts: Sequence[Prompt]) -> AbstractContextManager[Any]:
-        """Vectors made from what the generator reads of the prompts; `self` reads them as the LLM does."""
-        return self.atv.steer([prompt.query for prompt in prompts])
+    def edit(self, prompts: Sequence[Prompt]) -> Edit:
+        """Vectors made from what the generator reads of the prompts; `self` makes them while the LLM reads them."""
+        return self.atv.edit(self.atv.own_vectors([prompt.query for prompt in prompts]))

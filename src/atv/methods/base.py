@@ -2,7 +2,6 @@
 
 from abc import ABC
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -12,6 +11,7 @@ from atv.config import Checked, TrainConfig
 from atv.data import Example, Prompt, Renderer, Task
 from atv.errors import ATVError
 from atv.lm.prefix_store import PrefixStore
+from atv.steer import Edit
 
 
 class Choice(NamedTuple):
@@ -38,9 +38,9 @@ class Method(ABC):
             A method whose `choose` gives answers without scores says `generate` alone.
         llm: what is called: the frozen LLM, or a PEFT model around it.
         tokenizer: the LLM's.
-        edited: how many of a prompt's last tokens `steer` may change; None: any. What prompts share before them is
-            read once, unsteered; a method whose `steer` does nothing says 0.
-        reads: what `steer` reads of a prompt (`Prompt.query`), as `Task.renderers` takes it: "query" or "prompt".
+        edited_tokens: how many of a prompt's last tokens its edits may change; None: any. What prompts share before
+            them is read once, unsteered; a method without edits says 0.
+        reads: what `edit` reads of a prompt (`Prompt.query`), as `Task.renderers` takes it: "query" or "prompt".
         shots: demonstrations asked for before each query; 0 on the class: a method that has none.
         seed: of what the method draws.
     """
@@ -50,7 +50,7 @@ class Method(ABC):
     train_defaults: ClassVar[dict[str, Any] | None] = {}
     search: ClassVar[dict[str, tuple[Any, ...]]] = {}
     serves: ClassVar[frozenset[str]] = frozenset({"next_token", "loglikelihood", "generate"})
-    edited: int | None = None
+    edited_tokens: int | None = None
     reads: str = "query"
     shots: int = 0
     seed: int = 42
@@ -158,7 +158,7 @@ class Method(ABC):
         """
         return [render.prompt(self.tokenizer, example)._replace(task=task.name) for example in examples]
 
-    def steer(self, prompts: Sequence[Prompt]) -> AbstractContextManager[Any]:
-        """What happens inside the LLM while it reads these prompts, in this order."""
+    def edit(self, prompts: Sequence[Prompt]) -> Edit | None:
+        """What happens inside the LLM while it reads these prompts, in this order; None: nothing."""
         del prompts
-        return nullcontext()
+        return None

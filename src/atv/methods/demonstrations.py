@@ -34,7 +34,7 @@ def fitted(
 class Demonstrated(Method):
     """The plain LLM behind demonstrations. Those that the LLM's context has no room for are dropped from the front."""
 
-    edited = 0
+    edited_tokens = 0
     shots = 16
 
     def describe(self) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """ELICIT: task vectors taken from demonstrations and kept in a library, one of them retrieved for each query."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -18,13 +17,12 @@ from atv.files import write_bytes
 from atv.lm import identity
 from atv.lm.hooks import decoder_layers, input_device
 from atv.lm.prefix_store import PrefixStore
-from atv.lm.spans import Tracked
 from atv.methods.base import Method
 from atv.methods.exemplars import Exemplars, best_layers, exemplar_prompts, last_states, layer_scores
 from atv.methods.once import BEST, at_least_one, learn_once
 from atv.methods.retriever import Retriever, embed, fit_classifier, load_encoder
 from atv.progress import Bar, bar
-from atv.steer import AddVectors, steer
+from atv.steer import AddVectors
 
 NO_LAYER = -1
 """An entry's best layer where the configuration names the layers instead."""
@@ -68,7 +66,7 @@ class Elicit(Method):
     config_class = ElicitConfig
     train_defaults = None  # learnt without a training loop
     search: ClassVar[dict[str, tuple[Any, ...]]] = {"scale": (2.0, 1.0, 0.5, 0.2, 0.1)}
-    edited = 1
+    edited_tokens = 1
 
     def __init__(
         self,
@@ -143,15 +141,14 @@ class Elicit(Method):
         names = list(self.training["tasks"])
         return [names[number] for number in self.retriever.tasks.tolist()]
 
-    def steer(self, prompts: Sequence[Prompt]) -> AbstractContextManager[Any]:
+    def edit(self, prompts: Sequence[Prompt]) -> AddVectors:
         """The retrieved states, at their layers. What is retrieved depends on the queries alone."""
         picked = self.retriever.pick([prompt.query for prompt in prompts]).to(self.states.device)  # (queries,)
         used = self._added[picked].any(0).nonzero()[:, 0]
         layers = [self._layers[index] for index in used.tolist()]
         added = self._added[picked][:, used, None]
         vectors = self.states[picked][:, used] * added  # (queries, used layers, hidden)
-        last = Positions.parse("last")
-        return steer(self.llm, AddVectors(layers, vectors, self.config.scale, last), Tracked(len(vectors), last))
+        return AddVectors(layers, vectors, self.config.scale, Positions.parse("last"))
 
 
 def _exemplars(

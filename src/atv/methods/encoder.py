@@ -23,11 +23,11 @@ from atv.data.collate import Collator, EncodedRow, Row, pad, pad_id
 from atv.errors import ATVError
 from atv.generator import Generator
 from atv.lm import identity
-from atv.lm.frozen import AnswerLoss, Trainable, answer_loss
 from atv.lm.hooks import input_device
 from atv.lm.prefix import ReadPrefix
 from atv.lm.prefix_store import PrefixStore
 from atv.lm.scoring import training_options
+from atv.lm.trainable import AnswerLoss, Trainable, answer_loss
 from atv.methods.answers import choices
 from atv.methods.base import Choice, Method
 from atv.methods.retriever import check_encoder

@@ -8,7 +8,7 @@ from torch import nn
 from atv.config import ATVConfig
 from atv.errors import ATVError
 from atv.generator import CONSTANT
-from atv.methods.atv import ATV
+from atv.methods.atv import ATVMethod
 from atv.model import ATVModel
 
 
@@ -49,7 +49,7 @@ class FixedModel(ATVModel):
         super().__init__(llm, config or FixedConfig(), **options)
 
 
-class Fixed(ATV):
+class Fixed(ATVMethod):
     """A trained fixed vector."""
 
     name = "fixed"

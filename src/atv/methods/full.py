@@ -16,9 +16,9 @@ from atv.config import Checked, TrainConfig
 from atv.data import Task
 from atv.errors import ATVError
 from atv.lm import identity
-from atv.lm.frozen import AnswerLoss, Trainable, plain_loss
 from atv.lm.hooks import base_llm, quantization, unregistered
 from atv.lm.prefix_store import PrefixStore
+from atv.lm.trainable import AnswerLoss, Trainable, plain_loss
 from atv.methods.base import Method
 
 WEIGHTS_FILE = "model.safetensors"
@@ -119,7 +119,7 @@ class Full(Method):
     config_class: ClassVar[type[Checked] | None] = FullConfig
     train_defaults: ClassVar[dict[str, Any] | None] = {"learning_rate": 3e-5}
     search: ClassVar[dict[str, tuple[Any, ...]]] = {"learning_rate": (3e-5, 1e-5, 1e-4, 3e-4)}
-    edited = 0  # what prompts share is read by the copy as well
+    edited_tokens = 0  # what prompts share is read by the copy as well
 
     def __init__(self, llm: nn.Module, tokenizer: Any, training: dict[str, Any]) -> None:
         super().__init__(llm, tokenizer)

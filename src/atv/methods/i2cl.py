@@ -21,7 +21,6 @@ The optimiser is the one that all methods here have, where I2CL's code has AdamW
 
 import random
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -38,7 +37,6 @@ from atv.data import Prompt, Task
 from atv.data.collate import left_padded, pad_id
 from atv.errors import ATVError
 from atv.lm import identity
-from atv.lm.frozen import AnswerLoss, Trainable, plain_loss
 from atv.lm.hooks import (
     attention_and_mlp,
     capture_outputs,
@@ -50,7 +48,8 @@ from atv.lm.hooks import (
 )
 from atv.lm.prefix import call_llm
 from atv.lm.prefix_store import PrefixStore
-from atv.lm.spans import Known, Span, Tracked
+from atv.lm.spans import Known, Span
+from atv.lm.trainable import AnswerLoss, Trainable, plain_loss
 from atv.methods.base import Method
 from atv.progress import bar
 from atv.steer import steer
@@ -340,7 +339,6 @@ class I2CL(Method):
         """Its configuration and how it was trained."""
         return {"config": self.model.config.to_dict(), "training": self.model.training_summary}
 
-    def steer(self, prompts: Sequence[Prompt]) -> AbstractContextManager[Any]:
+    def edit(self, prompts: Sequence[Prompt]) -> MixContext:
         """The context vectors of each prompt's task; for a task that was not trained on, those chosen by the query."""
-        edit = self.model.edit(self.model.tasks_of(prompts))
-        return steer(self.llm, edit, Tracked(len(prompts), edit.positions))
+        return self.model.edit(self.model.tasks_of(prompts))

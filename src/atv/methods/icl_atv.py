@@ -2,11 +2,11 @@
 
 from typing import Any, ClassVar
 
-from atv.methods.atv import ATV
+from atv.methods.atv import ATVMethod
 from atv.methods.icl import ICL
 
 
-class ICLWithATV(ICL, ATV):
+class ICLWithATV(ICL, ATVMethod):
     """The prompts of ICL, read by an LLM that an ATV steers. The generator reads the query, no demonstration.
 
     The adapter is an ATV's, trained without demonstrations; the generator `self` reads them with the prompt anyway.
@@ -21,8 +21,8 @@ class ICLWithATV(ICL, ATV):
     @classmethod
     def trained_as(cls) -> str:
         """It takes an ATV's adapter."""
-        return ATV.name
+        return ATVMethod.name
 
     def describe(self) -> dict[str, Any]:
         """What both of them say."""
-        return ATV.describe(self) | ICL.describe(self)
+        return ATVMethod.describe(self) | ICL.describe(self)

@@ -15,7 +15,6 @@ do to a hidden state, and stands in for them in use. Everything else is decided 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
@@ -31,12 +30,12 @@ from atv.files import write_bytes
 from atv.lm import identity
 from atv.lm.hooks import decoder_layers, input_device
 from atv.lm.prefix_store import PrefixStore
-from atv.lm.spans import Span, Tracked
+from atv.lm.spans import Span
 from atv.methods.base import Method
 from atv.methods.exemplars import check_length, exemplar_prompts, in_turn, last_states, layer_scores
 from atv.methods.once import BEST, at_least_one, layers_to_try, learn_once, note_few, number_or_best
 from atv.progress import bar
-from atv.steer import add_from, at_ends, steer
+from atv.steer import add_from, at_ends
 
 WEIGHTS_FILE = "linear.safetensors"
 RIDGES = (100.0, 10.0, 1.0, 0.1)
@@ -113,7 +112,7 @@ class Linear(Method):
     config_class = LinearConfig
     train_defaults = None  # learnt without a training loop
     search: ClassVar[dict[str, tuple[Any, ...]]] = {"scale": (1.0, 0.5, 1.5), "shots": (16, 4)}
-    edited = 1
+    edited_tokens = 1
 
     def __init__(
         self, llm: nn.Module, tokenizer: Any, config: LinearConfig, maps: Mapping[str, Ridge], training: dict[str, Any]
@@ -197,11 +196,10 @@ class Linear(Method):
         """Its configuration, and what validation rows have chosen."""
         return {"config": self.config.to_dict(), "training": self.training}
 
-    def steer(self, prompts: Sequence[Prompt]) -> AbstractContextManager[Any]:
+    def edit(self, prompts: Sequence[Prompt]) -> "AddEffect":
         """The map of each prompt's task; for a task that was not trained on that of all training rows."""
         maps = [self.maps.get(prompt.task, self.maps[ALL]) for prompt in prompts]
-        edit = AddEffect([self.layer], maps, self.config.scale)
-        return steer(self.llm, edit, Tracked(len(prompts), edit.positions))
+        return AddEffect([self.layer], maps, self.config.scale)
 
 
 @dataclass

@@ -16,10 +16,10 @@ from atv.config import Checked, TrainConfig
 from atv.data import Task
 from atv.errors import ATVError
 from atv.lm import identity
-from atv.lm.frozen import AnswerLoss, Trainable, plain_loss
 from atv.lm.hooks import base_llm, unregistered
 from atv.lm.prefix_store import PrefixStore
 from atv.lm.quiet import quiet_libraries
+from atv.lm.trainable import AnswerLoss, Trainable, plain_loss
 from atv.methods.base import Method
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -147,7 +147,7 @@ class PEFTMethod(Method):
     """The plain prompt, read through a trained PEFT adapter."""
 
     config_class: ClassVar[type[Checked]]
-    edited = 0  # what prompts share is read through the adapter as well: `llm` is the LLM with it
+    edited_tokens = 0  # what prompts share is read through the adapter as well: `llm` is the LLM with it
 
     def __init__(self, model: PEFTModel) -> None:
         super().__init__(model.eval().adapted.eval(), model.tokenizer)

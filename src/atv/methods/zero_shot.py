@@ -7,4 +7,4 @@ class ZeroShot(Method):
     """The frozen LLM as it is."""
 
     name = "zero-shot"
-    edited = 0
+    edited_tokens = 0

@@ -19,11 +19,11 @@ from atv.doctor import require_wiring
 from atv.errors import ATVError
 from atv.files import follow_umask, local, occupied, read_json, same_settings, write_json
 from atv.lm.attention import grouped
-from atv.lm.frozen import Trainable
 from atv.lm.hooks import base_llm, input_device, quantization
 from atv.lm.prefix_store import PrefixStore
 from atv.lm.quiet import quiet_libraries
 from atv.lm.scoring import answers_right, note_shared, training_options
+from atv.lm.trainable import Trainable
 from atv.model import ATVModel
 from atv.processes import barrier, is_main, local_rank, rank, world_size
 from atv.progress import Bar, bar, log
@@ -317,7 +317,7 @@ def train(
     steps = epochs * math.ceil(len(rows) / config.batch_size)
     # Torch's fused attention is slow in the backward on a CPU: LoRA's whole step takes 1.4 times as long with it. Where
     # prefixes are stored, what is read again must be what was stored, so that only the steered part has the other one.
-    attention = grouped() if device.type == "cpu" and model.edited is None else nullcontext()
+    attention = grouped() if device.type == "cpu" and model.dependent_tokens is None else nullcontext()
     both = [*rows.rows, *valid.rows]
     with model.in_training(config, store.read, both), bar("train", steps) as progress, attention:
         model.calibrate(rows.rows)
@@ -427,9 +427,9 @@ def _encoded(model: Trainable, tasks: Sequence[Task], split: str) -> list[Encode
 
 def _fill(store: PrefixStore, model: Trainable, rows: Sequence[EncodedRow], folder: Path) -> None:
     """Read every prompt up to its first edited token."""
-    if model.edited is None:
+    if model.dependent_tokens is None:
         return
-    prefixes = {tuple(prompt[: -model.edited]) for row in rows for prompt, _ in row.pairs} - {()}
+    prefixes = {tuple(prompt[: -model.dependent_tokens]) for row in rows for prompt, _ in row.pairs} - {()}
     with bar("read prompts", len(prefixes)) as progress:
         store.fill(model.llm, prefixes, progress.advance, folder)
     kept = f"Kept {store.memory_used / 2**20:.0f} MiB of prompt prefixes in memory"

@@ -84,8 +84,9 @@ class Trainable(nn.Module, ABC):
     """
 
     llm: nn.Module
-    edited: int | None = None
-    """How many of a prompt's last tokens have states that depend on what is learned; None: any may."""
+    dependent_tokens: int | None = None
+    """How many of a prompt's last tokens have states that depend on what is learned; None: any may. The tokens before
+    them are read once for the whole training."""
 
     @property
     def reads(self) -> str:
