@@ -17,12 +17,12 @@ from atv.data.render import Prompt
 from atv.errors import ATVError, unknown
 from atv.expansion import Expansion, PaperExpansion
 from atv.generator import READ_TOKENS, Generator, Itself, check_queries, load_generator
+from atv.lm.adapter_model import AdapterModel, AnswerLoss, answer_loss
 from atv.lm.hooks import SITES, base_llm, capture_outputs, input_device, text_config, unregistered
 from atv.lm.identity import describe_llm
 from atv.lm.load import load_llm, load_tokenizer
 from atv.lm.prefix import ReadPrefix, steered_logits
 from atv.lm.spans import Known, Span, Tracked
-from atv.lm.trainable import AnswerLoss, Trainable, answer_loss
 from atv.steer import EDITS, Edit, VectorEdit, at_ends, steer
 from atv.vector_cache import VectorCache
 from atv.vectors import ATV
@@ -59,10 +59,10 @@ class ReadAndSteer:
         return hidden
 
 
-class ATVModel(Trainable):
+class ATVModel(AdapterModel):
     """An ATV and the frozen LLM that it steers.
 
-    Its parameters, its `state_dict` and its `train` are those of the ATV alone (see `Trainable`).
+    Its parameters, its `state_dict` and its `train` are those of the ATV alone (see `AdapterModel`).
 
     Args:
         llm: a Hugging Face causal LM, PEFT-wrapped or not, in any dtype.
@@ -243,7 +243,7 @@ class ATVModel(Trainable):
 
     @contextmanager
     def in_training(self, config: TrainConfig, read: ReadPrefix, rows: Sequence[EncodedRow]) -> Iterator[None]:
-        """As every `Trainable`, the generator in bfloat16 if `config` says so; while frozen it reads each query once.
+        """As every `AdapterModel`; the generator in bfloat16 if `config` says so. A frozen one reads each query once.
 
         `self` reads none ahead: it reads prompts, in the LLM's own passes.
         """
@@ -285,7 +285,7 @@ class ATVModel(Trainable):
         edit_mask: Tensor,
         labels: Tensor,
     ) -> AnswerLoss:
-        """The loss of the steered LLM's answers; see `Trainable.forward`."""
+        """The loss of the steered LLM's answers; see `AdapterModel.forward`."""
         keep = labels.shape[1]
         ends = labels.new_full((len(labels),), -keep)  # a prompt's last column predicts the answer's first token
         vectors = None if self.own else self.atv(query_input_ids, query_attention_mask)  # (queries, vectors, hidden)

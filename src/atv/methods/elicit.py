@@ -19,7 +19,7 @@ from atv.lm.hooks import decoder_layers, input_device
 from atv.lm.prefix_store import PrefixStore
 from atv.methods.base import Method
 from atv.methods.exemplars import Exemplars, best_layers, exemplar_prompts, last_states, layer_scores
-from atv.methods.once import BEST, at_least_one, learn_once
+from atv.methods.learn_once import BEST, at_least_one, learn_once
 from atv.methods.retriever import Retriever, embed, fit_classifier, load_encoder
 from atv.progress import Bar, bar
 from atv.steer import AddVectors

@@ -23,11 +23,11 @@ from atv.data.collate import Collator, EncodedRow, Row, pad, pad_id
 from atv.errors import ATVError
 from atv.generator import Generator
 from atv.lm import identity
+from atv.lm.adapter_model import AdapterModel, AnswerLoss, answer_loss
 from atv.lm.hooks import input_device
 from atv.lm.prefix import ReadPrefix
 from atv.lm.prefix_store import PrefixStore
 from atv.lm.scoring import training_options
-from atv.lm.trainable import AnswerLoss, Trainable, answer_loss
 from atv.methods.answers import choices
 from atv.methods.base import Choice, Method
 from atv.methods.retriever import check_encoder
@@ -54,7 +54,7 @@ class EncoderConfig(Checked):
         return ATVConfig(generator=self.generator, pooling="mean", query_template="{query}", train_generator=True)
 
 
-class EncoderModel(Trainable):
+class EncoderModel(AdapterModel):
     """An encoder and a head, beside an LLM that takes no part in it.
 
     The training loop reads rows as prompts with answers for an LLM; here a row's one answer token is the number of its
@@ -113,7 +113,7 @@ class EncoderModel(Trainable):
 
     @contextmanager
     def in_training(self, config: TrainConfig, read: ReadPrefix, rows: Sequence[EncodedRow]) -> Iterator[None]:
-        """As every `Trainable`, the encoder in bfloat16 if `config` says so."""
+        """As every `AdapterModel`, the encoder in bfloat16 if `config` says so."""
         self.generator.bf16 = config.bf16
         try:
             with super().in_training(config, read, rows):
@@ -153,7 +153,7 @@ class EncoderModel(Trainable):
         edit_mask: Tensor,
         labels: Tensor,
     ) -> AnswerLoss:
-        """The cross-entropy of each row's answer among those of its task; see `Trainable.forward`."""
+        """The cross-entropy of each row's answer among those of its task; see `AdapterModel.forward`."""
         del input_ids, attention_mask, position_ids, edit_mask
         scores = self.logits(query_input_ids[:, 1:], query_attention_mask[:, 1:])
         scores = scores.masked_fill(~self.known[query_input_ids[:, 0]], float("-inf"))

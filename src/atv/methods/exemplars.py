@@ -11,12 +11,12 @@ from atv.config import Positions
 from atv.data import Example, Prompt, Task
 from atv.data.collate import IGNORED, Collator, EncodedRow, left_padded, like_lengths, pad_id
 from atv.errors import ATVError
+from atv.lm.adapter_model import answer_loss
 from atv.lm.hooks import capture_outputs, decoder_layers, input_device, read_up_to
 from atv.lm.load import context_length
 from atv.lm.prefix import ReadPrefix, as_cache, call_llm, full_sides, read_prefix, steered_logits
 from atv.lm.scoring import answers_right, training_options
 from atv.lm.spans import Known
-from atv.lm.trainable import answer_loss
 from atv.methods.demonstrations import fitted
 from atv.steer import AddVectors, steer
 

@@ -16,9 +16,9 @@ from atv.config import Checked, TrainConfig
 from atv.data import Task
 from atv.errors import ATVError
 from atv.lm import identity
+from atv.lm.adapter_model import AdapterModel, AnswerLoss, plain_loss
 from atv.lm.hooks import base_llm, quantization, unregistered
 from atv.lm.prefix_store import PrefixStore
-from atv.lm.trainable import AnswerLoss, Trainable, plain_loss
 from atv.methods.base import Method
 
 WEIGHTS_FILE = "model.safetensors"
@@ -47,7 +47,7 @@ def copy_of(llm: nn.Module) -> nn.Module:
     return copy.deepcopy(llm)
 
 
-class FullModel(Trainable):
+class FullModel(AdapterModel):
     """A copy of the LLM whose weights are all trained, in float32: Adam's steps are smaller than bfloat16's rounding.
 
     With gradients and Adam's two means that is four times four bytes for every weight, beside the LLM itself. Where

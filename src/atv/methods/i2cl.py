@@ -37,6 +37,7 @@ from atv.data import Prompt, Task
 from atv.data.collate import left_padded, pad_id
 from atv.errors import ATVError
 from atv.lm import identity
+from atv.lm.adapter_model import AdapterModel, AnswerLoss, plain_loss
 from atv.lm.hooks import (
     attention_and_mlp,
     capture_outputs,
@@ -49,7 +50,6 @@ from atv.lm.hooks import (
 from atv.lm.prefix import call_llm
 from atv.lm.prefix_store import PrefixStore
 from atv.lm.spans import Known, Span
-from atv.lm.trainable import AnswerLoss, Trainable, plain_loss
 from atv.methods.base import Method
 from atv.progress import bar
 from atv.steer import steer
@@ -83,7 +83,7 @@ class I2CLConfig(Checked):
                 raise ATVError(f"{name} is {value!r}; expected a finite number, such as 0.1.")
 
 
-class I2CLModel(Trainable):
+class I2CLModel(AdapterModel):
     """Context vectors of several tasks, and the coefficients that all of them share.
 
     Args:
@@ -208,7 +208,7 @@ class I2CLModel(Trainable):
         edit_mask: Tensor,
         labels: Tensor,
     ) -> AnswerLoss:
-        """The loss of the answers, of which each token is injected into too; see `Trainable.forward`."""
+        """The loss of the answers, of which each token is injected into too; see `AdapterModel.forward`."""
         del query_attention_mask
         tasks = query_input_ids[:, 0].repeat_interleave(len(input_ids) // len(query_input_ids))  # (batch,)
         with steer(self.llm, self.edit(tasks), Known(edit_mask)):

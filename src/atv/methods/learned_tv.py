@@ -18,7 +18,7 @@ from atv.data import Task
 from atv.files import read_json
 from atv.lm.prefix_store import PrefixStore
 from atv.methods.fixed import Fixed, FixedConfig, FixedModel
-from atv.methods.once import BEST, at_least_one, layers_to_try, learn_once, note_few, number_or_best
+from atv.methods.learn_once import BEST, at_least_one, layers_to_try, learn_once, note_few, number_or_best
 from atv.processes import barrier, is_main
 from atv.progress import log
 

@@ -33,7 +33,7 @@ from atv.lm.prefix_store import PrefixStore
 from atv.lm.spans import Span
 from atv.methods.base import Method
 from atv.methods.exemplars import check_length, exemplar_prompts, in_turn, last_states, layer_scores
-from atv.methods.once import BEST, at_least_one, layers_to_try, learn_once, note_few, number_or_best
+from atv.methods.learn_once import BEST, at_least_one, layers_to_try, learn_once, note_few, number_or_best
 from atv.progress import bar
 from atv.steer import add_from, at_ends
 

@@ -16,10 +16,10 @@ from atv.config import Checked, TrainConfig
 from atv.data import Task
 from atv.errors import ATVError
 from atv.lm import identity
+from atv.lm.adapter_model import AdapterModel, AnswerLoss, plain_loss
 from atv.lm.hooks import base_llm, unregistered
 from atv.lm.prefix_store import PrefixStore
 from atv.lm.quiet import quiet_libraries
-from atv.lm.trainable import AnswerLoss, Trainable, plain_loss
 from atv.methods.base import Method
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -66,7 +66,7 @@ class Adapted(nn.Module, ABC):
         """As the LLM's, named arguments alone."""
 
 
-class PEFTModel(Trainable):
+class PEFTModel(AdapterModel):
     """A PEFT adapter in training.
 
     Args:

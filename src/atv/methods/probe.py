@@ -29,7 +29,7 @@ from atv.lm.prefix_store import PrefixStore
 from atv.methods.answers import choices
 from atv.methods.base import Choice, Method
 from atv.methods.exemplars import check_length, last_states
-from atv.methods.once import BEST, layers_to_try, learn_once, note_few, number_or_best
+from atv.methods.learn_once import BEST, layers_to_try, learn_once, note_few, number_or_best
 from atv.methods.retriever import check_encoder, fit_classifier, load_encoder, read_queries
 from atv.progress import bar
 

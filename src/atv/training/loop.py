@@ -18,12 +18,12 @@ from atv.data.collate import IGNORED, Collator, EncodedRow
 from atv.doctor import require_wiring
 from atv.errors import ATVError
 from atv.files import follow_umask, local, occupied, read_json, same_settings, write_json
+from atv.lm.adapter_model import AdapterModel
 from atv.lm.attention import grouped
 from atv.lm.hooks import base_llm, input_device, quantization
 from atv.lm.prefix_store import PrefixStore
 from atv.lm.quiet import quiet_libraries
 from atv.lm.scoring import answers_right, note_shared, training_options
-from atv.lm.trainable import Trainable
 from atv.model import ATVModel
 from atv.processes import barrier, is_main, local_rank, rank, world_size
 from atv.progress import Bar, bar, log
@@ -51,7 +51,7 @@ def first_step(start: float, steps: int) -> int:
     return sum(step / steps < start for step in range(steps))
 
 
-def make_optimizer(model: Trainable, config: TrainConfig) -> torch.optim.Optimizer:
+def make_optimizer(model: AdapterModel, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW or the paper's Adam with L2 in the gradient, with the groups and rates that `model` names."""
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
     return kind(
@@ -80,7 +80,7 @@ class ATVTrainer(Trainer):
         """The one that `make_optimizer` makes."""
         del model
         if self.optimizer is None:
-            self.optimizer = make_optimizer(cast(Trainable, self.model), self.train_config)
+            self.optimizer = make_optimizer(cast(AdapterModel, self.model), self.train_config)
         return self.optimizer
 
     def create_scheduler(
@@ -163,7 +163,9 @@ class ATVTrainer(Trainer):
             return
         folder = Path(output_dir or cast(str, self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: t.contiguous() for name, t in (state_dict or cast(Trainable, self.model).state_dict()).items()}
+        tensors = {
+            name: t.contiguous() for name, t in (state_dict or cast(AdapterModel, self.model).state_dict()).items()
+        }
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         follow_umask(folder)
 
@@ -181,7 +183,7 @@ class _JudgedCollator:
 class _Progress(TrainerCallback):
     """Turns the rows' templates, draws the bar, marks complete checkpoints and finds the best one again."""
 
-    def __init__(self, model: Trainable, rows: Rows, progress: Bar, epochs: int, config: TrainConfig) -> None:
+    def __init__(self, model: AdapterModel, rows: Rows, progress: Bar, epochs: int, config: TrainConfig) -> None:
         self.model, self.rows, self.progress, self.epochs = model, rows, progress, epochs
         self.patience = config.patience_of(epochs)
         self.start = max(group.get("start", 0.0) for group in model.parameter_groups(config))
@@ -242,7 +244,7 @@ class TrainResult:
 
 
 def train(
-    model: Trainable,
+    model: AdapterModel,
     tasks: Sequence[Task],
     out: str | Path,
     config: TrainConfig | None = None,
@@ -356,7 +358,7 @@ def _run(trainer: ATVTrainer, checkpoints: Path) -> bool:
     return True
 
 
-def _require_gradient(model: Trainable, row: EncodedRow) -> None:
+def _require_gradient(model: AdapterModel, row: EncodedRow) -> None:
     """Raise ATVError if training would change nothing, which libraries that change can bring about silently."""
     if isinstance(model, ATVModel):
         log.info("Wiring self-test")
@@ -413,7 +415,7 @@ def former_record(out: Path, settings: dict[str, Any], force: bool) -> dict[str,
     return None
 
 
-def _encoded(model: Trainable, tasks: Sequence[Task], split: str) -> list[EncodedRow]:
+def _encoded(model: AdapterModel, tasks: Sequence[Task], split: str) -> list[EncodedRow]:
     judged = {task.name: training_options(model.tokenizer, task).judged for task in tasks}
     rows = [row for task in tasks for row in training_rows(task, split, model.reads)]
     encoded = []
@@ -425,7 +427,7 @@ def _encoded(model: Trainable, tasks: Sequence[Task], split: str) -> list[Encode
     return encoded
 
 
-def _fill(store: PrefixStore, model: Trainable, rows: Sequence[EncodedRow], folder: Path) -> None:
+def _fill(store: PrefixStore, model: AdapterModel, rows: Sequence[EncodedRow], folder: Path) -> None:
     """Read every prompt up to its first edited token."""
     if model.dependent_tokens is None:
         return
@@ -457,7 +459,7 @@ class _Metrics:
         return {"loss": loss, "accuracy": accuracy, "choice": -loss if self.best_epoch == "loss" else accuracy + ties}
 
 
-def _some_unused(model: Trainable, row: EncodedRow) -> bool:
+def _some_unused(model: AdapterModel, row: EncodedRow) -> bool:
     """A trained weight takes no part in the loss; DDP would wait for its gradient unless told to look for such."""
     device = next(model.parameters()).device
     batch = {name: value.to(device) for name, value in model.collator()([row]).items()}
@@ -466,7 +468,7 @@ def _some_unused(model: Trainable, row: EncodedRow) -> bool:
 
 
 def _trainer(
-    model: Trainable,
+    model: AdapterModel,
     rows: Rows,
     valid: Rows,
     config: TrainConfig,
@@ -527,7 +529,7 @@ def _last_complete(checkpoints: Path) -> Path | None:
     return max(complete, key=lambda folder: int(folder.name.split("-")[1]), default=None)
 
 
-def _save(trainer: ATVTrainer, model: Trainable, record: dict[str, Any], out: Path) -> None:
+def _save(trainer: ATVTrainer, model: AdapterModel, record: dict[str, Any], out: Path) -> None:
     state = trainer.state
     history = [entry for entry in state.log_history if "eval_loss" in entry or "loss" in entry]
     best = int(Path(state.best_model_checkpoint).name.split("-")[1]) if state.best_model_checkpoint else None
@@ -548,7 +550,7 @@ def _save(trainer: ATVTrainer, model: Trainable, record: dict[str, Any], out: Pa
     _read_back(model, out / "adapter")
 
 
-def _read_back(model: Trainable, adapter: Path) -> None:
+def _read_back(model: AdapterModel, adapter: Path) -> None:
     """Let a model have what it has saved; ATVError if that is not what it had, but for rounding to the LLM's dtype."""
 
     def sample() -> list[Tensor]:
@@ -562,7 +564,7 @@ def _read_back(model: Trainable, adapter: Path) -> None:
             raise ATVError(f"{adapter} does not hold the weights that were saved there: the disk may be faulty.")
 
 
-def _finish(trainer: ATVTrainer, model: Trainable, record: dict[str, Any], out: Path) -> None:
+def _finish(trainer: ATVTrainer, model: AdapterModel, record: dict[str, Any], out: Path) -> None:
     _save(trainer, model, record, out)
     runtime = [entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry]
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -573,7 +575,7 @@ def _finish(trainer: ATVTrainer, model: Trainable, record: dict[str, Any], out: 
     barrier()
 
 
-def _after_non_finite(trainer: ATVTrainer, model: Trainable, record: dict[str, Any], out: Path) -> str:
+def _after_non_finite(trainer: ATVTrainer, model: AdapterModel, record: dict[str, Any], out: Path) -> str:
     """Keep the best epoch before the loss became NaN, and say what there is."""
     state = trainer.state
     said = f"The loss became NaN or infinite after step {state.global_step} (epoch {state.epoch:.2f})."

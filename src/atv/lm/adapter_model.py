@@ -23,7 +23,7 @@ from atv.lm.prefix import ReadPrefix, call_llm, read_prefix
 
 @dataclass
 class AnswerLoss(ModelOutput):
-    """What `Trainable.forward` returns."""
+    """What `AdapterModel.forward` returns."""
 
     loss: Tensor | None = None
     """Scalar float32: mean over a row's answer tokens, then over rows (Eq. 7)."""
@@ -72,7 +72,7 @@ def plain_loss(
     return answer_loss(output.logits, labels)
 
 
-class Trainable(nn.Module, ABC):
+class AdapterModel(nn.Module, ABC):
     """Something learned around one frozen LLM.
 
     Its parameters, its `state_dict` and its `train` are those of what is learned alone: the LLM is not a submodule. It
