@@ -203,3 +203,8 @@ def task() -> Task:
 def steer_known(llm, layers, vectors, scale, where):
     """Add vectors at the tokens of a mask, in every call of the LLM inside the context."""
     return steer(llm, AddVectors(layers, vectors, scale, Positions.parse("all")), Known(where))
+
+
+def failed(checks):
+    """Names of the checks of `atv doctor` that failed."""
+    return [check.name for check in checks if not check.passed]

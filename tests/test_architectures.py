@@ -3,8 +3,8 @@
 import pytest
 import torch
 from conftest import PAPER_FORM, SIZES, byte_level_tokenizer, make_generator
-from test_model import batch_of, full_pass_loss
-from test_prefix import PROMPTS, logits
+from losses import batch_of, full_pass_loss
+from shared_prompts import PROMPTS, logits
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,

@@ -7,7 +7,7 @@ import torch
 from conftest import ARCHITECTURES, make_atv, make_llm
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_model import batch_of
+from losses import batch_of
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

@@ -8,8 +8,8 @@ from threading import Event, Thread
 import pytest
 import torch
 from conftest import GROUPED, PAPER_FORM, byte_level_tokenizer, make_atv, make_generator, make_llm, steer_known
+from generation import NEW, PROMPTS, QUERIES, generated, recomputed
 from refusals import refused
-from test_generate import NEW, PROMPTS, QUERIES, generated, recomputed
 from transformers import (
     AutoModelForCausalLM,
     FalconMambaConfig,

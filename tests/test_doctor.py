@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, make_atv
+from conftest import ARCHITECTURES, failed, make_atv
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import atv.lm.spans
@@ -11,10 +11,6 @@ import atv.steer
 from atv.doctor import check_wiring, require_wiring
 from atv.errors import ATVError
 from atv.lm import attention, hooks
-
-
-def failed(found):
-    return [check.name for check in found if not check.passed]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

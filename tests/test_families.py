@@ -4,10 +4,9 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import PAPER_FORM, byte_level_tokenizer, make_generator
+from conftest import PAPER_FORM, byte_level_tokenizer, failed, make_generator
 from refusals import refused
 from sweep_architectures import CACHES, EQUAL, FAMILIES, ROWS, Examination, distance, page, status, tiny_llm
-from test_doctor import failed
 from torch import nn
 
 from atv.config import ATVConfig

@@ -9,10 +9,10 @@ import sys
 import pytest
 import torch
 from conftest import byte_level_tokenizer, make_atv, make_llm, sentencepiece_tokenizer, toy_task
+from labels import LABELS, labelled, steered_by_hand
 from refusals import refused
 from rendering import encode_pair, prompt_text
 from sklearn.metrics import f1_score, precision_score, recall_score
-from test_options import LABELS, labelled, steered_by_hand
 from transformers import MambaConfig, MambaForCausalLM, set_seed
 
 from atv.data import Example, Task

@@ -7,40 +7,13 @@ import torch
 from conftest import ARCHITECTURES, make_atv, make_llm, steer_known
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rendering import row_of
+from losses import POSITIONS, ROWS, batch_of, full_pass_loss
 from torch import nn
 
 from atv.errors import ATVError
 from atv.expansion import PaperExpansion
 from atv.lm.hooks import base_llm, capture_outputs
-from atv.lm.prefix import call_llm
 from atv.steer import add_vectors
-
-ROWS = [
-    row_of("the kettle leaks", ("the kettle leaks and the lid sticks\nA:", "is it so? the kettle\nA:"), "yes no"),
-    row_of("a quiet harbour before the first boats came in", ("quiet\nA:", "x"), "three"),
-]
-POSITIONS = ["last", "last:3", "answer", "all"]
-
-
-def batch_of(atv, rows=ROWS):
-    return atv.collator()([atv.encode_row(row) for row in rows])
-
-
-def full_pass_loss(atv, batch, vectors=None):
-    """Prompt and answer in one plain pass with hooks on everything: the straightforward definition."""
-    vectors = atv.atv(batch["query_input_ids"], batch["query_attention_mask"]) if vectors is None else vectors
-    per_row = vectors.repeat_interleave(len(batch["input_ids"]) // len(vectors), 0)
-    labels = batch["labels"]
-    with steer_known(atv.llm, atv.layers, per_row, atv.config.scale, batch["edit_mask"]):
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
-        logits = call_llm(atv.llm, keep=labels.shape[1], use_cache=False, **inputs).logits
-    losses = []
-    for row in range(len(labels)):
-        wanted = [i for i, label in enumerate(labels[row].tolist()) if label != -100]
-        log_probs = logits[row].log_softmax(-1)
-        losses.append(torch.stack([-log_probs[i, labels[row, i]] for i in wanted]).mean())
-    return torch.stack(losses).mean()
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

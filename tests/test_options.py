@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 from collections import Counter
-from contextlib import contextmanager
 from functools import cache, partial
 
 import pytest
@@ -13,12 +12,12 @@ import torch
 from conftest import byte_level_tokenizer, make_atv, make_llm, sentencepiece_tokenizer, toy_task
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from labels import LABELS, added, labelled, steered_by_hand
 from refusals import refused
 from rendering import encode_pair, prompt_text
 from transformers import MambaConfig, MambaForCausalLM, set_seed
 
 from atv.config import ATVConfig, Positions, TrainConfig
-from atv.data import Example, Task
 from atv.data.collate import left_padded
 from atv.data.render import plain_prompt
 from atv.evaluation.records import RunWriter
@@ -38,30 +37,6 @@ from atv.paper.sweep import _judged
 from atv.progress import bar
 from atv.steer import AddVectors
 from atv.training.loop import train
-
-LABELS = {
-    "digits": ("1", "2", "3", "4", "5"),
-    "tens": ("10", "11"),
-    "continued": ("1", "10"),
-    "classes": ("class_0", "class_1"),
-    "opinions": ("very good", "very bad"),
-    "nested": ("very", "very good", "very bad"),
-    "Chinese": ("正面", "负面"),
-    "two of three": ("the boats", "the kettle", "fish"),
-    "140": tuple(f"The {a}{b} {c}" for a, b, c in itertools.product("bcdfghklmn", "aeiou", ("lid", "boat", "quay")))[
-        :140
-    ],
-}
-
-
-def labelled(options, rows=12):
-    words = ["quiet", "leaks", "harbour", "first boats", "lid"]
-    examples = [Example(f"{words[i % 5]} number {i}", options[i * 7 % len(options)]) for i in range(3 * rows)]
-    missing = [option for option in options if option not in {row.output for row in examples}]
-    train = (*examples[:rows], *(Example(f"more {option}", option) for option in missing))
-    templates = ("{input}\nwhich?", "Question: {input}", "Is it so? {input}")
-    return Task("labels", templates, train, tuple(examples[rows : 2 * rows]), tuple(examples[2 * rows :]))
-
 
 # ---- told apart, and the search, against the definition ----
 
@@ -246,42 +221,6 @@ def test_an_llm_without_a_cache_of_keys_reads_again(tmp_path):
     ).eval()
     method = METHODS["zero-shot"].load(llm.double(), byte_level_tokenizer(), None)
     check(method, labelled(LABELS["nested"], rows=6), tmp_path, plainly(llm))
-
-
-@contextmanager
-def added(layers, vectors, columns):
-    """Vectors (layers, hidden) added by hooks at these columns of a single row."""
-
-    def hook(vector):
-        def edit(_, __, output):
-            hidden = (output[0] if isinstance(output, tuple) else output).clone()
-            hidden[:, columns] += vector
-            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-        return edit
-
-    handles = [layer.register_forward_hook(hook(v)) for layer, v in zip(layers, vectors, strict=True)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def steered_by_hand(atv, positions):
-    def read(example, prompt, answer):
-        last, total = len(prompt) - 1, len(prompt) + len(answer)
-        columns = {
-            "last": [last],
-            "last:3": [last - 2, last - 1, last],
-            "answer": list(range(last, total)),
-            "all": list(range(total)),
-        }[positions]
-        vectors = atv.config.scale * atv.task_vectors([example.input])[0]
-        with torch.no_grad(), added(atv.layers, vectors, columns):
-            return atv.llm(input_ids=torch.tensor([[*prompt, *answer]])).logits[0, -1]
-
-    return read
 
 
 @pytest.mark.parametrize("positions", ["last", "last:3", "answer", "all"])

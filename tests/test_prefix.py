@@ -1,10 +1,9 @@
 """What prompts share is read once, and nothing that comes out of the LLM changes."""
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 from conftest import ARCHITECTURES, make_atv, make_llm, toy_task
+from shared_prompts import INSTRUCTION, PROMPTS, encoded, logits
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -16,23 +15,7 @@ from atv.lm.prefix import SharedPrefix, call_llm
 from atv.methods.atv import ATVMethod
 from atv.methods.zero_shot import ZeroShot
 
-INSTRUCTION = "Is this opinion positive or negative? Answer positive or negative. "
-PROMPTS = [
-    INSTRUCTION + text for text in ("the kettle leaks", "the harbour was quiet and the lid sticks\nA:", "six A:")
-]
 WINDOWED = {"mistral", "gemma3"}
-
-
-def encoded(atv):
-    return [atv.tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
-
-
-def logits(llm, shared, ids, once=True):
-    inputs, past = shared.inputs(ids, 0)
-    own = {name: tensor[:, shared.length :] for name, tensor in inputs.items() if name != "attention_mask"}
-    own["attention_mask"] = inputs["attention_mask"]
-    with shared.attention() if once else nullcontext():
-        return call_llm(llm, keep=1, **own, past_key_values=past, use_cache=past is not None).logits
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import byte_level_tokenizer, make_atv, make_llm, toy_task
 from refusals import refused
-from test_training import break_loss_after, weights
 from torch import multiprocessing
+from training_runs import break_loss_after, weights
 
 from atv.config import TrainConfig
 from atv.errors import ATVError

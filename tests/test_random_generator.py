@@ -3,8 +3,8 @@
 import pytest
 import torch
 from conftest import PAPER_FORM, byte_level_tokenizer, make_llm, sentencepiece_tokenizer, toy_task
+from losses import batch_of
 from refusals import refused
-from test_model import batch_of
 from transformers import LlamaModel, set_seed
 
 from atv.config import ATVConfig, TrainConfig

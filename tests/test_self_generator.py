@@ -3,10 +3,10 @@
 import pytest
 import torch
 from conftest import PAPER_FORM, byte_level_tokenizer, make_llm, toy_task
+from generation import NEW, generated, recomputed
+from losses import POSITIONS, batch_of, full_pass_loss
 from refusals import refused
 from safetensors.torch import load_file
-from test_generate import NEW, generated, recomputed
-from test_model import POSITIONS, batch_of, full_pass_loss
 from transformers import StaticCache, set_seed
 
 from atv import vectors

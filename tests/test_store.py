@@ -7,7 +7,7 @@ import torch
 from conftest import ARCHITECTURES, make_atv, toy_task
 from rendering import row_of
 from safetensors.torch import load_file
-from test_training import quick, tiny, weights
+from training_runs import quick, tiny, weights
 
 from atv.data.collate import left_padded
 from atv.lm.prefix import read_prefix

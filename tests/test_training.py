@@ -1,6 +1,5 @@
 """Training: it learns, it resumes bit for bit after a kill, it stops before NaN, it keeps the best epoch."""
 
-import functools
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ from conftest import byte_level_tokenizer, make_atv, make_generator, make_llm, t
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from training_runs import break_loss_after, quick, tiny, weights
 from transformers import AutoConfig, AutoModel, set_seed
 
 from atv.config import ATVConfig, TrainConfig
@@ -36,21 +36,6 @@ from atv.model import ATVModel
 from atv.training import loop as training
 from atv.training.batches import PADDING, Batches, Rows, training_rows
 from atv.training.loop import train
-
-
-def quick(**options):
-    """The paper's training, shorter."""
-    quicker = {"epochs": 3, "batch_size": 4, "learning_rate": 5e-3, "templates_per_row": 1} | options
-    return TrainConfig.paper(**({"generator_learning_rate": quicker["learning_rate"]} | quicker))
-
-
-def tiny(**options):
-    return make_atv(dtype=torch.float32, scale=0.5, **options)
-
-
-def weights(folder):
-    files = sorted((Path(folder) / "adapter").rglob("*.safetensors"))
-    return {f"{file.name}:{name}": tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def test_it_learns_a_toy_task(tmp_path):
@@ -127,7 +112,7 @@ def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path):
 SCRIPT = """
 import sys
 sys.path.insert(0, {tests!r})
-from test_training import tiny, quick, toy_task
+from training_runs import tiny, quick, toy_task
 from transformers import set_seed
 from atv.training.loop import train
 set_seed(42)
@@ -165,21 +150,6 @@ def test_killed_and_resumed_the_weights_are_bit_equal(tmp_path, start):
     losses = [[entry["eval_loss"] for entry in h if "eval_loss" in entry] for h in histories]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 5
-
-
-def break_loss_after(atv, steps):
-    forward, calls = atv.forward, []
-
-    @functools.wraps(forward)
-    def broken(**batch):
-        output = forward(**batch)
-        if atv.training:
-            calls.append(1)
-            if len(calls) > steps:
-                output.loss = output.loss * float("nan")
-        return output
-
-    atv.forward = broken
 
 
 def test_a_nan_loss_stops_and_keeps_the_last_good_state(tmp_path):

@@ -163,9 +163,8 @@ class ATVTrainer(Trainer):
             return
         folder = Path(output_dir or cast(str, self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {
-            name: t.contiguous() for name, t in (state_dict or cast(AdapterModel, self.model).state_dict()).items()
-        }
+        weights = state_dict or cast(AdapterModel, self.model).state_dict()
+        tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         follow_umask(folder)
 
