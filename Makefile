@@ -1,4 +1,4 @@
-# make setup | demo | check | test | test-minimum | bench | sweep | docs   (all work twice in a row and from a path with spaces)
+# make setup | demo | check | test | test-all | test-minimum | bench | sweep | docs   (all work twice in a row and from a path with spaces)
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
@@ -9,7 +9,7 @@ EXTRAS := analysis data embedded quantized report
 NOT_CORE := benchmarks docs embedded page
 comma := ,
 
-.PHONY: setup demo check test test-minimum bench sweep docs clean
+.PHONY: setup demo check test test-all test-minimum bench sweep docs clean
 
 setup: $(STAMP)
 
@@ -33,6 +33,9 @@ check: setup
 
 test: setup
 	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
+
+test-all: setup
+	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal --exhaustive
 
 # The tests with the lowest version of each dependency that pyproject.toml allows. uv finds these versions. torch alone stays
 # at that of constraints.txt: older ones come without CUDA from PyTorch's own index only, so its lower bound is not tested.

@@ -1,6 +1,7 @@
 """Tiny random models of real architectures, tokenizers trained in memory, toy tasks. No network."""
 
 import copy
+import itertools
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -34,6 +35,34 @@ from atv.model import ATVModel
 from atv.steer import AddVectors, steer
 
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
+
+
+def pytest_addoption(parser):
+    parser.addoption("--exhaustive", action="store_true", help="run what is marked exhaustive too: `make test-all`")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "exhaustive: left out without --exhaustive, since others cover most of it")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--exhaustive"):
+        left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
+
+
+def pairwise(first, second, third):
+    """Every combination; those that are not needed to have each pair of values once are marked exhaustive.
+
+    The first two axes must be at least as long as the third.
+    """
+    combinations = []
+    for (i, a), (j, b), (k, c) in itertools.product(enumerate(first), enumerate(second), enumerate(third)):
+        kept = (i + j) % len(third) == k
+        combinations.append(pytest.param(a, b, c, marks=() if kept else pytest.mark.exhaustive))
+    return combinations
+
 
 TEXT = [
     "The harbour was quiet before the first boats came in.",

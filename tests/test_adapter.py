@@ -1,15 +1,17 @@
 """The artifact: round trip, damage refused, another LLM refused, a kill leaves the former or the new one."""
 
+import itertools
 import json
 import os
 import signal
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_atv, make_llm, toy_task
+from forks import ended, forked
 from refusals import refused
 
 from atv import artifact
@@ -156,36 +158,37 @@ def test_saving_over_something_else_is_refused(tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-KILLED = """
-import sys
-sys.path.insert(0, {tests!r})
-from conftest import make_atv
-import torch
-atv = make_atv(dtype=torch.float32)
-with torch.no_grad():
-    atv.expansion.map.bias.fill_(7.0)
-print("ready", flush=True)
-while True:
-    atv.save_pretrained({path!r})
-"""
-
-
 def test_a_kill_at_any_moment_leaves_a_whole_adapter(tmp_path):
+    """Killed when it opens, renames or removes a file: the first one, the second one, and so on until none is left."""
     atv, path = saved(tmp_path)
-    tests = str(Path(__file__).parent)
-    for moment in range(3):
-        process = subprocess.Popen(
-            [sys.executable, "-c", KILLED.format(tests=tests, path=str(path))], stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout.readline() == "ready\n"
-        try:
-            process.wait(timeout=0.017 * (moment + 1))
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-        bias = load(path).expansion.map.bias
-        assert torch.equal(bias, torch.full_like(bias, 7.0)) or torch.equal(bias, atv.expansion.map.bias)
+
+    def save(value, moment):
+        events = itertools.count()
+
+        def die(event, _):
+            if event.startswith(("open", "os.", "shutil.")) and next(events) == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        with torch.no_grad():
+            atv.expansion.map.bias.fill_(value)
+        sys.addaudithook(die)
+        atv.save_pretrained(path)
+
+    def bias():
+        return load(path).expansion.map.bias
+
+    former, seen = atv.expansion.map.bias.detach(), set()
+    for moment in itertools.count(step=5):
+        status = ended(forked(partial(save, float(moment + 1), moment)))
+        assert status in (0, -signal.SIGKILL)
+        new = torch.full_like(former, moment + 1)
+        seen.add(torch.equal(bias(), new))
+        assert torch.equal(bias(), former) or torch.equal(bias(), new)
+        former = bias().detach()
+        if status == 0:
+            break
+    assert moment > 30
+    assert seen == {False, True}
 
 
 def test_push_uploads_the_saved_folder(tmp_path, monkeypatch):

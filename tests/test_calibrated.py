@@ -273,7 +273,7 @@ def word_task(rows: int = 60) -> Task:
     return Task("words", ("{input}\nyes or no?", "Question: {input}", "Is it so? {input}"), *parts)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", *(pytest.param(n, marks=pytest.mark.exhaustive) for n in ("qwen2", "gpt2"))])
 def test_with_the_defaults_alone_it_learns_on_any_llm(name, tmp_path):
     """Random weights, which answer with any token at first."""
     task, atv = word_task(), ATVModel(make_llm(name, torch.float32), tokenizer=byte_level_tokenizer())

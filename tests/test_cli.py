@@ -175,7 +175,7 @@ def test_reproduce_and_sweep_from_the_command_line(atv, world, tmp_path):
     assert f"Next: atv paper reproduce --config {tmp_path / 's' / 'settings.toml'}" in said
     check_refused(
         *atv("paper", "reproduce", *data, "--profile", "large"),
-        ["Unknown profile 'large'", "ablation, paper, small, smoke"],
+        ["Unknown profile 'large'", "ablation, pair, paper, small, smoke"],
     )
     check_refused(*atv("paper", "reproduce", *common, "--config", tmp_path / "no"), ["No file", "a TOML file"])
 

@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, make_atv, steer_known
+from conftest import ARCHITECTURES, make_atv, pairwise, steer_known
 from generation import NEW, PROMPTS, QUERIES, generated, recomputed
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, StaticCache, TextStreamer
@@ -14,9 +14,9 @@ from atv.errors import ATVError
 from atv.lm.hooks import base_llm
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("positions", ["last", "last:3", "answer", "all"])
-@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize(
+    ("name", "positions", "use_cache"), pairwise(ARCHITECTURES, ["last", "last:3", "answer", "all"], [True, False])
+)
 def test_a_batch_of_mixed_lengths_equals_each_prompt_recomputed_by_hand(name, positions, use_cache):
     atv = make_atv(name, positions=positions, scale=1.0)
     base_llm(atv.llm).generation_config.eos_token_id = None
@@ -69,13 +69,32 @@ def test_beam_scores_are_those_of_the_steered_model():
     assert out.sequences_scores[0].item() == pytest.approx(expected, abs=1e-5)
 
 
-def test_returned_sequences_share_their_prompts_vector():
-    atv = make_atv(scale=1.0)
+@pytest.mark.parametrize("positions", ["last:2", "answer"])
+def test_returned_sequences_share_their_prompts_vector(positions):
+    """The logits that each sampled sequence was drawn from, recomputed from whole texts, each read alone."""
+    atv = make_atv(scale=1.0, positions=positions)
+    base_llm(atv.llm).generation_config.eos_token_id = None
+    inputs = atv.encode_prompts(PROMPTS)
+    width = inputs.pop("position_ids").shape[1]
     torch.manual_seed(0)
-    rows = generated(atv, PROMPTS, QUERIES, do_sample=True, num_return_sequences=4)
-    assert len(rows) == 12
-    torch.manual_seed(0)
-    assert rows == generated(atv, PROMPTS, QUERIES, do_sample=True, num_return_sequences=4)
+    with atv.steer(QUERIES):
+        out = atv.llm.generate(
+            **inputs, max_new_tokens=NEW, do_sample=True, num_return_sequences=4, pad_token_id=0,
+            return_dict_in_generate=True, output_logits=True,
+        )  # fmt: skip
+    assert len(out.sequences) == 12
+    drawn = torch.stack(out.logits, dim=1)  # (sequences, steps, vocabulary)
+    assert len({tuple(row) for row in out.sequences[:4].tolist()}) > 1
+    for number, sequence in enumerate(out.sequences):
+        query = number // 4
+        ids = sequence[width - int(inputs["attention_mask"][query].sum()) :][None]
+        prompt = ids.shape[1] - NEW
+        mask = torch.zeros_like(ids, dtype=torch.bool)
+        mask[:, max(0, prompt - (2 if positions == "last:2" else 1)) : prompt] = True
+        mask[:, prompt:] = positions == "answer"
+        with torch.no_grad(), steer_known(atv.llm, atv.layers, atv.task_vectors([QUERIES[query]]), 1.0, mask):
+            logits = atv.llm(ids, use_cache=False).logits[0, prompt - 1 : -1]
+        torch.testing.assert_close(drawn[number].to(logits), logits, atol=1e-5, rtol=1e-4)
 
 
 def test_generate_takes_texts_and_gives_texts(capsys):

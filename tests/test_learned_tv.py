@@ -11,7 +11,7 @@ from atv.config import TrainConfig
 from atv.data import Prompt
 from atv.evaluation.run import steered
 from atv.lm.hooks import decoder_layers
-from atv.methods import METHODS, once
+from atv.methods import METHODS, learn_once
 from atv.methods.fixed import Fixed, FixedConfig
 from atv.methods.learned_tv import LearnedTV, LearnedTVConfig
 
@@ -39,11 +39,11 @@ def load(adapter, llm=None):
 )
 def test_the_layers_to_try_are_spread_over_the_depth(candidates, count, expected, monkeypatch):
     llm = torch.nn.Identity()
-    monkeypatch.setattr(once, "decoder_layers", lambda _: [None] * count)
-    assert once.layers_to_try("best", candidates, llm) == expected
-    assert once.layers_to_try(1, candidates, llm) == [1]
+    monkeypatch.setattr(learn_once, "decoder_layers", lambda _: [None] * count)
+    assert learn_once.layers_to_try("best", candidates, llm) == expected
+    assert learn_once.layers_to_try(1, candidates, llm) == [1]
     with refused(f"layer is {count}", f"layers 0 to {count - 1}"):
-        once.layers_to_try(count, candidates, llm)
+        learn_once.layers_to_try(count, candidates, llm)
 
 
 @pytest.mark.parametrize("positions", ["last", "last:5"])

@@ -18,7 +18,7 @@ from atv.evaluation.run import evaluate
 from atv.files import sha256
 from atv.lm.hooks import decoder_layers
 from atv.lm.load import load_encoder as load_model
-from atv.methods import METHODS, Choice, Method, once
+from atv.methods import METHODS, Choice, Method, learn_once
 from atv.methods.answers import choices
 from atv.methods.exemplars import last_states
 from atv.methods.probe import PENALTIES, Labelled, Probe, ProbeConfig, best_layer, best_penalty, fit
@@ -334,7 +334,7 @@ def test_a_finished_one_is_not_repeated_other_settings_are_refused_and_few_valid
     trained(tmp_path, generator, penalty=1.0, force=True)
     assert "validation rows choose" not in capsys.readouterr().err
     assert json.loads((tmp_path / "train.json").read_text())["finished"]
-    assert once.FEW > 17
+    assert learn_once.FEW > 17
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import PAPER_FORM, byte_level_tokenizer, make_llm, toy_task
+from conftest import PAPER_FORM, byte_level_tokenizer, make_llm, pairwise, toy_task
 from generation import NEW, generated, recomputed
 from losses import POSITIONS, batch_of, full_pass_loss
 from refusals import refused
@@ -85,9 +85,7 @@ def test_a_bfloat16_llm_reads_in_bfloat16_and_the_state_is_float32():
 # ---- steering ----
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize(("name", "positions", "use_cache"), pairwise(NAMES, POSITIONS, [True, False]))
 def test_generation_is_that_of_vectors_made_from_the_prompt_beforehand(name, positions, use_cache):
     atv = made(name, positions=positions, scale=1.0)
     base_llm(atv.llm).generation_config.eos_token_id = None

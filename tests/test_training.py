@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import byte_level_tokenizer, make_atv, make_generator, make_llm, toy_task
+from forks import ended, forked
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -109,40 +108,30 @@ def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 
-SCRIPT = """
-import sys
-sys.path.insert(0, {tests!r})
-from training_runs import tiny, quick, toy_task
-from transformers import set_seed
-from atv.training.loop import train
-set_seed(42)
-train(tiny(), [toy_task(rows=36)], {out!r}, quick(epochs=5, generator_start={start}))
-"""
+def run_forked(out, start, kill_after_checkpoint=False):
+    def work():
+        set_seed(42)
+        train(tiny(), [toy_task(rows=36)], out, quick(epochs=5, generator_start=start))
 
-
-def run_script(out, start, kill_after_checkpoint=False):
-    code = SCRIPT.format(tests=str(Path(__file__).parent), out=str(out), start=start)
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    child = forked(work)
     if kill_after_checkpoint:
         # The complete checkpoint of the second epoch is there; the third is under way.
-        while not list(out.glob("checkpoints/checkpoint-6/complete")) and process.poll() is None:
+        while not list(out.glob("checkpoints/checkpoint-6/complete")) and os.waitpid(child, os.WNOHANG) == (0, 0):
             time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-    return process.returncode
+        os.kill(child, signal.SIGKILL)
+    return ended(child)
 
 
 @pytest.mark.parametrize("start", [0.3, 0.7])
 def test_killed_and_resumed_the_weights_are_bit_equal(tmp_path, start):
     """Killed in the third of five epochs, after the generator has begun to learn or before."""
-    assert run_script(tmp_path / "whole", start) == 0
-    assert run_script(tmp_path / "killed", start, kill_after_checkpoint=True) == -signal.SIGKILL
+    assert run_forked(tmp_path / "whole", start) == 0
+    assert run_forked(tmp_path / "killed", start, kill_after_checkpoint=True) == -signal.SIGKILL
     record = json.loads((tmp_path / "killed" / "train.json").read_text())
     assert not record["finished"]
     half = tmp_path / "killed" / "checkpoints" / "checkpoint-999"
     half.mkdir()  # as a kill in the middle of writing leaves it
-    assert run_script(tmp_path / "killed", start) == 0
+    assert run_forked(tmp_path / "killed", start) == 0
     whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
