@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from atv.config import TrainConfig
 from atv.data.collate import EncodedRow
 from atv.model import ATVModel
+from atv.training.loop import make_optimizer
 from benchmarks.common import clock
 from benchmarks.reference import update
 
@@ -29,10 +30,6 @@ PARTS = (
 
 def own_optimizer(atv: ATVModel) -> torch.optim.Optimizer:
     """The one that training uses."""
-    try:
-        from atv.training.loop import make_optimizer
-    except ImportError:  # an earlier version, which profile_step is to be compared with: the same, made in place
-        return torch.optim.Adam(atv.parameters(), lr=RATE, weight_decay=1e-5, fused=True)
     return make_optimizer(atv, TrainConfig(learning_rate=RATE))
 
 
