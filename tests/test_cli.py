@@ -414,7 +414,7 @@ def task_file(world, folder, change):
     [
         (["--llm", "no-such-folder/no-such-model"], ["no-such-folder/no-such-model", "local folder"]),
         (["--task", "toi"], ["Unknown task 'toi'", "Did you mean 'toy'?"]),
-        (["--data", "nowhere"], ["No folder nowhere"]),
+        (["--data", "nowhere"], ["No file or folder nowhere"]),
         (["--layers", "uper"], ["Unknown layer region 'uper'", "bottom"]),
         (["--layers", "0,7"], ["layers 0 to 2"]),
         (["--positions", "first"], ["Unknown positions 'first'", "last:K"]),

@@ -384,13 +384,13 @@ def test_a_name_that_leads_elsewhere_is_no_task_even_where_a_file_is_there(data,
 
 
 def test_a_folder_that_does_not_exist_is_named(tmp_path):
-    with refused(f"No folder {tmp_path / 'nowhere'}", "TASK.json files and templates.json"):
+    with refused(f"No file or folder {tmp_path / 'nowhere'}", "TASK.json files and templates.json"):
         load_tasks(data=tmp_path / "nowhere")
 
 
 def test_a_file_where_a_folder_of_tasks_was_expected_is_named(tmp_path):
     write(tmp_path / "toy.json", TOY)
-    with refused(f"No folder {tmp_path / 'toy.json'}", "TASK.json files"):
+    with refused(f"No file or folder {tmp_path / 'toy.json'}", "TASK.json"):
         load_task("toy", tmp_path / "toy.json")
 
 
@@ -532,5 +532,5 @@ def test_two_files_whose_names_differ_in_composition_alone_are_refused(tmp_path)
 def test_a_folder_may_be_a_text_and_below_the_home_folder(data, monkeypatch):
     monkeypatch.setenv("HOME", str(data.parent))
     assert load_task("toy", "~/data") == load_tasks(data=str(data))[0] == load_task("toy", data)
-    with refused("No folder", "nowhere"):
+    with refused("No file or folder", "nowhere"):
         load_tasks(data="~/nowhere")

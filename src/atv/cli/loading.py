@@ -14,4 +14,4 @@ def frozen_llm(name: str, loading: Loading) -> Frozen:
 
 def named_tasks(given: Tasks) -> list[Task]:
     """The tasks that the options name."""
-    return load_tasks(given.task, given.data, given.template)
+    return load_tasks(given.task, given.data, given.template, input=given.input, output=given.output)

@@ -60,8 +60,13 @@ class Tasks:
 
     task: list[str] | None = None
     """Task by name; give it once for each. Default: all; train leaves out the category Unseen."""
-    data: Path | None = option(None)
-    """Folder of TASK.json files and templates.json. Default: the built-in tasks."""
+    data: str | None = option(None)
+    """CSV, TSV, JSONL, JSON or Parquet file, folder with one for each split, hub:ORG/NAME[:CONFIG], or folder of
+    TASK.json files and templates.json. Default: the built-in tasks."""
+    input: str | None = option(None)
+    """Column of the queries in a table. Default: recognised by its name."""
+    output: str | None = option(None)
+    """Column of the answers. Default: recognised by its name."""
     template: list[str] | None = None
     """Template with {input}, instead of templates.json; give three."""
 

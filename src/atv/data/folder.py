@@ -22,7 +22,10 @@ TEMPLATES_FILE = "templates.json"
 def _task_files(data: Path) -> dict[str, Path]:
     """Names of the tasks in a folder, in NFC, and their files."""
     if not data.is_dir():
-        raise ATVError(f"No folder {data}; expected one with TASK.json files and {TEMPLATES_FILE}.")
+        raise ATVError(
+            f"No file or folder {data}; expected a CSV, TSV, JSONL, JSON or Parquet file, or a folder with TASK.json "
+            f"files and {TEMPLATES_FILE}."
+        )
     folder = data / "tasks" if (data / "tasks").is_dir() else data
     found: dict[str, Path] = {}
     for file in sorted(folder.glob("*.json")):
@@ -49,7 +52,7 @@ class Known(NamedTuple):
     templates: list[str]
 
 
-def load_tasks(
+def folder_tasks(
     names: Sequence[str] | None = None,
     data: str | Path | None = None,
     templates: Sequence[str] | None = None,
@@ -75,7 +78,7 @@ def load_task(
     templates: Sequence[str] | None = None,
     known: Mapping[str, Known] | None = None,
 ) -> Task:
-    """One task, as `load_tasks` takes it; ATVError says what is wrong with its file."""
+    """One task, as `folder_tasks` takes it; ATVError says what is wrong with its file."""
     name, folder = composed(name), None if data is None else local(data)
     files = None if folder is None else _task_files(folder)
     there = BUILTIN if files is None else files

@@ -1,0 +1,43 @@
+"""Tasks by what the user names: a table, a folder of task files, or the built-in ones."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from atv.data.folder import Known, folder_tasks
+from atv.data.table import is_table, load_table
+from atv.data.task import Task, composed
+from atv.errors import ATVError, unknown
+
+
+def load_tasks(
+    names: Sequence[str] | None = None,
+    data: Any = None,
+    templates: Sequence[str] | None = None,
+    known: Mapping[str, Known] | None = None,
+    *,
+    input: str | None = None,
+    output: str | None = None,
+) -> list[Task]:
+    """Tasks by name, each once; all that there are when no name is given.
+
+    Args:
+        names: of the tasks.
+        data: a table, as `load_table` takes it, which is one task; or a folder with a JSON file for each task, as
+            `folder_tasks` takes it; None: the built-in tasks.
+        templates: used instead of the tasks' own.
+        known: categories and templates of tasks whose folder does not give them.
+        input: column of a table's queries; by default recognised.
+        output: column of a table's answers; likewise.
+    """
+    if data is not None and is_table(data):
+        task = load_table(data, input=input, output=output, templates=templates)
+        for name in names or ():
+            if composed(name) != task.name:
+                raise unknown("task", name, [task.name], f"{data} is one table, and so one task: leave --task out.")
+        return [task]
+    if input is not None or output is not None:
+        raise ATVError(
+            "--input and --output name columns of a table; expected --data with a CSV, TSV, JSONL, JSON or Parquet "
+            f"file, a folder with one for each split, or hub:NAME; found {data or 'the built-in tasks'}."
+        )
+    return folder_tasks(names, data, templates, known)

@@ -1,0 +1,333 @@
+"""Tasks from tables: CSV, TSV, JSON lines, JSON and Parquet files, a folder with one of these per split, the hub.
+
+The columns are recognised by name or given. Text files are read with the standard library, because a value must stay
+the text that it is: libraries that guess types make 1 of "01" and a missing value of "None". Parquet files, data sets
+of the hub and `datasets` objects carry types of their own.
+"""
+
+import csv
+import json
+import random
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from atv.data.render import INPUT, Example
+from atv.data.task import SPLITS, Task, composed, text_of
+from atv.errors import ATVError
+from atv.files import local
+from atv.progress import log
+
+HUB = "hub:"
+"""Begins the name of a data set of the hub: hub:ORG/NAME or hub:ORG/NAME:CONFIG."""
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+SPLIT_NAMES = {name: split for split, names in {
+    "train": ("train", "training"), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)
+}.items() for name in names}  # fmt: skip
+"""Names that files and data sets have for the three splits."""
+COLUMNS = (("instruction", "output"), ("input", "output"), ("prompt", "completion"), ("text", "label"))
+"""Columns that are recognised: the query's and the answer's. An instruction is followed by its input, if it has one."""
+DRAWN = {"valid": (0.1, 500), "test": (0.2, 1000)}
+"""The share of the training rows that a missing split is drawn from, and how many rows it has at most."""
+SEED = 42
+"""Of these draws. The same for every command, since rows that one of them trains on must not be tested by another."""
+
+Row = Mapping[str, Any]
+
+
+class Loaded(NamedTuple):
+    """The rows of each split that there is, and the names of a column's classes where it has some."""
+
+    splits: dict[str, list[Row]]
+    classes: dict[str, list[str]]
+
+
+def is_table(data: Any) -> bool:
+    """Whether `load_table` reads this: a file, hub:NAME, a `datasets` object, or a folder with a file per split."""
+    if _is_dataset(data) or str(data).startswith(HUB):
+        return True
+    path = local(data)
+    return path.is_file() or bool(path.is_dir() and _split_files(path))
+
+
+def load_table(
+    data: Any, *, input: str | None = None, output: str | None = None, templates: Sequence[str] | None = None
+) -> Task:
+    """One task from a table.
+
+    Rows with an empty cell and repeated inputs are dropped and counted; inputs count as equal if they differ only in
+    case, white space or the composition of accents. A training row whose input is among the validation or test rows is
+    dropped too. A missing validation or test split is drawn from the training rows, stratified by answer.
+
+    Args:
+        data: a file, a folder, hub:ORG/NAME[:CONFIG], a `datasets.Dataset` or a `DatasetDict`.
+        input: column of the queries; by default recognised (`COLUMNS`).
+        output: column of the answers; likewise.
+        templates: with {input}; by default the query alone.
+
+    Raises:
+        ATVError: it cannot be read, its columns are not recognised, a cell is no text, or too few rows are left.
+    """
+    name, loaded = _read(data)
+    rows = next(iter(loaded.splits.values()), [])
+    columns = _columns(name, list(dict.fromkeys(key for row in rows[:100] for key in row)), input, output)
+    dropped: Counter[str] = Counter()
+    found = {
+        split: _examples(f"{name}: {split}", rows, columns, loaded.classes, dropped)
+        for split, rows in loaded.splits.items()
+    }
+    splits = _apart(found, dropped)
+    drawn = [split for split in ("test", "valid") if split not in splits]
+    for split in drawn:
+        splits[split] = _draw(name, splits, split)
+    named = zip(("training", "validation", "test"), SPLITS, strict=True)
+    sizes = ", ".join(f"{len(splits[split])} {said}" for said, split in named)
+    said = f" ({' and '.join(sorted(drawn))} drawn from the training rows, seed {SEED})" if drawn else ""
+    log.info(f"{name}: {sizes} rows{said}; {' and '.join(columns[:-1])} to {columns[-1]}")
+    if dropped:
+        log.warning(f"{name}: dropped {', '.join(f'{count} {why}' for why, count in dropped.items())}")
+    return Task(
+        name,
+        tuple(templates or (INPUT,)),
+        train=tuple(splits["train"]),
+        valid=tuple(splits["valid"]),
+        test=tuple(splits["test"]),
+        answer_prefixes=(None,),
+    )
+
+
+# ---- reading ----
+
+
+def _is_dataset(data: Any) -> bool:
+    return type(data).__module__.partition(".")[0] == "datasets"
+
+
+def _split_files(folder: Path) -> dict[str, Path]:
+    """The files of a folder that are named like a split: train.csv, validation.csv, ..."""
+    found: dict[str, Path] = {}
+    for file in sorted(folder.iterdir()):
+        split = SPLIT_NAMES.get(file.stem.lower())
+        if split is not None and file.suffix.lower() in SUFFIXES:
+            if split in found:
+                raise ATVError(f"{folder} has {found[split].name} and {file.name}; expected one file for each split.")
+            found[split] = file
+    return found
+
+
+def _read(data: Any) -> tuple[str, Loaded]:
+    """A table's name and rows."""
+    if _is_dataset(data):
+        return "data", _from_datasets("data", data)
+    if str(data).startswith(HUB):
+        name, _, config = str(data).removeprefix(HUB).partition(":")
+        return name.rpartition("/")[2], _from_datasets(name, _load_hub(name, config or None))
+    path = local(data)
+    files = {"train": path} if path.is_file() else _split_files(path)
+    parts = {split: _read_file(file) for split, file in files.items()}
+    if len(parts) == 1 and path.is_file() and len(only := parts["train"].splits) > 1:
+        return composed(path.stem), Loaded(only, parts["train"].classes)
+    classes = {key: names for part in parts.values() for key, names in part.classes.items()}
+    return composed(path.stem), Loaded({split: part.splits["train"] for split, part in parts.items()}, classes)
+
+
+def _datasets(what: str) -> Any:
+    """The library `datasets`; ATVError if it is not installed."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ATVError(f"{what} needs the package datasets: pip install 'adaptive-task-vectors[data]'") from error
+    return datasets
+
+
+def _load_hub(name: str, config: str | None) -> Any:
+    library = _datasets(f"{HUB}{name}")
+    try:
+        return library.load_dataset(name, config)
+    except Exception as error:  # whatever goes wrong between here and the hub
+        reason = " ".join(str(error).split())[:300]
+        raise ATVError(f"The data set {name} could not be loaded from the hub: {reason}") from error
+
+
+def _read_file(file: Path) -> Loaded:
+    suffix = file.suffix.lower()
+    if suffix == ".parquet":
+        made = _datasets(str(file)).Dataset
+        return _from_datasets(str(file), made.from_parquet(str(file), keep_in_memory=True))
+    try:
+        # utf-8-sig: a byte order mark is no part of the first column's name
+        with file.open(encoding="utf-8-sig", newline="") as text:
+            if suffix in (".csv", ".tsv"):
+                return Loaded({"train": _csv_rows(file, text)}, {})
+            if suffix == ".jsonl":
+                return Loaded(
+                    {"train": [_object(file, number, line) for number, line in enumerate(text, 1) if line.strip()]}, {}
+                )
+            if suffix == ".json":
+                return Loaded(_json_splits(file, json.load(text)), {})
+    except UnicodeDecodeError as error:
+        raise ATVError(f"{file} is not UTF-8 at byte {error.start}; save it as UTF-8.") from error
+    except json.JSONDecodeError as error:
+        raise ATVError(f"{file}, line {error.lineno}: no JSON: {error.msg}.") from error
+    except OSError as error:
+        raise ATVError(f"{file} cannot be read: {error.strerror}.") from error
+    raise ATVError(f"{file} has the ending {suffix!r}; expected one of {', '.join(SUFFIXES)}.")
+
+
+def _csv_rows(file: Path, text: Iterable[str]) -> list[Row]:
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.DictReader(text, delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True)
+    rows: list[Row] = []
+    try:
+        if len(set(reader.fieldnames or ())) < len(reader.fieldnames or ()):
+            raise ATVError(f"{file} has two columns of one name; found {reader.fieldnames}.")
+        for row in reader:
+            if None in row:
+                raise ATVError(
+                    f"{file}, line {reader.line_num}: {len(row) - 1 + len(row[None])} cells, and the first line names "
+                    f"{len(row) - 1} columns. Put cells with a comma, a tab or a line break in double quotes."
+                )
+            rows.append(row)
+    except csv.Error as error:
+        raise ATVError(f"{file}, line {reader.line_num}: {error}.") from error
+    return rows
+
+
+def _object(file: Path, number: int, line: str) -> Row:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ATVError(f"{file}, line {number}: no JSON: {error.msg}.") from error
+    if not isinstance(row, dict):
+        raise ATVError(f"{file}, line {number}: a JSON {type(row).__name__}; expected an object for each row.")
+    return row
+
+
+def _json_splits(file: Path, found: Any) -> dict[str, list[Row]]:
+    """A list of rows, or an object of such lists by split."""
+    splits = {"train": found}
+    if isinstance(found, dict):
+        splits = {SPLIT_NAMES[key]: rows for key, rows in found.items() if key in SPLIT_NAMES}
+    for rows in splits.values():
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ATVError(
+                f"{file}: expected a list of objects, or an object with such a list for train, valid and test."
+            )
+    return splits
+
+
+def _from_datasets(name: str, data: Any) -> Loaded:
+    """Rows and class names of a `datasets` object, whose splits may have any of the usual names."""
+    parts = dict(data) if hasattr(data, "keys") else {str(data.split or "train"): data}
+    splits: dict[str, list[Row]] = {}
+    classes: dict[str, list[str]] = {}
+    for key, part in parts.items():
+        split = SPLIT_NAMES.get(key.lower()) or ("train" if len(parts) == 1 else None)
+        if split is None:
+            continue
+        if split in splits:
+            raise ATVError(f"{name} has several splits that are {split}; found {list(parts)}.")
+        splits[split] = list(part)
+        for column, feature in part.features.items():
+            if hasattr(feature, "int2str"):
+                classes[column] = list(feature.names)
+    return Loaded(splits, classes)
+
+
+# ---- columns and cells ----
+
+
+def _columns(name: str, there: Sequence[str], input: str | None, output: str | None) -> tuple[str, ...]:
+    """The columns that make a query, and the answer's; one of the former in most cases."""
+    if (input is None) != (output is None):
+        raise ATVError("Give --input and --output together; found one of them.")
+    if input is not None and output is not None:
+        for column in (input, output):
+            if column not in there:
+                raise ATVError(f"{name} has no column {column!r}; found {', '.join(map(repr, there)) or 'none'}.")
+        return input, output
+    by_name = {column.strip().lower(): column for column in there}
+    for query, answer in COLUMNS:
+        if query in by_name and answer in by_name:
+            beside = ["input"] if query == "instruction" and "input" in by_name else []
+            return (*(by_name[column] for column in (query, *beside)), by_name[answer])
+    if "messages" in by_name:
+        raise ATVError(f"{name} has chat messages, which are not read yet; expected a query and an answer per row.")
+    raise ATVError(
+        f"{name} has the columns {', '.join(map(repr, there)) or '(none)'}; expected "
+        f"{', '.join(f'{query} and {answer}' for query, answer in COLUMNS)}. Name yours with --input and --output."
+    )
+
+
+def _examples(
+    where: str, rows: Sequence[Row], columns: Sequence[str], classes: Mapping[str, list[str]], dropped: Counter[str]
+) -> list[Example]:
+    """Rows as examples, without those that have an empty cell."""
+    examples = []
+    for number, row in enumerate(rows):
+        *query, answer = (_text(f"{where} row {number}", column, row.get(column), classes) for column in columns)
+        if len(query) > 1 and query[0]:  # an instruction is enough: its input may be empty
+            query = ["\n".join(part for part in query if part)]
+        if query[0] and answer:
+            examples.append(Example(query[0], answer))
+        else:
+            dropped["with an empty cell"] += 1
+    return examples
+
+
+def _text(where: str, column: str, value: Any, classes: Mapping[str, list[str]]) -> str:
+    """A cell as text without white space around it; empty if there is nothing in it."""
+    if value is None:
+        return ""
+    if column in classes:
+        return str(classes[column][value])
+    text = text_of(value)
+    if text is None:
+        raise ATVError(f"{where} has {column} {value!r:.80}; expected a text or a whole number.")
+    return text.strip()
+
+
+# ---- splits ----
+
+
+def same(text: str) -> str:
+    """What two inputs have in common that count as one: case, white space and the composition of accents aside."""
+    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
+
+
+def _apart(found: Mapping[str, list[Example]], dropped: Counter[str]) -> dict[str, list[Example]]:
+    """Each input once: the test rows keep theirs, then the validation rows, then the training rows."""
+    seen: dict[str, tuple[str, str]] = {}
+    apart: dict[str, list[Example]] = {}
+    for split in (split for split in reversed(SPLITS) if split in found):
+        apart[split] = []
+        for example in found[split]:
+            key = same(example.input)
+            if key not in seen:
+                seen[key] = split, example.output
+                apart[split].append(example)
+            elif seen[key][0] != split:
+                dropped[f"of {split} that are in {seen[key][0]}"] += 1
+            else:
+                dropped["repeated" if seen[key][1] == example.output else "repeated with another answer"] += 1
+    return apart
+
+
+def _draw(name: str, splits: dict[str, list[Example]], split: str) -> list[Example]:
+    """Take rows of a missing split from the training rows, as many of each answer as its share."""
+    rows = splits.get("train", [])
+    share, most = DRAWN[split]
+    count = min(most, round(share * len(rows)))
+    if count < 1:
+        raise ATVError(f"{name} has no {split} split, and {len(rows)} training rows are too few to draw one from.")
+    order = random.Random(f"{SEED} {split}")
+    by_answer: dict[str, list[int]] = {}
+    for index in order.sample(range(len(rows)), len(rows)):
+        by_answer.setdefault(rows[index].output, []).append(index)
+    # The i-th of n rows of an answer comes at (i + 1/2) / n: any beginning of this order has each answer's share.
+    places = {index: (i + 0.5) / len(of) for of in by_answer.values() for i, index in enumerate(of)}
+    taken = set(sorted(places, key=lambda index: (places[index], index))[:count])
+    splits["train"] = [row for index, row in enumerate(rows) if index not in taken]
+    return [rows[index] for index in sorted(taken)]

@@ -1,0 +1,201 @@
+"""Tables as people have them: every format gives the same task, nothing is guessed, nothing leaks between splits."""
+
+import csv
+import json
+import logging
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from refusals import refused
+
+from atv.data import load_table, load_tasks
+from atv.data.table import same
+
+LABELS = ("billing", "how to", "007")
+ROWS = [(f"ticket {number}, please", LABELS[number % 3]) for number in range(60)]
+
+
+def as_csv(path, rows=ROWS, columns=("input", "output"), **options):
+    with path.open("w", encoding=options.pop("encoding", "utf-8"), newline="") as file:
+        writer = csv.writer(file, **options)
+        writer.writerows([columns, *rows])
+    return path
+
+
+def as_jsonl(path, rows=ROWS, columns=("input", "output")):
+    path.write_text("".join(json.dumps(dict(zip(columns, row, strict=True))) + "\n" for row in rows))
+    return path
+
+
+def everything(task):
+    return sorted([*task.train, *task.valid, *task.test])
+
+
+def formats(folder):
+    datasets = pytest.importorskip("datasets")
+    columns = {"input": [row[0] for row in ROWS], "output": [row[1] for row in ROWS]}
+    yield as_csv(folder / "plain.csv")
+    yield as_csv(folder / "bom.csv", encoding="utf-8-sig", lineterminator="\r\n", quoting=csv.QUOTE_ALL)
+    yield as_csv(folder / "tabs.tsv", delimiter="\t")
+    yield as_jsonl(folder / "lines.jsonl")
+    (folder / "list.json").write_text(json.dumps([{"input": i, "output": o} for i, o in ROWS]))
+    yield folder / "list.json"
+    datasets.Dataset.from_dict(columns).to_parquet(str(folder / "columns.parquet"))
+    yield folder / "columns.parquet"
+    yield datasets.Dataset.from_dict(columns)
+    yield datasets.DatasetDict({"train": datasets.Dataset.from_dict(columns)})
+
+
+def test_every_format_gives_the_same_rows_and_the_same_splits(tmp_path):
+    tasks = [load_table(data) for data in formats(tmp_path)]
+    assert len(tasks) == 8
+    for task in tasks:
+        assert (task.train, task.valid, task.test) == (tasks[0].train, tasks[0].valid, tasks[0].test)
+        assert everything(task) == sorted(ROWS)
+    assert tasks[0].options == tuple(sorted(LABELS))  # "007" is no number
+    assert tasks[0].templates == ("{input}",)
+    assert tasks[0].answer_prefixes == (None,)
+    assert tasks[0].name == "plain"
+
+
+@pytest.mark.parametrize(
+    ("columns", "rows", "expected"),
+    [
+        (("Text", "Label"), [("a", "x")], ("a", "x")),
+        (("prompt", "completion"), [("a", "x")], ("a", "x")),
+        (("instruction", "input", "output"), [("do", "a", "x")], ("do\na", "x")),
+        (("instruction", "input", "output"), [("do", "", "x")], ("do", "x")),
+        (("id", "input", "output"), [("7", "a", "x")], ("a", "x")),
+    ],
+)
+def test_columns_are_recognised(tmp_path, columns, rows, expected):
+    others = [tuple(f"{cell}{number}" for cell in rows[0]) for number in range(20)]
+    task = load_table(as_csv(tmp_path / "t.csv", [*rows, *others], columns))
+    assert expected in everything(task)
+
+
+def test_columns_of_other_names_are_given_and_unknown_ones_are_named(tmp_path):
+    path = as_csv(tmp_path / "t.csv", columns=("body", "team"))
+    assert everything(load_table(path, input="body", output="team")) == sorted(ROWS)
+    with refused("'body', 'team'", "Name yours with --input and --output"):
+        load_table(path)
+    with refused("no column 'bodi'", "'body', 'team'"):
+        load_table(path, input="bodi", output="team")
+    with refused("together"):
+        load_table(path, input="body")
+
+
+def test_the_names_of_classes_are_the_labels():
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    rows = {"text": [f"t {n}" for n in range(20)], "label": [n % 2 for n in range(20)]}
+    task = load_table(datasets.Dataset.from_dict(rows, features=features))
+    assert task.options == ("no", "yes")
+    assert ("t 3", "yes") in everything(task)
+
+
+def test_the_splits_of_a_folder_and_of_a_file_are_used(tmp_path):
+    for name, part in (("train.csv", ROWS[:30]), ("dev.csv", ROWS[30:40]), ("test.csv", ROWS[40:])):
+        as_csv(tmp_path / name, part)
+    task = load_table(tmp_path)
+    assert (task.train, task.valid, task.test) == (tuple(ROWS[:30]), tuple(ROWS[30:40]), tuple(ROWS[40:]))
+    as_jsonl(tmp_path / "validation.jsonl")
+    with refused("dev.csv and validation.jsonl"):
+        load_table(tmp_path)
+    objects = [{"input": i, "output": o} for i, o in ROWS]
+    whole = tmp_path / "whole.json"
+    whole.write_text(json.dumps({"train": objects[:30], "validation": objects[30:40], "test": objects[40:]}))
+    assert load_table(whole).valid == tuple(ROWS[30:40])
+
+
+def test_what_is_dropped_is_counted(tmp_path, caplog):
+    rows = [
+        *ROWS[:40],
+        ("", "billing"),
+        ("only a query", " "),
+        ("  Ticket 1,   PLEASE ", LABELS[1]),  # repeated
+        ("ticket 2, please", "billing"),  # with another answer
+    ]
+    as_csv(tmp_path / "train.csv", rows)
+    as_csv(tmp_path / "test.csv", [*ROWS[40:], ("TICKET 3, please", LABELS[0])])
+    with caplog.at_level(logging.INFO, "atv"):
+        task = load_table(tmp_path)
+    said = " ".join(record.getMessage() for record in caplog.records)
+    for words in (
+        "2 with an empty cell",
+        "1 repeated,",
+        "1 repeated with another answer",
+        "1 of train that are in test",
+        "valid drawn from the training rows, seed 42",
+    ):
+        assert words in said
+    assert len(task.train) + len(task.valid) == 39
+    assert len(task.test) == 21
+
+
+TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), max_size=8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(TEXTS, st.sampled_from("abc")), min_size=40, max_size=80))
+def test_no_input_is_in_two_splits_and_every_row_is_there_or_counted(tmp_path_factory, rows):
+    kept = {}
+    for query, answer in rows:
+        if query.strip():
+            kept.setdefault(same(query), answer)
+    if len(kept) < 10 or len(set(kept.values())) < 2:
+        return
+    path = as_csv(tmp_path_factory.mktemp("table") / "t.csv", rows)
+    task = load_table(path)
+    inputs = [same(row.input) for row in everything(task)]
+    assert sorted(inputs) == sorted(kept)
+    assert {same(row.input): row.output for row in everything(task)} == kept
+
+
+def test_rows_are_drawn_by_answer_from_a_sorted_file(tmp_path):
+    rows = [(f"t {n}", label) for label, count in (("a", 300), ("b", 60), ("c", 40)) for n in range(count)]
+    rows = [(f"{label} {query}", label) for query, label in rows]
+    task = load_table(as_csv(tmp_path / "t.csv", rows))
+    assert Counter(row.output for row in task.test) == {"a": 60, "b": 12, "c": 8}
+    assert Counter(row.output for row in task.valid) == {"a": 24, "b": 5, "c": 3}
+    assert [row.input for row in task.test if row.output == "a"] != [f"a t {n}" for n in range(60)]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("t.csv", "input,output\na,b,c\n", ["line 2: 3 cells", "names 2 columns"]),
+        ("t.csv", "input,input\na,b\n", ["two columns of one name"]),
+        ("t.csv", 'input,output\n"a,b\n', ["line"]),
+        ("t.jsonl", '{"input": "a", "output": "b"}\n{"input": \n', ["line 2: no JSON"]),
+        ("t.jsonl", '{"input": "a", "output": "b"}\n[1]\n', ["line 2", "list"]),
+        ("t.jsonl", '{"input": "a", "output": 1.5}\n', ["row 0", "output 1.5"]),
+        ("t.jsonl", '{"messages": []}\n', ["chat messages"]),
+        ("t.json", '{"train": 3}', ["a list of objects"]),
+        ("t.txt", "a", [".txt", ".parquet"]),
+        ("t.csv", "input,output\na,b\n", ["too few"]),
+        ("t.csv", "", ["(none)"]),
+    ],
+)
+def test_what_is_wrong_is_one_line_that_names_it(tmp_path, name, text, said):
+    (tmp_path / name).write_text(text)
+    with refused(*said):
+        load_table(tmp_path / name)
+
+
+def test_bytes_of_another_encoding_are_named(tmp_path):
+    (tmp_path / "t.csv").write_bytes("input,output\nGrüße,a\n".encode("latin-1"))
+    with refused("not UTF-8", "save it as UTF-8"):
+        load_table(tmp_path / "t.csv")
+
+
+def test_a_table_is_one_task_by_its_name(tmp_path):
+    path = as_csv(tmp_path / "tickets.csv")
+    assert [task.name for task in load_tasks(data=path)] == ["tickets"]
+    assert load_tasks(["tickets"], path, templates=["Ticket: {input}"])[0].templates == ("Ticket: {input}",)
+    with refused("Unknown task 'other'", "leave --task out"):
+        load_tasks(["other"], path)
+    with refused("--input and --output", "built-in"):
+        load_tasks(input="a", output="b")
