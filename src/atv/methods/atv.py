@@ -74,6 +74,5 @@ class ATVMethod(Method):
         return {"config": self.atv.config.to_dict(), "training": self.atv.training_summary}
 
     def edit(self, prompts: Sequence[Prompt]) -> Edit:
-        """Vectors made from the queries of the prompts; the generator `self` makes them while the LLM reads the
-        prompts."""
+        """Vectors made from the prompts' queries. The generator `self` makes them while the LLM reads."""
         return self.atv.edit(self.atv.own_vectors([prompt.query for prompt in prompts]))

@@ -20,8 +20,7 @@ Thai, Lao, Khmer and Burmese (Unicode line breaking class SA)."""
 
 @cache
 def _patterns() -> tuple[Any, Any]:
-    """Patterns for a run of unspaced characters or a word (letters, digits, _ and their marks), and for one
-    character."""
+    """Patterns for an unspaced run or a word (letters, digits, _ and their marks), and for one character."""
     import regex  # here, so that other methods do not wait for it
 
     marks = r"\p{M}\p{Join_Control}"

@@ -130,7 +130,7 @@ def layers_to_try(layer: int | str, candidates: int, llm: nn.Module) -> list[int
 
 
 def note_few(name: str, tasks: Sequence[Task], settings: int) -> None:
-    """Warn if few validation rows make a choice."""
+    """Warn if settings are chosen on few validation rows."""
     rows = sum(len(task.valid) for task in tasks)
     if rows < FEW:
         log.warning(
