@@ -213,7 +213,7 @@ def test_what_is_written_is_loaded_with_the_papers_category_and_templates(tmp_pa
         (["glue_colla"], None, ("Unknown task 'glue_colla'", "Did you mean 'glue_cola'?")),
         (["glue_cola", "boolq"], "abc", ("One revision for the data sets google/boolq, nyu-mll/glue",)),
         ([], "abc", ("One revision for the data sets",)),
-        (["bbq_age", "bbq_religion"], "abc", ("nyu-mll/BBQ is read at a commit of its own", "leave the revision out")),
+        (["bbq_age", "bbq_religion"], "abc", ("nyu-mll/BBQ is read at a pinned commit", "leave the revision out")),
     ],
 )
 def test_a_wrong_name_or_a_revision_for_several_sources_is_refused_before_anything_is_read(

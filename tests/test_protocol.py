@@ -307,7 +307,7 @@ def test_an_experiments_conditions_differ_in_what_they_set_alone(world, tmp_path
         ("reference = 'x'\n[conditions.atv]\nmethod = 'atv'", "Unknown reference"),
         ("analysis = 1\n[conditions.atv]\nmethod = 'atv'", "true or false"),
         ("analysis = true\n[conditions.atv]\nmethod = 'atv'", "of the conditions atv and elicit"),
-        ("[conditions.'a b']\nmethod = 'atv'\n[conditions.'a:b']\nmethod = 'atv'", "differ in signs alone"),
+        ("[conditions.'a b']\nmethod = 'atv'\n[conditions.'a:b']\nmethod = 'atv'", "differ only in punctuation"),
         ("[conditions", "is not a TOML file"),
     ],
 )

@@ -95,7 +95,7 @@ PROFILES = {
         ),
         Profile(
             "smoke",
-            "A few minutes to check that everything runs; its numbers mean nothing: the shortest task of each category, "
+            "A few minutes to check that everything runs; its numbers mean nothing: the shortest task per category, "
             "12 training and 8 test rows per task, one variant, one seed, 2 demonstrations, one epoch.",
             train_rows=12,
             valid_rows=3,
