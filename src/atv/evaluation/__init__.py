@@ -1,2 +1,1 @@
-"""Run a method, score its answers, record every row. Import the modules separately: records and metrics need no
-torch."""
+"""Run a method, score its answers, record rows. Import the modules separately: records and metrics need no torch."""

@@ -173,7 +173,7 @@ def layer_scores(
 
 
 def _read_once(llm: nn.Module, inputs: dict[str, Tensor], keep: int) -> ReadPrefix:
-    """A function that returns cached keys and values of all columns but the last `keep`, for any number of row
+    """A function that returns cached keys and values of all but the last `keep` columns, for any number of row
     copies."""
     before = [inputs[name][:, :-keep] for name in ("input_ids", "attention_mask", "position_ids")]
     rows, width = before[0].shape

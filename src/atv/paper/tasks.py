@@ -65,10 +65,9 @@ def paper_templates() -> dict[str, list[str]]:
 def load_paper_tasks(
     names: Sequence[str] | None = None, data: str | Path | None = None, templates: Sequence[str] | None = None
 ) -> list[Task]:
-    """Like `atv.data.load_tasks`, but the paper's tasks get its categories and templates unless their folder has
-    others.
+    """Load tasks; the paper's tasks get its categories and templates unless their folder has others.
 
-    Warns about answers that the paper's task does not have.
+    Otherwise like `atv.data.load_tasks`. Warns about answers that the paper's task does not have.
     """
     known = {name: Known(task.category, paper_templates()[name]) for name, task in PAPER.items()}
     tasks = load_tasks(names, data, templates, known)

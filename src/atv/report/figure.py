@@ -33,7 +33,7 @@ Drawn = tuple["Figure", str, Table] | None
 
 
 def new_figure(heights: Sequence[float], legend: int = 0) -> tuple["Figure", list["Axes"]]:
-    """Stacked panels with these heights in inches, and room for a legend of `legend` words."""
+    """Stacked panels with these heights in inches, and room for a legend of `legend` entries."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(_WIDTH, sum(heights) + 0.2 * legend), layout="constrained")

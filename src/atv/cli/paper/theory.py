@@ -24,8 +24,7 @@ from atv.report.tables import Table
 
 
 def show_theorems(given: Theory) -> None:
-    """Check every statement on random matrices and, if given, an LLM; print the tables, and write them if --out is
-    given."""
+    """Check every statement on random matrices and, if given, an LLM; print the tables and write them to --out."""
     llm, out, seed = given.llm, given.out, given.seed
     if out is not None:
         check_format(out)

@@ -34,8 +34,7 @@ LENGTHS = (1, 2, 8)
 
 @dataclass(frozen=True)
 class Fit:
-    """How closely ATV's attention fits that of one random prefix; residuals relative to the prefix's effect (1: no
-    fit)."""
+    """How closely ATV's attention fits that of one random prefix; residuals relative to its effect (1: no fit)."""
 
     heads: int
     tokens: str
