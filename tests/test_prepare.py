@@ -201,7 +201,7 @@ def test_what_is_written_is_loaded_with_the_papers_category_and_templates(tmp_pa
     task = load_paper_tasks(["glue_cola"], tmp_path)[0]
     assert (task.category, list(task.templates)) == ("Unseen", paper_templates()["glue_cola"])
     written = (tmp_path / "glue_cola.json").read_bytes()
-    assert "already and stays" in next(iter(prepare(["glue_cola"], tmp_path, load, seed=7)))
+    assert "exists and is kept" in next(iter(prepare(["glue_cola"], tmp_path, load, seed=7)))
     assert (tmp_path / "glue_cola.json").read_bytes() == written
     assert len(list(prepare(["glue_cola"], tmp_path, load, seed=7, force=True))) == 1
     assert (tmp_path / "glue_cola.json").read_bytes() != written

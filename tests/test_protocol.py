@@ -159,7 +159,7 @@ def test_settings_go_from_the_papers_to_the_users():
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("epochs = 3", "stands outside a table"),
+        ("epochs = 3", "is not in a table"),
         ("[lore]\nrank = 3", "Unknown table in .*'lore'"),
         ("[lora]\nrnak = 3", "Unknown option in .lora. of .*'rnak'"),
         ("[all]\nrnak = 3", "Unknown option in .all. of .*'rnak'"),

@@ -243,7 +243,7 @@ def _runs_below(folder: Path) -> list[Path]:
     runs = _below(folder, RUN_FILE)
     if not runs and not _below(folder, ANALYSIS_FILE):
         raise ATVError(
-            f"{folder} is not a run and contains none: there is no {RUN_FILE} in or below it. "
+            f"{folder} is not a run and contains none: {RUN_FILE} is missing in and below it. "
             "Make one with: atv eval --out DIR"
         )
     return runs

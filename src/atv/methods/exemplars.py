@@ -173,8 +173,7 @@ def layer_scores(
 
 
 def _read_once(llm: nn.Module, inputs: dict[str, Tensor], keep: int) -> ReadPrefix:
-    """A function that returns cached keys and values of all but the last `keep` columns, for any number of row
-    copies."""
+    """A function that returns cached keys and values of all but the last `keep` columns, for any number of copies."""
     before = [inputs[name][:, :-keep] for name in ("input_ids", "attention_mask", "position_ids")]
     rows, width = before[0].shape
     sides = full_sides(read_prefix(llm, *before), width) if width else None
