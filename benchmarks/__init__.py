@@ -1,4 +1,4 @@
-"""Benchmarks: how fast the library is and how much memory it takes, beside the straightforward way to do the same.
+"""Benchmarks: speed and memory of the library, compared with a straightforward implementation.
 
-Not a part of the package. `make bench` runs the ones for a CPU; docs/performance.md says what each of them counts.
+Not part of the package. `make bench` runs those for a CPU; docs/performance.md explains what each of them measures.
 """

@@ -1,7 +1,7 @@
-"""Evaluation by exact match with 500 different answers beside two: what the number of answers costs.
+"""Evaluation by exact match with 500 different answers and with two: the cost of the number of answers.
 
-All answers are numbers of three digits, of equally many tokens, so that as much is generated for each. What is kept of
-encoded answers is dropped before each evaluation.
+All answers are three-digit numbers with the same number of tokens, so that equally much is generated for each. The
+cache of encoded answers is cleared before each evaluation.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ AMONG = "2 answers, likelihood of options"
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
-    """Measure whole evaluations of the same test inputs."""
+    """Time whole evaluations of the same test inputs."""
     options = parse_options("benchmarks.answers", __doc__, argv)
     llm, tokenizer = small_llm(options)
     rows = 16 if options.tiny else 96
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 
 def numbers(count: int, rows: int) -> Task:
-    """The sentences of a built-in task, answered with numbers from 100 on, `count` different ones in the whole task."""
+    """The sentences of a built-in task, with `count` different numbers from 100 on as answers."""
     task = tasks()[0]
     inputs = [row.input for row in (*task.test, *task.train, *task.valid)]
     made = [Example(f"{inputs[n % len(inputs)]} ({n})", str(100 + n % count)) for n in range(rows + 504)]
@@ -67,7 +67,7 @@ def numbers(count: int, rows: int) -> Task:
 
 
 def measured(llm: nn.Module, tokenizer: Any, task: Task, metric: str) -> None:
-    """One evaluation, with answers that were never encoded."""
+    """One evaluation, with answers that are not cached."""
     for cached in (render._ending, render._following, render.answer_ids, scoring._encoded):
         cached.cache_clear()
     evaluate(METHODS["zero-shot"].load(llm, tokenizer, None), [task], [metric], variants="first")

@@ -1,4 +1,4 @@
-"""What every benchmark shares: options, rounds in turn, and a record with the targets beside what was measured."""
+"""Shared by all benchmarks: options, alternating rounds, and a record of measurements with their targets."""
 
 import argparse
 import datetime
@@ -26,13 +26,13 @@ from atv.provenance import provenance
 RESULTS = Path(__file__).parent / "results"
 SEED = 42
 ENOUGH = 0.3
-"""Seconds: a side that is quicker is repeated within its round, so that the clock and the scheduler do not decide."""
+"""Seconds. A faster side is repeated within its round, to reduce the effect of clock and scheduler."""
 output = Console()
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says."""
+    """The command line's options."""
 
     device: str
     threads: int
@@ -43,18 +43,18 @@ class Options:
 
 
 def parser(module: str, document: str | None) -> argparse.ArgumentParser:
-    """The options that all benchmarks have."""
+    """A parser with the options of all benchmarks."""
     parse = argparse.ArgumentParser(prog=f"python -m {module}", description=(document or "").split("\n")[0])
     parse.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parse.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of torch")
-    parse.add_argument("--rounds", type=int, default=5, help="each side runs once in every round")
-    parse.add_argument("--tiny", action="store_true", help="small random models: does it run? Its figures say nothing")
+    parse.add_argument("--rounds", type=int, default=5, help="number of rounds; each side runs once per round")
+    parse.add_argument("--tiny", action="store_true", help="small random models, only to check that it runs")
     parse.add_argument("--out", type=Path, help="folder for the record; benchmarks/results by default")
     return parse
 
 
 def options_of(given: argparse.Namespace, module: str, argv: Sequence[str] | None) -> Options:
-    """Checked options; sets threads and seed."""
+    """Validate the options, and set threads and seed."""
     if given.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch finds no GPU here; leave it out, or run this on a machine with one.")
     if given.rounds < 1 or given.threads < 1:
@@ -73,7 +73,7 @@ def options_of(given: argparse.Namespace, module: str, argv: Sequence[str] | Non
 
 
 def parse_options(module: str, document: str | None, argv: Sequence[str] | None) -> Options:
-    """The options of a benchmark that has no others."""
+    """Parse the options of a benchmark without further ones."""
     return options_of(parser(module, document).parse_args(argv), module, argv)
 
 
@@ -81,7 +81,7 @@ def parse_options(module: str, document: str | None, argv: Sequence[str] | None)
 
 
 def clock(device: str) -> float:
-    """Seconds, when everything that was asked of the device is done."""
+    """The time in seconds, after synchronising the device."""
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -97,14 +97,14 @@ def _seconds(side: Callable[[], object], repeats: int, device: str) -> float:
 def in_turn(title: str, sides: Mapping[str, Callable[[], object]], options: Options) -> dict[str, list[float]]:
     """Seconds per call of each side in each round: A, B, C, A, B, C, ..., so that a slow minute meets all of them.
 
-    A first round, not counted, warms up and finds how often a quick side is repeated.
+    A first round, not counted, warms up and determines the number of repetitions of a fast side.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     with bar(title, len(sides) * (options.rounds + 1)) as progress:
         repeats = {}
         for name, side in sides.items():
             once = _seconds(side, 1, options.device)
-            if not options.tiny and once < 4 * ENOUGH:  # the first call also sets things up: ask again
+            if not options.tiny and once < 4 * ENOUGH:  # the first call includes setup: time another one
                 once = _seconds(side, 1, options.device)
             repeats[name] = 1 if options.tiny else max(1, round(ENOUGH / once))
             progress.advance()
@@ -120,7 +120,7 @@ def in_turn(title: str, sides: Mapping[str, Callable[[], object]], options: Opti
 
 @dataclass(frozen=True)
 class Figure:
-    """A median with the lowest and the highest of the rounds."""
+    """A median with the lowest and the highest value of the rounds."""
 
     value: float
     low: float
@@ -128,7 +128,7 @@ class Figure:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Figure":
-        """Of the rounds' values."""
+        """The figure of the rounds' values."""
         return cls(median(values), min(values), max(values))
 
 
@@ -144,7 +144,7 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> Figure:
 
 
 def times(factor: float, values: Sequence[float]) -> list[float]:
-    """Every value multiplied, as for another unit."""
+    """Every value multiplied by a factor, for example to change the unit."""
     return [factor * value for value in values]
 
 
@@ -152,12 +152,12 @@ def times(factor: float, values: Sequence[float]) -> list[float]:
 
 
 class Record:
-    """What a benchmark writes to `NAME.json` and shows as a table.
+    """The record that a benchmark writes to `NAME.json` and shows as a table.
 
     Args:
-        name: of the benchmark; `-cuda` is added on a GPU.
-        title: heads the table.
-        options: of the command line.
+        name: name of the benchmark; `-cuda` is appended on a GPU.
+        title: title of the table.
+        options: the command line's options.
         sizes: what was measured on: models, rows, tokens.
     """
 
@@ -171,7 +171,7 @@ class Record:
         self.seconds: dict[str, list[float]] = {}
 
     def measure(self, what: str, unit: str, figure: Figure | float, target: tuple[str, float] | None = None) -> None:
-        """One line of the table; `target` is "at least" or "at most" a number."""
+        """Add a row to the table; `target` is ("at least" or "at most", a number)."""
         figure = figure if isinstance(figure, Figure) else Figure(figure, figure, figure)
         line: dict[str, Any] = {"what": what, "unit": unit, **asdict(figure)}
         if target is not None:
@@ -183,18 +183,18 @@ class Record:
     def plot(
         self, title: str, x: str, y: str, series: Mapping[str, Mapping[Any, Figure]], *, kind: str, log: bool = False
     ) -> None:
-        """A panel of the benchmark's plot: `series` maps a legend's words to {x: figure}; `kind` is bars or lines."""
+        """Add a panel to the benchmark's plot: `series` maps legend entries to {x: figure}; `kind` is bars or lines."""
         drawn = {
             label: [{"x": at, **asdict(figure)} for at, figure in points.items()] for label, points in series.items()
         }
         self.panels.append({"title": title, "x": x, "y": y, "kind": kind, "log": log, "series": drawn})
 
     def keep(self, prefix: str, seconds: Mapping[str, list[float]]) -> None:
-        """Every round's seconds, as they were measured."""
+        """Record every round's measured seconds."""
         self.seconds |= {f"{prefix}{name}": values for name, values in seconds.items()}
 
     def finish(self) -> Path:
-        """Write the record, show the table."""
+        """Write the record and show the table."""
         about = {
             "title": self.title,
             "tiny": self.options.tiny,
@@ -239,7 +239,7 @@ def _cpu_name() -> str:
 
 
 def number(value: float) -> str:
-    """Three digits that count."""
+    """A number with three significant digits."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
@@ -255,7 +255,7 @@ HEADS = ("what", "measured", "lowest to highest", "target")
 
 
 def show(title: str, measures: Sequence[Mapping[str, Any]]) -> None:
-    """The table on the screen."""
+    """Print the table."""
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for index, head in enumerate(HEADS):
         table.add_column(head, justify="right" if index in (1, 2) else "left")

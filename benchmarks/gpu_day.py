@@ -1,7 +1,7 @@
-"""Everything that is measured on a GPU, in one command of a few minutes; nothing is downloaded.
+"""All measurements on a GPU, in one command of a few minutes; nothing is downloaded.
 
-First the same two-layer LLM on the CPU and on the GPU: loss, gradients and steered logits must be equal but for
-rounding. Then `benchmarks.inference` and `benchmarks.gpu_training`.
+First a two-layer LLM on the CPU and on the GPU: loss, gradients and steered logits must be equal up to rounding. Then
+`benchmarks.inference` and `benchmarks.gpu_training`.
 """
 
 import copy
@@ -23,7 +23,7 @@ from benchmarks.subjects import LLAMA_3_8B, TINY, make_atv, memory_tokenizer, pa
 
 ROWS = 8
 EQUAL = 1e-4
-"""Largest difference, relative to the largest value, of two float32 results that differ in rounding alone."""
+"""Largest difference, relative to the largest value, of two float32 results that differ only in rounding."""
 
 
 def main(argv: Sequence[str] | None = None) -> list[Path]:
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     files = []
     for step in steps:
         files.append(step())
-        gc.collect()  # an LLM with hooks is part of cycles: its memory would count as the next benchmark's
+        gc.collect()  # an LLM with hooks has reference cycles: its memory would count for the next benchmark
         torch.cuda.empty_cache()
     return files
 

@@ -1,6 +1,6 @@
 """Training on a GPU with an LLM of Llama 3 8B's shape and a GPT-2-sized generator: rows per second and memory.
 
-Beside the straightforward loop, row by row, and beside LoRA. Peak memory is compared with what cannot be done without.
+Compared with the straightforward loop, row by row, and with LoRA. Peak memory is compared with the unavoidable minimum.
 """
 
 import copy
@@ -23,7 +23,7 @@ BATCH, BY_ROW = 8, 4
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
-    """Measure; memory only on a GPU."""
+    """Run the benchmark; memory is measured only on a GPU."""
     options = parse_options("benchmarks.gpu_training", __doc__, argv)
     tokens = 24 if options.tiny else 110
     llm, tokenizer = large_llm(options)
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 
 def _memory(atv: ATVModel, rows: list[EncodedRow], optimizer: torch.optim.Optimizer) -> tuple[float, float]:
-    """Peak of three steps, and the GiB that training must hold; gradients and activations are not among these."""
+    """Peak memory of three steps, and the GiB that training needs at least, without gradients and activations."""
     torch.cuda.reset_peak_memory_stats()
     for _ in range(3):
         train_step(atv, rows, optimizer)

@@ -1,4 +1,4 @@
-"""Steered inference beside the plain LLM and beside 16 demonstrations in the prompt, everything a query costs counted.
+"""Steered inference compared with the plain LLM and with 16 demonstrations in the prompt, all costs included.
 
 On --device cuda the LLM has Llama 3 8B's shape with random weights, and the generator GPT-2's.
 """
@@ -28,7 +28,7 @@ DEMONSTRATIONS, NEW_TOKENS = 16, 16
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
-    """Measure batches of 1 and 16, on a GPU of 1, 8 and 64: the first answer token, and 16 new tokens."""
+    """Time batches of 1 and 16 (on a GPU of 1, 8 and 64): the first answer token, and 16 new tokens."""
     options = parse_options("benchmarks.inference", __doc__, argv)
     on_gpu = options.device == "cuda"
     tokens = 24 if options.tiny else 110
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         reads = {PLAIN: partial(first_token, atv, prompts), STEERED: partial(first_token, atv, prompts, queries)}
         reads[ITSELF] = partial(first_token, itself, prompts, queries)
         reads[APART] = partial(first_token_apart, atv, prompts, queries)
-        if batch == 1 or (on_gpu and batch == 8) or options.tiny:  # more tokens at once take too long
+        if batch == 1 or (on_gpu and batch == 8) or options.tiny:  # larger batches take too long
             shown = [_with_demonstrations(rows, index, batch) for index in range(batch)]
             reads[MANY] = partial(first_token, atv, shown)
         texts = [tokenizer.decode(prompt) for prompt in prompts]
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 @torch.no_grad()
 def first_token(atv: ATVModel, prompts: Sequence[Sequence[int]], queries: Sequence[str] | None = None) -> Tensor:
-    """Each prompt's likeliest next token, in one call as `evaluate` makes it; steered if queries are given."""
+    """Each prompt's likeliest next token, in one call as in `evaluate`; steered if queries are given."""
     inputs = left_padded(prompts, pad_id(atv.tokenizer))
     on_device = {name: tensor.to(atv.generator.device) for name, tensor in inputs.items()}
     read = partial(call_llm, atv.llm, keep=1, use_cache=False, **on_device)
@@ -105,9 +105,9 @@ def first_token(atv: ATVModel, prompts: Sequence[Sequence[int]], queries: Sequen
 
 @torch.no_grad()
 def first_token_apart(atv: ATVModel, prompts: Sequence[Sequence[int]], queries: Sequence[str]) -> Tensor:
-    """As `first_token`, the prompt in two calls: its prefix while the generator works, then its last token steered.
+    """Like `first_token`, but in two calls: the prompt's prefix while the generator runs, then its last token, steered.
 
-    On a GPU the generator has a stream of its own; on a CPU one follows the other.
+    On a GPU the generator has its own stream; on a CPU the two run one after the other.
     """
     device = atv.generator.device
     inputs = {name: tensor.to(device) for name, tensor in left_padded(prompts, pad_id(atv.tokenizer)).items()}
@@ -127,7 +127,7 @@ def first_token_apart(atv: ATVModel, prompts: Sequence[Sequence[int]], queries: 
 
 
 def _write(atv: ATVModel, prompts: Sequence[str], queries: Sequence[str] | None = None) -> list[str]:
-    """Texts to new texts of exactly NEW_TOKENS tokens; steered if queries are given."""
+    """Generate texts of exactly NEW_TOKENS tokens; steered if queries are given."""
     how = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
     if queries is not None:
         return atv.generate(prompts, queries, **how)
@@ -140,7 +140,7 @@ def _write(atv: ATVModel, prompts: Sequence[str], queries: Sequence[str] | None 
 
 
 def _with_demonstrations(rows: Sequence[Any], index: int, batch: int) -> list[int]:
-    """A prompt behind 16 others with their answers and a token between them."""
+    """A prompt after 16 other prompts with their answers, separated by one token."""
     first = batch + index * DEMONSTRATIONS
     shown = [[*row.pairs[0][0], row.pairs[0][1][0], row.pairs[0][0][0]] for row in rows[first : first + DEMONSTRATIONS]]
     return [token for demonstration in shown for token in demonstration] + list(rows[index].pairs[0][0])

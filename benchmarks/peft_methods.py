@@ -1,6 +1,6 @@
-"""ATV beside PEFT's LoRA and prefix-tuning: seconds per epoch, and peak memory above the LLM's weights.
+"""ATV compared with PEFT's LoRA and prefix-tuning: seconds per epoch, and peak memory above the LLM's weights.
 
-The same LLM, rows and batch. Each side's memory is measured in a process of its own.
+All use the same LLM, rows and batch size. Each side's memory is measured in its own process.
 """
 
 import copy
@@ -26,15 +26,15 @@ from benchmarks.subjects import fill, make_atv, pairs_of, rows_of, small_llm
 
 BATCH = 8
 ROWS = 64
-"""Rows of an epoch, and of the store."""
+"""Rows per epoch and in the store."""
 STORED, UNSTORED, LORA, PREFIX = "ATV", "ATV without store", "LoRA", "prefix-tuning"
 KINDS = (STORED, UNSTORED, LORA, PREFIX)
 
 
 def main(argv: Sequence[str] | None = None) -> Path | None:
-    """Measure time in this process and memory in one for each side."""
+    """Measure time in this process and memory in one process per side."""
     parse = parser("benchmarks.peft_methods", __doc__)
-    parse.add_argument("--memory-of", choices=KINDS, help="measure this side's memory alone, print it as JSON")
+    parse.add_argument("--memory-of", choices=KINDS, help="measure only this side's memory and print it as JSON")
     given = parse.parse_args(argv)
     options = options_of(given, "benchmarks.peft_methods", argv)
     if given.memory_of:
@@ -62,7 +62,7 @@ def _tokens(options: Options) -> int:
 
 
 def _time(record: Record, options: Options) -> dict[Any, Figure]:
-    """Seconds per epoch: those of a step times the steps, all of which are alike."""
+    """Seconds per epoch: seconds per step times the number of (equal) steps."""
     llm, tokenizer = small_llm(options)
     peft = {kind: peft_model(copy.deepcopy(llm), kind) for kind in (LORA, PREFIX)}
     atv = make_atv(options, llm, tokenizer)
@@ -94,7 +94,7 @@ def _memories(record: Record, options: Options) -> dict[Any, Figure]:
             progress.describe(f"memory: {kind}")
             found[kind] = _memory(options, kind) if options.tiny else _in_process(options, kind)
             progress.advance()
-    if not all(memory.get("peak", 0) > 0 for memory in found.values()):  # the kernel does not say, or tiny models
+    if not all(memory.get("peak", 0) > 0 for memory in found.values()):  # not reported by the kernel, or tiny models
         return {}
     peak = {kind: memory["peak"] for kind, memory in found.items()}
     for kind in KINDS:
@@ -117,13 +117,13 @@ def _in_process(options: Options, kind: str) -> dict[str, float]:
 
 
 def _memory(options: Options, kind: str) -> dict[str, float]:
-    """Peak MB of two steps above what is held with the LLM loaded; the store holds the prompts of an epoch.
+    """Peak MB of two steps above the memory with the LLM loaded; the store contains the prompts of an epoch.
 
-    Empty on a system whose kernel does not note the peak: on a CPU it is Linux alone that does.
+    Empty if the kernel does not record the peak: on a CPU, only Linux does.
     """
     llm, tokenizer = small_llm(options)
     pairs = pairs_of(tokenizer, ROWS, _tokens(options))
-    with torch.no_grad():  # a weight is in memory after it has been read once
+    with torch.no_grad():  # weights are in memory only after they have been read once
         cast(Any, llm)(input_ids=torch.ones(1, 4, dtype=torch.long, device=options.device))
     gc.collect()
     before = _begin(options)
@@ -148,7 +148,7 @@ def _memory(options: Options, kind: str) -> dict[str, float]:
 
 
 def _begin(options: Options) -> int | None:
-    """Forget the peak so far; bytes that are held now."""
+    """Reset the peak; returns the bytes in use now."""
     if options.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
@@ -160,7 +160,7 @@ def _begin(options: Options) -> int | None:
 
 
 def _peak(options: Options) -> int:
-    """Most bytes held since `_begin`."""
+    """Peak bytes since `_begin`."""
     if options.device == "cuda":
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status").read_text().splitlines()
@@ -181,13 +181,13 @@ def peft_model(llm: nn.Module, kind: str) -> nn.Module:
 
 
 def peft_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    """The paper's Adam on what PEFT trains."""
+    """The paper's Adam on PEFT's trained parameters."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return torch.optim.Adam(trained, lr=RATE, weight_decay=1e-5, fused=True)
 
 
 def peft_step(model: nn.Module, optimizer: torch.optim.Optimizer, rows: Sequence[EncodedRow]) -> None:
-    """The usual step: prompts and answers read whole, loss from `labels`."""
+    """The usual step: whole prompts and answers, loss from `labels`."""
     device = next(model.parameters()).device
     pairs = [pair for row in rows for pair in row.pairs]
     tokens, mask = pad([prompt + answer for prompt, answer in pairs], 0, "right")

@@ -1,4 +1,4 @@
-"""What more steered tokens cost: a training step with the vector on the last 1, 4 and 16 prompt tokens."""
+"""The cost of more steered tokens: a training step with the vector on the last 1, 4 and 16 prompt tokens."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -12,7 +12,7 @@ COUNTS = (1, 4, 16)
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
-    """Measure one step for each count, MiniLM as generator, store filled."""
+    """Time one step for each count, with MiniLM as generator and a filled store."""
     options = parse_options("benchmarks.positions", __doc__, argv)
     tokens = 24 if options.tiny else 50
     llm, tokenizer = small_llm(options)

@@ -1,7 +1,7 @@
-"""Where a training step's time goes: its parts by the clock, for both generators, and at four steered tokens.
+"""Profile of a training step: the time of its parts, for both generators, and with four steered tokens.
 
-To compare with another version of the library, put its `src` first on PYTHONPATH and give another --out; then run
-this with --before that folder.
+To compare with another version of the library, run it with that version's `src` first on PYTHONPATH and another --out;
+then run this version with --before that folder.
 """
 
 import json
@@ -20,9 +20,9 @@ STEPS = 4
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
-    """Measure each part of a step."""
+    """Time each part of a step."""
     parse = parser("benchmarks.profile_step", __doc__)
-    parse.add_argument("--before", type=Path, help="folder with a former record, shown beside this one")
+    parse.add_argument("--before", type=Path, help="folder with an earlier record, shown for comparison")
     given = parse.parse_args(argv)
     options = options_of(given, "benchmarks.profile_step", argv)
     tokens = 24 if options.tiny else 50
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 
 def _profile(name: str, step: Any, options: Options) -> dict[str, list[float]]:
-    """Milliseconds of each part: the mean of a round's steps, for each round."""
+    """Milliseconds of each part: the mean over a round's steps, for each round."""
     count = 1 if options.tiny else STEPS
     rounds: dict[str, list[float]] = {}
     with bar(f"profile, {name}", options.rounds + 1) as progress:

@@ -1,6 +1,6 @@
-"""What long prompts cost: a training step by prompt length, store filled, beside the full pass over every token.
+"""The cost of long prompts: a training step by prompt length with a filled store, compared with a full forward pass.
 
-The LLM's share is the step without generator, expansion and optimiser, on both sides.
+On both sides, the LLM's share is the step without generator, expansion and optimiser.
 """
 
 import math
@@ -19,7 +19,7 @@ OURS, FULL = "this library", "full pass"
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
-    """Measure a step of one row with one prompt, for each length and on both sides."""
+    """Time a step of one row with one prompt, for each length and on both sides."""
     options = parse_options("benchmarks.prompt_length", __doc__, argv)
     lengths = (16, 32, 64) if options.tiny else (64, 128, 256, 512, 1024, 2048)
     llm, tokenizer = small_llm(options)
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             rows = rows_of(atv, 1, tokens, templates=1)
             fill(atv, rows)
             sides = {OURS: partial(loss_of, atv, rows), FULL: partial(batch_loss, atv, rows)}
-            # The first round warms up: without a counted repetition.
+            # The first round is a warm-up and not counted.
             quick = {name: step(loss_of=loss)["whole"] for name, loss in sides.items()}
             progress.advance()
             for _ in range(options.rounds):

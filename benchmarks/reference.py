@@ -1,7 +1,7 @@
-"""The straightforward loop, as the paper's released code has it: every prompt read whole, every logit made.
+"""The straightforward loop of the paper's released code: every prompt is read whole, all logits are computed.
 
-The vector is added at the last prompt token by hooks on all layers, so that the loss is the library's own; the
-generator and the expansion are the library's modules. Nothing is kept from one step to the next.
+Hooks on all layers add the vector at the last prompt token, so the loss is the same as the library's. The generator and
+the expansion are the library's modules. Nothing is cached between steps.
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,7 +37,7 @@ def steered(layers: Sequence[nn.Module], vectors: Tensor, last: Tensor, scale: f
 
 
 def row_loss(atv: ATVModel, row: EncodedRow) -> Tensor:
-    """One row, its prompts one after the other, the loss as Hugging Face makes it from `labels`."""
+    """The loss of one row, its prompts one after the other, computed by Hugging Face from `labels`."""
     device, layers, losses = atv.generator.device, decoder_layers(atv.llm), []
     query = torch.tensor([row.query], device=device)
     vectors = atv.atv(query, torch.ones_like(query))  # (1, layers, hidden)
@@ -50,7 +50,7 @@ def row_loss(atv: ATVModel, row: EncodedRow) -> Tensor:
 
 
 def batch_loss(atv: ATVModel, rows: Sequence[EncodedRow]) -> Tensor:
-    """Several rows, all their prompts in one call; the loss of Hugging Face, but as a mean of each prompt's mean."""
+    """The loss of several rows, all prompts in one call: Hugging Face's loss, but as the mean of each prompt's mean."""
     device = atv.generator.device
     query, query_mask = pad([row.query for row in rows], 0, "right")
     pairs = [pair for row in rows for pair in row.pairs]

@@ -1,6 +1,6 @@
-"""Records to docs/performance.md: the tables between its marks, and one plot for each record that has panels.
+"""Write records to docs/performance.md: the tables between its marks, and one plot per record with panels.
 
-No figure in that page is typed by hand: run this after a benchmark.
+No figure on that page is typed by hand: run this after a benchmark.
 """
 
 import argparse
@@ -20,16 +20,18 @@ from benchmarks.common import HEADS, RESULTS, cells, number
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 BLOCK = re.compile(r"<!-- table:([\w-]+) -->.*?<!-- end -->", re.DOTALL)
-# Okabe and Ito's colours, which the colour-blind can tell apart; markers and hatches tell the series apart in print.
+# Okabe and Ito's colours for colour-blind readers; markers and hatches distinguish series in print.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")
 MARKERS = ("o", "s", "^", "D")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write every block and plot for which there is a record."""
+    """Write all blocks and plots that have a record."""
     parse = argparse.ArgumentParser(prog="python -m benchmarks.report", description=(__doc__ or "").split("\n")[0])
     parse.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
-    parse.add_argument("--page", type=Path, default=PAGE, help="the page; its plots go into a folder of its name")
+    parse.add_argument(
+        "--page", type=Path, default=PAGE, help="the page; its plots go into a folder with the same name"
+    )
     given = parse.parse_args(argv)
     records = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(given.results.glob("*.json"))}
     plots = given.page.with_suffix("")
@@ -46,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def missing(name: str) -> str:
-    """What stands where nothing has been measured."""
+    """The text of a block without measurements."""
     cuda = name.endswith("-cuda")
     command = "python -m benchmarks.gpu_day --device cuda" if cuda else f"python -m benchmarks.{name}"
     return f"*Not measured yet: `{command}`, then `python -m benchmarks.report`.*"
@@ -54,7 +56,7 @@ def missing(name: str) -> str:
 
 def block(record: Mapping[str, Any], plot_file: str) -> str:
     """A record as Markdown: table, how it was made, plot."""
-    lines = ["*Tiny random models: these figures say nothing.*", ""] if record["tiny"] else []
+    lines = ["*Tiny random models: these figures mean nothing.*", ""] if record["tiny"] else []
     lines += ["| " + " | ".join(HEADS) + " |", "| --- | ---: | ---: | --- |"]
     lines += ["| " + " | ".join(cells(measure)) + " |" for measure in record["measures"]]
     sizes = ", ".join(f"{name}: {_short(value)}" for name, value in record["sizes"].items())
@@ -114,7 +116,7 @@ def _lines(axis: Axes, series: Mapping[str, Any]) -> None:
 
 
 def _groups(axis: Axes, series: Mapping[str, Any]) -> list[Any]:
-    """The groups of bars on the x axis; a series may lack some of them."""
+    """The groups of bars on the x axis; not every series has all of them."""
     groups = list(dict.fromkeys(point["x"] for points in series.values() for point in points))
     slanted: dict[str, Any] = {"rotation": 20, "ha": "right"} if len(groups) > 3 else {}
     axis.set_xticks(range(len(groups)), [str(group) for group in groups], **slanted)

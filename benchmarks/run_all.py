@@ -1,4 +1,4 @@
-"""Every benchmark for a CPU, one after the other, then all their targets and docs/performance.md: `make bench`."""
+"""Run all benchmarks for a CPU, then show all targets and update docs/performance.md: `make bench`."""
 
 import json
 import time
@@ -23,7 +23,7 @@ ON_CPU = (vectors, answers, positions, profile_step, inference, prompt_length, p
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run them with the same options; with --tiny the page is left as it is."""
+    """Run them with the same options; with --tiny the page is not updated."""
     parse = parser("benchmarks.run_all", __doc__)
     parse.set_defaults(device="cpu")
     asked = parse.parse_args(argv)

@@ -1,4 +1,4 @@
-"""One training step of the library, whole or with a clock around each of its parts."""
+"""One training step of the library, whole or with each of its parts timed."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from benchmarks.common import clock
 from benchmarks.reference import update
 
 RATE = 1e-5
-"""Learning rate: so small that every round computes about the same."""
+"""Learning rate, small enough that all rounds compute nearly the same."""
 PARTS = (
     "generator forward",
     "expansion forward",
@@ -29,7 +29,15 @@ PARTS = (
 
 
 def own_optimizer(atv: ATVModel) -> torch.optim.Optimizer:
+<<<<<<< HEAD
     """The one that training uses."""
+=======
+    """The optimiser of the library's training."""
+    try:
+        from atv.training.loop import make_optimizer
+    except ImportError:  # an earlier version, for comparison in profile_step: the same optimiser, made here
+        return torch.optim.Adam(atv.parameters(), lr=RATE, weight_decay=1e-5, fused=True)
+>>>>>>> f552ffd9435d07a00e54b42f6bca69a285db6ddb
     return make_optimizer(atv, TrainConfig(learning_rate=RATE))
 
 
@@ -37,7 +45,7 @@ def loss_of(atv: ATVModel, rows: Sequence[EncodedRow]) -> Tensor:
     """The library's loss of one batch, from encoded rows."""
     batch = {name: tensor.to(atv.generator.device) for name, tensor in atv.collator()(rows).items()}
     loss: Tensor = atv(**batch).loss
-    loss.item()  # training looks at it before it goes on
+    loss.item()  # training reads it before it continues
     return loss
 
 
@@ -47,9 +55,9 @@ def train_step(atv: ATVModel, rows: Sequence[EncodedRow], optimizer: torch.optim
 
 
 def floor_step(atv: ATVModel, rows: Sequence[EncodedRow], optimizer: torch.optim.Optimizer) -> None:
-    """What no training of this generator can do without: its forward and backward pass, and the optimiser.
+    """The minimum for training this generator: its forward and backward pass, and the optimiser.
 
-    The optimiser updates the expansion too (with a gradient of zero); its forward and backward are left out.
+    The optimiser also updates the expansion (with a gradient of zero), whose forward and backward pass are left out.
     """
     batch = atv.collator()(rows)
     device = atv.generator.device
@@ -65,7 +73,7 @@ def floor_step(atv: ATVModel, rows: Sequence[EncodedRow], optimizer: torch.optim
 
 @contextmanager
 def _clocks(atv: ATVModel, device: str, spent: dict[str, float], arrived: dict[str, float]) -> Iterator[None]:
-    """Clocks on generator, expansion and `read_prefix`, and on the gradients of what the two modules return."""
+    """Clocks on generator, expansion and `read_prefix`, and on the gradients of the two modules' outputs."""
     began: dict[str, float] = {}
 
     def before(name: str) -> Callable[..., None]:
@@ -106,10 +114,10 @@ def _clocks(atv: ATVModel, device: str, spent: dict[str, float], arrived: dict[s
 def timed_step(
     atv: ATVModel, loss_of: Callable[[], Tensor], optimizer: torch.optim.Optimizer, device: str
 ) -> dict[str, float]:
-    """Seconds of each of PARTS in one step on the loss that `loss_of` makes, and `whole`.
+    """Seconds of each of PARTS, and of the `whole` step, with the loss from `loss_of`.
 
-    Only what every version of the library has is touched: the modules `generator` and `expansion`, and
-    `read_prefix`. Whatever else the forward pass does counts as the LLM's.
+    Only uses what every version of the library has: the modules `generator` and `expansion`, and `read_prefix`. The
+    rest of the forward pass counts as the LLM's.
     """
     spent = dict.fromkeys(PARTS, 0.0)
     arrived: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""What is measured on: LLMs, generators, and rows with prompts of an exact number of tokens. No outside data."""
+"""Models and data: LLMs, generators, and rows with prompts of an exact number of tokens. No external data."""
 
 import random
 from functools import cache
@@ -55,7 +55,7 @@ def tasks() -> list[Task]:
 
 @cache
 def memory_tokenizer() -> PreTrainedTokenizerFast:
-    """For random weights, which know no words: byte-level BPE of 1,000 tokens, made of the built-in tasks."""
+    """A tokenizer for random weights: byte-level BPE of 1,000 tokens, trained on the built-in tasks."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -119,7 +119,7 @@ def make_atv(
         shape = GPT2Config(vocab_size=1000, n_embd=32, n_layer=2, n_head=4) if options.tiny else GPT2Config()
         made = Generator(GPT2Model(shape), words, config.pooling, config.query_template)
     atv = ATVModel(llm, config, tokenizer=tokenizer, generator=made).train()
-    atv.vector_cache.limit = 0  # the same queries come again in every round
+    atv.vector_cache.limit = 0  # the same queries occur in every round
     return atv
 
 
@@ -129,8 +129,8 @@ Pairs = list[tuple[list[int], list[int]]]
 def pairs_of(tokenizer: Any, count: int, tokens: int, templates: int = 3) -> list[tuple[str, Pairs]]:
     """Queries of the built-in tasks, each with its prompts of exactly `tokens` tokens and their answers, as token ids.
 
-    What is missing in front of a prompt is filled with other prompts of the tasks, what is too much is cut there: the
-    ends, where vector and answer stand, and the queries are real.
+    Short prompts are extended at the front with other prompts of the tasks, long ones are cut there: the ends, with
+    vector and answer, and the queries are real.
     """
     rng = random.Random(SEED)
     rows = [row for task in tasks() for row in training_rows(task)]
@@ -154,14 +154,14 @@ def pairs_of(tokenizer: Any, count: int, tokens: int, templates: int = 3) -> lis
 
 
 def rows_of(atv: ATVModel, count: int, tokens: int, templates: int = 3) -> list[EncodedRow]:
-    """The same as training rows of this ATV."""
+    """The same prompts as training rows of this ATV."""
     found = pairs_of(atv.tokenizer, count, tokens, templates)
     queries = atv.generator.encode([query for query, _ in found])
     return [EncodedRow(query, pairs) for query, (_, pairs) in zip(queries, found, strict=True)]
 
 
 def fill(atv: ATVModel, rows: list[EncodedRow]) -> PrefixStore:
-    """Read what comes before the first edited token of every prompt, as training does before its first epoch."""
+    """Prefill the tokens before the first edited token of every prompt, as training does before its first epoch."""
     store, edited = PrefixStore(), atv.positions.prompt_tokens
     assert edited is not None
     store.fill(atv.llm, {tuple(prompt[:-edited]) for row in rows for prompt, _ in row.pairs}, lambda _: None)

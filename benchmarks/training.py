@@ -1,6 +1,6 @@
-"""Training: rows per second beside the straightforward loop, and a whole step beside the generator's own.
+"""Training: rows per second compared with the straightforward loop, and a whole step with the generator's own.
 
-Epochs after the first: the prefix store is filled before. Three prompts per row, positions `last`.
+Measures epochs after the first: the prefix store is filled beforehand. Three prompts per row, positions `last`.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,18 +21,19 @@ from benchmarks.subjects import GENERATORS, fill, make_atv, mean_query, rows_of,
 BATCH = 8
 """Rows per step of the library and of the batched loop."""
 BY_ROW = 4
-"""Rows that the loop without batches trains on in one round: its rate does not depend on how many."""
+"""Rows per round of the loop without batches, whose rate does not depend on their number."""
 OURS, ONE_BY_ONE, BATCHED, FLOOR = "this library", "loop, row by row", "loop, 8 rows at once", "generator alone"
 TARGETS = {"minilm": (12, 8), "gpt2": (6.5, 4.5)}
-"""Times the rows per second of the loop row by row, and of the loop with 8 rows at once."""
+"""Target speedup over the loop row by row and over the loop with 8 rows at once."""
 FLOOR_TARGET = {"minilm": None, "gpt2": ("at most", 1.25)}
-"""Of a step over the generator's own; with a generator as small as MiniLM the LLM's part cannot be hidden."""
+"""Target ratio of a step to the generator's own; with a generator as small as MiniLM the LLM's part is not
+negligible."""
 TOLERANCE = 0.05
-"""Largest relative difference of two losses that are the same but for rounding to bfloat16."""
+"""Largest relative difference of two losses that are equal up to rounding to bfloat16."""
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
-    """Measure both generators."""
+    """Run the benchmark with both generators."""
     options = parse_options("benchmarks.training", __doc__, argv)
     tokens = 24 if options.tiny else 50
     llm, tokenizer = small_llm(options)
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 
 def agreement(atv: ATVModel, rows: Sequence[EncodedRow]) -> float:
-    """Largest relative difference of the library's loss and the two loops' on the same rows, dropout off."""
+    """Largest relative difference between the library's loss and the two loops' on the same rows, without dropout."""
     atv.eval()
     with torch.no_grad():
         ours = loss_of(atv, rows).item()

@@ -13,7 +13,7 @@ BATCHES = (1, 32)
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
-    """Measure both generators, without an LLM's part."""
+    """Run the benchmark with both generators, without an LLM."""
     options = parse_options("benchmarks.vectors", __doc__, argv)
     llm, tokenizer = small_llm(options)
     queries = [example.input for task in tasks() for example in task.train]

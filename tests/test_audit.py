@@ -129,4 +129,4 @@ def test_the_command_prints_the_findings_and_the_lengths_for_an_llm(monkeypatch,
 def test_an_llm_without_the_audit_is_refused(monkeypatch, capsys):
     code, _, err = run(monkeypatch, capsys, "tasks", "--llm", "x")
     assert code == 2
-    assert "--llm is what --audit looks at" in err
+    assert "--llm is only used with --audit" in err

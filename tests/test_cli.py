@@ -245,7 +245,7 @@ def test_a_config_file_may_begin_with_a_byte_order_mark_spell_options_as_flags_a
     settings = json.loads((world / "below home" / "train.json").read_text())["settings"]
     assert (settings["train"]["learning_rate"], settings["train"]["generator_learning_rate"]) == (0.25, 0.5)
     (world / "run.toml").write_text("[train]\nlr = 0.5\nlearning-rate = 0.25")
-    check_refused(*atv("train", "--config", "~/run.toml"), ["learning_rate stands twice under [train]"])
+    check_refused(*atv("train", "--config", "~/run.toml"), ["learning_rate is given twice under [train]"])
     (world / "run.toml").write_text("[train]\nlearnign_rate = 0.25")
     check_refused(*atv("train", "--config", "~/run.toml"), ["'learnign_rate'", "Did you mean 'learning_rate'?"])
 
@@ -622,7 +622,7 @@ def test_one_file_holds_options_of_commands_and_settings_of_methods(atv, world, 
         ("[trian]", "train", ["Unknown table", "'trian'", "paper.reproduce", "lora", "Did you mean 'train'?"]),
         ("[paper.reprodce]", "eval", ["Unknown table", "'paper.reprodce'"]),
         ("[icl]", "train", ["Unknown table", "'icl'"]),
-        ("out = 'x'", "train", ["out stands outside a table"]),
+        ("out = 'x'", "train", ["out is not in a table"]),
         ("[eval]\nshot = 3", "eval", ["Unknown option in [eval]", "'shot'", "Did you mean 'shots'?"]),
         ("[train]\nrank = 3", "train", ["Unknown option in [train]", "'rank'"]),
         ("[lora]\nrnak = 3", "train", ["Unknown option in [lora]", "'rnak'", "Did you mean 'rank'?"]),

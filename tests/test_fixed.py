@@ -139,5 +139,5 @@ def test_a_saved_one_is_the_same_and_is_no_atv(tmp_path):
     "wrong", [{"generator": "some/model"}, {"train_generator": True}, {"expansion_rank": 2}, {"gate": 0.1}]
 )
 def test_what_would_make_it_another_method_is_refused(wrong):
-    with refused("a fixed vector has nothing of a query's own", *wrong):
+    with refused("a fixed vector does not depend on the query", *wrong):
         FixedConfig(**wrong)

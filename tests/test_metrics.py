@@ -466,7 +466,7 @@ def test_a_method_without_scores_is_matched_by_default(task):
     rows = evaluate(Says(make_llm(), byte_level_tokenizer()), [task], variants="first")
     assert [row["scores"] for row in rows] == [{"exact_match": float(row["target"] == "yes")} for row in rows]
     lies = type("Lies", (Says,), {"serves": Method.serves, "name": "lies"})
-    with refused("came without scores of the options", "serves = {'generate'}"):
+    with refused("has no scores of the options", "serves = {'generate'}"):
         evaluate(lies(make_llm(), byte_level_tokenizer()), [task], variants="first")
 
 

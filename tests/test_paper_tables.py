@@ -217,7 +217,7 @@ def test_the_paper_s_numbers_stand_beside_ours_and_are_marked():
     assert table.rows[4][1:] == ["1884", "–", "60.6 ± 0.9", "56.0 ± 0.4", "70.6 ± 1.0", "26.7 ± 2.0", "62.1 ± 0.3",
                                  "55.2 ± 0.9"]  # fmt: skip
     assert max(row for row, _ in table.bold) < 4  # ours alone, though the paper's are higher
-    assert "Lines marked 'paper' are other LLMs' numbers" in table.note
+    assert "Rows marked 'paper' are other LLMs' numbers" in table.note
     assert "arXiv 2506.03426" in table.note
     assert len(in_domain_table(rows, "first_token_among_options").rows) == 4
     assert (

@@ -201,7 +201,7 @@ def test_what_is_written_is_loaded_with_the_papers_category_and_templates(tmp_pa
     task = load_paper_tasks(["glue_cola"], tmp_path)[0]
     assert (task.category, list(task.templates)) == ("Unseen", paper_templates()["glue_cola"])
     written = (tmp_path / "glue_cola.json").read_bytes()
-    assert "already and stays" in next(iter(prepare(["glue_cola"], tmp_path, load, seed=7)))
+    assert "exists and is kept" in next(iter(prepare(["glue_cola"], tmp_path, load, seed=7)))
     assert (tmp_path / "glue_cola.json").read_bytes() == written
     assert len(list(prepare(["glue_cola"], tmp_path, load, seed=7, force=True))) == 1
     assert (tmp_path / "glue_cola.json").read_bytes() != written
@@ -213,7 +213,7 @@ def test_what_is_written_is_loaded_with_the_papers_category_and_templates(tmp_pa
         (["glue_colla"], None, ("Unknown task 'glue_colla'", "Did you mean 'glue_cola'?")),
         (["glue_cola", "boolq"], "abc", ("One revision for the data sets google/boolq, nyu-mll/glue",)),
         ([], "abc", ("One revision for the data sets",)),
-        (["bbq_age", "bbq_religion"], "abc", ("nyu-mll/BBQ is read at a commit of its own", "leave the revision out")),
+        (["bbq_age", "bbq_religion"], "abc", ("nyu-mll/BBQ is read at a pinned commit", "leave the revision out")),
     ],
 )
 def test_a_wrong_name_or_a_revision_for_several_sources_is_refused_before_anything_is_read(

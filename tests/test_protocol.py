@@ -143,7 +143,7 @@ def test_settings_go_from_the_papers_to_the_users():
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("epochs = 3", "stands outside a table"),
+        ("epochs = 3", "is not in a table"),
         ("[lore]\nrank = 3", "Unknown table in .*'lore'"),
         ("[lora]\nrnak = 3", "Unknown option in .lora. of .*'rnak'"),
         ("[all]\nrnak = 3", "Unknown option in .all. of .*'rnak'"),
@@ -291,7 +291,7 @@ def test_an_experiments_conditions_differ_in_what_they_set_alone(world, tmp_path
         ("reference = 'x'\n[conditions.atv]\nmethod = 'atv'", "Unknown reference"),
         ("analysis = 1\n[conditions.atv]\nmethod = 'atv'", "true or false"),
         ("analysis = true\n[conditions.atv]\nmethod = 'atv'", "of the conditions atv and elicit"),
-        ("[conditions.'a b']\nmethod = 'atv'\n[conditions.'a:b']\nmethod = 'atv'", "differ in signs alone"),
+        ("[conditions.'a b']\nmethod = 'atv'\n[conditions.'a:b']\nmethod = 'atv'", "differ only in punctuation"),
         ("[conditions", "is not a TOML file"),
     ],
 )

@@ -279,7 +279,7 @@ def test_runs_below_a_folder_are_found_at_any_depth_and_read_once(tmp_path):
     found = [row["run"] for row in load_runs([tmp_path / "b" / "42", tmp_path])]
     assert found == [str(tmp_path / name) for name in ("b/42", "a/inside/10", "a")]
     assert [row["run"] for row in load_runs([tmp_path / ".left"])] == [str(tmp_path / ".left/run")]
-    with refused(tmp_path / "b" / "adapter", "is not a run and holds none"):
+    with refused(tmp_path / "b" / "adapter", "is not a run and contains none"):
         load_runs([tmp_path / "a", tmp_path / "b" / "adapter"])
 
 
@@ -314,7 +314,7 @@ def test_a_folder_that_is_no_run_of_this_version_is_named(folder, content, parts
 def test_a_run_that_is_not_finished_is_named(folder, content):
     fresh(folder)
     (folder / "predictions.jsonl").unlink() if content is None else (folder / "predictions.jsonl").write_text(content)
-    with refused(folder, "is not finished (0 rows)", "run the command that began it again"):
+    with refused(folder, "is not finished (0 rows)", "run its command again to resume"):
         load_runs([folder])
 
 
@@ -327,5 +327,5 @@ def test_runs_on_other_test_rows_of_a_task_are_not_loaded_together(tmp_path):
     }.items():
         fresh(tmp_path / name, 1, **changed).finish()
     assert len(load_runs([tmp_path / "a", tmp_path / "c"])) == 2
-    with refused(tmp_path / "a", tmp_path / "b", "other test rows of the task sentiment (120; 121)"):
+    with refused(tmp_path / "a", tmp_path / "b", "different test rows for the task sentiment (120; 121)"):
         load_runs([tmp_path])

@@ -1,4 +1,4 @@
-"""The command `atv`. Every subcommand imports what it needs inside its function, so that `--help` is instant."""
+"""The command `atv`. Every subcommand does its imports inside its function, so that `--help` is instant."""
 
 from atv.cli.app import main
 

@@ -1,4 +1,4 @@
-"""The commands. Each imports what it needs inside its function, so that `--help` does not wait for torch."""
+"""The commands. Each does its imports inside its function, so that `--help` does not wait for torch."""
 
 import logging
 import os
@@ -12,7 +12,7 @@ from atv.cli.commands import HELP, Group, Interrupted, command, train_command
 from atv.errors import ATVError
 from atv.processes import is_main, leave, wait_turn_to_fail
 
-UsageError = typer.BadParameter.__base__  # typer exports the one alone
+UsageError = typer.BadParameter.__base__  # typer exports only BadParameter
 
 app = typer.Typer(
     name="atv",
@@ -24,7 +24,7 @@ app = typer.Typer(
 )
 paper = typer.Typer(
     cls=Group,
-    help="The paper, reproduced: its tasks, tables, experiments and theorems.",
+    help="Reproduce the paper: its tasks, tables, experiments and theorems.",
     no_args_is_help=True,
     context_settings=HELP,
 )
@@ -32,18 +32,18 @@ paper = typer.Typer(
 
 def main() -> None:
     """Run the command line; a user's mistake is one line on standard error and exit code 2."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # of generation's hints and the like
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of a cast at every call of every layer
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no hints about generation and the like
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs a cast in every call of every layer
     try:
         code = app(prog_name="atv", standalone_mode=False)
         leave()
         sys.exit(code or 0)
     except (ATVError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is None:  # a library's; the system's are a full disk and the like
+        if isinstance(error, OSError) and error.errno is None:  # not from the system, as a full disk is
             raise
         _refuse(str(error))
     except UsageError as error:  # type: ignore[misc]
-        if not error.format_message():  # no command was named: the help has been shown
+        if not error.format_message():  # no command was given: the help has been shown
             sys.exit(2)
         where = f" See {error.ctx.command_path} --help." if error.ctx else ""
         _refuse(f"{error.format_message().rstrip('.')}.{where}")
@@ -66,7 +66,7 @@ def _refuse(message: str) -> None:
 
 @command(app, "demo")
 def demo(given: options.Demo) -> None:
-    """Train on the built-in tasks with the embedded models, measure beside zero-shot, answer three queries."""
+    """Train on the built-in tasks with the embedded models, compare with zero-shot, answer three queries."""
     from atv.cli.demo import run_demo
 
     run_demo(given)
@@ -74,7 +74,7 @@ def demo(given: options.Demo) -> None:
 
 @train_command(app)
 def train(given: options.Train) -> None:
-    """Train an ATV, or another method, for a frozen LLM. Interrupted, the same command resumes it."""
+    """Train an ATV, or another method, for a frozen LLM. After an interruption, the same command resumes."""
     from atv.cli.train import train_adapter
 
     train_adapter(given)
@@ -82,7 +82,7 @@ def train(given: options.Train) -> None:
 
 @command(app, "eval", table="eval")
 def evaluate(given: options.Evaluate) -> None:
-    """Measure a method on the test rows of tasks, and record every prediction."""
+    """Evaluate a method on the test rows of tasks and record every prediction."""
     from atv.cli.evaluate import evaluate_method
 
     evaluate_method(given)
@@ -98,7 +98,7 @@ def generate(given: options.Generate) -> None:
 
 @command(app, "inspect")
 def inspect(given: options.Inspect) -> None:
-    """Show which tokens an adapter's vectors promote at each layer for queries, and the gate's value."""
+    """Show the tokens that an adapter's vectors promote at each layer for queries, and the gate's value."""
     from atv.cli.inspect import inspect_queries
 
     inspect_queries(given)
@@ -106,7 +106,7 @@ def inspect(given: options.Inspect) -> None:
 
 @command(app, "doctor")
 def doctor(given: options.Doctor) -> None:
-    """Test on a model that steering does what it says: gradient, positions, scale 0, batch, padding, cache."""
+    """Check that steering works correctly on a model: gradient, positions, scale 0, batch, padding, cache."""
     from atv.cli.doctor import examine
 
     if not examine(given):
@@ -115,7 +115,7 @@ def doctor(given: options.Doctor) -> None:
 
 @command(app, "tasks")
 def tasks(given: options.ListTasks) -> None:
-    """List tasks with their sizes, options and majority rate; --audit says what to know about them."""
+    """List tasks with their sizes, options and majority rate; --audit checks them for problems."""
     from atv.cli.tasks import list_tasks
 
     list_tasks(given)
@@ -123,10 +123,10 @@ def tasks(given: options.ListTasks) -> None:
 
 @command(app, "report")
 def report(given: options.Report) -> None:
-    """Print the tables of runs: accuracy per task; of several methods averages and differences too.
+    """Print the tables of runs: accuracy per task and, with several methods, averages and differences.
 
-    Runs of an experiment, in a folder with its record, have the experiment's tables. What atv paper analysis found
-    about adapters in these folders comes after; its long tables are only written, with --out.
+    Runs of an experiment, in a folder with its record, get the experiment's tables. Results of atv paper analysis in
+    these folders follow; their long tables are only written with --out.
     """
     from atv.cli.report import show_tables
 
@@ -138,7 +138,7 @@ def report(given: options.Report) -> None:
 
 @command(paper, "prepare")
 def prepare(given: options.Prepare) -> None:
-    """Write the paper's tasks from their public data sets; needs a network and the extra 'data'."""
+    """Write the paper's tasks from their public data sets; needs network access and the extra 'data'."""
     from atv.cli.output import print_lines
     from atv.paper.prepare import prepare as write_tasks
 
@@ -147,7 +147,7 @@ def prepare(given: options.Prepare) -> None:
 
 @command(paper, "reproduce", table="paper.reproduce")
 def reproduce(given: options.Reproduce) -> None:
-    """Train and measure every method of the paper on the same rows, and write its tables; or run an experiment."""
+    """Train and evaluate every method of the paper on the same rows and write its tables, or run an experiment."""
     from atv.cli.paper.reproduce import reproduce_tables
 
     reproduce_tables(given)
@@ -155,7 +155,7 @@ def reproduce(given: options.Reproduce) -> None:
 
 @command(paper, "sweep", table="paper.sweep")
 def sweep(given: options.Sweep) -> None:
-    """Choose the settings of trained methods on validation rows, with as many trials for each."""
+    """Choose the settings of trained methods on validation rows, with equally many trials for each."""
     from atv.cli.paper.sweep import choose_settings
 
     choose_settings(given)
@@ -163,7 +163,7 @@ def sweep(given: options.Sweep) -> None:
 
 @command(paper, "tables")
 def tables(given: options.Report) -> None:
-    """Print the tables of runs as atv report does, with the numbers that the paper reports beside ours."""
+    """Print the tables of runs like atv report, together with the paper's numbers."""
     from atv.cli.report import show_tables
     from atv.paper.published import PaperNumbers
 
@@ -172,7 +172,7 @@ def tables(given: options.Report) -> None:
 
 @command(paper, "theory")
 def theory(given: options.Theory) -> None:
-    """The paper's theorems in numbers: what holds, under which conditions, and what does not."""
+    """Check the paper's theorems numerically: what holds, under which conditions, and what does not."""
     from atv.cli.paper.theory import show_theorems
 
     show_theorems(given)
@@ -180,7 +180,7 @@ def theory(given: options.Theory) -> None:
 
 @command(paper, "analysis", table="paper.analysis")
 def analysis(given: options.Analysis) -> None:
-    """What an adapter's vectors are like: how large, how adaptive, near which others, which tokens they promote."""
+    """Analyse an adapter's vectors: their size, adaptivity, neighbours, and the tokens that they promote."""
     from atv.cli.paper.analysis import analyse_adapter
 
     analyse_adapter(given)

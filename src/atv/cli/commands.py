@@ -1,4 +1,4 @@
-"""How a command is made of a function and the dataclass of its options, and what a TOML file adds to them."""
+"""Making commands from a function, a dataclass of options and a TOML file."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast, get_type_hints
@@ -17,22 +17,22 @@ from atv.methods.settings import Tables, check_tables, learned, method_settings
 T = TypeVar("T")
 HELP = {"help_option_names": ["-h", "--help"]}
 TABLES: dict[str, str] = {}
-"""The commands that take a TOML file, and the tables with their options."""
+"""The commands that take a TOML file, with the tables of their options."""
 DECIDE = ("generator", "parametrisation")
-"""Settings that decide the values of others, so that the help must know them."""
+"""Settings that affect other settings' defaults, which the help must show."""
 RESUMED = ("demo", "train", "eval", "reproduce", "sweep", "prepare")
-"""Commands that keep what is done when they are interrupted."""
+"""Commands that can be resumed after an interruption."""
 
 
 class Interrupted(Exception):
-    """Ctrl-C, which typer would turn into a silent exit."""
+    """Ctrl-C, which typer would turn into a silent exit otherwise."""
 
 
 class Group(TyperGroup):
-    """Subcommands; one that is interrupted says so."""
+    """Subcommands that report an interruption."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the subcommand that was named."""
+        """Run the given subcommand."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
@@ -41,27 +41,27 @@ class Group(TyperGroup):
 
 
 class FromFile(TyperCommand):
-    """A command with --config: what the file says stands in for the options' defaults."""
+    """A command with --config, whose file overrides the options' defaults."""
 
     def make_context(self, info_name: Any, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        """Read the file before the options are read, unless they are only completed."""
+        """Read the file before the options, except for shell completion."""
         file = None if extra.get("resilient_parsing") else _file(args)
         return self.context(info_name, args, parent, file, extra)
 
     def context(
         self, info_name: Any, args: list[str], parent: Any, file: ConfigFile | None, extra: dict[str, Any]
     ) -> Any:
-        """The context with what the arguments and the file say."""
+        """The context with the values of the arguments and the file."""
         if file is not None:
             extra |= {"default_map": file.options(TABLES[str(self.name)], _spellings(self)), "obj": file}
         return super().make_context(info_name, args, parent, **extra)
 
 
 class ForMethod(FromFile):
-    """`atv train`, whose options are those of the method that is named."""
+    """`atv train`, whose options depend on the method."""
 
     def make_context(self, info_name: Any, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        """Find the method, then read the arguments as that method's command does."""
+        """Find the method, then parse the arguments with that method's command."""
         file = None if extra.get("resilient_parsing") else _file(args)
 
         def asked(name: str) -> Any:
@@ -79,12 +79,12 @@ class ForMethod(FromFile):
 
 
 def command(app: typer.Typer, name: str, table: str = "") -> Callable[[Callable[[T], None]], Callable[[T], None]]:
-    """Register a function of one dataclass of options as the command `name`.
+    """Register a function that takes one dataclass of options as the command `name`.
 
     Args:
-        app: of which it is a command.
-        name: of the command.
-        table: that of a TOML file with its options, for a command that takes one.
+        app: the app to which the command is added.
+        name: name of the command.
+        table: the TOML table with its options, for a command that takes a file.
     """
 
     def register(run: Callable[[T], None]) -> Callable[[T], None]:
@@ -100,7 +100,7 @@ def command(app: typer.Typer, name: str, table: str = "") -> Callable[[Callable[
 
 
 def train_command(app: typer.Typer) -> Callable[[Callable[[Train], None]], Callable[[Train], None]]:
-    """Register `atv train`: without a method named, the options are those of its default."""
+    """Register `atv train`. If no method is given, it has the options of the default method."""
 
     def register(run: Callable[[Train], None]) -> Callable[[Train], None]:
         TABLES["train"] = "train"
@@ -117,9 +117,9 @@ def for_method(run: Callable[[Train], None], method: str, tables: Sequence[Table
     """The command `atv train` for one method.
 
     Args:
-        run: what it runs.
-        method: whose options it has.
-        tables: decide the values that its help shows, as for `method_settings`.
+        run: the function to run.
+        method: the method whose options it has.
+        tables: settings that determine the defaults shown in the help, as for `method_settings`.
     """
     app = typer.Typer(add_completion=False)
     app.command("train", cls=FromFile, context_settings=HELP)(
@@ -129,7 +129,7 @@ def for_method(run: Callable[[Train], None], method: str, tables: Sequence[Table
 
 
 def _with_settings(method: str, tables: Sequence[Tables]) -> Iterator[Shown]:
-    """The options of `atv train` with those of a method and its training behind --method."""
+    """The options of `atv train`, with those of a method and its training after --method."""
     of, settings = learned(method), method_settings(method, tables, Train.seed)
     values = settings.config.to_dict() | settings.train.to_dict()
     for shown in options_of(Train):
@@ -140,7 +140,7 @@ def _with_settings(method: str, tables: Sequence[Tables]) -> Iterator[Shown]:
 
 
 def _calling(run: Callable[[T], None], kind: type[T]) -> Callable[..., None]:
-    """`run` with its options as a typed object, made of what typer read."""
+    """Wrap `run` so that its options are built from the values that typer parsed."""
 
     def call(context: typer.Context, **values: Any) -> None:
         plain = {shown.name for shown in options_of(kind)}
@@ -160,7 +160,7 @@ def _given(context: typer.Context, name: str) -> bool:
 
 
 def _said(args: Sequence[str], flag: str) -> str | None:
-    """The value of an option among arguments that nothing has parsed yet; of several the last."""
+    """The value of an option in unparsed arguments; the last one if repeated."""
     found = None
     for place, word in enumerate(args):
         if word == flag and place + 1 < len(args):
@@ -176,6 +176,6 @@ def _file(args: Sequence[str]) -> ConfigFile | None:
 
 
 def _spellings(command: Any) -> dict[str, str]:
-    """Every way to spell an option of a command in a file, and the option's name."""
+    """Every spelling of a command's options in a file, with the option's name."""
     options = [p for p in command.params if p.param_type_name == "option" and p.name not in ("config", "help")]
     return {spelled.lstrip("-").replace("-", "_"): str(p.name) for p in options for spelled in (p.name, *p.opts)}

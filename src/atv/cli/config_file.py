@@ -1,4 +1,4 @@
-"""The one kind of TOML file: a table of options for each command, and a table of settings for each method.
+"""Configuration in TOML: a table of options for each command, and a table of settings for each method.
 
 [train]
 data = "mydata"
@@ -23,24 +23,24 @@ from atv.methods import TRAINED
 from atv.methods.settings import ALL
 
 PAPER = "paper"
-"""The table that holds those of the commands `atv paper ...`."""
+"""The table that contains those of the commands `atv paper ...`."""
 
 
 class ConfigFile:
-    """A file whose tables have been looked at; what is in the table of a command is read by `options`.
+    """A file with checked table names; `options` reads a command's table.
 
     Args:
-        file: in TOML.
-        commands: the names of all commands that take such a file, as `train` and `paper.reproduce`.
+        file: the TOML file.
+        commands: the names of all commands that take such a file, such as `train` and `paper.reproduce`.
 
     Raises:
-        ATVError: there is no such file, or a table in it is neither a command's nor a method's.
+        ATVError: the file does not exist, or a table in it is neither a command's nor a method's.
     """
 
     def __init__(self, file: Path, commands: Iterable[str]) -> None:
         self.file, self.commands = file, tuple(commands)
         methods = (ALL, *TRAINED)
-        found = read_toml(file, "a TOML file with a table for each command, as [train], or method, as [lora]")
+        found = read_toml(file, "a TOML file with a table for each command, such as [train], or method, such as [lora]")
         found |= {f"{PAPER}.{name}": table for name, table in self._table(found, PAPER).items()}
         found.pop(PAPER, None)
         for name in found:
@@ -55,15 +55,15 @@ class ConfigFile:
     def _table(self, tables: Mapping[str, Any], name: str) -> dict[str, Any]:
         table = tables.get(name, {})
         if not isinstance(table, dict):
-            raise ATVError(f"{self.file}: {name} stands outside a table; put it under that of a command, as [train].")
+            raise ATVError(f"{self.file}: {name} is not in a table; put it under a command's table, such as [train].")
         return table
 
     def options(self, command: str, spellings: Mapping[str, str]) -> dict[str, Any]:
-        """The options of a command by their names; a key that is none of them raises ATVError.
+        """The options of a command by name; ATVError for an unknown key.
 
         Args:
             command: one of `commands`.
-            spellings: every way to write an option, and its name.
+            spellings: every spelling of an option, with its name.
         """
         values: dict[str, Any] = {}
         for key, value in self.found.get(command, {}).items():
@@ -72,13 +72,13 @@ class ConfigFile:
                 raise unknown(f"option in [{command}] of {self.file}:", key, spellings)
             if name in values:
                 raise ATVError(
-                    f"{self.file}: {name} stands twice under [{command}], the second time as {key}; leave one out."
+                    f"{self.file}: {name} is given twice under [{command}], the second time as {key}; leave one out."
                 )
             values[name] = value
         return values
 
     def value(self, command: str, name: str) -> Any:
-        """One option of a command, None if the file does not have it."""
+        """One option of a command; None if it is not in the file."""
         return self.found.get(command, {}).get(name)
 
 

@@ -1,7 +1,7 @@
-"""Options of a command from the fields of dataclasses: a field is the one place for name, type, default and help.
+"""Command-line options from dataclass fields: a field defines an option's name, type, default and help.
 
-The help is the string under the field. What only a command line needs (a second spelling, a panel, a range) is in the
-field's metadata, which `option` writes.
+The help is the string under the field. Settings only for the command line (another spelling, a panel, a range) are in
+the field's metadata, set by `option`.
 """
 
 import ast
@@ -32,14 +32,14 @@ def option(
     argument: bool = False,
     **typer_options: Any,
 ) -> Any:
-    """A dataclass field with what the command line needs of it beside its type and docstring.
+    """A dataclass field with command-line settings in addition to its type and docstring.
 
     Args:
-        default: of the field; left out, the option is required.
-        panel: of the help page; by default that of the group that the field is in.
-        flags: spellings; by default the field's name.
-        also: gives a sentence that is added to the help, such as the names in a registry.
-        argument: an argument, not an option.
+        default: default of the field. Without one, the option is required.
+        panel: panel of the help page; by default that of the field's group.
+        flags: spellings; by default derived from the field's name.
+        also: returns a sentence to add to the help, such as the names in a registry.
+        argument: make it an argument instead of an option.
         typer_options: further arguments of `typer.Option` or `typer.Argument`.
     """
     about = {"panel": panel, "flags": tuple(flags), "also": also, "argument": argument, "typer": typer_options}
@@ -47,24 +47,24 @@ def option(
 
 
 def group(kind: type[T], **changed: Any) -> T:
-    """A field that is a group of options: its own fields become options of the command. `changed` are its defaults."""
+    """A field with a group of options, whose fields become options of the command. `changed` overrides defaults."""
     made: T = field(default_factory=lambda: kind(**changed))
     return made
 
 
 def unlisted(default_factory: Callable[[], Any]) -> Any:
-    """A field that is no option."""
+    """A field that is not an option."""
     return field(default_factory=default_factory, metadata={"unlisted": True})
 
 
 @cache
 def field_docs(kind: type) -> dict[str, str]:
-    """The strings under the fields of a dataclass and of those that it inherits from, each as one line."""
+    """The docstrings under the fields of a dataclass and its bases, each as one line."""
     found: dict[str, str] = {}
     for base in reversed([base for base in kind.__mro__ if is_dataclass(base)]):
         try:
             body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body  # type: ignore[attr-defined]
-        except (OSError, TypeError):  # a class that was typed in has no source
+        except (OSError, TypeError):  # a class defined interactively has no source
             continue
         for declared, text in pairwise(body):
             if isinstance(declared, ast.AnnAssign) and isinstance(text, ast.Expr):
@@ -75,25 +75,25 @@ def field_docs(kind: type) -> dict[str, str]:
 
 
 class Shown(NamedTuple):
-    """A field as an option of a command."""
+    """A dataclass field as an option of a command."""
 
     name: str
     type: Any
-    """As typer takes it."""
+    """Type for typer."""
     default: Any
-    """MISSING: it is required."""
+    """Default; MISSING: the option is required."""
     info: Any
     """`typer.Option` or `typer.Argument`."""
 
 
 def options_of(kind: type, panel: str = "", defaults: Mapping[str, Any] | None = None) -> Iterator[Shown]:
-    """The fields of a dataclass, those of its groups in their place, as options.
+    """The fields of a dataclass as options, with groups expanded in place.
 
     Args:
-        kind: the dataclass. Its attribute PANEL, if it has one, names the panel of its options, and UNLISTED fields
-            that are no options.
-        panel: that of a class that names none.
-        defaults: shown and used instead of the fields' own.
+        kind: the dataclass. Its optional attributes PANEL and UNLISTED name the panel of its options and the fields
+            that are not options.
+        panel: default panel.
+        defaults: override the fields' defaults.
     """
     hints, docs = get_type_hints(kind), field_docs(kind)
     panel = getattr(kind, "PANEL", panel)
@@ -125,20 +125,20 @@ def _shown(of: "Field[Any]", hint: Any, text: str, panel: str, default: Any) -> 
 
 
 def _typed(hint: Any, default: Any) -> tuple[Any, dict[str, Any]]:
-    """How typer takes a field's type: texts for choices and for what is one of several types."""
+    """A field's type for typer: strings for choices and for unions."""
     kinds = [kind for kind in (get_args(hint) if _is_union(hint) else [hint]) if kind is not NoneType]
     optional = NoneType in get_args(hint)
     if len(kinds) > 1:
         if int in kinds or float in kinds:
             return str, {"parser": toml_value, "metavar": "VALUE"}
-        return str, {"parser": lambda value: value, "metavar": "TEXT"}  # a file may have a list
+        return str, {"parser": lambda value: value, "metavar": "TEXT"}  # a file may contain a list
     (kind,) = kinds
     if Path in (kind, *get_args(kind)):
         how = {"parser": lambda text: local(str(text)), "metavar": "PATH"}
         return (kind | None if optional else kind), how
     if get_origin(kind) is Literal:
         return str | None if optional else str, {"metavar": f"[{'|'.join(get_args(kind))}]"}
-    if optional and kind in (int, float) and default is not None:  # what is on by default can be switched off
+    if optional and kind in (int, float) and default is not None:  # a value that is set by default can be switched off
         return str, {
             "parser": lambda text: None if text == "none" else kind(text),
             "metavar": f"{kind.__name__.upper()}|none",
@@ -151,7 +151,7 @@ def _is_union(hint: Any) -> bool:
 
 
 def toml_value(text: Any) -> Any:
-    """A number, a truth value or a list as TOML writes them; else the text itself."""
+    """Parse a TOML number, boolean or list; otherwise return the text itself."""
     if not isinstance(text, str):
         return text
     try:
@@ -161,7 +161,7 @@ def toml_value(text: Any) -> Any:
 
 
 def build(kind: type[T], values: Mapping[str, Any]) -> T:
-    """The dataclass with these values, its groups filled from the same ones."""
+    """Build the dataclass and its groups from these values."""
     hints = get_type_hints(kind)
     made = {}
     for of in fields(kind):  # type: ignore[arg-type]
@@ -173,7 +173,7 @@ def build(kind: type[T], values: Mapping[str, Any]) -> T:
 
 
 def with_signature(run: Callable[..., None], options: Iterable[Shown]) -> Callable[..., None]:
-    """`run(context, **values)` as a function whose signature typer reads the options from."""
+    """`run(context, **values)` as a function with a signature from which typer reads the options."""
     listed = [inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
     for name, kind, default, info in options:
         empty = inspect.Parameter.empty if default is MISSING else default

@@ -1,4 +1,4 @@
-"""`atv demo`: the whole path on the built-in tasks with the embedded models, in a few minutes on two cores."""
+"""`atv demo`: the whole workflow on the built-in tasks with the embedded models, in a few minutes on two cores."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from atv.progress import log
 from atv.report import markdown, score_table
 
 TRAINED = ("probe", "fixed", "atv")
-"""What is trained: a classifier of the generator's states, one vector for all queries, and the ATV."""
+"""Trained methods: a classifier on the generator's states, one vector for all queries, and the ATV."""
 QUERIES = (
     ("sentiment", "I would have paid twice the price to hear that encore again."),
     ("sentiment", "The kettle leaks, the lid sticks and the shop will not answer my letters."),
@@ -29,10 +29,10 @@ QUERIES = (
 
 
 def run_demo(given: Demo) -> None:
-    """Train an ATV and the simplest baselines, measure them, answer three queries; what is done is not done again."""
+    """Train an ATV and the simplest baselines, evaluate them, answer three queries; finished steps are skipped."""
     trained = [task.name for task in load_tasks() if task.category != UNSEEN]
     unseen = [task.name for task in load_tasks() if task.category == UNSEEN]
-    log.info(f"Training on {', '.join(trained)}; {', '.join(unseen)} is only measured, never trained on.")
+    log.info(f"Training on {', '.join(trained)}; {', '.join(unseen)} is only evaluated, never trained on.")
     out, store = given.out, PrefixStore()  # the prompts are read once for all methods
     adapters = {}
     for method in TRAINED:
@@ -41,7 +41,7 @@ def run_demo(given: Demo) -> None:
                 method=method,
                 settings={} if method == "probe" else {"epochs": 4},
                 tasks=Tasks(task=trained),
-                train_rows=160,  # what two cores learn in three minutes
+                train_rows=160,  # three minutes of training on two cores
                 valid_rows=20,
                 out=out / ("train" if method == "atv" else f"train-{method}"),
                 force=given.force,
@@ -66,7 +66,7 @@ def run_demo(given: Demo) -> None:
             "Next, with .venv/bin/ before atv if the environment is not active:",
             f'  atv generate --adapter {adapter} --task sentiment --compare "your own sentence"',
             "  atv train --data DIR --task NAME --out runs/mine       your data (see README, Your own data)",
-            "  atv doctor --llm NAME                                  is steering wired right on your LLM?",
+            "  atv doctor --llm NAME                                  does steering work correctly on your LLM?",
         ]
     )
 

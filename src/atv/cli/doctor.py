@@ -1,6 +1,6 @@
 """`atv doctor`."""
 
-from accelerate.utils import set_seed  # that of transformers imports peft, which takes seconds
+from accelerate.utils import set_seed  # transformers' own imports peft, which takes seconds
 
 from atv.cli.loading import frozen_llm
 from atv.cli.options import Doctor

@@ -11,13 +11,13 @@ from atv.evaluation.measure import measure
 
 
 def evaluate_method(given: Evaluate) -> Path:
-    """One run, which is resumed if it was interrupted and left as it is if it is finished; returns its folder."""
+    """Evaluate a method; an interrupted run is resumed, a finished one kept. Returns the run's folder."""
     saved = artifact.read(artifact.locate(given.adapter)) if given.adapter else None
     name = given.method or (saved.method if saved else "zero-shot")
     out = given.out or DEFAULT_RUNS / name
     tasks = [task.drawn(given.train_rows, None, given.seed, test=given.test_rows) for task in named_tasks(given.tasks)]
     for task in tasks:
-        task.renderers(given.variants)  # refused before the LLM is loaded
+        task.renderers(given.variants)  # raises before the LLM is loaded
     llm = frozen_llm(given.llm or (saved.base_llm["name"] if saved else EMBEDDED_LLM), given.loading)
     new = measure(
         name,

@@ -1,9 +1,9 @@
-"""`atv generate`, and the prompts of queries that a user types."""
+"""`atv generate`, and prompts for the user's queries."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from accelerate.utils import set_seed  # that of transformers imports peft, which takes seconds
+from accelerate.utils import set_seed  # transformers' own imports peft, which takes seconds
 
 from atv import artifact
 from atv.cli.loading import frozen_llm
@@ -18,7 +18,7 @@ from atv.progress import log
 
 
 def load_adapter(given: Generate | Inspect) -> tuple[ATVModel, Template]:
-    """The adapter on its LLM, and the template of the queries; a mistake in these is told before the LLM is loaded."""
+    """The adapter on its LLM and the template of the queries; mistakes are reported before the LLM is loaded."""
     for query in given.query:
         if not query.strip():
             raise ATVError("A query is empty; expected some text.")
@@ -30,9 +30,9 @@ def load_adapter(given: Generate | Inspect) -> tuple[ATVModel, Template]:
 
 
 def prompt_template(saved: artifact.Saved, task: str | None, template: str | None) -> Template:
-    """What surrounds a query for the LLM: as given, a trained task's first template, or nothing.
+    """The template of a query: the given one, a trained task's first template, or the bare query.
 
-    In each case with the answer prefix that the adapter was trained with: that of the task, or of the first one.
+    In each case with an answer prefix from the adapter's training: that of the task, or of the first task.
     """
     trained: dict[str, dict[str, Any]] = saved.training.get("tasks", {})
     if task is not None and composed(task) not in trained:
@@ -44,8 +44,8 @@ def prompt_template(saved: artifact.Saved, task: str | None, template: str | Non
     asked = next(iter(trained.values()), None) if task is None else trained[composed(task)]
     if asked is not None and asked["renderer"] != renderer_name(Template):
         raise ATVError(
-            f"The adapter was trained on prompts that {asked['renderer']} rendered, and this command renders templates "
-            "alone. Use ATVModel.generate with prompts of that renderer."
+            f"The adapter was trained on prompts rendered by {asked['renderer']}, but this command supports only "
+            "templates. Use ATVModel.generate with prompts of that renderer."
         )
     if template is None:
         template = asked["templates"][0] if asked else INPUT
@@ -54,7 +54,7 @@ def prompt_template(saved: artifact.Saved, task: str | None, template: str | Non
 
 
 def prompts_of(queries: Sequence[str], template: Template, tokenizer: Any) -> list[Prompt]:
-    """What the LLM and the generator read of queries."""
+    """The prompts of queries, for the LLM and the generator."""
     return [template.prompt(tokenizer, Example(query, "")) for query in queries]
 
 
@@ -68,7 +68,7 @@ def unsteered(atv: ATVModel, prompts: Sequence[Prompt], **options: Any) -> list[
 
 
 def answer(given: Generate) -> None:
-    """Print the answer to each query; with --compare that of the frozen LLM alone beside it."""
+    """Print the answer to each query; with --compare also that of the frozen LLM alone."""
     atv, template = load_adapter(given)
     how: dict[str, Any] = {"max_new_tokens": given.max_new_tokens, "do_sample": given.temperature > 0}
     if given.temperature > 0:

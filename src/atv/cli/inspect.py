@@ -9,7 +9,7 @@ from atv.report.tables import Table
 
 
 def inspect_queries(given: Inspect) -> None:
-    """Print for each query the tokens that its vector promotes at each layer, as the LLM's own head reads it."""
+    """For each query, print the tokens that its vector promotes at each layer, read through the LLM's own head."""
     atv, template = load_adapter(given)
     prompts = prompts_of(given.query, template, atv.tokenizer)
     read = [prompt.query for prompt in prompts]
@@ -17,7 +17,7 @@ def inspect_queries(given: Inspect) -> None:
     vectors = (atv.config.scale * atv.task_vectors(read)).cpu()  # (queries, layers, hidden)
     layers = atv.config.layer_indices(len(decoder_layers(atv.llm, atv.config.layer_path)))
     note = (
-        f"Read with {readout.described(atv.llm)}. Norm: of what is added at the layer. Promoted: the tokens whose "
+        f"Read with {readout.described(atv.llm)}. Norm: norm of what is added at the layer. Promoted: the tokens whose "
         "logits the vector alone raises most."
     )
     for query, vector, gate in zip(given.query, vectors, atv.gate(read).tolist(), strict=True):

@@ -1,4 +1,4 @@
-"""What the options of a command name: the frozen LLM and the tasks."""
+"""Loading the frozen LLM and the tasks given by a command's options."""
 
 from dataclasses import asdict
 
@@ -8,10 +8,15 @@ from atv.evaluation.measure import Frozen
 
 
 def frozen_llm(name: str, loading: Loading) -> Frozen:
-    """Which LLM, and how it is loaded."""
+    """Which LLM and how it is loaded."""
     return Frozen(name, **asdict(loading))
 
 
 def named_tasks(given: Tasks) -> list[Task]:
+<<<<<<< HEAD
     """The tasks that the options name."""
     return load_tasks(given.task, given.data, given.template, input=given.input, output=given.output)
+=======
+    """The tasks given by the options."""
+    return load_tasks(given.task, given.data, given.template)
+>>>>>>> f552ffd9435d07a00e54b42f6bca69a285db6ddb

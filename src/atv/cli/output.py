@@ -1,4 +1,4 @@
-"""What the command line prints."""
+"""Output of the command line."""
 
 from collections.abc import Iterable
 
@@ -11,11 +11,11 @@ from atv.report.tables import Table
 
 output = Console(quiet=not is_main())
 LONGEST_NAME = 40
-"""Columns with longer words are wrapped where the terminal is too narrow; names are not."""
+"""Columns with longer words are wrapped if the terminal is too narrow; names are not."""
 
 
 def print_table(table: Table) -> None:
-    """A recorded table on the screen; in a terminal that is too narrow for it lines are wrapped, nothing is dropped."""
+    """Print a table. If the terminal is too narrow, lines are wrapped and nothing is dropped."""
     grid = RichTable(title=Text(table.title), title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for index, column in enumerate(table.columns):
         words = index < table.text
@@ -32,6 +32,6 @@ def print_table(table: Table) -> None:
 
 
 def print_lines(lines: Iterable[str]) -> None:
-    """Plain lines, exactly as they are."""
+    """Print plain lines unchanged."""
     for line in lines:
         output.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""`atv report` and `atv paper tables`. No torch is imported."""
+"""`atv report` and `atv paper tables`. Does not import torch."""
 
 import shlex
 
@@ -15,8 +15,8 @@ def show_tables(given: Report, command: str, beside: Published | None = None) ->
 
     Args:
         given: the options.
-        command: which one this is, for the page that says how it was made.
-        beside: numbers published elsewhere.
+        command: name of the command, for the page's provenance.
+        beside: published numbers to show for comparison.
     """
     out = given.out
     if out is not None:

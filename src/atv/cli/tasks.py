@@ -15,9 +15,9 @@ from atv.lm.scoring import option_ids
 
 
 def list_tasks(given: ListTasks) -> None:
-    """Print tasks with their sizes, options and majority rate, with --audit what is found in them too."""
+    """Print tasks with their sizes, options and majority rate, with --audit also the audit's findings."""
     if given.llm is not None and not given.audit:
-        raise ATVError("--llm is what --audit looks at; expected both. Add --audit, or leave --llm out.")
+        raise ATVError("--llm is only used with --audit; add --audit, or leave --llm out.")
     tasks = named_tasks(given.tasks)
     grid = Table()
     for column in ("task", "category", "train", "valid", "test", "majority", "options"):
@@ -32,7 +32,7 @@ def list_tasks(given: ListTasks) -> None:
 
 
 def _audit(tasks: Sequence[Task], llm: str | None) -> None:
-    """Refuse what evaluation refuses, print what is found; an LLM's weights are not loaded."""
+    """Refuse what evaluation refuses, print the findings; an LLM's weights are not loaded."""
     refuse_shared_inputs(list(tasks))
     tokenizer = None if llm is None else load_tokenizer(llm)
     limit = None if llm is None else load_context_length(llm)

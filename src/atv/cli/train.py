@@ -15,11 +15,11 @@ from atv.progress import log
 
 
 def train_adapter(given: Train, store: PrefixStore | None = None) -> Path:
-    """Train a method; everything that can be checked without a model is checked before one is loaded.
+    """Train a method. Everything that can be checked without a model is checked before one is loaded.
 
     Args:
         given: the options.
-        store: of prompts that were read already; by default a new one, as large as the options say.
+        store: cached prompt prefixes; by default a new store with the size given by the options.
 
     Returns:
         The adapter's folder.

@@ -1,1 +1,1 @@
-"""Ask a method, score its answers, record every row. Imported piece by piece: records and metrics need no torch."""
+"""Run a method, score its answers, record rows. Import the modules separately: records and metrics need no torch."""

@@ -1,4 +1,4 @@
-"""One method measured on tasks, as a run that can be resumed."""
+"""Measuring one method on tasks, as a run that can be resumed."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -6,7 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import set_seed  # that of transformers imports peft, which takes seconds
+from accelerate.utils import set_seed  # transformers' own imports peft, which takes seconds
 from torch import nn
 
 from atv import artifact
@@ -21,7 +21,7 @@ from atv.methods import METHODS
 
 @dataclass(frozen=True)
 class Frozen:
-    """Which LLM, and how it is loaded; what a record says of it."""
+    """Which LLM, how it is loaded, and its description in records."""
 
     llm: str
     revision: str | None = None
@@ -31,16 +31,16 @@ class Frozen:
     trust_remote_code: bool = False
 
     def load(self) -> tuple[nn.Module, Any]:
-        """The LLM and its tokenizer; asked for again, the same ones."""
+        """The LLM and its tokenizer, cached."""
         return _load(self)
 
     def described(self) -> dict[str, Any]:
-        """What decides its answers."""
+        """The settings that affect its answers."""
         dtype = str(parse_dtype(self.dtype, self.device)).removeprefix("torch.")
         return {"llm": self.llm, "revision": self.revision, "dtype": dtype, "quantization": self.quantization}
 
 
-@lru_cache(maxsize=1)  # of several LLMs the memory may hold one
+@lru_cache(maxsize=1)  # memory may hold only one LLM
 def _load(frozen: Frozen) -> tuple[nn.Module, Any]:
     how = asdict(frozen)
     name = how.pop("llm")
@@ -62,19 +62,19 @@ def measure(
     batch_size: int = 16,
     force: bool = False,
 ) -> bool:
-    """Ask a method the test rows of tasks; false if `out` holds this run already, finished.
+    """Evaluate a method on the test rows of tasks; false if `out` holds this run already, finished.
 
     Args:
-        name: of the method.
-        frozen: the LLM; not loaded if there is nothing to do.
-        tasks: their test splits are asked; demonstrations come from their training splits.
-        out: folder of the run.
-        metrics: as `load_metric` takes their names; None: each task's default.
-        label: what its lines in tables are called; by default the method's name.
-        adapter: for a method that needs one.
-        shots: demonstrations; None: the method's own number, and none for a method that has none.
-        seed: of what is drawn.
-        variants: as `Task.renderers` takes it.
+        name: name of the method.
+        frozen: the LLM, which is not loaded if there is nothing to do.
+        tasks: evaluated on their test splits; demonstrations come from their training splits.
+        out: the folder of the run.
+        metrics: names as for `load_metric`. None: each task's default.
+        label: name of its table rows; by default the method's name.
+        adapter: the adapter's folder, for a method that needs one.
+        shots: number of demonstrations. None: the method's default, if it has any.
+        seed: seed of all random choices.
+        variants: as for `Task.renderers`.
         batch_size: prompts per call of the LLM.
         force: start over.
     """
@@ -89,8 +89,8 @@ def measure(
     shots = method_class.wanted_shots(shots)
     folder = artifact.locate(adapter) if adapter is not None else None
     if folder is not None:
-        artifact.read(folder, trained)  # refuses another method's before there is a run
-    judged = metrics_of(method_class, tasks, metrics)  # refuses what cannot be computed before anything is loaded
+        artifact.read(folder, trained)  # refuses another method's adapter before a run is made
+    judged = metrics_of(method_class, tasks, metrics)  # refuses metrics that cannot be computed, before loading
     settings = {
         "method": name,
         **frozen.described(),

@@ -1,7 +1,7 @@
-"""What an answer is worth. A metric knows no model: it says what it needs, and gets the example and that output.
+"""Metrics. A metric knows nothing about models: it declares what it needs and receives the example and that output.
 
-Several metrics that need the same are served by one request to the LLM. All scores are from 0 to 1, and None where a
-score is not defined for an example.
+Metrics that need the same output share one request to the LLM. All scores are from 0 to 1, or None if a score is not
+defined for an example.
 """
 
 import importlib
@@ -24,43 +24,43 @@ if TYPE_CHECKING:
 
 Need = Literal["next_token", "loglikelihood", "generate"]
 FEW_OPTIONS = 20
-"""Up to this many options are scored one by one by default; with more of them an answer is generated instead."""
+"""By default, up to this many options are scored one by one; with more, an answer is generated instead."""
 GENERATED = "generated"
-"""Under which rows have the generated answer, whatever number of metrics judge it."""
+"""Key of the generated answer in rows, however many metrics judge it."""
 
 
 class NextToken(NamedTuple):
-    """What the metrics get that need `next_token`."""
+    """The output for metrics that need `next_token`."""
 
     token: int
     """The most likely next token over the whole vocabulary."""
     text: str
     """The same as text."""
     option: str
-    """The likeliest of the task's options, judged by their tokens up to where they differ."""
+    """The most likely of the task's options, judged by their tokens up to where they differ."""
     options: "Options"
-    """The task's options as tokens."""
+    """The task's options, tokenised."""
 
     def texts(self) -> dict[str, str]:
-        """What a row records, by score."""
+        """The texts recorded in a row, by score."""
         return {"first_token": self.text, "first_token_among_options": self.option}
 
 
 class Likelihoods(NamedTuple):
-    """What the metrics get that need `loglikelihood`."""
+    """The output for metrics that need `loglikelihood`."""
 
     options: Sequence[str]
     values: Sequence[float]
-    """Log-probability of each of the options as a whole."""
+    """Log-probability of each option as a whole."""
     sums: bool = True
-    """The values are sums over tokens, and thus lower for longer options; false for the scores of a classifier."""
+    """The values are sums over tokens, so lower for longer options. False for the scores of a classifier."""
 
     def best(self) -> str:
-        """The likeliest option, of equal ones the first."""
+        """The most likely option; the first one if tied."""
         return self._highest(self.values)
 
     def best_per_byte(self) -> str:
-        """The option with the highest log-probability per byte (UTF-8). A classifier's scores are taken as they are."""
+        """The option with the highest log-probability per UTF-8 byte. A classifier's scores are used unchanged."""
         if not self.sums:
             return self.best()
         sizes = [len(option.encode()) for option in self.options]
@@ -70,7 +70,7 @@ class Likelihoods(NamedTuple):
         return self.options[max(range(len(values)), key=values.__getitem__)]
 
     def texts(self) -> dict[str, str]:
-        """What a row records, by score."""
+        """The texts recorded in a row, by score."""
         return {"option_likelihood": self.best(), "option_likelihood_per_byte": self.best_per_byte()}
 
 
@@ -80,21 +80,21 @@ class Metric(Protocol):
 
     @property
     def name(self) -> str:
-        """How it is asked for, and recorded."""
+        """Its name on the command line and in records."""
 
     @property
     def needs(self) -> Need:
-        """What is asked of the LLM for it: the `output` is a `NextToken`, `Likelihoods`, or the generated text."""
+        """What it needs from the LLM: `output` is a `NextToken`, `Likelihoods`, or the generated text."""
 
     def __call__(self, example: Example, output: Any) -> Mapping[str, float | None]:
-        """Scores by name, each from 0 to 1, or None where it is not defined."""
+        """Scores by name, each from 0 to 1, or None if not defined."""
 
 
 class FirstToken:
     """The paper's accuracy (section 3): the most likely next token over the whole vocabulary begins the answer.
 
-    It is not defined (None) where first tokens do not tell the task's options apart. Beside it stands whether the
-    answer is the likeliest of the options, each judged by its tokens up to where it differs from all others.
+    It is not defined (None) if first tokens do not tell the task's options apart. A second score says whether the
+    answer is the most likely option, each judged by its tokens up to where it differs from all others.
     """
 
     name = "first_token"
@@ -124,7 +124,7 @@ class OptionLikelihood:
 
 
 class ExactMatch:
-    """The generated answer is the answer, but for white space around them."""
+    """The generated answer equals the answer, ignoring surrounding white space."""
 
     name = "exact_match"
     needs: Need = "generate"
@@ -135,13 +135,13 @@ class ExactMatch:
 
 
 def normalized_words(text: str) -> list[str]:
-    """Words as SQuAD compares them: lower case, without punctuation and articles."""
+    """Words as compared by SQuAD: lower case, without punctuation and articles."""
     bare = "".join(letter for letter in text.lower() if letter not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", bare).split()
 
 
 class TokenF1:
-    """F1 of the words that the generated answer and the answer share, as SQuAD counts them."""
+    """F1 of the words shared by the generated answer and the answer, counted as in SQuAD."""
 
     name = "token_f1"
     needs: Need = "generate"
@@ -156,7 +156,7 @@ class TokenF1:
 
 
 class RougeL:
-    """ROUGE-L (F-measure) of the generated answer, by the library rouge-score without stemming."""
+    """ROUGE-L (F-measure) of the generated answer, computed with rouge-score without stemming."""
 
     name = "rouge_l"
     needs: Need = "generate"
@@ -180,12 +180,12 @@ class RougeL:
 
 
 class UserMetric:
-    """A function of one's own, of an example and the generated answer.
+    """A user-defined metric: a function of an example and the generated answer.
 
     Args:
-        name: how it is recorded.
-        function: takes `Example` and the text; returns a number from 0 to 1, which is recorded under the function's
-            name, or a dictionary of such numbers (None: not defined for this example).
+        name: its name in records.
+        function: takes an `Example` and the text. Returns a number from 0 to 1, recorded under the function's name, or
+            a dictionary of such numbers (None: not defined for this example).
     """
 
     needs: Need = "generate"
@@ -195,7 +195,7 @@ class UserMetric:
         self.score = getattr(function, "__name__", name)
 
     def __call__(self, example: Example, output: str) -> dict[str, float | None]:
-        """What the function returns, checked."""
+        """The function's checked return value."""
         try:
             found = self.function(example, output)
         except Exception as error:
@@ -224,7 +224,7 @@ class UserMetric:
 METRICS: dict[str, Callable[[], Metric]] = {
     each.name: each for each in (FirstToken, OptionLikelihood, ExactMatch, TokenF1, RougeL)
 }
-"""Makes each of the metrics that come with the package."""
+"""Constructors of the built-in metrics."""
 
 SCORES = {
     "first_token": "the most likely next token over the whole vocabulary is the first token of the answer",
@@ -236,24 +236,24 @@ SCORES = {
     "token_f1": "F1 of the words that the generated answer and the answer share",
     "rouge_l": "ROUGE-L F-measure of the generated answer",
 }
-"""What the scores of these metrics say."""
+"""Descriptions of these metrics' scores."""
 
 
 def load_metric(named: "str | Metric | Callable[[Example, str], Any]") -> Metric:
-    """A metric by its name, or one's own.
+    """Load a metric by name, or a user-defined one.
 
     Args:
         named: a key of `METRICS`; `package.module:function` (modules in the current folder are found too); a `Metric`;
-            or a function as `UserMetric` takes it.
+            or a function as for `UserMetric`.
 
     Raises:
-        ATVError: there is no such metric, module or function, or a package that it needs is missing.
+        ATVError: the metric, module or function does not exist, or a package that it needs is missing.
     """
     if not isinstance(named, str):
         return _as_metric(f"{getattr(named, '__module__', '')}:{getattr(named, '__name__', named)}", named)
     if ":" not in named:
         if named not in METRICS:
-            raise unknown("metric", named, METRICS, "Or give a function of your own, as package.module:function.")
+            raise unknown("metric", named, METRICS, "Or give your own function, as package.module:function.")
         return METRICS[named]()
     module, _, name = named.partition(":")
     if os.getcwd() not in sys.path:
@@ -283,5 +283,5 @@ def _as_metric(name: str, found: Any) -> Metric:
 
 
 def default_metric(task: Task) -> str:
-    """What a task is measured with if no metric is named: its options' likelihood where there are few, else matches."""
+    """A task's default metric: its options' likelihood if there are few, else exact match."""
     return OptionLikelihood.name if len(task.options) <= FEW_OPTIONS else ExactMatch.name

@@ -1,7 +1,7 @@
 """The one record format: a run is a folder with `run.json` and `predictions.jsonl`, one row for each prediction.
 
-Rows are appended as they come, so that an interrupted run is resumed where it stopped. Nothing averaged is stored:
-tables are computed from rows. What is found about an adapter's vectors is one file beside, `analysis.json`.
+Rows are appended as they are made, so an interrupted run resumes where it stopped. Averages are not stored: tables are
+computed from rows. The analysis of an adapter's vectors is a separate file, `analysis.json`.
 """
 
 import json
@@ -20,7 +20,7 @@ RUN_FILE = "run.json"
 ROWS_FILE = "predictions.jsonl"
 ANALYSIS_FILE = "analysis.json"
 OTHERS_FILES = "predictions-*.jsonl"
-"""Rows of the processes beside the main one, each in a file of its own, until the run is finished or continued."""
+"""Rows of the processes other than the main one, one file each, until the run is finished or resumed."""
 
 Key = tuple[str, int, str | None, int]
 """Task, template, answer prefix and example."""
@@ -28,7 +28,7 @@ Key = tuple[str, int, str | None, int]
 
 @dataclass(frozen=True)
 class Row:
-    """One example asked in one variant, and what the answers are worth."""
+    """One example in one variant, with the scores of its answers."""
 
     task: str
     category: str
@@ -36,31 +36,32 @@ class Row:
     template: int
     answer_prefix: str | None
     example: int
-    """Its place among the task's test rows, or among those that `--test-rows` drew, in the order of the file."""
+    """Its index among the task's test rows, or those drawn by `--test-rows`, in file order."""
     target: str
     scores: dict[str, float | None]
-    """By name, from 0 to 1; None: not defined for this example (`atv.evaluation.metrics`)."""
+    """Scores by name, from 0 to 1. None: not defined for this example (`atv.evaluation.metrics`)."""
     outputs: dict[str, str]
-    """What the LLM said: `generated`, the generated answer, or the text that a score of that name judges."""
+    """The LLM's output: the generated answer as `generated`, or the text that a score judges, under the score's
+    name."""
     prompt_tokens: int
     seconds: float
-    """Prompt to answer, everything that the method and the metrics ask of the LLM included; a batch's time is shared by
-    its rows."""
+    """Time from prompt to answer, including everything that the method and the metrics do; a batch's time is divided
+    among its rows."""
     demonstrations: int = 0
-    """How many stood in the prompt: those that the LLM's context had no room for are not counted."""
+    """Number of demonstrations in the prompt, without those that did not fit the LLM's context."""
 
 
 _FIELDS = {each.name for each in fields(Row)}
 
 
 class RunWriter:
-    """A run that is being made: opens or continues its folder.
+    """Writes a run: opens its folder or resumes it.
 
-    Of several processes each appends to a file of its own; the main one writes everything else.
+    With several processes, each appends to its own file; the main process writes everything else.
 
     Args:
-        folder: of the run.
-        settings: what decides the rows (method, LLM, tasks, seed ...); an existing run must have the same.
+        folder: the run's folder.
+        settings: everything that affects the rows (method, LLM, tasks, seed ...). An existing run must have the same.
         force: start over, even if the folder holds a run.
     """
 
@@ -74,7 +75,7 @@ class RunWriter:
         barrier()
         if not is_main():
             self.run, self.rows = read_run(folder), read_rows(folder)
-        barrier()  # before anybody appends
+        barrier()  # before any process appends
 
     def _open(self, settings: dict[str, Any], force: bool) -> None:
         folder = self.folder
@@ -83,51 +84,51 @@ class RunWriter:
             same_settings(former.get("settings", {}), settings, folder)
             self.run = former
             self.rows = read_rows(folder)
-            self._keep_in_one_file()  # without a line that a kill cut short
+            self._keep_in_one_file()  # without a truncated line
         elif occupied(folder) and not (folder / RUN_FILE).exists():
             raise ATVError(f"{folder} exists and is not a run; choose a new folder, so that nothing there is lost.")
         else:
             self.run |= provenance()
             for file in (folder / ROWS_FILE, *_others_files(folder)):
-                file.unlink(missing_ok=True)  # first: a kill must not leave former rows in the new run
+                file.unlink(missing_ok=True)  # first: if killed, no old rows may remain in the new run
             write_json(folder / RUN_FILE, self.run)
             self._keep_in_one_file()
 
     def _keep_in_one_file(self) -> None:
-        """A kill in between leaves rows in two files; `read_rows` takes them once."""
+        """Merge the rows into one file. If killed midway, rows are in two files; `read_rows` reads each only once."""
         write_text(self.folder / ROWS_FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows))
         for file in _others_files(self.folder):
             file.unlink()
 
     @property
     def finished(self) -> bool:
-        """The run was already complete when it was opened, or has been completed."""
+        """Whether the run was complete when it was opened or has been completed since."""
         return bool(self.run["finished"])
 
     def append(self, new: Iterable[Row]) -> None:
-        """Add rows; they are on disk when this returns."""
+        """Append rows. They are on disk when this returns."""
         rows = [asdict(row) for row in new]
         with self._file.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         self.rows.extend(rows)
 
     def describe(self, **facts: Any) -> None:
-        """Note `facts` about the run: the method's configuration, the device."""
+        """Record `facts` about the run, such as the method's configuration and the device."""
         self.run |= facts
         if is_main():
             write_json(self.folder / RUN_FILE, self.run)
 
     def gather(self, order: Sequence[Key]) -> None:
-        """Wait for all processes and put the rows of all of them into one file, in this order."""
+        """Wait for all processes and merge their rows into one file, in this order."""
         barrier()
         place = {key: index for index, key in enumerate(order)}
         self.rows = sorted(read_rows(self.folder), key=lambda row: place.get(row_key(row), len(place)))
-        barrier()  # before the files that others read are gone
+        barrier()  # before files are deleted that others still read
         if is_main():
             self._keep_in_one_file()
 
     def finish(self, **facts: Any) -> None:
-        """Mark the run as complete and note `facts` about it."""
+        """Mark the run as complete and record `facts` about it."""
         self.describe(**facts, finished=True)
         barrier()
 
@@ -155,12 +156,12 @@ def _others_files(folder: Path) -> list[Path]:
 
 
 def row_key(row: dict[str, Any]) -> Key:
-    """What a row answers: one example in one variant."""
+    """A row's key: one example in one variant."""
     return row["task"], row["template"], row["answer_prefix"], row["example"]
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run; a last line that a kill cut short is left out, any other damage raises ATVError."""
+    """The rows of a run. A truncated last line is skipped; any other damage raises ATVError."""
     rows = _read_file(folder / ROWS_FILE)
     for file in _others_files(folder):
         there = {row_key(row) for row in rows}
@@ -189,23 +190,23 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
 
 
 def _whole(row: Any) -> bool:
-    """It has all fields, and its scores and outputs are objects."""
+    """Whether it has all fields, and its scores and outputs are objects."""
     if not isinstance(row, dict) or not row.keys() >= _FIELDS:
         return False
     return isinstance(row["scores"], dict) and isinstance(row["outputs"], dict)
 
 
 def load_runs(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
-    """Rows of several runs, each with its run's `method` (or label), `llm`, `seed` and `run` (the folder) in it.
+    """Rows of several runs, each with its run's `method` (or label), `llm`, `seed` and `run` (the folder).
 
     Args:
-        folders: of runs, or folders that hold runs at any depth; a run that is found twice is read once.
+        folders: folders of runs, or folders that contain runs at any depth. A run found twice is read once.
 
     Raises:
-        ATVError: there is no run; one is not finished; or two were asked other test rows of a task with one name.
+        ATVError: there is no run, one is not finished, or two have different test rows for a task of the same name.
     """
     flat: list[dict[str, Any]] = []
-    asked: dict[tuple[str, str], tuple[Any, Path]] = {}  # by LLM and task: its test rows, and the first run on them
+    asked: dict[tuple[str, str], tuple[Any, Path]] = {}  # by LLM and task: the test rows and the first run on them
     for folder in dict.fromkeys(run for name in folders for run in _runs_below(local(name))):
         run = read_run(folder)
         settings = run.get("settings", {})
@@ -213,36 +214,36 @@ def load_runs(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
         about["method"] = settings.get("label", settings.get("method"))
         rows = read_rows(folder)
         if not run.get("finished"):
-            raise ATVError(f"{folder} is not finished ({len(rows)} rows); run the command that began it again.")
+            raise ATVError(f"{folder} is not finished ({len(rows)} rows); run its command again to resume.")
         for task, test in settings.get("tasks", {}).items():
             first, where = asked.setdefault((str(settings.get("llm")), task), (test, folder))
             if first != test:
                 raise ATVError(
-                    f"{where} and {folder} were asked other test rows of the task {task} ({first}; {test}), and a "
-                    "number stands for one row in all of them. Report them apart, or evaluate both on the same rows."
+                    f"{where} and {folder} have different test rows for the task {task} ({first}; {test}), so their "
+                    "rows cannot be compared. Report them separately, or evaluate both on the same rows."
                 )
         flat.extend(about | row for row in rows)
     return flat
 
 
 def load_analyses(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
-    """What `atv paper analysis` wrote into these folders or below, each with its `file` in it, and read once."""
+    """The records of `atv paper analysis` in or below these folders, each read once and with its path as `file`."""
     found = dict.fromkeys(place / ANALYSIS_FILE for name in folders for place in _below(local(name), ANALYSIS_FILE))
     return [_of_schema(file, "what atv paper analysis wrote") | {"file": str(file)} for file in found]
 
 
 def _below(folder: Path, name: str) -> list[Path]:
-    """The folder itself, if it holds such a file, and those below it, without what a kill left in hidden folders."""
+    """The files of this name in the folder and below it, without leftovers in hidden folders."""
     below = (path.parent for path in sorted(folder.rglob(name)))
     return [found for found in below if not any(part.startswith(".") for part in found.relative_to(folder).parts)]
 
 
 def _runs_below(folder: Path) -> list[Path]:
-    """Those that there are; none is a mistake, unless an analysis is there."""
+    """The runs below a folder; ATVError if there is neither a run nor an analysis."""
     runs = _below(folder, RUN_FILE)
     if not runs and not _below(folder, ANALYSIS_FILE):
         raise ATVError(
-            f"{folder} is not a run and holds none: {RUN_FILE} is missing there and below. "
+            f"{folder} is not a run and contains none: {RUN_FILE} is missing in and below it. "
             "Make one with: atv eval --out DIR"
         )
     return runs

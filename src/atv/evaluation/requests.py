@@ -1,4 +1,4 @@
-"""What is asked of an LLM about a task's prompts: once for all metrics, from one pass over the prompts."""
+"""Requests to an LLM about a task's prompts, in one pass over the prompts for all metrics."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -16,29 +16,29 @@ from atv.methods.base import Choice
 from atv.progress import warn_once
 
 MOST_TOKENS = 256
-"""Of a generated answer, even where the task has longer ones."""
+"""Maximum length of a generated answer, even if the task has longer answers."""
 
 
 class Requests:
-    """The requests about one task, asked in one way.
+    """The requests about one task in one variant.
 
     An answer is generated greedily. It ends at an end-of-text token, at a line break unless one of the task's answers
-    has one, or with as many tokens as the task's longest answer has (`MOST_TOKENS` at most).
+    contains one, or at the length of the task's longest answer (at most `MOST_TOKENS` tokens).
 
     Args:
-        llm: the LLM, whose end-of-text tokens are known.
+        llm: the LLM, which knows its end-of-text tokens.
         tokenizer: the LLM's.
         task: the task.
-        render: how it is asked.
-        needs: of all metrics.
+        render: renders the prompts.
+        needs: the needs of all metrics.
 
     Raises:
-        ATVError: options are needed, and an answer is not an option or two options are the same tokens.
+        ATVError: options are needed, but an answer is not an option or two options have the same tokens.
     """
 
     def __init__(self, llm: nn.Module, tokenizer: Any, task: Task, render: Renderer, needs: Collection[Need]) -> None:
         self.llm, self.tokenizer, self.render, self.needs = llm, tokenizer, render, frozenset(needs)
-        # Where only an answer is generated nothing is done for each option.
+        # If answers are only generated, options are not encoded.
         options = self.needs & {"next_token", "loglikelihood"}
         self.options: Options | None = task_options(tokenizer, task, render) if options else None
         self._lines = any("\n" in option for option in task.options)
@@ -54,7 +54,7 @@ class Requests:
 
     @property
     def read_after(self) -> int:
-        """Tokens that are read after a prompt, at most."""
+        """Maximum number of tokens read after a prompt."""
         counts = [self.limit - 1]
         if self.options is not None and "next_token" in self.needs:
             counts.append(self.options.longest)
@@ -64,15 +64,15 @@ class Requests:
 
     @property
     def continues(self) -> bool:
-        """Something may be read after the prompts, so that their keys and values are needed."""
+        """Whether tokens may be read after the prompts, so that their keys and values are needed."""
         return self.read_after > 0
 
     def outputs(self, inputs: Mapping[str, Tensor], output: Any) -> list[dict[Need, Any]]:
-        """What metrics get, for each prompt of a batch. Call it inside the context that steers the LLM.
+        """The metrics' inputs for each prompt of a batch. Call it inside the context that steers the LLM.
 
         Args:
-            inputs: of the call that read the prompts, all columns, as `Continuation` takes them.
-            output: of that call; with a cache if `continues`.
+            inputs: inputs of the call that read the prompts, all columns, as for `Continuation`.
+            output: output of that call, with a cache if `continues`.
         """
         behind = Continuation(self.llm, inputs, output)
         found: list[dict[Need, Any]] = [{} for _ in behind.logits]
@@ -89,7 +89,7 @@ class Requests:
         return found
 
     def outputs_of(self, choice: Choice) -> dict[Need, Any]:
-        """What metrics get for an answer that a method has chosen without the LLM."""
+        """The metrics' inputs for an answer that a method chose without the LLM."""
         found: dict[Need, Any] = {}
         if "generate" in self.needs:
             found["generate"] = choice.answer.strip()
@@ -97,7 +97,7 @@ class Requests:
             return found
         if choice.scores is None:
             raise ATVError(
-                f"The answer {choice.answer!r} came without scores of the options, and the metrics need "
+                f"The answer {choice.answer!r} has no scores of the options, and the metrics need "
                 f"{', '.join(sorted(self.needs - {'generate'}))}. Give Choice.scores, or set serves = {{'generate'}}."
             )
         values = [choice.scores.get(option, float("-inf")) for option in self.options.texts]

@@ -1,4 +1,4 @@
-"""The one loop: method x task x variant to rows."""
+"""The evaluation loop: method x task x variant to rows."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
@@ -27,23 +27,23 @@ from atv.progress import Bar, bar, log, warn_once
 from atv.steer import steer
 
 Metrics = Sequence[str | Metric | Callable[..., Any]]
-"""Metrics as `load_metric` takes them."""
+"""Metrics as for `load_metric`."""
 Append = Callable[[list[Row]], None]
 
 
 def metrics_of(
     method: Method | type[Method], tasks: Iterable[Task], metrics: Metrics | None = None
 ) -> dict[str, list[Metric]]:
-    """The metrics that each task is measured with, by the task's name.
+    """The metrics of each task, by the task's name.
 
     Args:
-        method: what answers.
-        tasks: what is asked.
-        metrics: for all tasks; None: each task's default (`default_metric`), or `exact_match` for a method that gives
-            no scores of options.
+        method: the method to evaluate.
+        tasks: the tasks.
+        metrics: metrics for all tasks. None: each task's default (`default_metric`), or `exact_match` for a method
+            without option scores.
 
     Raises:
-        ATVError: a metric is unknown or given twice, or the method does not give what it needs.
+        ATVError: a metric is unknown or given twice, or the method does not provide what it needs.
     """
     if metrics is not None and not metrics:
         raise ATVError("No metric is named; expected at least one, or None for the tasks' defaults.")
@@ -73,30 +73,30 @@ def evaluate(
     variants: str = "all",
     batch_size: int = 16,
 ) -> list[dict[str, Any]]:
-    """Ask every test example of every task in every variant, and score the answers.
+    """Evaluate every test example of every task in every variant and score the answers.
 
-    The LLM reads a prompt once, whatever the metrics need.
+    The LLM reads each prompt once, whatever the metrics need.
 
-    Where a launcher has started several processes, all of them call this, and each asks every n-th batch of those
-    that one process would ask.
+    With several processes (started by a launcher), all of them call this, and each of n processes handles every n-th
+    batch.
 
-    What the audit of the tasks finds is logged first, a line each, once in a process.
+    First the findings of the tasks' audit are logged, one line each, once per process.
 
     Args:
-        method: what answers.
-        tasks: their test splits are asked.
-        metrics: names, functions or `Metric`s, as `load_metric` takes them; None: each task's default.
-        out: where rows go; the rows that it has already are not asked again. None: they are only returned.
-        variants: templates and answer prefixes, as `Task.renderers` takes it.
+        method: the method to evaluate.
+        tasks: evaluated on their test splits.
+        metrics: names, functions or `Metric`s, as for `load_metric`. None: each task's default.
+        out: receives the rows; rows that it already has are not computed again. None: rows are only returned.
+        variants: templates and answer prefixes, as for `Task.renderers`.
         batch_size: prompts per call of the LLM.
 
     Returns:
-        The rows, in the order of tasks, variants and examples; each a `Row` as a dictionary.
+        The rows in the order of tasks, variants and examples, each a `Row` as a dictionary.
 
     Raises:
-        ATVError: a metric cannot be computed for this method; a task's training inputs are test inputs of another, or
-            two of its options are the same tokens for a metric that compares options, and nothing is asked; or a prompt
-            is longer than the LLM's context, and nothing of that task and variant is asked.
+        ATVError: Before evaluation starts: a metric cannot be computed for this method; a task's training inputs are
+            test inputs of another; or two of a task's options have the same tokens and a metric compares options.
+            Before a task and variant is evaluated: a prompt is longer than the LLM's context.
     """
     if batch_size < 1:
         raise ATVError(f"batch_size is {batch_size}; expected a whole number from 1.")
@@ -110,7 +110,7 @@ def evaluate(
         encode = partial(option_ids, method.tokenizer, task)
         if "loglikelihood" in needs:
             for render in renderers[task.name].values():
-                encode(render)  # refuses options that are the same tokens, before anything is asked
+                encode(render)  # refuses options with the same tokens before evaluation starts
         for finding in findings(task, encode if "next_token" in needs else None, renderers[task.name]):
             warn_once(finding)
     rows: list[dict[str, Any]] = [] if out is None else out.rows
@@ -136,7 +136,7 @@ def evaluate(
 
 
 def _tell_of_dropped(method: Method, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Note, once for a run, that prompts had fewer demonstrations than asked for."""
+    """Log, once per run, that prompts had fewer demonstrations than requested."""
     counts = [row["demonstrations"] for row in rows]
     fewer = [count for count in counts if count < method.shots]
     if fewer:
@@ -159,9 +159,9 @@ def _ask(
     progress: Bar,
     mine: Iterator[bool],
 ) -> None:
-    """Ask in batches the examples that are not in `asked`, if `mine` says that it is this process's turn.
+    """Evaluate in batches the examples not in `asked`, if `mine` says that it is this process's turn.
 
-    What is read together does not depend on what has been asked: a run that was interrupted ends with the same rows.
+    Batches do not depend on which examples are done, so a resumed run ends with the same rows.
     """
     if len(asked) == len(task.test):
         return
@@ -182,7 +182,7 @@ def _ask(
     seconds_before = time.perf_counter() - began
     _check_lengths(method, task, encoded, requests.read_after)
     device = input_device(method.llm)
-    by_length = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))  # equal lengths: little padding
+    by_length = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))  # less padding
     began = time.perf_counter()
     shared = SharedPrefix(method.llm, encoded, method.edited_tokens)
     shared_seconds = (seconds_before + time.perf_counter() - began) / len(encoded)
@@ -225,7 +225,7 @@ def _ask(
 
 
 def steered(method: Method, prompts: Sequence[Prompt]) -> AbstractContextManager[None]:
-    """A context in which the method's LLM reads these prompts, in this order, edited as the method says."""
+    """A context in which the method's LLM reads these prompts, in this order, with the method's edits."""
     edit = method.edit(prompts)
     return nullcontext() if edit is None else steer(method.llm, edit, Tracked(len(prompts), edit.positions))
 
@@ -250,7 +250,7 @@ def _row_of(
     choice: Choice,
     seconds: float,
 ) -> Row:
-    """The row of an answer that the method has chosen by itself."""
+    """The row of an answer that the method chose without the LLM."""
     outputs = requests.outputs_of(choice)
     return _row(metrics, task, variant, index, outputs, prompt_tokens=choice.prompt_tokens, seconds=seconds)
 
@@ -263,7 +263,7 @@ def _row(
     outputs: Mapping[Need, Any],
     **costs: Any,
 ) -> Row:
-    """One example's scores by all metrics."""
+    """The row of one example with the scores of all metrics."""
     example, scores = task.test[index], dict[str, float | None]()
     for metric in metrics:
         found = metric(example, outputs[metric.needs])

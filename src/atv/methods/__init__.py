@@ -1,4 +1,4 @@
-"""Methods: one file each, behind one contract. A new method is one file and one line in `METHODS`."""
+"""Methods: one file each, with a common interface. A new method is one file and one line in `METHODS`."""
 
 from collections.abc import Iterator, Mapping, MutableMapping
 from importlib import import_module
@@ -9,10 +9,10 @@ if TYPE_CHECKING:
 
 
 class Registry(MutableMapping[str, "type[Method]"]):
-    """Method classes by name, each imported when it is first asked for, so that their names cost no import of torch.
+    """Method classes by name. Each is imported on first access, so listing the names does not import torch.
 
     Args:
-        places: for each name where its class is, as `module:Class`.
+        places: where the class of each name is, as `module:Class`.
     """
 
     def __init__(self, places: Mapping[str, str]) -> None:
@@ -60,15 +60,15 @@ METHODS = Registry(
         "icl+atv": "atv.methods.icl_atv:ICLWithATV",
     }
 )
-"""In the order of help texts and of the lines of tables."""
+"""In the order used by help texts and table rows."""
 TRAINED = tuple(name for name in METHODS if name not in ("zero-shot", "icl", "bm25", "icl+atv"))
-"""Those that `atv train` trains: the others learn nothing of their own."""
+"""Those that `atv train` trains. The others learn nothing themselves."""
 
 __all__ = ["METHODS", "TRAINED", "Choice", "Method", "Registry"]
 
 
 def __getattr__(name: str) -> Any:
-    """The contract, imported on first use: it imports torch."""
+    """The interface, imported on first use because it imports torch."""
     if name not in __all__:
         raise AttributeError(f"module 'atv.methods' has no attribute {name!r}")
     return getattr(import_module("atv.methods.base"), name)

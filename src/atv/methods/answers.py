@@ -1,4 +1,4 @@
-"""Answers as classes: what a method that does not ask the LLM chooses from."""
+"""Answers as classes, for methods that answer without the LLM."""
 
 from collections.abc import Sequence
 
@@ -8,11 +8,11 @@ from atv.methods.base import Choice
 
 
 def choices(scores: Tensor, answers: Sequence[str]) -> list[Choice]:
-    """The likeliest answers, of equal ones the first, with the log-probabilities of all.
+    """The most likely answer of each row (the first one if tied), with the log-probabilities of all answers.
 
     Args:
         scores: (rows, answers), before the softmax.
-        answers: what the columns stand for.
+        answers: what each column stands for.
     """
     likely = scores.log_softmax(-1)
     best = scores.argmax(-1).tolist()

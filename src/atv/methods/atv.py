@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from accelerate.utils import set_seed  # that of transformers imports peft, which takes seconds
+from accelerate.utils import set_seed  # transformers' own imports peft, which takes seconds
 from torch import nn
 
 from atv.config import ATVConfig, Checked, TrainConfig
@@ -18,7 +18,7 @@ from atv.steer import Edit
 
 
 class ATVMethod(Method):
-    """A trained adapter, whose generator reads an example's input, or what its configuration says."""
+    """A trained adapter. Its generator reads an example's input unless the configuration says otherwise."""
 
     name = "atv"
     config_class: ClassVar[type[Checked] | None] = ATVConfig
@@ -48,7 +48,7 @@ class ATVMethod(Method):
     ) -> Path:
         """Train generator and expansion together."""
         from atv.training import (
-            loop as training,  # the Trainer brings peft and bitsandbytes along: seconds that measuring saves
+            loop as training,  # here: the Trainer imports peft and bitsandbytes, seconds that evaluation need not wait
         )
 
         set_seed(train.seed)
@@ -64,15 +64,15 @@ class ATVMethod(Method):
         """Load the adapter onto the LLM."""
         shots = cls.wanted_shots(shots)
         atv = cls.model_class.from_pretrained(cls.wanted_adapter(adapter), llm, tokenizer=tokenizer)
-        atv.vector_cache.limit = 0  # seconds per query are those of a query that was never asked
+        atv.vector_cache.limit = 0  # seconds per query are measured for queries that are not cached
         method = cls(atv)
         method.shots, method.seed = shots, seed
         return method
 
     def describe(self) -> dict[str, Any]:
-        """Its configuration and how it was trained."""
+        """The configuration and how the adapter was trained."""
         return {"config": self.atv.config.to_dict(), "training": self.atv.training_summary}
 
     def edit(self, prompts: Sequence[Prompt]) -> Edit:
-        """Vectors made from what the generator reads of the prompts; `self` makes them while the LLM reads them."""
+        """Vectors made from the prompts' queries. The generator `self` makes them while the LLM reads."""
         return self.atv.edit(self.atv.own_vectors([prompt.query for prompt in prompts]))

@@ -1,4 +1,4 @@
-"""The contract: what the LLM reads, and what happens inside it while it reads. A method knows no metric."""
+"""The interface of methods: what the LLM reads and how it is edited meanwhile. Methods know nothing about metrics."""
 
 from abc import ABC
 from collections.abc import Mapping, Sequence
@@ -15,34 +15,34 @@ from atv.steer import Edit
 
 
 class Choice(NamedTuple):
-    """What a method that does not ask the LLM answers to an example."""
+    """The answer to an example by a method that does not ask the LLM."""
 
     answer: str
-    """The likeliest of all answers that it knows for the task."""
+    """The most likely of the answers that the method knows for the task."""
     scores: Mapping[str, float] | None = None
-    """Log-probabilities of answers; one that is missing has none. None: the method has no scores."""
+    """Log-probability of each answer; unscored answers are missing. None: the method has no scores."""
     prompt_tokens: int = 0
-    """Tokens that the LLM read for it."""
+    """Number of tokens that the LLM read for this answer."""
 
 
 class Method(ABC):
     """A way to make a frozen LLM do a task. The base class is the plain LLM: override what differs.
 
     Attributes:
-        name: as in the registry and in the records.
-        config_class: the options of a method that is trained; None: there is nothing to train.
-        train_defaults: fields of TrainConfig that the method's own paper sets otherwise; None: it is learnt without a
-            training loop, and of TrainConfig takes the seed alone.
-        search: what a sweep may choose from: fields of `config_class` or TrainConfig, each with values.
-        serves: what metrics may need of it: `next_token`, `loglikelihood` and `generate`, all of which the LLM gives.
-            A method whose `choose` gives answers without scores says `generate` alone.
-        llm: what is called: the frozen LLM, or a PEFT model around it.
+        name: its name in the registry and in records.
+        config_class: the options of a trained method. None: there is nothing to train.
+        train_defaults: fields of TrainConfig for which the method's own paper has other values. None: the method is
+            learned without a training loop and uses only the seed of TrainConfig.
+        search: the grid of a sweep: fields of `config_class` or TrainConfig, each with its values.
+        serves: the outputs that metrics may request: `next_token`, `loglikelihood` and `generate`. The LLM provides all
+            three. A method whose `choose` returns answers without scores serves only `generate`.
+        llm: the model that is called: the frozen LLM or a PEFT model around it.
         tokenizer: the LLM's.
-        edited_tokens: how many of a prompt's last tokens its edits may change; None: any. What prompts share before
-            them is read once, unsteered; a method without edits says 0.
-        reads: what `edit` reads of a prompt (`Prompt.query`), as `Task.renderers` takes it: "query" or "prompt".
-        shots: demonstrations asked for before each query; 0 on the class: a method that has none.
-        seed: of what the method draws.
+        edited_tokens: number of tokens at the end of a prompt that its edits may change. None: any token. Any shared
+            prefix before them is read once, unsteered. 0 for a method without edits.
+        reads: the text that `edit` finds in `Prompt.query`, as for `Task.renderers`: "query" or "prompt".
+        shots: number of demonstrations requested before each query. 0 on the class: the method has none.
+        seed: seed of the method's random choices.
     """
 
     name: ClassVar[str]
@@ -61,7 +61,7 @@ class Method(ABC):
 
     @classmethod
     def trained_as(cls) -> str | None:
-        """Name of the method whose adapter this one needs, its own or another's; None: it needs none."""
+        """Name of the method whose adapter this one needs, itself or another. None: it needs no adapter."""
         return None if cls.config_class is None else cls.name
 
     @classmethod
@@ -77,20 +77,20 @@ class Method(ABC):
         force: bool = False,
         store: PrefixStore | None = None,
     ) -> Path:
-        """Learn once from the training splits of all `tasks`, choosing on their validation splits.
+        """Train once on the training splits of all `tasks`, selecting on their validation splits.
 
-        A training that `out` holds is returned if it is finished and resumed if it was interrupted; one with
-        other settings is refused, unless `force` starts over.
+        If `out` holds a training, it is returned if finished and resumed if interrupted. A training with other settings
+        is refused, unless `force` starts over.
 
         Args:
-            llm: the frozen LLM; as it was when this returns.
+            llm: the frozen LLM. It is unchanged when this returns.
             tokenizer: the LLM's.
-            tasks: what is learned serves all of them, and tasks that are not among them.
-            out: gets `train.json` and the folder `adapter`.
-            config: a `config_class`.
-            train: how it is trained; a method without a training loop takes its seed alone.
+            tasks: the training tasks. The result serves all of them, and other tasks too.
+            out: folder for `train.json` and the folder `adapter`.
+            config: an instance of `config_class`.
+            train: how to train. A method without a training loop uses only the seed.
             force: start over.
-            store: prompt prefixes that were read already, for methods that use such.
+            store: cached prompt prefixes, for methods that use them.
 
         Returns:
             The adapter's folder, for `load`.
@@ -100,7 +100,7 @@ class Method(ABC):
 
     @classmethod
     def wanted_adapter(cls, adapter: Path | None) -> Path:
-        """The adapter that was given, or ATVError if there is none."""
+        """The given adapter; ATVError if it is None."""
         if adapter is None:
             made_by = f"atv train --method {cls.trained_as()}"
             raise ATVError(
@@ -110,7 +110,7 @@ class Method(ABC):
 
     @classmethod
     def wanted_shots(cls, shots: int | None) -> int:
-        """Demonstrations for each query: `shots`, or the method's own number if that is None."""
+        """Number of demonstrations for each query: `shots`, or the method's default if that is None."""
         if shots is not None and not cls.shots:
             raise ATVError(f"The method {cls.name} has no demonstrations; found --shots {shots}: leave it out.")
         if shots is not None and shots < 1:
@@ -124,12 +124,12 @@ class Method(ABC):
         """The method on this LLM.
 
         Args:
-            llm: what is called.
+            llm: the model that is called.
             tokenizer: the LLM's.
-            adapter: the folder that its training wrote, for a method that has one.
-            shots: demonstrations, for a method that has them; None: its own number. What a method cannot use is
-                refused here, so that whoever loads one by name hands on what the user gave.
-            seed: of what the method draws.
+            adapter: folder written by its training, for a method that has an adapter.
+            shots: number of demonstrations, for a method that has them. None: its default. Arguments that the method
+                cannot use are refused here, so callers can pass on the user's arguments unchecked.
+            seed: seed of the method's random choices.
         """
         if adapter is not None:
             raise ATVError(f"The method {cls.name} has no adapter; found --adapter {adapter}: leave it out.")
@@ -138,27 +138,27 @@ class Method(ABC):
         return method
 
     def describe(self) -> dict[str, Any]:
-        """What identifies this method in a record, ready for JSON."""
+        """What identifies this method in a record, as JSON values."""
         return {}
 
     def choose(self, task: Task, examples: Sequence[Example], render: Renderer) -> list[Choice] | None:
-        """The answers of a method that needs no next token of the LLM; None: the LLM answers its prompts.
+        """The answers of a method that does not need the LLM's next token. None: the LLM answers the prompts.
 
-        Called once for all examples that a task is asked with a renderer, as `prompts` is, which is then not called.
+        Called once with all examples of a task and renderer, before `prompts`, which is then skipped.
         """
         del task, examples, render
         return None
 
     def prompts(self, task: Task, examples: Sequence[Example], render: Renderer) -> list[Prompt]:
-        """What the LLM reads for each of `examples`, which are all that a task is asked with this renderer.
+        """The prompt for each of `examples`, which are all examples of a task with this renderer.
 
-        Of all at once, because what all of them begin with is read once: a method that must shorten one prompt can
-        shorten them all alike. As token ids, because only those tell whether a prompt fits the LLM's context. The
-        time that this takes is part of a query's seconds.
+        All at once, because their common prefix is read once: a method that must shorten one prompt can shorten all of
+        them alike. As token ids, because only those show whether a prompt fits the LLM's context. The time this takes
+        counts toward a query's seconds.
         """
         return [render.prompt(self.tokenizer, example)._replace(task=task.name) for example in examples]
 
     def edit(self, prompts: Sequence[Prompt]) -> Edit | None:
-        """What happens inside the LLM while it reads these prompts, in this order; None: nothing."""
+        """The edit to apply inside the LLM while it reads these prompts, in this order. None: no edit."""
         del prompts
         return None

@@ -1,4 +1,4 @@
-"""BM25: demonstrations whose inputs have most words in common with the query."""
+"""BM25: demonstrations whose inputs share the most words with the query."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -14,14 +14,14 @@ from atv.errors import ATVError
 from atv.methods.demonstrations import Demonstrated
 
 UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Yi}\p{Line_Break=SA}ーｰ"
-"""Characters of scripts that put no spaces between words: Chinese, Japanese, Yi, and those of South-East Asia, as Thai,
-Lao, Khmer and Burmese, which Unicode's line breaking calls SA."""
+"""Characters of scripts that put no spaces between words: Chinese, Japanese, Yi, and those of South-East Asia such as
+Thai, Lao, Khmer and Burmese (Unicode line breaking class SA)."""
 
 
 @cache
 def _patterns() -> tuple[Any, Any]:
-    """Runs of characters without spaces, or words of letters, digits and _ with their accents; and one character."""
-    import regex  # here: other methods need not wait for it
+    """Patterns for an unspaced run or a word (letters, digits, _ and their marks), and for one character."""
+    import regex  # here, so that other methods do not wait for it
 
     marks = r"\p{M}\p{Join_Control}"
     letters = rf"[[\w\p{{N}}]--[{UNSPACED}{marks}]--[\p{{Pc}}--_]]"
@@ -30,9 +30,9 @@ def _patterns() -> tuple[Any, Any]:
 
 
 def words(text: str) -> list[str]:
-    """Words in lower case; none is too common or too short, since `not`, `A` or `7` may be all that differs.
+    """Words in lower case. No stop words and no minimum length, since inputs may differ only in `not`, `A` or `7`.
 
-    Where a script puts no spaces between words, its characters and pairs of neighbours stand for them.
+    For scripts without spaces between words, single characters and pairs of neighbours are used instead.
     """
     pattern, character = _patterns()
     found = []
@@ -48,21 +48,21 @@ def words(text: str) -> list[str]:
 class BM25(Demonstrated):
     """Demonstrations retrieved for each query from the task's training split.
 
-    The score is what bm25s computes by default, Lucene's variant with k1 = 1.5 and b = 0.75; a word that comes twice in
-    a query counts twice; `words` says what one is. Of equal scores the earlier row of the split is the more relevant.
+    The score is bm25s' default: Lucene's variant with k1 = 1.5 and b = 0.75. A word that occurs twice in a query counts
+    twice; see `words` for tokenisation. Ties go to the earlier row of the split.
     """
 
     name = "bm25"
 
     def __init__(self, llm: nn.Module, tokenizer: Any) -> None:
         super().__init__(llm, tokenizer)
-        import bm25s  # here: other methods need not wait for it, and no query's seconds include it
+        import bm25s  # here, so that neither other methods nor a query's seconds include the import
 
         self._bm25s: Any = bm25s
         self._indexed: tuple[Task, Any] | None = None
 
     def _index(self, task: Task) -> Any:
-        """The index of a task's training inputs; the last task's is kept for its other variants."""
+        """The index of a task's training inputs. The last task's index is cached for its other variants."""
         if self._indexed is None or self._indexed[0] is not task:
             indexed = [words(row.input) for row in task.train]
             if not any(indexed):
@@ -78,7 +78,7 @@ class BM25(Demonstrated):
         chosen = []
         for example in examples:
             known = index.get_tokens_ids(words(example.input))
-            # Rounded, since equal scores may be sums in another order; bm25s' own selection leaves ties to chance.
+            # Rounded, since equal scores may be summed in different orders; bm25s' own selection breaks ties randomly.
             scores = index.get_scores_from_ids(known).round(9) if known else np.zeros(len(task.train))  # (train rows,)
             best = np.argsort(-scores, kind="stable")[: self.shots]
             chosen.append([task.train[row] for row in reversed(best)])

@@ -1,4 +1,4 @@
-"""Demonstrations: training examples of the task, asked and answered in the prompt before the query."""
+"""Demonstrations: training examples of the task with their answers, in the prompt before the query."""
 
 from abc import abstractmethod
 from bisect import bisect_right
@@ -16,7 +16,7 @@ from atv.methods.base import Method
 def fitted(
     llm: nn.Module, tokenizer: Any, task: Task, shown: Sequence[Example], example: Example, render: Renderer
 ) -> Prompt:
-    """A query behind the last of the demonstrations in `shown`, as many as the LLM's context holds, if need be none."""
+    """A query after as many of the last demonstrations in `shown` as fit the LLM's context, possibly none."""
 
     def prompt(kept: int) -> Prompt:
         return render.prompt(tokenizer, example, shown[len(shown) - kept :])._replace(task=task.name)
@@ -24,29 +24,29 @@ def fitted(
     whole, limit = prompt(len(shown)), context_length(llm)
     if limit is None:
         return whole
-    limit -= longest_answer(tokenizer, task, render)  # there must be room for any answer
+    limit -= longest_answer(tokenizer, task, render)  # leave room for any answer
     if len(whole.ids) <= limit:
         return whole
-    # Each demonstration makes a prompt longer: few of the counts need to be tried.
+    # The prompt grows with each demonstration, so binary search finds the count.
     return prompt(bisect_right(range(1, len(shown)), limit, key=lambda kept: len(prompt(kept).ids)))
 
 
 class Demonstrated(Method):
-    """The plain LLM behind demonstrations. Those that the LLM's context has no room for are dropped from the front."""
+    """The plain LLM, with demonstrations before the query. If they exceed the LLM's context, the first are dropped."""
 
     edited_tokens = 0
     shots = 16
 
     def describe(self) -> dict[str, Any]:
-        """How many demonstrations were asked for; how many there were stands in each row."""
+        """The number of demonstrations requested. The actual number is recorded in each row."""
         return {"shots": self.shots}
 
     @abstractmethod
     def demonstrations(self, task: Task, examples: Sequence[Example]) -> list[list[Example]]:
-        """The training examples to stand before each of `examples`; the last one is the nearest to the query."""
+        """The demonstrations for each of `examples`; the last one comes right before the query."""
 
     def prompts(self, task: Task, examples: Sequence[Example], render: Renderer) -> list[Prompt]:
-        """Each query behind as many of its demonstrations as fit."""
+        """Each query after as many of its demonstrations as fit."""
         chosen = self.demonstrations(task, examples)
         return [
             fitted(self.llm, self.tokenizer, task, shown, example, render)

@@ -1,4 +1,4 @@
-"""ELICIT: task vectors taken from demonstrations and kept in a library, one of them retrieved for each query."""
+"""ELICIT: a library of task vectors taken from demonstrations; one is retrieved for each query."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,46 +25,46 @@ from atv.progress import Bar, bar
 from atv.steer import AddVectors
 
 NO_LAYER = -1
-"""An entry's best layer where the configuration names the layers instead."""
+"""Best layer of an entry if the configuration names the layers instead."""
 LIBRARY_FILE = "library.safetensors"
 RETRIEVER_FILE = "retriever.safetensors"
 
 
 @dataclass
 class ElicitConfig(Checked):
-    """The shape of an ELICIT library. Exemplars, shots and strength are those of its paper and code."""
+    """The configuration of an ELICIT library. Exemplars, shots and scale are those of its paper and code."""
 
     exemplars: int = 10
-    """Entries of each task."""
+    """Entries per task."""
     shots: int = 16
-    """Demonstrations in the prompt that an entry is taken from."""
+    """Demonstrations in the prompt from which an entry is taken."""
     layers: str = BEST
     """Where the retrieved states are added: best, each entry's own best layer; or all, bottom, middle, top."""
     scale: float = 2.0
-    """Strength of the addition; an entry's best layer is the best one at this strength."""
+    """Strength of the addition; an entry's best layer is chosen at this strength."""
     layer_rows: int = 10
-    """Validation rows of a task that choose the best layers."""
+    """Validation rows per task for choosing the best layers."""
     encoder: str = EMBEDDED_GENERATOR
-    """Hugging Face id or folder of the frozen encoder that the retriever reads queries with."""
+    """Hugging Face id or folder of the retriever's frozen encoder."""
 
     def __post_init__(self) -> None:
         """Raise ATVError for a value that is not allowed."""
         at_least_one(self, "exemplars", "shots", "layer_rows")
         if self.layers not in (BEST, *REGIONS):
             raise unknown("choice of layers", self.layers, (BEST, *REGIONS))
-        ATVConfig(scale=self.scale)  # refuses what is no finite number
+        ATVConfig(scale=self.scale)  # raises unless it is a finite number
 
 
 class Elicit(Method):
-    """The plain prompt, and a retrieved state added at its last token.
+    """The plain prompt, with a retrieved state added at its last token.
 
-    Where its paper leaves out what is retrieved below a threshold, every query gets an entry here, of the task that a
-    linear classifier names: nothing tells the retriever which task is asked, a trained one or another.
+    The paper drops entries below a similarity threshold. Here every query gets an entry, of the task that a linear
+    classifier predicts; the retriever is not given the query's task, which may not be a training task.
     """
 
     name = "elicit"
     config_class = ElicitConfig
-    train_defaults = None  # learnt without a training loop
+    train_defaults = None  # learned without a training loop
     search: ClassVar[dict[str, tuple[Any, ...]]] = {"scale": (2.0, 1.0, 0.5, 0.2, 0.1)}
     edited_tokens = 1
 
@@ -80,7 +80,7 @@ class Elicit(Method):
         super().__init__(llm, tokenizer)
         self.config, self.retriever, self.training = config, retriever, training
         self.states = library["states"].to(input_device(llm))
-        """What the library holds, added or not: (entries, layers, hidden)."""
+        """All states of the library, added or not: (entries, layers, hidden)."""
         count = self.states.shape[1]
         if config.layers == BEST:
             added = library["layers"][:, None] == torch.arange(count)
@@ -103,7 +103,7 @@ class Elicit(Method):
         force: bool = False,
         store: PrefixStore | None = None,
     ) -> Path:
-        """Fill the library and train the retriever; `train` gives the seed of the demonstrations alone."""
+        """Fill the library and train the retriever. Of `train`, only the seed is used, for the demonstrations."""
         del store
 
         def learn(adapter: Path, parts: Path, keep: Callable[..., None]) -> None:
@@ -120,7 +120,7 @@ class Elicit(Method):
     def load(
         cls, llm: nn.Module, tokenizer: Any, adapter: Path | None, *, shots: int | None = None, seed: int = 42
     ) -> Self:
-        """Load library and retriever onto the LLM."""
+        """Load the library and the retriever for the LLM."""
         del seed
         cls.wanted_shots(shots)
         folder = artifact.locate(cls.wanted_adapter(adapter))
@@ -133,16 +133,16 @@ class Elicit(Method):
         return cls(llm, tokenizer, config, library, retriever, saved.training)
 
     def describe(self) -> dict[str, Any]:
-        """Its configuration and how it was trained."""
+        """The configuration and how the library was made."""
         return {"config": self.config.to_dict(), "training": self.training}
 
     def entry_tasks(self) -> list[str]:
-        """The name of the task that each entry of `states` is of."""
+        """The task name of each entry in `states`."""
         names = list(self.training["tasks"])
         return [names[number] for number in self.retriever.tasks.tolist()]
 
     def edit(self, prompts: Sequence[Prompt]) -> AddVectors:
-        """The retrieved states, at their layers. What is retrieved depends on the queries alone."""
+        """The retrieved states at their layers. Retrieval depends only on the queries."""
         picked = self.retriever.pick([prompt.query for prompt in prompts]).to(self.states.device)  # (queries,)
         used = self._added[picked].any(0).nonzero()[:, 0]
         layers = [self._layers[index] for index in used.tolist()]
@@ -154,7 +154,7 @@ class Elicit(Method):
 def _exemplars(
     llm: nn.Module, tokenizer: Any, task: Task, folder: Path, config: ElicitConfig, seed: int, progress: Bar
 ) -> Exemplars:
-    """A task's part of the library, from its file if an interrupted training has left it."""
+    """A task's part of the library, read from its file if an interrupted training wrote it."""
     file = folder / f"{task.name}.safetensors"
     progress.describe(f"elicit: {task.name}")
     if file.exists():
@@ -178,7 +178,7 @@ def _exemplars(
 def _save(
     llm: nn.Module, tasks: Sequence[Task], library: Sequence[Exemplars], adapter: Path, config: ElicitConfig, seed: int
 ) -> None:
-    """Train the retriever on the training queries of all tasks, and write everything that `load` needs."""
+    """Train the retriever on the training queries of all tasks and write everything that `load` needs."""
     encoder = load_encoder(config.encoder).to(input_device(llm))
     embedded = [embed(encoder, [row.input for row in task.train]).cpu() for task in tasks]
     labels = torch.arange(len(tasks)).repeat_interleave(torch.tensor([len(task.train) for task in tasks]))

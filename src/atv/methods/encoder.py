@@ -1,8 +1,8 @@
-"""Encoder: the generator's model alone, fine-tuned with a linear head. Is the LLM worth anything?
+"""Encoder: the generator's model alone, fine-tuned with a linear head. Tests whether the LLM contributes anything.
 
-It reads the query as it is (mean pooling). One head serves all tasks: it has a column for every answer among their
-training and validation rows, and a row is told apart among the answers of its own task, in training and in use. A query
-of a task that was not trained on is answered among all of them.
+It reads the bare query (mean pooling). One head serves all tasks, with one column for every answer in their training
+and validation rows. In training and at inference, a row is classified among the answers of its own task; a query of a
+task that was not trained on, among all answers.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from accelerate.utils import set_seed  # that of transformers imports peft, which takes seconds
+from accelerate.utils import set_seed  # transformers' own imports peft, which takes seconds
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -35,12 +35,12 @@ from atv.methods.retriever import check_encoder
 HEAD_FILE = "head.safetensors"
 GENERATOR_FOLDER = "generator"
 AT_ONCE = 32
-"""Queries that are read together in use."""
+"""Queries per batch at inference."""
 
 
 @dataclass
 class EncoderConfig(Checked):
-    """Which encoder is fine-tuned."""
+    """The encoder to fine-tune."""
 
     generator: str = EMBEDDED_GENERATOR
     """Hugging Face id or folder of the model that reads the query (any encoder or decoder), with mean pooling."""
@@ -50,23 +50,23 @@ class EncoderConfig(Checked):
         check_encoder(self.generator)
 
     def generator_config(self) -> ATVConfig:
-        """What `Generator` takes."""
+        """The configuration for `Generator`."""
         return ATVConfig(generator=self.generator, pooling="mean", query_template="{query}", train_generator=True)
 
 
 class EncoderModel(AdapterModel):
-    """An encoder and a head, beside an LLM that takes no part in it.
+    """An encoder and a head. The LLM is kept but not used.
 
-    The training loop reads rows as prompts with answers for an LLM; here a row's one answer token is the number of its
-    answer, and the number of its task stands before the tokens of its query.
+    The training loop expects rows to be prompts with answers for an LLM. Here a row's single answer token is the index
+    of its answer, and its query tokens are preceded by the index of its task.
 
     Args:
-        llm: the LLM of the other methods: the adapter is one for it.
-        config: which encoder.
+        llm: the LLM of the other methods; the adapter is saved for it.
+        config: the encoder.
         tokenizer: the LLM's.
-        answers: those of each task that is trained on.
-        judged: as many tokens as the answers of all tasks are told apart by for the LLM, at most.
-        generator: a ready one; by default that of `config` is loaded.
+        answers: the answers of each training task.
+        judged: the maximum number of tokens by which the LLM tells a task's answers apart, over all tasks.
+        generator: a loaded generator; by default, the one in `config` is loaded.
     """
 
     known: Tensor
@@ -94,17 +94,17 @@ class EncoderModel(AdapterModel):
 
     @classmethod
     def of(cls, llm: nn.Module, config: EncoderConfig, tokenizer: Any, tasks: Sequence[Task]) -> Self:
-        """An untrained one for the answers of tasks."""
+        """An untrained model for the answers of the tasks."""
         answers = {task.name: sorted({row.output for row in (*task.train, *task.valid)}) for task in tasks}
         judged = max(max(training_options(tokenizer, task).judged.values()) for task in tasks)
         return cls(llm, config, tokenizer, answers, judged)
 
     def describe(self) -> dict[str, Any]:
-        """Its configuration."""
+        """The configuration."""
         return {"method": Encoder.name, **self.config.to_dict()}
 
     def parameter_groups(self, config: TrainConfig) -> list[dict[str, Any]]:
-        """The head at `learning_rate`, the encoder at `generator_learning_rate` if that is given."""
+        """The head at `learning_rate`, the encoder at `generator_learning_rate` if given."""
         rate = config.generator_learning_rate
         return [
             {"params": list(self.head.parameters()), "lr": config.learning_rate},
@@ -113,7 +113,7 @@ class EncoderModel(AdapterModel):
 
     @contextmanager
     def in_training(self, config: TrainConfig, read: ReadPrefix, rows: Sequence[EncodedRow]) -> Iterator[None]:
-        """As every `AdapterModel`, the encoder in bfloat16 if `config` says so."""
+        """As for every `AdapterModel`, but with the encoder in bfloat16 if `config` says so."""
         self.generator.bf16 = config.bf16
         try:
             with super().in_training(config, read, rows):
@@ -124,22 +124,22 @@ class EncoderModel(AdapterModel):
     # ---- texts to tensors ----
 
     def encode_query(self, query: str, task: str) -> list[int]:
-        """The number of its task, and its query's tokens."""
+        """The index of the task, then the query's tokens."""
         return [self.tasks.index(task), *self.generator.encode([query])[0]]
 
     def encode_row(self, row: Row) -> EncodedRow:
-        """As long as its query, with the number of its answer: no prompt is read."""
+        """A row with its query's length and the index of its answer; there is no prompt."""
         query = self.encode_query(row.example.input, row.task)
         return EncodedRow(query, [([0] * len(query), [self.all_answers.index(row.example.output)])])
 
     def collator(self) -> Collator:
-        """Makes the batches that `forward` takes from `encode_row`'s rows."""
+        """A collator that makes `forward`'s batches from `encode_row`'s rows."""
         return Collator(Positions.parse("all"), 0, pad_id(self.generator.tokenizer))
 
     # ---- the path of a query ----
 
     def logits(self, query_input_ids: Tensor, query_attention_mask: Tensor) -> Tensor:
-        """Encoded queries (queries, query seq) to scores of all answers (queries, answers), float32."""
+        """Scores of all answers (queries, answers) float32, for encoded queries (queries, query seq)."""
         scores: Tensor = self.head(self.generator(query_input_ids, query_attention_mask))
         return scores
 
@@ -153,13 +153,13 @@ class EncoderModel(AdapterModel):
         edit_mask: Tensor,
         labels: Tensor,
     ) -> AnswerLoss:
-        """The cross-entropy of each row's answer among those of its task; see `AdapterModel.forward`."""
+        """The cross-entropy of each row's answer among the answers of its task; see `AdapterModel.forward`."""
         del input_ids, attention_mask, position_ids, edit_mask
         scores = self.logits(query_input_ids[:, 1:], query_attention_mask[:, 1:])
         scores = scores.masked_fill(~self.known[query_input_ids[:, 0]], float("-inf"))
         found = answer_loss(scores[:, None], labels)  # (queries, 1, answers), (queries, 1)
         assert found.right is not None
-        found.right = found.right.expand(-1, self.judged)  # an answer is right as a whole, or not at all
+        found.right = found.right.expand(-1, self.judged)  # an answer is right or wrong as a whole
         return found
 
     @torch.no_grad()
@@ -174,7 +174,7 @@ class EncoderModel(AdapterModel):
     # ---- the artifact ----
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write encoder, head and the names of the answers to a folder, whole or not at all."""
+        """Write the encoder, the head and the names of the answers to a folder, atomically."""
 
         def write(part: Path) -> None:
             self.generator.save(part / GENERATOR_FOLDER)
@@ -194,11 +194,11 @@ class EncoderModel(AdapterModel):
         )
 
     def load_weights(self, folder: Path) -> None:
-        """Take encoder and head from an adapter for the same answers."""
+        """Load the encoder and the head of an adapter for the same answers."""
         saved = artifact.read(folder, Encoder.name)
         artifact.check_llm(saved, self.llm, folder)
         if saved.about["answers"] != self.answers:
-            raise ATVError(f"{folder} is for other answers than these tasks have. Train it again.")
+            raise ATVError(f"{folder} was trained for other answers than these tasks have. Train it again.")
         read = Generator.load_saved(self.config.generator_config(), folder / GENERATOR_FOLDER)
         try:
             self.generator.encoder.load_state_dict(read.encoder.state_dict())
@@ -210,7 +210,7 @@ class EncoderModel(AdapterModel):
 
     @classmethod
     def from_pretrained(cls, llm: nn.Module, path: str | Path, *, tokenizer: Any = None) -> Self:
-        """Load what `save_pretrained` wrote, for the LLM that it was made for."""
+        """Load what `save_pretrained` wrote, for the same LLM."""
         folder = artifact.locate(path)
         saved = artifact.read(folder, Encoder.name)
         artifact.check_llm(saved, llm, folder)
@@ -222,7 +222,7 @@ class EncoderModel(AdapterModel):
 
 
 class Encoder(Method):
-    """Answers by itself: the LLM is not called."""
+    """Answers without calling the LLM."""
 
     name = "encoder"
     config_class: ClassVar[type[Checked] | None] = EncoderConfig
@@ -249,9 +249,9 @@ class Encoder(Method):
         force: bool = False,
         store: PrefixStore | None = None,
     ) -> Path:
-        """Train encoder and head together."""
+        """Train the encoder and the head together."""
         from atv.training import (
-            loop as training,  # the Trainer brings peft and bitsandbytes along: seconds that measuring saves
+            loop as training,  # here: the Trainer imports peft and bitsandbytes, seconds that evaluation need not wait
         )
 
         set_seed(train.seed)
@@ -262,18 +262,18 @@ class Encoder(Method):
     def load(
         cls, llm: nn.Module, tokenizer: Any, adapter: Path | None, *, shots: int | None = None, seed: int = 42
     ) -> Self:
-        """Load encoder and head."""
+        """Load the encoder and the head."""
         cls.wanted_shots(shots)
         method = cls(EncoderModel.from_pretrained(llm, cls.wanted_adapter(adapter), tokenizer=tokenizer))
         method.seed = seed
         return method
 
     def describe(self) -> dict[str, Any]:
-        """Its configuration and how it was trained."""
+        """The configuration and how the model was trained."""
         return {"config": self.model.config.to_dict(), "training": self.model.training_summary}
 
     def choose(self, task: Task, examples: Sequence[Example], render: Renderer) -> list[Choice]:
-        """Among the answers of a task that was trained on, else among all."""
+        """The best of the task's answers if it was trained on, else the best of all answers."""
         del render
         scores, answers = self.model.scores([example.input for example in examples]), self.model.all_answers
         if task.name in self.model.answers:

@@ -1,4 +1,4 @@
-"""ELICIT's library: the states of prompts with demonstrations, and the layer at which each of them helps most."""
+"""ELICIT's library: states of prompts with demonstrations, and the layer at which each state helps most."""
 
 import random
 from collections.abc import Sequence
@@ -21,31 +21,31 @@ from atv.methods.demonstrations import fitted
 from atv.steer import AddVectors, steer
 
 AT_ONCE = 100
-"""Prompts in one call that looks for the best layer."""
+"""Prompts per call in the search for the best layer."""
 SPLIT_NAMES = {"train": "training", "valid": "validation", "test": "test"}
 LAST = Positions.parse("last")
 READ_TOKENS = 1024
-"""Tokens in one call that takes states: those of all layers and tokens are held until it ends."""
+"""Tokens per call that collects states; all layers' states of all tokens are in memory until it ends."""
 
 
 class Exemplars(NamedTuple):
-    """What the library holds of one task."""
+    """One task's part of the library."""
 
     states: Tensor
-    """(exemplars, layers, hidden): what each decoder layer gives out at a prompt's last token."""
+    """(exemplars, layers, hidden): each decoder layer's output at a prompt's last token."""
     layers: Tensor
-    """(exemplars,) int64: the layer at which adding an exemplar's state answers most validation rows."""
+    """(exemplars,) int64: the layer at which adding the state gets the most validation rows right."""
     rows: Tensor
-    """(exemplars,) int64: the training row that each prompt asks."""
+    """(exemplars,) int64: the training row in each prompt's query."""
 
 
 def exemplar_prompts(
     llm: nn.Module, tokenizer: Any, task: Task, count: int, shots: int, seed: int
 ) -> list[tuple[int, Prompt]]:
-    """Prompts that ask `count` training rows, each behind `shots` others, and those rows' numbers.
+    """Prompts for `count` training rows, each after `shots` other rows as demonstrations, with the rows' indices.
 
-    Rows come again only if there are fewer than `count`; templates take turns. Demonstrations for which the LLM's
-    context has no room, or the task no rows, are left out.
+    Rows repeat only if there are fewer than `count`; templates alternate. There are fewer demonstrations if they exceed
+    the LLM's context or the task has too few rows.
     """
     draw = random.Random(f"{seed} {task.name}")
     rows = draw.sample(range(len(task.train)), len(task.train))
@@ -72,13 +72,13 @@ def check_length(llm: nn.Module, task: Task, split: str, ids: Sequence[int]) -> 
 
 @torch.no_grad()
 def last_states(llm: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], layer: int | None = None) -> Tensor:
-    """What decoder layers give out at the last token of encoded prompts: (prompts, layers, hidden), on the CPU.
+    """Outputs of decoder layers at the last token of encoded prompts: (prompts, layers, hidden), on the CPU.
 
     Args:
         llm: the frozen LLM.
         tokenizer: the LLM's.
-        prompts: token ids, none empty; prompts of about one length are read together.
-        layer: index of the only one wanted, where the pass then ends: (prompts, 1, hidden); None: all.
+        prompts: token ids, none empty. Prompts of similar length are batched.
+        layer: index of the only layer wanted, after which the forward pass stops: (prompts, 1, hidden). None: all.
     """
     layers = decoder_layers(llm)
     read: dict[tuple[int, ...], Tensor] = {}
@@ -95,7 +95,7 @@ def last_states(llm: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]]
 
 
 def in_turn(tokenizer: Any, task: Task, rows: Sequence[Example]) -> list[tuple[list[int], list[int]]]:
-    """Prompts and answers of rows as token ids, the ways to ask in training taking turns."""
+    """Prompts and answers of rows as token ids; the training variants alternate."""
     pairs, renderers = [], task.training_renderers()
     for number, row in enumerate(rows):
         render = renderers[number % len(renderers)]
@@ -114,24 +114,23 @@ def layer_scores(
     rows: int,
     at: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """How well validation rows are answered with a state added at one layer, for every state and layer.
+    """How well validation rows are answered with a state added at one layer, for each state and layer.
 
-    An answer is judged by its tokens up to where it differs from the task's other options: mostly the first. What
-    stands before the last token of a plain prompt depends on no state, and is read once for all of them.
+    An answer is judged by its tokens up to where it differs from the task's other options, usually the first.
+    Everything before the last token of a plain prompt is independent of the state and is read once for all states.
 
     Args:
         llm: the frozen LLM.
         tokenizer: the LLM's.
-        task: its first validation rows are asked, templates taking turns.
-        states: (exemplars, layers, hidden), added to every row; or one for each of the rows,
-            (exemplars, rows, layers, hidden).
-        scale: the strength.
-        rows: at most this many validation rows.
-        at: indices of the decoder layers that `states` are added at; None: all, in their order.
+        task: its first validation rows are used; templates alternate.
+        states: (exemplars, layers, hidden), added to every row; or one per row, (exemplars, rows, layers, hidden).
+        scale: strength of the addition.
+        rows: maximum number of validation rows.
+        at: indices of the decoder layers at which `states` are added. None: all, in order.
 
     Returns:
-        Share of right answers over the whole vocabulary and mean log-probability of the right tokens, both
-        (exemplars, layers) float32, on the CPU.
+        Accuracy over the whole vocabulary and mean log-probability of the right tokens, both (exemplars, layers)
+        float32 on the CPU.
     """
     told_apart, asked = training_options(tokenizer, task).judged, []
     some_rows = task.valid[:rows]
@@ -146,7 +145,7 @@ def layer_scores(
     read = _read_once(llm, inputs, targets.shape[1])
 
     def scores(layer: nn.Module, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """Of vectors (some, 1, hidden) or (some, rows, 1, hidden), each (some,)."""
+        """Scores (some,) for vectors (some, 1, hidden) or (some, rows, 1, hidden)."""
         made = vectors.flatten(0, -3)
         logits = steered_logits(
             llm,
@@ -174,13 +173,13 @@ def layer_scores(
 
 
 def _read_once(llm: nn.Module, inputs: dict[str, Tensor], keep: int) -> ReadPrefix:
-    """What gives the keys and values of all columns but the last `keep`, for any number of copies of the rows."""
+    """A function that returns cached keys and values of all but the last `keep` columns, for any number of copies."""
     before = [inputs[name][:, :-keep] for name in ("input_ids", "attention_mask", "position_ids")]
     rows, width = before[0].shape
     sides = full_sides(read_prefix(llm, *before), width) if width else None
 
     def read(llm: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor) -> Any:
-        if sides is None:  # a sliding window or a state: read again each time
+        if sides is None:  # a sliding window or recurrent state: read again each time
             return read_prefix(llm, ids, mask, positions)
         copies = (len(ids) // rows, 1, 1, 1)
         return as_cache((keys.repeat(copies), values.repeat(copies)) for keys, values in sides)
@@ -189,8 +188,8 @@ def _read_once(llm: nn.Module, inputs: dict[str, Tensor], keep: int) -> ReadPref
 
 
 def best_layers(right: Tensor, likely: Tensor) -> Tensor:
-    """The layer with the most right answers for each exemplar, of equal ones that with the likeliest: (exemplars,)."""
-    likely = likely.nan_to_num(nan=float("-inf"))  # a strength that overflows has no probabilities
+    """The layer with the most right answers for each exemplar, ties broken by log-probability: (exemplars,)."""
+    likely = likely.nan_to_num(nan=float("-inf"))  # too large a scale overflows to NaN
     return torch.tensor(
         [
             max(range(right.shape[1]), key=lambda layer: (right[row, layer].item(), likely[row, layer].item()))

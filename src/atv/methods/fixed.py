@@ -1,4 +1,4 @@
-"""Fixed: one learned vector per layer, the same for every query. The control that shows what `adaptive` is worth."""
+"""Fixed: one learned vector per layer, the same for every query. The control for the effect of adaptivity."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,34 +14,34 @@ from atv.model import ATVModel
 
 @dataclass
 class FixedConfig(ATVConfig):
-    """An ATV's configuration without a query: layers, positions and scale count."""
+    """An ATV configuration without a query: layers, positions and scale matter."""
 
     UNLISTED: ClassVar[tuple[str, ...]] = (
         *("generator", "generator_revision", "generator_layer", "train_generator", "pooling", "reads"),
         *("query_template", "expansion_rank", "parametrisation", "gate"),
     )
-    """What says nothing of a vector without a query: no options of the command line."""
+    """Fields that do not apply to a vector without a query; they are not command-line options."""
 
     generator: str = CONSTANT
-    """Reads nothing."""
+    """A constant: it reads nothing."""
     train_generator: bool = False
     """It has no weights."""
     gate: float = 0.0
     """The vector is the same everywhere."""
 
     def __post_init__(self) -> None:
-        """Refuse what would make it another method."""
+        """Raise ATVError for values that would make it another method."""
         super().__post_init__()
         expected = FixedConfig.__dataclass_fields__
         for name in ("generator", "train_generator", "gate", "expansion_rank", "parametrisation", "reads"):
             if getattr(self, name) != expected[name].default:
                 raise ATVError(
-                    f"{name} is {getattr(self, name)!r}; a fixed vector has nothing of a query's own: leave {name} out."
+                    f"{name} is {getattr(self, name)!r}; a fixed vector does not depend on the query: leave {name} out."
                 )
 
 
 class FixedModel(ATVModel):
-    """An ATV whose generator says nothing, so that the common vector is all that it has."""
+    """An ATV with a constant generator, so that only the common vector remains."""
 
     method = "fixed"
 
@@ -50,7 +50,7 @@ class FixedModel(ATVModel):
 
 
 class Fixed(ATVMethod):
-    """A trained fixed vector."""
+    """A trained fixed vector per layer."""
 
     name = "fixed"
     config_class = FixedConfig

@@ -1,4 +1,4 @@
-"""Full fine-tuning: every weight of a copy of the LLM is trained. The upper reference: what adapting it can cost."""
+"""Full fine-tuning: all weights of a copy of the LLM are trained. An upper bound on the cost of adapting it."""
 
 import copy
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from accelerate.utils import set_seed  # that of transformers imports peft, which takes seconds
+from accelerate.utils import set_seed  # transformers' own imports peft, which takes seconds
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -26,11 +26,11 @@ WEIGHTS_FILE = "model.safetensors"
 
 @dataclass
 class FullConfig(Checked):
-    """There is nothing to choose: all weights are trained."""
+    """No options: all weights are trained."""
 
 
 def copy_of(llm: nn.Module) -> nn.Module:
-    """A plain LLM with weights of its own; ATVError if there is no copying its weights."""
+    """A copy of a plain LLM with its own weights; ATVError if the weights cannot be copied."""
     if base_llm(llm) is not llm or hasattr(llm, "peft_config"):
         raise ATVError("The LLM has a PEFT adapter, and the method full trains all weights itself: give the plain LLM.")
     if quantization(llm) is not None:
@@ -48,26 +48,26 @@ def copy_of(llm: nn.Module) -> nn.Module:
 
 
 class FullModel(AdapterModel):
-    """A copy of the LLM whose weights are all trained, in float32: Adam's steps are smaller than bfloat16's rounding.
+    """A copy of the LLM with all weights trained, in float32 because Adam's steps are smaller than bfloat16's rounding.
 
-    With gradients and Adam's two means that is four times four bytes for every weight, beside the LLM itself. Where
-    the LLM has dropout, it is on in training.
+    With gradients and Adam's two moments this takes 4 x 4 bytes per weight, in addition to the LLM itself. If the LLM
+    has dropout, it is active in training.
     """
 
     def __init__(self, llm: nn.Module, tokenizer: Any = None) -> None:
         super().__init__(llm, tokenizer)
         dtype = torch.promote_types(next(llm.parameters()).dtype, torch.float32)
         unregistered(self, tuned=copy_of(llm).to(dtype).requires_grad_(True))
-        self.weights = nn.ParameterList(self.tuned.parameters())  # tied ones once, as safetensors wants them
+        self.weights = nn.ParameterList(self.tuned.parameters())  # tied weights once, as safetensors requires
 
     tuned: nn.Module
 
     def describe(self) -> dict[str, Any]:
-        """Its name: there is nothing else to choose."""
+        """Only the name: there are no options."""
         return {"method": Full.name}
 
     def train(self, mode: bool = True) -> Self:
-        """The copy's mode too; the frozen LLM stays in eval mode."""
+        """Set the copy's mode too; the frozen LLM stays in eval mode."""
         self.tuned.train(mode)
         return super().train(mode)
 
@@ -81,12 +81,12 @@ class FullModel(AdapterModel):
         edit_mask: Tensor,
         labels: Tensor,
     ) -> AnswerLoss:
-        """The loss of the answers, read by the copy; it reads whole prompts, and no query beside them."""
+        """The loss of the answers, read by the copy. It reads only the whole prompts; the query inputs are ignored."""
         del query_input_ids, query_attention_mask, edit_mask
         return plain_loss(self.tuned, input_ids, attention_mask, position_ids, labels)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write all weights, rounded to the LLM's dtype: that is how they are read."""
+        """Write all weights, rounded to the LLM's dtype, in which they are loaded."""
         dtype = next(self.llm.parameters()).dtype
 
         def write(part: Path) -> None:
@@ -96,7 +96,7 @@ class FullModel(AdapterModel):
         artifact.save(Path(path), Full.name, identity.describe_llm(self.llm), {}, self.training_summary, write)
 
     def load_weights(self, folder: Path) -> None:
-        """Take the weights of an adapter, as they were rounded."""
+        """Load the (rounded) weights of an adapter."""
         saved = artifact.read(folder, Full.name)
         artifact.check_llm(saved, self.llm, folder)
         load_weights(self.tuned, folder / WEIGHTS_FILE)
@@ -104,7 +104,7 @@ class FullModel(AdapterModel):
 
 
 def load_weights(llm: nn.Module, file: Path) -> None:
-    """Put the weights that `FullModel` saved into a copy of their LLM; names and shapes must fit exactly."""
+    """Load weights saved by `FullModel` into a copy of their LLM; names and shapes must match exactly."""
     own = dict(llm.named_parameters())
     given = artifact.load_tensors(file, own)
     with torch.no_grad():
@@ -119,7 +119,7 @@ class Full(Method):
     config_class: ClassVar[type[Checked] | None] = FullConfig
     train_defaults: ClassVar[dict[str, Any] | None] = {"learning_rate": 3e-5}
     search: ClassVar[dict[str, tuple[Any, ...]]] = {"learning_rate": (3e-5, 1e-5, 1e-4, 3e-4)}
-    edited_tokens = 0  # what prompts share is read by the copy as well
+    edited_tokens = 0  # the copy reads a shared prompt prefix too
 
     def __init__(self, llm: nn.Module, tokenizer: Any, training: dict[str, Any]) -> None:
         super().__init__(llm, tokenizer)
@@ -138,9 +138,9 @@ class Full(Method):
         force: bool = False,
         store: PrefixStore | None = None,
     ) -> Path:
-        """Train all weights of a copy. Every state depends on them: no prefix can be stored."""
+        """Train all weights of a copy. Every state depends on them, so no prefix can be cached."""
         from atv.training import (
-            loop as training,  # the Trainer brings peft and bitsandbytes along: seconds that measuring saves
+            loop as training,  # here: the Trainer imports peft and bitsandbytes, seconds that evaluation need not wait
         )
 
         del config
@@ -151,7 +151,7 @@ class Full(Method):
     def load(
         cls, llm: nn.Module, tokenizer: Any, adapter: Path | None, *, shots: int | None = None, seed: int = 42
     ) -> Self:
-        """A copy of the LLM, in its dtype, with the weights that `fit` wrote."""
+        """Load the weights that `fit` wrote into a copy of the LLM, in its dtype."""
         cls.wanted_shots(shots)
         folder = artifact.locate(cls.wanted_adapter(adapter))
         saved = artifact.read(folder, cls.name)

@@ -1,22 +1,23 @@
 """I2CL, implicit in-context learning (arXiv 2405.14660): demonstrations as activations instead of tokens.
 
-As its own paper has it, with layer l and a module, attention or MLP, whose output enters the residual stream:
+In its own paper, for layer l and a module (attention or MLP) whose output enters the residual stream:
 
 - Context vectors ("Context Vectorization"): c_l = the mean over a task's demonstrations of the module's output at the
-  demonstration's last token. Each demonstration, a prompt with its answer, is read alone.
-- Injection ("Context Injection"): at every token the module's output a becomes  beta_l * a + lambda_l * c_l. At the
-  start lambda is 0.1 and beta is 1.
-- Learning ("Noisy Self-calibration"): lambda and beta alone, two numbers per layer and module, by the loss of the
-  answers; in training, normal noise of 0.001 times its norm is added to what is injected at a token.
+  demonstration's last token. Each demonstration (a prompt with its answer) is read separately.
+- Injection ("Context Injection"): at every token the module's output a becomes beta_l * a + lambda_l * c_l. Initially
+  lambda is 0.1 and beta is 1.
+- Learning ("Noisy Self-calibration"): only lambda and beta are trained, two numbers per layer and module, with the loss
+  of the answers. In training, normal noise of 0.001 times its norm is added to the injected output at each token.
 
-As the ATV paper adapts it: lambda and beta are shared by all tasks, which keep context vectors of their own; a query of
-a task that was not trained on takes those of the task with the training query that is most similar to it (cosine).
-That paper does not say what embeds a query. Here it is the frozen LLM: the last layer's state at the last token of the
-bare query, compared with those of the demonstrations' queries. That call is part of such a query's seconds.
-(With SmolLM2-135M and 15 queries of each of the paper's 20 tasks, 88% of test queries are nearest to one of their own
-task; the mean of a query's input embeddings would be cheaper, and is right for 72% even with 90 queries per task.)
+As adapted by the ATV paper: lambda and beta are shared by all tasks, but each task has its own context vectors. A query
+of a task that was not trained on gets those of the task with the most similar training query (cosine). The paper does
+not say how queries are embedded. Here the frozen LLM does it: its last layer's state at the last token of the bare
+query is compared with those of the demonstrations' queries. This call counts toward the query's seconds. (With
+SmolLM2-135M and 15 queries of each of the paper's 20 tasks, 88% of test queries are nearest to a query of their own
+task. The mean of a query's input embeddings would be cheaper, but is right for only 72%, even with 90 queries per
+task.)
 
-The optimiser is the one that all methods here have, where I2CL's code has AdamW, a warm-up and a cosine.
+The optimiser is the same as for all methods here; I2CL's code uses AdamW with warm-up and a cosine schedule.
 """
 
 import random
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from accelerate.utils import set_seed  # that of transformers imports peft, which takes seconds
+from accelerate.utils import set_seed  # transformers' own imports peft, which takes seconds
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -57,21 +58,21 @@ from atv.training.batches import training_rows
 
 WEIGHTS_FILE = "i2cl.safetensors"
 READ_TOGETHER = 16
-"""Demonstrations or queries in one call of the LLM."""
+"""Demonstrations or queries per call of the LLM."""
 
 
 @dataclass
 class I2CLConfig(Checked):
-    """How context vectors are made and injected. The defaults are those of I2CL's code, the first one apart."""
+    """How context vectors are made and injected. The defaults are those of I2CL's code, except `demonstrations`."""
 
     demonstrations: int = 16
-    """Training rows of each task whose mean its context vectors are, as many as ICL shows (their code: 5 per class)."""
+    """Training rows per task, averaged into its context vectors: as many as ICL shows (I2CL's code: 5 per class)."""
     initial_context: float = 0.1
-    """lambda at the start: the share of a context vector."""
+    """Initial lambda: the weight of a context vector."""
     initial_module: float = 1.0
-    """beta at the start: the share of a module's own output."""
+    """Initial beta: the weight of a module's own output."""
     noise: float = 0.001
-    """Size of the noise in training, as a share of the norm of what it is added to."""
+    """Size of the noise in training, relative to the norm of what it is added to."""
 
     def __post_init__(self) -> None:
         """Raise ATVError for a value that is not allowed."""
@@ -84,7 +85,7 @@ class I2CLConfig(Checked):
 
 
 class I2CLModel(AdapterModel):
-    """Context vectors of several tasks, and the coefficients that all of them share.
+    """Context vectors of several tasks and the coefficients that they share.
 
     Args:
         llm: a Hugging Face causal LM, PEFT-wrapped or not, in any dtype.
@@ -93,11 +94,11 @@ class I2CLModel(AdapterModel):
     """
 
     contexts: Tensor
-    """(tasks, layers, 2, hidden) float32: of attention and of MLP."""
+    """(tasks, layers, 2, hidden) float32: for attention and MLP."""
     queries: Tensor
-    """(shown, hidden) float32: the states that queries of unknown tasks are compared with, of length 1."""
+    """(shown, hidden) float32: states with which queries of unknown tasks are compared, normalised to length 1."""
     owners: Tensor
-    """(shown,): the task of each."""
+    """(shown,): the task of each of these states."""
 
     def __init__(self, llm: nn.Module, config: I2CLConfig, tokenizer: Any = None) -> None:
         super().__init__(llm, tokenizer)
@@ -106,23 +107,23 @@ class I2CLModel(AdapterModel):
         unregistered(self, edited_modules=[module for pair in modules for module in pair])
         start = torch.tensor([config.initial_context, config.initial_module])
         self.coefficients = nn.Parameter(start.repeat(len(modules), 2, 1))
-        """(layers, 2, 2) float32: of attention and of MLP; lambda and beta."""
+        """(layers, 2, 2) float32: attention and MLP; lambda and beta."""
         self.tasks: list[str] = []
-        """Whose context vectors there are."""
+        """Names of the tasks with context vectors."""
         self.to(input_device(llm))
 
     edited_modules: list[nn.Module]
 
     def describe(self) -> dict[str, Any]:
-        """Its configuration."""
+        """The configuration."""
         return {"method": I2CL.name, **self.config.to_dict()}
 
     # ---- context vectors ----
 
     def read(self, tasks: Sequence[Task], seed: int) -> Self:
-        """Make the context vectors of tasks from the demonstrations that `seed` draws: those that ICL shows.
+        """Make the context vectors of tasks from demonstrations drawn with `seed`, the same as ICL shows.
 
-        Each of them is asked with the next of the task's templates, in turn, since the coefficients serve all of them.
+        The demonstrations alternate between the task's templates, since the coefficients serve all templates.
         """
         self.tasks = [task.name for task in tasks]
         contexts, queries = {}, {}
@@ -138,7 +139,7 @@ class I2CLModel(AdapterModel):
         return self.hold(contexts, queries)
 
     def hold(self, contexts: Mapping[str, Tensor], queries: Mapping[str, Tensor]) -> Self:
-        """Take ready context vectors (layers, 2, hidden) and states of queries (shown, hidden) of each task."""
+        """Set the given context vectors (layers, 2, hidden) and states of queries (shown, hidden) of each task."""
         self.tasks = list(contexts)
         shown = torch.tensor([len(queries[name]) for name in self.tasks])
         for name, value in (
@@ -146,7 +147,7 @@ class I2CLModel(AdapterModel):
             ("queries", torch.cat([queries[name] for name in self.tasks])),
             ("owners", torch.arange(len(shown)).repeat_interleave(shown)),
         ):
-            self.register_buffer(name, value.to(self.coefficients.device), persistent=False)  # not learned
+            self.register_buffer(name, value.to(self.coefficients.device), persistent=False)  # not trained
         return self
 
     @torch.no_grad()
@@ -169,7 +170,7 @@ class I2CLModel(AdapterModel):
 
     @torch.no_grad()
     def _states(self, queries: Sequence[str]) -> Tensor:
-        """What queries are compared by: (queries, hidden), each of length 1."""
+        """The states by which queries are compared: (queries, hidden), each of length 1."""
         states = []
         for start in range(0, len(queries), READ_TOGETHER):
             inputs = self.encode_prompts(queries[start : start + READ_TOGETHER])
@@ -179,7 +180,7 @@ class I2CLModel(AdapterModel):
         return nn.functional.normalize(torch.cat(states), dim=-1)
 
     def tasks_of(self, prompts: Sequence[Prompt]) -> Tensor:
-        """Whose context vectors prompts take, (prompts,): their task's, or where it has none the most similar."""
+        """The tasks whose context vectors prompts use, (prompts,): their own, or the most similar if it has none."""
         found = torch.tensor([self.tasks.index(p.task) if p.task in self.tasks else -1 for p in prompts])
         found = found.to(self.owners.device)
         if (found < 0).any():
@@ -190,11 +191,11 @@ class I2CLModel(AdapterModel):
     # ---- injection ----
 
     def edit(self, tasks: Tensor) -> "MixContext":
-        """What mixes the context vectors of `tasks`, (rows,), into what attention and MLP return at every token."""
+        """An edit that mixes the context vectors of `tasks`, (rows,), into attention and MLP outputs at every token."""
         return MixContext(self, tasks)
 
     def encode_query(self, query: str, task: str) -> list[int]:
-        """The number of its task."""
+        """The index of the task."""
         del query
         return [self.tasks.index(task)]
 
@@ -208,7 +209,7 @@ class I2CLModel(AdapterModel):
         edit_mask: Tensor,
         labels: Tensor,
     ) -> AnswerLoss:
-        """The loss of the answers, of which each token is injected into too; see `AdapterModel.forward`."""
+        """The loss of the answers, whose tokens are edited too; see `AdapterModel.forward`."""
         del query_attention_mask
         tasks = query_input_ids[:, 0].repeat_interleave(len(input_ids) // len(query_input_ids))  # (batch,)
         with steer(self.llm, self.edit(tasks), Known(edit_mask)):
@@ -217,7 +218,7 @@ class I2CLModel(AdapterModel):
     # ---- the artifact ----
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write coefficients, context vectors and states of queries to a folder, whole or not at all."""
+        """Write coefficients, context vectors and states of queries to a folder, atomically."""
         tensors = {"coefficients": self.coefficients.detach()}
         for index, name in enumerate(self.tasks):
             tensors[f"context/{name}"] = self.contexts[index]
@@ -231,7 +232,7 @@ class I2CLModel(AdapterModel):
         artifact.save(Path(path), I2CL.name, llm, self.config.to_dict(), self.training_summary, write)
 
     def load_weights(self, folder: Path) -> None:
-        """Take coefficients, context vectors and states of queries from an adapter."""
+        """Load coefficients, context vectors and states of queries of an adapter."""
         saved = artifact.read(folder, I2CL.name)
         artifact.check_llm(saved, self.llm, folder)
         try:
@@ -242,30 +243,30 @@ class I2CLModel(AdapterModel):
             self.hold(*({name: tensors[f"{kind}/{name}"] for name in names} for kind in ("context", "queries")))
         except (SafetensorError, RuntimeError, OSError, KeyError, IndexError, TypeError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise ATVError(f"{folder} is no adapter of I2CL that fits this LLM: {reason}. Train it again.") from error
+            raise ATVError(f"{folder} is not an I2CL adapter for this LLM: {reason}. Train it again.") from error
         self.training_summary = saved.training
 
     @classmethod
     def from_pretrained(cls, llm: nn.Module, path: str | Path, *, tokenizer: Any = None) -> Self:
-        """Load what `save_pretrained` wrote, onto the LLM that it was made for."""
+        """Load what `save_pretrained` wrote, onto the same LLM."""
         folder = artifact.locate(path)
         saved = artifact.read(folder, I2CL.name)
-        artifact.check_llm(saved, llm, folder)  # before modules are looked for in it
+        artifact.check_llm(saved, llm, folder)  # before its modules are looked up
         try:
             config = I2CLConfig.from_dict(saved.config)
         except TypeError as error:
-            raise ATVError(f"{folder} is no adapter of I2CL that fits this LLM: {error}. Train it again.") from error
+            raise ATVError(f"{folder} is not an I2CL adapter for this LLM: {error}. Train it again.") from error
         model = cls(llm, config, tokenizer)
         model.load_weights(folder)
         return model.eval()
 
 
 class MixContext:
-    """I2CL's `Edit`: at every token, `lambda * context + beta * own` for attention and MLP of each layer.
+    """I2CL's `Edit`: `lambda * context + beta * own` at every token, for attention and MLP of each layer.
 
     Args:
-        model: has context vectors and coefficients.
-        tasks: (rows,), whose context vectors each row takes.
+        model: the context vectors and coefficients.
+        tasks: (rows,), the task whose context vectors each row uses.
     """
 
     positions = Positions.parse("all")
@@ -275,8 +276,8 @@ class MixContext:
         self.sites = model.edited_modules
 
     def __call__(self, site: int, hidden: Tensor, span: Span) -> Tensor:
-        """What a module returns, (rows, seq, hidden), mixed; some LLMs flatten rows and tokens."""
-        del span  # all tokens: what happens at padding reaches none of them
+        """Mix the context into a module's output, (rows, seq, hidden); some LLMs flatten rows and tokens."""
+        del span  # all tokens, even padding, which is masked
         model, (layer, module) = self.model, divmod(site, 2)
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         own = hidden.reshape(len(self.tasks), -1, hidden.shape[-1]).to(dtype)
@@ -290,7 +291,7 @@ class MixContext:
 
 
 class I2CL(Method):
-    """The plain prompt, and a task's context vectors mixed into attention and MLP outputs inside the LLM."""
+    """The plain prompt, with a task's context vectors mixed into the LLM's attention and MLP outputs."""
 
     name = "i2cl"
     config_class = I2CLConfig
@@ -317,9 +318,9 @@ class I2CL(Method):
         force: bool = False,
         store: PrefixStore | None = None,
     ) -> Path:
-        """Make the context vectors, then train the coefficients. Every token changes: no prefix can be stored."""
+        """Make the context vectors, then train the coefficients. Every token changes, so no prefix can be cached."""
         from atv.training import (
-            loop as training,  # the Trainer brings peft and bitsandbytes along: seconds that measuring saves
+            loop as training,  # here: the Trainer imports peft and bitsandbytes, seconds that evaluation need not wait
         )
 
         set_seed(train.seed)
@@ -336,9 +337,9 @@ class I2CL(Method):
         return cls(I2CLModel.from_pretrained(llm, cls.wanted_adapter(adapter), tokenizer=tokenizer))
 
     def describe(self) -> dict[str, Any]:
-        """Its configuration and how it was trained."""
+        """The configuration and how the coefficients were trained."""
         return {"config": self.model.config.to_dict(), "training": self.model.training_summary}
 
     def edit(self, prompts: Sequence[Prompt]) -> MixContext:
-        """The context vectors of each prompt's task; for a task that was not trained on, those chosen by the query."""
+        """The context vectors of each prompt's task, or, if it was not trained on, of the task chosen by the query."""
         return self.model.edit(self.model.tasks_of(prompts))

@@ -8,23 +8,23 @@ from atv.methods.demonstrations import Demonstrated, fitted
 
 
 class ICL(Demonstrated):
-    """Demonstrations drawn by the run's seed and the task's name.
+    """Demonstrations drawn with the run's seed and the task's name.
 
-    All prompts of a task and renderer begin with the same demonstrations, whose keys and values are thus made once.
+    All prompts of a task and renderer begin with the same demonstrations, so their keys and values are computed once.
     """
 
     name = "icl"
 
     def demonstrations(self, task: Task, examples: Sequence[Example]) -> list[list[Example]]:
-        """The same ones for each of `examples`; all there are, where the task has fewer training rows than shots."""
+        """The same demonstrations for each of `examples`; all training rows if the task has fewer than `shots`."""
         draw = random.Random(f"{self.seed} {task.name}")
         drawn = draw.sample(task.train, min(self.shots, len(task.train)))
         return [drawn] * len(examples)
 
     def prompts(self, task: Task, examples: Sequence[Example], render: Renderer) -> list[Prompt]:
-        """Every query behind as many demonstrations as fit before the longest: else prompts would begin differently."""
+        """Each query after as many demonstrations as fit before the longest one, so that all prompts begin alike."""
         drawn = self.demonstrations(task, examples)[0]
-        longest = max(examples, key=lambda example: len(example.input))  # in characters: a guess, corrected below
+        longest = max(examples, key=lambda example: len(example.input))  # in characters: an estimate, corrected below
         kept = fitted(self.llm, self.tokenizer, task, drawn, longest, render).demonstrations
         while True:
             shown = drawn[len(drawn) - kept :]

@@ -7,22 +7,22 @@ from atv.methods.icl import ICL
 
 
 class ICLWithATV(ICL, ATVMethod):
-    """The prompts of ICL, read by an LLM that an ATV steers. The generator reads the query, no demonstration.
+    """ICL's prompts, read by an LLM that an ATV steers. The generator reads only the query, no demonstrations.
 
-    The adapter is an ATV's, trained without demonstrations; the generator `self` reads them with the prompt anyway.
-    What stands before the edited tokens depends on no vector: with positions `last` and `last:K` the demonstrations are
-    still read once for all queries.
+    The adapter is an ATV's, trained without demonstrations; the generator `self` reads them with the prompt anyway. The
+    prompt before the edited tokens is independent of the vectors, so with positions `last` and `last:K` the
+    demonstrations are still read once for all queries.
     """
 
     name = "icl+atv"
-    config_class = None  # nothing is trained for it
+    config_class = None  # it is not trained itself
     search: ClassVar[dict[str, tuple[Any, ...]]] = {}
 
     @classmethod
     def trained_as(cls) -> str:
-        """It takes an ATV's adapter."""
+        """It uses the adapter of `atv`."""
         return ATVMethod.name
 
     def describe(self) -> dict[str, Any]:
-        """What both of them say."""
+        """The descriptions of both methods."""
         return ATVMethod.describe(self) | ICL.describe(self)

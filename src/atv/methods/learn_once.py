@@ -1,4 +1,4 @@
-"""What is learnt without a training loop: recorded, resumed and started over as a training is."""
+"""Learning without a training loop: recorded, resumed and started over like a training."""
 
 import shutil
 import time
@@ -20,15 +20,15 @@ from atv.progress import log
 from atv.provenance import provenance
 
 BEST = "best"
-"""In place of a number: the one that does best on validation rows."""
+"""Instead of a number: the value that does best on validation rows."""
 TINY = 1e-12
-"""The smallest strength of a penalty."""
+"""The smallest penalty."""
 FEW = 100
-"""Validation rows with fewer than which a choice is told to be uncertain: one standard error is 5 points and more."""
+"""With fewer validation rows, a choice is reported as uncertain: one standard error is 5 points or more."""
 
 Learn = Callable[[Path, Path, Callable[..., None]], None]
-"""Given the folder of the adapter that it is to write, a folder for parts that an interruption shall not lose, and what
-records, whenever a part is done, the seconds so far and anything else."""
+"""Called with the adapter's folder to write, a folder for parts that must survive an interruption, and a function to
+call after each part, which records the seconds so far and its arguments."""
 
 
 def learn_once(
@@ -43,16 +43,16 @@ def learn_once(
     force: bool,
     together: bool = False,
 ) -> Path:
-    """Let `learn` write `out/adapter`, unless `out` holds it already; the record is `out/train.json`.
+    """Let `learn` write `out/adapter`, unless it is finished already; the record is `out/train.json`.
 
     Args:
         llm: the frozen LLM.
         tokenizer: the LLM's.
-        tasks: learnt from.
-        out: folder of this training.
-        config: of the method.
-        train: what else decides the result.
-        learn: called by the main process alone, for what is not worth sharing out.
+        tasks: the training tasks.
+        out: the folder of this training.
+        config: the method's configuration.
+        train: other settings that affect the result.
+        learn: called in the main process only, unless `together`.
         force: start over, even if `out` holds a training.
         together: call `learn` in every process.
 
@@ -60,7 +60,7 @@ def learn_once(
         ATVError: `out` holds another training.
     """
     from atv.training import (
-        loop as training,  # the Trainer brings peft and bitsandbytes along: seconds that measuring saves
+        loop as training,  # here: the Trainer imports peft and bitsandbytes, seconds that evaluation need not wait
     )
 
     note_shared(tokenizer, tasks)
@@ -70,7 +70,7 @@ def learn_once(
     if record is not None and record["finished"]:
         log.info(f"{out} holds this training already, finished; nothing to do (start over with --force).")
         return adapter
-    barrier()  # before the record is there for other processes to find
+    barrier()  # before other processes can find the record
     if record is None:
         record = dict[str, Any](finished=False, settings=settings, seconds=0.0) | provenance()
         if is_main():
@@ -97,7 +97,7 @@ def learn_once(
 
 
 def number_or_best(name: str, value: object, *, whole: bool = False) -> None:
-    """Raise ATVError unless a setting is `best` or a number: a positive one, or a whole one from 0."""
+    """Raise ATVError unless a setting is `best` or a number: positive or, if `whole`, a whole number from 0."""
     number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
     if value != BEST and not (number and (0 if whole else TINY) <= cast(float, value) < inf):
         expected = "a whole number from 0" if whole else f"a number from {TINY}"
@@ -113,12 +113,12 @@ def at_least_one(config: Checked, *names: str) -> None:
 
 
 def layers_to_try(layer: int | str, candidates: int, llm: nn.Module) -> list[int]:
-    """Indices of the decoder layers among which validation rows choose: the middles of equal parts of the depth.
+    """Indices of the candidate decoder layers: the middles of equal parts of the depth.
 
     Args:
-        layer: the only one, or `best`.
-        candidates: how many, if the LLM has as many.
-        llm: whose layers they are.
+        layer: the only candidate, or `best`.
+        candidates: how many, at most all layers of the LLM.
+        llm: the LLM.
     """
     count = len(decoder_layers(llm))
     if layer == BEST:
@@ -130,10 +130,10 @@ def layers_to_try(layer: int | str, candidates: int, llm: nn.Module) -> list[int
 
 
 def note_few(name: str, tasks: Sequence[Task], settings: int) -> None:
-    """Say that validation rows choose, where they are few."""
+    """Warn if settings are chosen on few validation rows."""
     rows = sum(len(task.valid) for task in tasks)
     if rows < FEW:
         log.warning(
             f"{name}: {rows} validation rows choose among {settings} settings, and one row is {100 / rows:.1f} points: "
-            "what is best may be chance. Give more (--valid-rows), or name the setting."
+            "the best setting may be chance. Use more rows (--valid-rows) or set the value."
         )

@@ -1,9 +1,9 @@
 """Learned task vector (arXiv 2509.24169): one trained vector, added at one decoder layer of the frozen LLM.
 
-As its paper has it: the vector is trained directly, by the loss of the answers, instead of being taken from states; it
-works at any layer, at the last token of the prompt or at several. Here one vector serves all tasks, as every method's
-adapter does, its optimiser and its start at zero are those of `fixed`, and the layer is the one of a few, evenly spread
-over the LLM's depth, whose vector answers most validation rows: one is trained at each.
+In its paper, the vector is trained directly with the loss of the answers instead of being taken from states; it works
+at any layer, at the last token of the prompt or at several. Here one vector serves all tasks, like every method's
+adapter. The optimiser and the initialisation at zero are those of `fixed`. A vector is trained at each of a few layers,
+evenly spread over the LLM's depth, and the one that gets the most validation rows right is kept.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,9 +28,9 @@ class LearnedTVConfig(Checked):
     """Where the vector is added."""
 
     layer: int | str = BEST
-    """Index of the decoder layer, or best: of `candidates` layers the best one on validation rows."""
+    """Index of the decoder layer, or best: the best of `candidates` layers on validation rows."""
     candidates: int = 4
-    """Layers that are tried, evenly spread over the LLM's depth."""
+    """Number of layers to try, evenly spread over the LLM's depth."""
     positions: str = "last"
     """Tokens that receive the vector: last, last:K (the paper has both last and last:5), answer or all."""
 
@@ -71,11 +71,11 @@ class LearnedTV(Fixed):
         force: bool = False,
         store: PrefixStore | None = None,
     ) -> Path:
-        """Train a vector at each layer that is to be tried, as `fixed` trains its vectors, and keep the best."""
+        """Train a vector at each candidate layer, as `fixed` does, and keep the best."""
         layers = layers_to_try(config.layer, config.candidates, llm)
         train_fixed = super().fit
         settings = train.to_dict()
-        del settings["gradient_accumulation_steps"]  # decides rounding alone
+        del settings["gradient_accumulation_steps"]  # affects only rounding
 
         def learn(folder: Path, parts: Path, keep: Callable[..., None]) -> None:
             shared = store or PrefixStore()
@@ -89,7 +89,7 @@ class LearnedTV(Fixed):
             best = max(scores, key=lambda layer: scores[layer])
             if len(layers) > 1:
                 note_few(cls.name, tasks, len(layers))
-                log.info(f"{cls.name}: layer {best} of {', '.join(map(str, layers))} answers most validation rows")
+                log.info(f"{cls.name}: layer {best} of {', '.join(map(str, layers))} has the best validation accuracy")
             if is_main():
                 model = cls.model_class.from_pretrained(parts / str(best) / "adapter", llm, tokenizer=tokenizer)
                 model.training_summary["layers"] = {
@@ -104,6 +104,6 @@ class LearnedTV(Fixed):
 
 
 def validation(record: dict[str, Any]) -> tuple[float, float]:
-    """Accuracy and negative loss on validation rows of the epoch that a training has kept."""
+    """Accuracy and negative loss on validation rows, at the epoch that a training kept."""
     kept = [entry for entry in record["history"] if "eval_loss" in entry and entry["step"] == record["best_step"]]
     return kept[0]["eval_accuracy"], -kept[0]["eval_loss"]

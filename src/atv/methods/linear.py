@@ -1,17 +1,17 @@
 """Linear task vector (arXiv 2605.20730): the effect of demonstrations as a linear function of the LLM's own state.
 
-Of the paper only the abstract is followed: a closed-form linear map, found by regression, estimates what demonstrations
-do to a hidden state, and stands in for them in use. Everything else is decided here:
+Only the paper's abstract is followed: a closed-form linear map, found by regression, estimates the effect of
+demonstrations on a hidden state and replaces them at inference. Everything else is this implementation's choice:
 
-- State: what one decoder layer gives out at the prompt's last token, h without demonstrations and h' with them
-  (`shots` other training rows before the query, templates taking turns, the same one in both prompts).
+- State: one decoder layer's output at the prompt's last token, h without and h' with demonstrations (`shots` other
+  training rows before the query; templates alternate, with the same one in both prompts).
 - Map: ridge regression of the effect h' - h on h over a task's training rows, both centred, so that a strong ridge
-  leaves the mean effect, the usual task vector:  e(h) = mean(h' - h) + (h - mean(h)) B.  The penalty is `ridge` times
-  the mean eigenvalue of the rows' Gram matrix: one scale of it fits every layer and LLM.
-- Use: at that layer and token  h + scale * e(h),  from the state in the very pass that is steered.
-- Each task that is trained on has a map of its own; a query of any other task takes one of all training rows.
-- Layer and ridge, the same for all tasks, are those with which most validation rows are answered, tasks counting alike;
-  of equal ones those that make the right tokens likeliest.
+  leaves the mean effect, the usual task vector: e(h) = mean(h' - h) + (h - mean(h)) B. The penalty is `ridge` times the
+  mean eigenvalue of the rows' Gram matrix, so the same values suit every layer and LLM.
+- Inference: h + scale * e(h) at that layer and token, with h from the steered forward pass itself.
+- Each training task has its own map; queries of other tasks use a map of all training rows.
+- Layer and ridge, the same for all tasks, are those with the highest validation accuracy (mean over tasks); ties go to
+  the highest log-probability of the right tokens.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -39,78 +39,78 @@ from atv.steer import add_from, at_ends
 
 WEIGHTS_FILE = "linear.safetensors"
 RIDGES = (100.0, 10.0, 1.0, 0.1)
-"""The strongest first."""
+"""Strongest first."""
 ALL = ""
-"""Stands for the map of all training rows; no task has this name."""
+"""Name of the map of all training rows; no task has this name."""
 
 
 @dataclass
 class LinearConfig(Checked):
-    """What the map is fitted to, and where its effect is added."""
+    """What the map is fitted to and where its effect is added."""
 
     shots: int = 16
-    """Demonstrations whose effect is estimated."""
+    """Number of demonstrations whose effect is estimated."""
     layer: int | str = BEST
-    """Index of the decoder layer, or best: of `candidates` layers the best one on validation rows."""
+    """Index of the decoder layer, or best: the best of `candidates` layers on validation rows."""
     candidates: int = 8
-    """Layers that are tried, evenly spread over the LLM's depth."""
+    """Number of layers to try, evenly spread over the LLM's depth."""
     ridge: float | str = BEST
-    """Penalty in units of the rows' mean eigenvalue, or best: chosen on validation rows among 100, 10, 1 and 0.1."""
+    """Penalty in units of the rows' mean eigenvalue, or best: the best of 100, 10, 1 and 0.1 on validation rows."""
     scale: float = 1.0
-    """Strength of the addition; 1 replaces the state by the estimated one."""
+    """Strength of the addition; 1 replaces the state with the estimate."""
 
     def __post_init__(self) -> None:
         """Raise ATVError for a value that is not allowed."""
         at_least_one(self, "shots", "candidates")
         number_or_best("layer", self.layer, whole=True)
         number_or_best("ridge", self.ridge)
-        ATVConfig(scale=self.scale)  # refuses what is no finite number
+        ATVConfig(scale=self.scale)  # raises unless it is a finite number
 
 
 class Ridge(NamedTuple):
-    """A linear map in terms of the rows that it was fitted to; all tensors float32."""
+    """A linear map, represented by the rows that it was fitted to; all tensors float32."""
 
     mean: Tensor
-    """(hidden,), of the rows' states."""
+    """(hidden,), the rows' mean state."""
     effect: Tensor
-    """(hidden,), their mean effect."""
+    """(hidden,), the rows' mean effect."""
     rows: Tensor
-    """(rows, hidden), their centred states."""
+    """(rows, hidden), the rows' centred states."""
     weights: Tensor
     """(rows, hidden)"""
 
     def effects(self, states: Tensor) -> Tensor:
-        """States (..., hidden) to the effects that demonstrations would have, (..., hidden)."""
+        """The estimated effects of demonstrations, (..., hidden), on states (..., hidden)."""
         return self.effect + (states - self.mean) @ self.rows.T @ self.weights
 
     def to(self, device: torch.device) -> "Ridge":
-        """The same on another device."""
+        """The same map on another device."""
         return Ridge(*(tensor.to(device) for tensor in self))
 
 
 def fit(states: Tensor, effects: Tensor, ridge: float) -> Ridge:
-    """Minimise the squared error of the centred effects + ridge * mean eigenvalue * squared weights of the map.
+    """Minimise the squared error of the centred effects + ridge * mean eigenvalue * the map's squared weights.
 
     Args:
         states: (rows, hidden), without demonstrations.
-        effects: (rows, hidden), what demonstrations add to them.
-        ridge: the strength.
+        effects: (rows, hidden), what demonstrations add to the states.
+        ridge: the penalty.
     """
     mean, effect = states.double().mean(0), effects.double().mean(0)
     rows = states.double() - mean
     gram = rows @ rows.T  # (rows, rows)
     penalty = ridge * gram.trace() / len(rows)
-    penalty = torch.where(penalty > 0, penalty, 1.0)  # all rows alike: nothing to fit
+    penalty = torch.where(penalty > 0, penalty, 1.0)  # all rows are equal: nothing to fit
     weights = torch.linalg.solve(gram + penalty * torch.eye(len(rows), dtype=gram.dtype), effects.double() - effect)
     return Ridge(*(tensor.float() for tensor in (mean, effect, rows, weights)))
 
 
 class Linear(Method):
-    """The plain prompt, and the estimated effect of demonstrations added at one layer to its last token's state."""
+    """The plain prompt, with the estimated effect of demonstrations added to its last token's state at one layer."""
 
     name = "linear"
     config_class = LinearConfig
-    train_defaults = None  # learnt without a training loop
+    train_defaults = None  # learned without a training loop
     search: ClassVar[dict[str, tuple[Any, ...]]] = {"scale": (1.0, 0.5, 1.5), "shots": (16, 4)}
     edited_tokens = 1
 
@@ -135,7 +135,7 @@ class Linear(Method):
         force: bool = False,
         store: PrefixStore | None = None,
     ) -> Path:
-        """Read all training rows without and with demonstrations, which `train.seed` draws, and fit the maps."""
+        """Read all training rows without and with demonstrations (drawn with `train.seed`) and fit the maps."""
         del store
         layers = layers_to_try(config.layer, config.candidates, llm)
         ridges = RIDGES if config.ridge == BEST else (float(config.ridge),)
@@ -180,7 +180,7 @@ class Linear(Method):
     def load(
         cls, llm: nn.Module, tokenizer: Any, adapter: Path | None, *, shots: int | None = None, seed: int = 42
     ) -> Self:
-        """Load the maps onto the LLM."""
+        """Load the maps for the LLM."""
         cls.wanted_shots(shots)
         folder = artifact.locate(cls.wanted_adapter(adapter))
         saved = artifact.read(folder, cls.name)
@@ -193,29 +193,29 @@ class Linear(Method):
         return method
 
     def describe(self) -> dict[str, Any]:
-        """Its configuration, and what validation rows have chosen."""
+        """The configuration and the choices made on validation rows."""
         return {"config": self.config.to_dict(), "training": self.training}
 
     def edit(self, prompts: Sequence[Prompt]) -> "AddEffect":
-        """The map of each prompt's task; for a task that was not trained on that of all training rows."""
+        """The map of each prompt's task, or the map of all training rows if the task was not trained on."""
         maps = [self.maps.get(prompt.task, self.maps[ALL]) for prompt in prompts]
         return AddEffect([self.layer], maps, self.config.scale)
 
 
 @dataclass
 class AddEffect:
-    """Adds what demonstrations would change, told from the prompt's own state at the layer. An `Edit`."""
+    """An `Edit` that adds the effect of demonstrations, estimated from the prompt's own state at the layer."""
 
     sites: Sequence[nn.Module]
     maps: Sequence[Ridge]
-    """Of each prompt, which may have several rows, one prompt after the other."""
+    """One map per prompt. A prompt may have several rows, which are consecutive."""
     scale: float
     positions: Positions = field(default_factory=lambda: Positions.parse("last"))
 
     def __call__(self, site: int, hidden: Tensor, span: Span) -> Tensor:
-        """Hidden states (rows, seq, hidden), edited at each prompt's last token."""
+        """Edit hidden states (rows, seq, hidden) at each prompt's last token."""
         del site
-        assert span.ends is not None  # a call that edits a prompt's last token holds it
+        assert span.ends is not None  # a call that edits a prompt's last token contains it
         states = at_ends(hidden, span.ends).to(self.maps[0].mean)  # (rows, hidden)
         of_prompts = states.unflatten(0, (len(self.maps), -1))  # (prompts, rows of each, hidden)
         effects = torch.empty_like(of_prompts)
@@ -228,9 +228,9 @@ class AddEffect:
 def _read(
     llm: nn.Module, tokenizer: Any, task: Task, layers: Sequence[int], shots: int, seed: int, parts: Path
 ) -> tuple[Tensor, Tensor]:
-    """States of training rows without demonstrations and the demonstrations' effect, (rows, layers, hidden) each.
+    """States of training rows without demonstrations, and the effects of demonstrations, both (rows, layers, hidden).
 
-    From the task's file, if an interrupted training has left it.
+    Read from the task's file if an interrupted training wrote it.
     """
     file = parts / f"{task.name}.safetensors"
     if not file.exists():
@@ -255,7 +255,7 @@ def _scores(
     ridges: Sequence[float],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """How well validation rows are answered, for each ridge and layer: as `layer_scores` says."""
+    """How well validation rows are answered, for each ridge and layer; see `layer_scores`."""
     prompts = [prompt for prompt, _ in in_turn(tokenizer, task, task.valid)]
     for ids in prompts:
         check_length(llm, task, "valid", ids)

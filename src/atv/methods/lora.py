@@ -1,4 +1,4 @@
-"""LoRA: a product of two thin matrices, learned, is added to each query and value projection (through PEFT)."""
+"""LoRA: a learned product of two thin matrices is added to each query and value projection (with PEFT)."""
 
 import re
 from collections.abc import Iterator
@@ -16,16 +16,16 @@ from atv.methods.peft_model import Adapted, PEFTMethod
 
 @dataclass
 class LoRAConfig(Checked):
-    """The shape of a LoRA adapter. The defaults are the paper's (section 3 of its text)."""
+    """The configuration of a LoRA adapter. The defaults are the paper's (section 3)."""
 
     rank: int = 8
-    """Width between the two matrices."""
+    """Inner dimension of the two matrices."""
     alpha: int = 32
-    """Their product is added alpha / rank times."""
+    """Their product is multiplied by alpha / rank."""
     dropout: float = 0.05
-    """Share of a projection's inputs that the adapter does not see in training."""
+    """Share of a projection's inputs hidden from the adapter in training."""
     targets: list[str] | None = None
-    """Names of the adapted modules; none: the query and value projections, where PEFT knows the LLM's architecture."""
+    """Names of the adapted modules; none: the query and value projections, if PEFT knows the LLM's architecture."""
 
     def __post_init__(self) -> None:
         """Raise ATVError for a value that is not allowed."""
@@ -40,9 +40,9 @@ class LoRAConfig(Checked):
 
 
 def query_and_value(llm: nn.Module) -> list[str] | str:
-    """The names of an LLM's query and value projections, as PEFT knows them: two, or the one that holds both.
+    """The names of an LLM's query and value projections according to PEFT: two, or one fused projection.
 
-    A fused projection makes the keys too, which are then adapted with the others.
+    A fused projection also makes the keys, which are then adapted too.
     """
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
 
@@ -61,7 +61,7 @@ def query_and_value(llm: nn.Module) -> list[str] | str:
 
 
 class AdaptedByLoRA(Adapted):
-    """The LLM; while it is called, a layer of PEFT stands in the place of each target module, and holds it."""
+    """The LLM. While it is called, each target module is wrapped in a PEFT layer."""
 
     def __init__(self, llm: nn.Module, config: Any) -> None:
         from peft.tuners.lora import LoraLayer
@@ -77,7 +77,7 @@ class AdaptedByLoRA(Adapted):
 
     @contextmanager
     def inserted(self) -> Iterator[None]:
-        """PEFT's layers stand in the LLM while the context lasts."""
+        """Insert PEFT's layers into the LLM for the duration of the context."""
         try:
             for parent, name, layer in self._places:
                 setattr(parent, name, layer)
@@ -87,13 +87,13 @@ class AdaptedByLoRA(Adapted):
                 setattr(parent, name, layer.base_layer)
 
     def learned(self) -> nn.Module:
-        """The two matrices of each place, and the dropout before them."""
+        """The two matrices of each target module and the dropout before them."""
         return nn.ModuleList(
             nn.ModuleList([layer.lora_dropout, layer.lora_A, layer.lora_B]) for _, _, layer in self._places
         )
 
     def forward(self, **inputs: Any) -> Any:
-        """As the LLM's."""
+        """Call the LLM with the adapter inserted."""
         with self.inserted():
             return self.peft(**inputs)
 
@@ -108,7 +108,7 @@ class LoRA(PEFTMethod):
 
     @classmethod
     def adapt(cls, llm: nn.Module, config: LoRAConfig) -> Adapted:
-        """New matrices, whose product is 0 before training."""
+        """New matrices, whose product is initially 0."""
         from peft import LoraConfig
 
         made = LoraConfig(
@@ -120,5 +120,5 @@ class LoRA(PEFTMethod):
         )
         try:
             return AdaptedByLoRA(llm, made)
-        except ValueError as error:  # no such module, or one of a kind that PEFT cannot adapt
+        except ValueError as error:  # no such module, or a type that PEFT cannot adapt
             raise ATVError(f"PEFT refuses these targets: {' '.join(str(error).split())[:300]}") from error

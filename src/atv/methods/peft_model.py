@@ -1,4 +1,4 @@
-"""What LoRA and prefix-tuning share: an adapter of the library PEFT around the frozen LLM, trained, saved, loaded."""
+"""Shared by LoRA and prefix-tuning: training, saving and loading a PEFT adapter around the frozen LLM."""
 
 import warnings
 from abc import ABC, abstractmethod
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from accelerate.utils import set_seed  # that of transformers imports peft, which takes seconds
+from accelerate.utils import set_seed  # transformers' own imports peft, which takes seconds
 from huggingface_hub import ModelCard
 from torch import Tensor, nn
 
@@ -23,18 +23,18 @@ from atv.lm.quiet import quiet_libraries
 from atv.methods.base import Method
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-"""PEFT's own name, so that PEFT reads the folder too."""
+"""PEFT's own file name, so that PEFT can read the folder too."""
 
 
 class Adapted(nn.Module, ABC):
-    """The frozen LLM read through a PEFT adapter; who calls the LLM itself finds it as it was.
+    """The frozen LLM with a PEFT adapter. Calls of the LLM itself are not affected.
 
-    Several methods share one LLM in a process, and PEFT changes the LLM that it is given: here an adapter is in it for
-    the time of a call.
+    Several methods share one LLM in a process, but PEFT modifies the LLM that it is given. Here the adapter is inserted
+    only for the duration of a call.
 
     Args:
         llm: the plain LLM.
-        config: PEFT's.
+        config: PEFT's configuration.
     """
 
     def __init__(self, llm: nn.Module, config: Any) -> None:
@@ -42,28 +42,28 @@ class Adapted(nn.Module, ABC):
         import peft
 
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "fan_in_fan_out")  # PEFT corrects its own default, and says so
+            warnings.filterwarnings("ignore", "fan_in_fan_out")  # PEFT warns when it corrects its own default
             warnings.filterwarnings("ignore", category=FutureWarning)  # between PEFT and transformers
             self.peft: Any = peft.get_peft_model(llm, config)
         self.config = llm.config
 
     def get_base_model(self) -> nn.Module:
-        """The LLM, as of any PEFT model."""
+        """The LLM, as for any PEFT model."""
         llm: nn.Module = self.peft.get_base_model()
         return llm
 
     @contextmanager
     def inserted(self) -> Iterator[None]:
-        """PEFT finds the adapter where it expects it while the context lasts."""
+        """Put the adapter where PEFT expects it for the duration of the context."""
         yield
 
     @abstractmethod
     def learned(self) -> nn.Module:
-        """What is trained, and nothing else."""
+        """The module with only the trained parameters."""
 
     @abstractmethod
     def forward(self, **inputs: Any) -> Any:
-        """As the LLM's, named arguments alone."""
+        """Call the LLM with the adapter; keyword arguments only."""
 
 
 class PEFTModel(AdapterModel):
@@ -72,8 +72,8 @@ class PEFTModel(AdapterModel):
     Args:
         llm: the plain LLM.
         tokenizer: the LLM's.
-        method: puts the adapter around the LLM.
-        config: the method's.
+        method: the class that makes the adapter.
+        config: the method's configuration.
     """
 
     adapted: Adapted
@@ -104,22 +104,22 @@ class PEFTModel(AdapterModel):
         edit_mask: Tensor,
         labels: Tensor,
     ) -> AnswerLoss:
-        """The loss of the answers; the adapter reads whole prompts, and no query beside them."""
+        """The loss of the answers. Only the whole prompts are read; the query inputs are ignored."""
         del query_input_ids, query_attention_mask, edit_mask
         return plain_loss(self.adapted, input_ids, attention_mask, position_ids, labels)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write a folder that `load` reads, and PEFT's `PeftModel.from_pretrained` too."""
+        """Write a folder that `load` and PEFT's `PeftModel.from_pretrained` can read."""
 
         def write(part: Path) -> None:
-            with self.adapted.inserted():  # "auto" would ask the hub for the LLM
+            with self.adapted.inserted():  # "auto" would query the hub about the LLM
                 self.adapted.peft.save_pretrained(part, safe_serialization=True, save_embedding_layers=False)
             _hide_local_path(part / artifact.CARD_FILE, str(self._about_llm["name"]))
 
         artifact.save(Path(path), self.method, self._about_llm, self.config.to_dict(), self.training_summary, write)
 
     def load_weights(self, folder: Path) -> None:
-        """Load an adapter's weights; names and shapes must fit exactly."""
+        """Load an adapter's weights; names and shapes must match exactly."""
         from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
         saved = artifact.read(folder, self.method)
@@ -132,22 +132,22 @@ class PEFTModel(AdapterModel):
 
 
 def _hide_local_path(card: Path, name: str) -> None:
-    """PEFT's card names the LLM as it was loaded: of a folder only the last part is for others to read."""
+    """PEFT's model card contains the path from which the LLM was loaded: keep only the folder's own name."""
     public = identity.public_name(name)
     if public == name:
         return
     written = ModelCard.load(card)
-    written.data.base_model = None  # no repository of the hub
+    written.data.base_model = None  # not a repository on the hub
     written.data.tags = [tag for tag in written.data.tags or [] if name not in tag]
     written.text = written.text.replace(name, public)
     written.save(card)
 
 
 class PEFTMethod(Method):
-    """The plain prompt, read through a trained PEFT adapter."""
+    """The plain prompt, read by the LLM with a trained PEFT adapter."""
 
     config_class: ClassVar[type[Checked]]
-    edited_tokens = 0  # what prompts share is read through the adapter as well: `llm` is the LLM with it
+    edited_tokens = 0  # a shared prompt prefix is read with the adapter too: `llm` includes it
 
     def __init__(self, model: PEFTModel) -> None:
         super().__init__(model.eval().adapted.eval(), model.tokenizer)
@@ -173,7 +173,7 @@ class PEFTMethod(Method):
     ) -> Path:
         """Train the adapter, in float32, around the frozen LLM."""
         from atv.training import (
-            loop as training,  # the Trainer brings peft and bitsandbytes along: seconds that measuring saves
+            loop as training,  # here: the Trainer imports peft and bitsandbytes, seconds that evaluation need not wait
         )
 
         set_seed(train.seed)
@@ -199,5 +199,5 @@ class PEFTMethod(Method):
         return method
 
     def describe(self) -> dict[str, Any]:
-        """Its configuration and how it was trained."""
+        """The configuration and how the adapter was trained."""
         return {"config": self.model.config.to_dict(), "training": self.model.training_summary}

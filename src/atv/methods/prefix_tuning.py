@@ -1,4 +1,4 @@
-"""Prefix-tuning: learned keys and values stand before every prompt, in every layer (through PEFT)."""
+"""Prefix-tuning: learned keys and values before every prompt, in every layer (with PEFT)."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,10 +15,10 @@ from atv.methods.peft_model import Adapted, PEFTMethod
 
 @dataclass
 class PrefixConfig(Checked):
-    """The shape of a learned prefix. The default is PEFT's usual one."""
+    """The configuration of a learned prefix. The default is the usual value for PEFT."""
 
     virtual_tokens: int = 20
-    """How many keys and values each layer gets."""
+    """Number of learned keys and values per layer."""
 
     def __post_init__(self) -> None:
         """Raise ATVError for a value that is not allowed."""
@@ -27,10 +27,10 @@ class PrefixConfig(Checked):
 
 
 class AdaptedByPrefix(Adapted):
-    """The LLM behind learned keys and values.
+    """The LLM with learned keys and values before the prompt.
 
-    PEFT's own forward drops `position_ids`, so that a row's answer would depend on its padding. Here the columns are:
-    virtual tokens, padding, prompt; the padding is masked, and positions count on from the virtual tokens.
+    PEFT's own forward drops `position_ids`, so a row's answer would depend on its padding. Here the columns are virtual
+    tokens, padding, prompt. The padding is masked, and positions continue after the virtual tokens.
     """
 
     def learned(self) -> nn.Module:
@@ -39,7 +39,7 @@ class AdaptedByPrefix(Adapted):
         return encoders
 
     def forward(self, **inputs: Any) -> Any:
-        """As the LLM's. Caches that are given and returned are without the virtual tokens."""
+        """Call the LLM. Caches passed in and returned do not contain the virtual tokens."""
         llm, mask = self.get_base_model(), inputs["attention_mask"]  # (batch, seq)
         past = self.peft.get_prompt(len(mask))
         tokens = past.get_seq_length()
@@ -60,7 +60,7 @@ class AdaptedByPrefix(Adapted):
         return output
 
     def _one_by_one(self, inputs: dict[str, Any]) -> Any:
-        """Each row without the padding on its left, for an LLM that would count it."""
+        """Run each row without its left padding, for LLMs that would count the padding as tokens."""
         outputs = []
         for row, mask in enumerate(inputs["attention_mask"]):
             own = slice(int(mask.argmax()), None)
@@ -91,7 +91,7 @@ class PrefixTuning(PEFTMethod):
 
     @classmethod
     def adapt(cls, llm: nn.Module, config: PrefixConfig) -> Adapted:
-        """New keys and values, drawn at random."""
+        """New keys and values with random initialisation."""
         from peft import PrefixTuningConfig
 
         return AdaptedByPrefix(llm, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=config.virtual_tokens))

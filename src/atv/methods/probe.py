@@ -1,12 +1,12 @@
-"""Probe: logistic regression on a frozen state of the query. What can be told from it without any steering?
+"""Probe: logistic regression on a frozen state of the query. How much does the state reveal without any steering?
 
-The state is that of a generator, which reads the query as it is (mean pooling), or the frozen LLM's own: what one
-decoder layer gives out at the last token of the prompt (the task's first template, whatever is asked).
+The state is a generator's, which reads the bare query (mean pooling), or the frozen LLM's own: one decoder layer's
+output at the last token of the prompt (always in the task's first template).
 
-Each task that is trained on has a classifier of its own over its training answers; a query of any other task is
-answered by one over all of them. States are standardised with the training rows' mean and deviation. The penalty, the
-same for all tasks, and the layer are those that answer most validation rows, tasks counting alike; of equal ones the
-strongest penalty, then the lowest layer. The classifier over all answers has a penalty of its own, chosen likewise.
+Each training task has its own classifier over its training answers; queries of other tasks use one over all answers.
+States are standardised with the training rows' mean and deviation. The penalty and the layer, the same for all tasks,
+are those with the highest validation accuracy (mean over tasks); ties go to the strongest penalty, then the lowest
+layer. The classifier over all answers has its own penalty, chosen in the same way.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -36,24 +36,24 @@ from atv.progress import bar
 WEIGHTS_FILE = "probe.safetensors"
 SOURCES = ("generator", "llm")
 PENALTIES = (1000.0, 100.0, 10.0, 1.0, 0.1)
-"""The strongest first."""
+"""Strongest first."""
 ALL = ""
-"""Stands for the classifier over the answers of all tasks; no task has this name."""
+"""Name of the classifier over the answers of all tasks; no task has this name."""
 
 
 @dataclass
 class ProbeConfig(Checked):
-    """What is read, and how the classifiers are regularised."""
+    """What is read and how the classifiers are regularised."""
 
     source: str = "generator"
-    """Whose state: generator, which reads the query; or llm, the frozen LLM's own at the prompt's last token."""
+    """Source of the state: generator, which reads the query; or llm, the frozen LLM at the prompt's last token."""
     generator: str = EMBEDDED_GENERATOR
     """Hugging Face id or folder of the frozen encoder that reads the query, with mean pooling."""
     layer: int | str = BEST
-    """Of the source llm: index of the decoder layer, or best: chosen on validation rows."""
+    """For the source llm: index of the decoder layer, or best: chosen on validation rows."""
     penalty: float | str = BEST
-    """Of half the squared weights, beside the summed loss (1 / C of scikit-learn); or best: chosen on validation rows
-    among 1000, 100, 10, 1 and 0.1."""
+    """Weight of half the squared weights, added to the summed loss (scikit-learn's 1 / C); or best: the best of 1000,
+    100, 10, 1 and 0.1 on validation rows."""
 
     def __post_init__(self) -> None:
         """Raise ATVError for a value that is not allowed."""
@@ -67,7 +67,7 @@ class ProbeConfig(Checked):
 
 
 class Classifier(NamedTuple):
-    """A linear classifier of standardised states; all tensors float32."""
+    """A linear classifier on standardised states; all tensors float32."""
 
     mean: Tensor
     """(state,)"""
@@ -79,19 +79,19 @@ class Classifier(NamedTuple):
     """(answers,)"""
 
     def scores(self, states: Tensor) -> Tensor:
-        """(rows, state) to (rows, answers)."""
+        """Scores (rows, answers) for states (rows, state)."""
         return (states - self.mean) / self.deviation @ self.weight.T + self.bias
 
 
 class Labelled(NamedTuple):
-    """What a classifier learns from, or is judged by."""
+    """Rows that a classifier is trained or evaluated on."""
 
     states: Tensor
-    """(rows, layers, state), or (rows, state) float32 of one layer."""
+    """(rows, layers, state), or (rows, state) float32 for one layer."""
     answers: list[str]
 
     def at(self, layer: int) -> "Labelled":
-        """The same with the states of one layer alone."""
+        """The same rows with the states of one layer."""
         return Labelled(self.states[:, layer].float(), self.answers)
 
 
@@ -101,7 +101,7 @@ def joint(parts: Sequence[Labelled]) -> Labelled:
 
 
 def fit(rows: Labelled, penalty: float) -> tuple[list[str], Classifier]:
-    """The answers of rows, sorted, and a classifier over them."""
+    """The sorted answers of rows and a classifier over them."""
     answers = sorted(set(rows.answers))
     mean, deviation = rows.states.mean(0), rows.states.std(0, correction=0)
     deviation = torch.where(deviation > 0, deviation, 1.0)
@@ -126,7 +126,7 @@ def best_penalty(pairs: Sequence[tuple[Labelled, Labelled]], penalties: Sequence
 def best_layer(
     train: Sequence[Labelled], valid: Sequence[Labelled], penalties: Sequence[float]
 ) -> tuple[int, tuple[float, float]]:
-    """The layer with the highest accuracy at its best penalty, and what `best_penalty` says of it."""
+    """The layer with the highest accuracy at its best penalty, and the result of `best_penalty` there."""
     found = {}
     with bar("probe: choose", train[0].states.shape[1]) as progress:
         for layer in range(train[0].states.shape[1]):
@@ -143,7 +143,7 @@ class Reader:
     Args:
         llm: the frozen LLM.
         tokenizer: the LLM's.
-        config: of the probe.
+        config: the probe's configuration.
     """
 
     def __init__(self, llm: nn.Module, tokenizer: Any, config: ProbeConfig) -> None:
@@ -152,7 +152,7 @@ class Reader:
         self.generator = load_encoder(config.generator).to(input_device(llm)) if config.source == "generator" else None
 
     def prompts(self, task: Task, split: str, rows: Sequence[Example]) -> list[list[int]]:
-        """What the LLM reads of rows, in the first template, as token ids; empty if it reads nothing."""
+        """Prompts of rows in the first template, as token ids; empty if the LLM reads nothing."""
         if self.generator is not None:
             return [[] for _ in rows]
         render = task.training_renderers()[0]
@@ -162,24 +162,24 @@ class Reader:
         return encoded
 
     def states(self, rows: Sequence[Example], prompts: Sequence[list[int]]) -> Tensor:
-        """(rows, layers, state), on the CPU; of a generator, or one layer, there is one."""
+        """States (rows, layers, state) on the CPU; layers is 1 for a generator or a single layer."""
         if self.generator is not None:
             return read_queries(self.generator, [row.input for row in rows]).cpu()[:, None]
         return last_states(self.llm, self.tokenizer, prompts, self.layer)
 
     def read(self, task: Task, split: str) -> Labelled:
-        """A split of a task."""
+        """Read a split of a task."""
         rows: Sequence[Example] = getattr(task, split)
         return Labelled(self.states(rows, self.prompts(task, split, rows)), [row.output for row in rows])
 
     def number(self, place: int) -> int | None:
-        """Index of the decoder layer that stands at a place of the states; None of a generator."""
+        """Index of the decoder layer at a position along the states' layers; None for a generator."""
         if self.generator is not None:
             return None
         return place if self.layer is None else self.layer
 
     def about(self) -> dict[str, Any]:
-        """What is kept of the generator, so that another one is refused."""
+        """What identifies the generator, so that another one is refused."""
         if self.generator is None:
             return {}
         weights = identity.sample_weights(self.generator.encoder)
@@ -187,11 +187,11 @@ class Reader:
 
 
 class Probe(Method):
-    """Answers by itself: the LLM's next token is not asked for."""
+    """Answers without the LLM's next token."""
 
     name = "probe"
     config_class = ProbeConfig
-    train_defaults = None  # learnt without a training loop
+    train_defaults = None  # learned without a training loop
     search: ClassVar[dict[str, tuple[Any, ...]]] = {"penalty": (BEST, 1000.0, 100.0, 10.0, 1.0)}
 
     def __init__(
@@ -218,7 +218,7 @@ class Probe(Method):
         force: bool = False,
         store: PrefixStore | None = None,
     ) -> Path:
-        """Read all training and validation rows once, then fit the classifiers: nothing is drawn."""
+        """Read all training and validation rows once, then fit the classifiers. Nothing is random."""
         del store, train
 
         def learn(folder: Path, parts: Path, keep: Callable[..., None]) -> None:
@@ -283,11 +283,11 @@ class Probe(Method):
         return method
 
     def describe(self) -> dict[str, Any]:
-        """Its configuration, and what validation rows have chosen."""
+        """The configuration and the choices made on validation rows."""
         return {"config": self.config.to_dict(), "training": self.training}
 
     def choose(self, task: Task, examples: Sequence[Example], render: Renderer) -> list[Choice]:
-        """By the task's own classifier; for a task that was not trained on by that over all answers."""
+        """Answer with the task's own classifier, or with the one over all answers if the task was not trained on."""
         del render
         answers, classifier = self.classifiers.get(task.name, self.classifiers[ALL])
         prompts = self.reader.prompts(task, "test", examples)
@@ -297,7 +297,7 @@ class Probe(Method):
 
 
 def _like(reader: Reader, answers: Sequence[str]) -> list[tuple[str, Tensor]]:
-    """Tensors of the shapes that a classifier over `answers` has, by field."""
+    """Empty tensors with the shapes of a classifier over `answers`, by field."""
     generator = reader.generator
     width = text_config(reader.llm).hidden_size if generator is None else generator.hidden_size
     shapes = {"mean": (width,), "deviation": (width,), "weight": (len(answers), width), "bias": (len(answers),)}

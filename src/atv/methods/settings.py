@@ -1,4 +1,4 @@
-"""What a method is trained with: its defaults, then what tables of settings say, the later the stronger."""
+"""A method's settings for training: its defaults, then tables of settings, where later ones win."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -10,38 +10,38 @@ from atv.errors import ATVError, unknown
 from atv.methods import METHODS, TRAINED
 
 Tables = Mapping[str, Mapping[str, Any]]
-"""Settings of each method by its name; those under `all` are for every method that has such an option."""
+"""Settings by method name; those under `all` are for every method with such an option."""
 ALL = "all"
 
 
 class Settings(NamedTuple):
-    """What a method learns, and how."""
+    """A method's configuration and how it is trained."""
 
     config: Any
-    """Of the method's `config_class`."""
+    """An instance of the method's `config_class`."""
     train: TrainConfig
 
 
 class Learned(NamedTuple):
-    """What there is to set of a method that is trained."""
+    """The options of a trained method."""
 
     config: type[Checked]
-    """Its own configuration."""
+    """Its configuration class."""
     train: dict[str, Any] | None
-    """What it sets otherwise than TrainConfig; None: it has no training loop."""
+    """Its defaults that differ from TrainConfig's. None: it has no training loop."""
 
     def own(self) -> list[str]:
-        """The names of its own options."""
+        """The names of its configuration's options."""
         return [field.name for field in fields(self.config)]  # type: ignore[arg-type]
 
     def loop(self) -> list[str]:
-        """The names of the options of its training, without the seed, which every method has."""
+        """The names of its training options, without the seed, which every method has."""
         return [] if self.train is None else [field.name for field in fields(TrainConfig) if field.name != "seed"]
 
 
 def learned(name: str) -> Learned:
-    """What there is to set of the method `name`; ATVError if it is unknown or learns nothing."""
-    if name == "atv":  # what its class says too, but without importing torch: for the help of the command line
+    """The options of the method `name`; ATVError if it is unknown or learns nothing."""
+    if name == "atv":  # the same as its class says, without importing torch, for command-line help
         return Learned(ATVConfig, {})
     if name not in METHODS:
         raise unknown("method", name, METHODS)
@@ -52,12 +52,12 @@ def learned(name: str) -> Learned:
 
 
 def method_settings(name: str, tables: Sequence[Tables], seed: int) -> Settings:
-    """What the method `name` is trained with.
+    """The settings with which the method `name` is trained.
 
     Args:
-        name: of a method that is trained.
-        tables: the later ones win; within one, a method's own values win over those under `all`.
-        seed: of the training.
+        name: a trained method.
+        tables: later ones win. Within a table, a method's own values win over those under `all`.
+        seed: seed of the training.
 
     Raises:
         ATVError: an option that the method does not have.
@@ -68,7 +68,7 @@ def method_settings(name: str, tables: Sequence[Tables], seed: int) -> Settings:
     for table in tables:
         values |= {key: value for key, value in table.get(ALL, {}).items() if key in (*own, *loop)}
         values |= table.get(name, {})
-    if values.get("parametrisation") == "paper":  # then what nobody has said is the paper's too
+    if values.get("parametrisation") == "paper":  # then all other defaults are the paper's too
         values = PAPER | PAPER_TRAINING | values
     for key in values:
         if key not in (*own, *loop):
@@ -79,7 +79,7 @@ def method_settings(name: str, tables: Sequence[Tables], seed: int) -> Settings:
 
 
 def check_tables(tables: Tables, file: Path) -> None:
-    """Raise ATVError for a key of methods' tables of a file that its method, or of `all` that no method, has."""
+    """Raise ATVError for an unknown key in a file's tables of methods; in `all`, for one that no method has."""
     for name, values in tables.items():
         asked = TRAINED if name == ALL else (name,)
         known = {key for of in map(learned, asked) for key in (*of.own(), *of.loop())}

@@ -4,7 +4,7 @@ from atv.methods.base import Method
 
 
 class ZeroShot(Method):
-    """The frozen LLM as it is."""
+    """The frozen LLM, unchanged."""
 
     name = "zero-shot"
     edited_tokens = 0

@@ -1,1 +1,1 @@
-"""The paper, reproduced: its tasks, protocol, experiments, tables, theorems, and the analysis of vectors."""
+"""Reproduction of the paper: its tasks, protocol, experiments, tables, theorems, and the analysis of vectors."""

@@ -1,4 +1,4 @@
-"""Experiments: conditions that are trained and measured on the same rows, from TOML files."""
+"""Experiments from TOML files: conditions that are trained and evaluated on the same rows."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -18,37 +18,37 @@ _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ,.:+=-]*")
 
 @dataclass(frozen=True)
 class Condition:
-    """A method with what is set otherwise in it; without anything set, a line of the paper's tables."""
+    """A method with changed settings; without any, a row of the paper's tables."""
 
     method: str
     label: str = ""
-    """What its lines are called; by default the method's name."""
+    """Name of its table rows; by default the method's name."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Of the method that is trained, stronger than any table of settings."""
+    """Settings of the trained method; they override all tables of settings."""
     shots: int | None = None
     """Demonstrations in the prompt, instead of the profile's number."""
     train_rows: int | None = None
-    """Per task, instead of the profile's number."""
+    """Training rows per task, instead of the profile's number."""
 
     def __post_init__(self) -> None:
-        """Name it, and refuse a method that does not exist."""
+        """Set the default label and refuse an unknown method."""
         if self.method not in METHODS:
             raise unknown("method", self.method, METHODS)
         object.__setattr__(self, "label", self.label or self.method)
 
     @property
     def trained_as(self) -> str | None:
-        """Name of the method that is trained for it; None: it learns nothing."""
+        """Name of the method that is trained for it. None: nothing is trained."""
         return METHODS[self.method].trained_as()
 
     @property
     def name(self) -> str:
-        """The label as part of a folder's name."""
+        """The label in a form for folder names."""
         return re.sub(r"[^A-Za-z0-9+.-]+", "-", self.label)
 
     @property
     def trained(self) -> str | None:
-        """Its training's part of a folder's name: conditions that set nothing of it share the method's."""
+        """The training's name in folder names. Conditions without training settings share the method's."""
         own = self.settings or self.train_rows is not None
         return self.name if own and self.trained_as is not None else self.trained_as
 
@@ -60,29 +60,29 @@ class Experiment:
     name: str
     title: str
     asks: str
-    """The question, and what would answer it."""
+    """The question and how it is answered."""
     conditions: tuple[Condition, ...]
     reference: str
-    """Label of the condition that the others are compared with."""
+    """Label of the condition with which the others are compared."""
     analysis: bool = False
-    """What the vectors are like is asked too: the adapter of the method atv is analysed, beside an ELICIT library."""
+    """Also analyse the vectors: the adapter of the method atv, together with an ELICIT library."""
 
 
 def known_experiments() -> list[str]:
-    """Names of the experiments that come with the package."""
+    """Names of the built-in experiments."""
     return sorted(file.stem for file in FOLDER.glob("*.toml"))
 
 
 def read_experiment(name: str) -> Experiment:
-    """An experiment by its name, or from a TOML file of one's own; anything wrong in it raises ATVError.
+    """Read a built-in experiment by name, or a TOML file; any mistake in it raises ATVError.
 
-    The file has a `title`, what it `asks`, the label of its `reference`, and tables `[conditions."LABEL"]`, each with a
-    `method`, maybe `shots` (of a method with demonstrations) and `train_rows`, and settings of the method.
+    The file has a `title`, a question (`asks`), the label of its `reference`, and tables `[conditions."LABEL"]`, each
+    with a `method`, optionally `shots` (for a method with demonstrations) and `train_rows`, and settings of the method.
     """
     own = name.endswith(".toml")
     path = local(name) if own else FOLDER / f"{name}.toml"
     if not own and name not in known_experiments():
-        raise unknown("experiment", name, known_experiments(), "Or give a TOML file of your own.")
+        raise unknown("experiment", name, known_experiments(), "Or give your own TOML file.")
     text = read_toml(path, "a TOML file that describes an experiment, with title, asks, reference, conditions")
     for key in text.keys() - _WORDS:
         raise unknown(f"key in {path}:", key, sorted(_WORDS))
@@ -95,13 +95,13 @@ def read_experiment(name: str) -> Experiment:
     if reference not in labels:
         raise unknown(f"reference in {path}:", reference, labels)
     if len({condition.name for condition in conditions}) < len(labels):
-        raise ATVError(f"{path}: two labels differ in signs alone, and would have one folder; found {labels}.")
+        raise ATVError(f"{path}: two labels differ only in punctuation and would share a folder; found {labels}.")
     said = {key: str(text.get(key, "")) for key in ("title", "asks")}
     return Experiment(path.stem, said["title"] or path.stem, said["asks"], conditions, reference, _analysed(path, text))
 
 
 def conditions_of(experiments: Iterable[Experiment]) -> list[Condition]:
-    """The conditions of several experiments, each once; ATVError if one label stands for two."""
+    """The conditions of several experiments without duplicates; ATVError if a label has two meanings."""
     found: dict[str, Condition] = {}
     for condition in (condition for experiment in experiments for condition in experiment.conditions):
         if found.setdefault(condition.label, condition) != condition:
@@ -122,7 +122,7 @@ def _analysed(path: Path, text: dict[str, Any]) -> bool:
 
 
 def _condition(path: Path, label: str, values: Any) -> Condition:
-    """One table of the file; its settings are tried, so that a mistake is told before anything is trained."""
+    """One table of the file. Its settings are checked, so that mistakes are found before training."""
     if not isinstance(values, dict) or "method" not in values or not _LABEL.fullmatch(label):
         raise ATVError(
             f"{path}: the condition {label!r} is {values!r}; expected a table with a method, under a label of letters, "
@@ -151,7 +151,7 @@ def _taken(path: Path, label: str, settings: dict[str, Any], key: str) -> int | 
 
 
 def condition_settings(condition: Condition, tables: Sequence[Tables], seed: int) -> Any:
-    """What is trained for a condition: the `Settings` of its method with its own on top."""
+    """The `Settings` with which a condition is trained: those of its method, overridden by its own."""
     trained = condition.trained_as
     assert trained is not None
     return method_settings(trained, [*tables, {trained: condition.settings}], seed)

@@ -1,4 +1,4 @@
-"""From a raw row of a public data set to the query and answer of a task: one pure function a source."""
+"""From a raw row of a public data set to a task's query and answer: one pure function per source."""
 
 import random
 import re
@@ -20,7 +20,7 @@ def lettered(question: str, options: Sequence[str], right: Any) -> Example:
 
 
 def _labelled(answers: Sequence[str], label: Any) -> str:
-    """The answer that a label stands for; data sets give a hidden one as -1 or as nothing."""
+    """The answer for a label; data sets encode a hidden label as -1 or leave it empty."""
     if not isinstance(label, int) or not 0 <= label < len(answers):
         raise ATVError(
             f"A row has the label {label!r}; expected 0 to {len(answers) - 1} (a hidden label looks like this)."
@@ -33,12 +33,12 @@ def _place(labels: Sequence[str], label: str) -> int:
 
 
 def _choices(question: str, row: Row) -> Example:
-    """Options as `{"label": [...], "text": [...]}`: lettered anew, since a few ARC questions number theirs."""
+    """Options as `{"label": [...], "text": [...]}`, re-lettered, since a few ARC questions use numbers."""
     return lettered(question, row["choices"]["text"], _place(row["choices"]["label"], row["answerKey"]))
 
 
 def commonsense_qa(row: Row) -> Example:
-    """CommonsenseQA, and ARC, whose columns are the same."""
+    """CommonsenseQA and ARC, which have the same columns."""
     return _choices(row["question"], row)
 
 
@@ -48,7 +48,7 @@ def openbookqa(row: Row) -> Example:
 
 
 def hellaswag(row: Row) -> Example:
-    """HellaSwag: a text and four endings; the label is a digit as text."""
+    """HellaSwag: a text and four endings; the label is a digit in a string."""
     return lettered(row["ctx"], row["endings"], int(row["label"] or -1))
 
 
@@ -66,7 +66,7 @@ def bbh(row: Row) -> Example:
 
 
 def math_qa(row: Row) -> Example | None:
-    """MathQA: options in one text, `a ) 38 , b ) 27 , ...`; None for the rows in which there are not five of them."""
+    """MathQA: options in one string, `a ) 38 , b ) 27 , ...`; None for rows without exactly five options."""
     options = re.findall(r"[a-e] \) (.*?)(?= , [b-e] \) |$)", row["options"].strip())
     if len(options) != 5:
         return None
@@ -79,7 +79,7 @@ def mmlu(row: Row) -> Example:
 
 
 def mmlu_pro_math(row: Row) -> Example | None:
-    """MMLU-Pro, of which only the mathematical questions are taken: up to ten options."""
+    """MMLU-Pro, only the mathematical questions: up to ten options."""
     if row["category"] != "math":
         return None
     return lettered(row["question"], row["options"], row["answer_index"])
@@ -92,7 +92,7 @@ def aqua(row: Row) -> Example:
 
 
 def crows_pairs(row: Row) -> Example:
-    """CrowS-Pairs: which of two sentences is more stereotypical. The text is the seed that draws which is A."""
+    """CrowS-Pairs: which of two sentences is more stereotypical. The text seeds the choice of sentence A."""
     more, less = row["sent_more"], row["sent_less"]
     first, second, answer = (more, less, "A") if random.Random(more).random() < 0.5 else (less, more, "B")
     return Example(f"sentence A: {first}\nsentence B: {second}", answer)
@@ -105,12 +105,12 @@ def bbq(row: Row) -> Example:
 
 
 def ethics_commonsense(row: Row) -> Example:
-    """ETHICS, commonsense: label 1 is wrong, and the templates ask whether it is wrong."""
+    """ETHICS, commonsense: label 1 means wrong; the templates ask whether it is wrong."""
     return Example(row["input"], _labelled(("No", "Yes"), int(row["label"])))
 
 
 def ethics_justice(row: Row) -> Example:
-    """ETHICS, justice: label 1 is reasonable."""
+    """ETHICS, justice: label 1 means reasonable."""
     return Example(row["scenario"], _labelled(("No", "Yes"), int(row["label"])))
 
 
@@ -120,19 +120,19 @@ def rte(row: Row) -> Example:
 
 
 def wic(row: Row) -> Example:
-    """WiC: label 1 is the same meaning in both sentences."""
+    """WiC: label 1 means the same meaning in both sentences."""
     text = f"word: {row['word']}\nsentence 1: {row['sentence1']}\nsentence 2: {row['sentence2']}"
     return Example(text, _labelled(("No", "Yes"), row["label"]))
 
 
 def qnli(row: Row) -> Example:
-    """QNLI: label 0 is that the sentence answers the question."""
+    """QNLI: label 0 means that the sentence answers the question."""
     text = f"question: {row['question']}\nresponse: {row['sentence']}"
     return Example(text, _labelled(("Yes", "No"), row["label"]))
 
 
 def sst2(row: Row) -> Example:
-    """SST-2: the sentence as it is, with the blank that the data set has at its end."""
+    """SST-2: the unchanged sentence, including the data set's trailing space."""
     return Example(f"sentence: {row['sentence']}", _labelled(("negative", "positive"), row["label"]))
 
 

@@ -1,8 +1,8 @@
 """The paper's tasks from their public data sets, labelled rows only: what `atv paper prepare` writes.
 
-Rows of the hub are read through `datasets`. These sources are not pinned here: what the hub has now is resolved to a
-commit, or the one that the user names is taken, and it stands in the file that is written. BIG-Bench Hard, BBQ,
-CrowS-Pairs and ETHICS are read from the files of a repository at the commit that stands here.
+Rows on the hub are read with `datasets`. These sources are not pinned: the current version is resolved to a commit, or
+the user names one, and the commit is recorded in the written file. BIG-Bench Hard, BBQ, CrowS-Pairs and ETHICS are read
+from files of a repository, at a commit pinned here.
 """
 
 import csv
@@ -24,32 +24,32 @@ from atv.paper.layouts import Row
 from atv.paper.tasks import paper_templates
 
 LONGEST = 4000
-"""Longer inputs, in characters, are left out."""
+"""Maximum length of inputs, in characters; longer ones are left out."""
 MOST = {"train": 1500, "valid": 300, "test": 700}
-"""At most so many rows in a split; the paper takes 90 of the training rows and 100 of the test rows."""
+"""Maximum number of rows per split. The paper uses 90 of the training rows and 100 of the test rows."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where the rows of a task are: a data set of the hub, or files of a repository at a commit."""
+    """The source of a task's rows: a data set on the hub, or files of a repository at a commit."""
 
     layout: Callable[[Row], Example | None]
     data: str
     """Name of the data set or of the repository."""
     config: str | None = None
     train: str | None = "train"
-    """Split, or file, of the train and valid rows; None: `test` is divided into three."""
+    """Split, or file, of the train and valid rows. None: `test` is divided into three splits."""
     test: str = "validation"
     commit: str | None = None
-    """Of a repository's files; None: a data set of the hub."""
+    """Commit of a repository's files. None: a data set on the hub."""
 
     def described(self, revision: str) -> dict[str, Any]:
-        """What the written file says of where it comes from."""
+        """The description of the source in the written file."""
         return {"data": self.data, "config": self.config, "train": self.train, "test": self.test, "revision": revision}
 
 
 Load = Callable[[Source, str, str | None], tuple[str, Iterable[Row]]]
-"""From a source, a split and a revision to the commit and the rows."""
+"""Maps a source, a split and a revision to the commit and the rows."""
 
 
 def _bbh(name: str) -> Source:
@@ -80,7 +80,7 @@ SOURCES = {
     "bbh_reasoning_about_colored_objects": _bbh("reasoning_about_colored_objects"),
     "bbh_temporal_sequences": _bbh("temporal_sequences"),
     "arc_challenge": Source(layouts.commonsense_qa, "allenai/ai2_arc", "ARC-Challenge", test="test"),
-    # A copy in a format that is still read, of allenai/math_qa, which is a script.
+    # A copy of allenai/math_qa, which is a script, in a format that `datasets` still reads.
     "math_qa": Source(layouts.math_qa, "regisss/math_qa", test="test"),
     "mmlu_pro_math": Source(layouts.mmlu_pro_math, "TIGER-Lab/MMLU-Pro", train=None, test="test"),
     "crows_pairs": Source(
@@ -91,7 +91,7 @@ SOURCES = {
         commit="8aaac11c485473159ec9328a65253a5be9a479dc",
     ),
     "bbq_age": _bbq("Age"),
-    # The repository has no training file of this one: the test file stands in, the hard test file is the test.
+    # The repository has no training file for this one: use the test file, and the hard test file as test split.
     "ethics_commonsense": _ethics(
         layouts.ethics_commonsense, "commonsense/cm_test.csv", "commonsense/cm_test_hard.csv"
     ),
@@ -110,7 +110,7 @@ SOURCES = {
 
 
 def check_sources(names: Sequence[str], revision: str | None) -> None:
-    """Refuse an unknown name, and a revision that could not be meant for all of the sources."""
+    """Refuse an unknown name, and a revision that does not apply to all of the sources."""
     for name in names:
         if name not in SOURCES:
             raise unknown("task", name, SOURCES, "These are the paper's tasks.")
@@ -120,20 +120,20 @@ def check_sources(names: Sequence[str], revision: str | None) -> None:
     if len(data) > 1:
         raise ATVError(f"One revision for the data sets {', '.join(data)}; expected tasks of one data set.")
     if SOURCES[names[0]].commit is not None:
-        raise ATVError(f"{data[0]} is read at a commit of its own; leave the revision out.")
+        raise ATVError(f"{data[0]} is read at a pinned commit; leave the revision out.")
 
 
 def prepared(name: str, load: Load, revision: str | None = None, seed: int = 42) -> tuple[dict[str, Any], int]:
-    """The content of TASK.json, checked as a `Task` is, and the number of rows that were left out.
+    """The content of TASK.json, validated like a `Task`, and the number of rows left out.
 
     Args:
-        name: of the task.
-        load: reads the rows.
-        revision: commit, tag or branch of the data set; None: what the hub has now.
-        seed: of the order, and so of the splits.
+        name: name of the task.
+        load: reads rows.
+        revision: commit, tag or branch of the data set. None: the current version.
+        seed: seed of the row order, and thus of the splits.
 
     Returns:
-        The object to write, and how many rows are not in it because they are empty, too long, repeated, answered in two
+        The object to write, and the number of rows left out because they are empty, too long, repeated, answered in two
         ways, without five options (MathQA) or of another subject (MMLU-Pro).
     """
     source = SOURCES[name]
@@ -169,7 +169,7 @@ def prepared(name: str, load: Load, revision: str | None = None, seed: int = 42)
 
 
 def _usable(test: Sequence[Example | None], train: Sequence[Example | None]) -> tuple[list[Example], list[Example]]:
-    """Each input once, in test rather than in train; none that is empty, too long or answered in two ways."""
+    """Deduplicated inputs, preferring test to train, without those that are empty, too long or answered in two ways."""
     answers: dict[str, set[str]] = {}
     for example in (*test, *train):
         if example is not None:
@@ -191,7 +191,7 @@ def _cut(rows: list[Example], share: float) -> tuple[list[Example], list[Example
 
 
 def public_rows(source: Source, split: str, revision: str | None) -> tuple[str, Iterable[Row]]:
-    """Read a split from the hub, or a file of a repository; see `Load`."""
+    """Read a split from the hub or a file of a repository; see `Load`."""
     try:
         if source.commit is not None:
             return source.commit, _repository_rows(source, split)
@@ -205,11 +205,11 @@ def public_rows(source: Source, split: str, revision: str | None) -> tuple[str, 
             f"atv paper prepare needs the package {error.name}, which is not installed. Install it with: "
             "pip install datasets"
         ) from error
-    except Exception as error:  # of many libraries: no network, no such revision, a format that is no longer read
+    except Exception as error:  # from many libraries: no network, unknown revision, unsupported format
         reason = " ".join(str(error).split())[:200]
         raise ATVError(
             f"{split} cannot be read ({type(error).__name__}: {reason}). Expected a network that reaches it; without "
-            "one, give a folder of your own TASK.json files to the other commands as --data DIR."
+            "one, give the other commands a folder of your own TASK.json files as --data DIR."
         ) from error
 
 
@@ -221,7 +221,7 @@ def _repository_rows(source: Source, path: str) -> list[Row]:
 
 
 def parse_rows(text: str, path: str) -> list[Row]:
-    """Rows of a CSV file, of a file with a JSON object a line, or of the `examples` of a JSON object."""
+    """Rows of a CSV file, of a JSON Lines file, or of the `examples` of a JSON object."""
     if path.endswith(".csv"):
         return list(csv.DictReader(io.StringIO(text, newline="")))
     if path.endswith(".jsonl"):
@@ -238,16 +238,16 @@ def prepare(
     seed: int = 42,
     force: bool = False,
 ) -> Iterable[str]:
-    """Write `out`/TASK.json for each task, all of them if none is named, and say a line about each.
+    """Write `out`/TASK.json for each task (by default all) and yield one line about each.
 
-    A file that is there already stays, so that the same command resumes where it stopped.
+    Existing files are kept, so that the same command resumes where it stopped.
     """
     names = list(dict.fromkeys(names)) or list(SOURCES)
     check_sources(names, revision)
     for name in names:
         file = out / f"{name}.json"
         if file.exists() and not force:
-            yield f"{name}: {file} is there already and stays; --force writes it again."
+            yield f"{name}: {file} exists and is kept; --force writes it again."
             continue
         content, left_out = prepared(name, load, revision, seed)
         write_json(file, content)

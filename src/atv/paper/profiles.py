@@ -1,4 +1,4 @@
-"""How much of the paper's protocol is run."""
+"""Profiles: how much of the paper's protocol is run."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -6,43 +6,43 @@ from typing import Any
 from atv.config import PAPER_TRAINING
 
 IN_TABLES = ("zero-shot", "icl", "bm25", "elicit", "i2cl", "lora", "prefix", "fixed", "atv", "icl+atv")
-"""The methods of a reproduction or a sweep in which none is named."""
+"""Default methods of a reproduction or a sweep."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """The paper's protocol (its section 5, and section 3 of the facts about it), or a part of it.
+    """The paper's protocol (its section 5), or a part of it.
 
     Rows, variants and seeds are the same for every method.
     """
 
     name: str
     says: str
-    """What it cuts, for the reader of its tables."""
+    """What it cuts, for readers of its tables."""
     train_rows: int = 90
-    """Per task, drawn anew by each seed from the training split; demonstrations come from these rows too."""
+    """Training rows per task, drawn from the training split with each seed; also the source of demonstrations."""
     valid_rows: int = 30
-    """Per task, to choose the epoch and ELICIT's layers; the paper does not say how many it had."""
+    """Validation rows per task, to choose the epoch and ELICIT's layers; the paper does not state their number."""
     test_rows: int = 100
-    """Per task, the first ones of the split for every seed; a split sorted by answer is refused."""
+    """Test rows per task, the first ones of the split for every seed; a split sorted by answer is refused."""
     seeds: tuple[int, ...] = (42, 100, 10)
     variants: str = "all"
     shots: int = 16
     tasks: tuple[str, ...] | None = None
-    """Names of the tasks that are taken of those given; None: all."""
+    """Names of the tasks to use, out of those given. None: all."""
     tasks_per_category: int | None = None
-    """None: all; else those of each category with the shortest inputs."""
+    """Number of tasks per category, those with the shortest inputs. None: all."""
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Stronger than a method's defaults, weaker than what the user gives."""
+    """Settings that override a method's defaults and are overridden by the user's."""
 
     def tables(self) -> dict[str, dict[str, Any]]:
-        """Its settings, with as many demonstrations for what is learned from them as ICL shows."""
+        """Its settings, with as many demonstrations for methods that learn from them as ICL shows."""
         shots = {"shots": self.shots, "demonstrations": self.shots}
         return self.settings | {"all": shots | self.settings.get("all", {})}
 
 
 _PAPER = {name: value for name, value in PAPER_TRAINING.items() if "learning_rate" not in name}
-"""What all methods of the paper are trained with; rates are each method's own."""
+"""Training settings of all methods of the paper, except the learning rates, which differ by method."""
 _SMOLLM2: dict[str, dict[str, Any]] = {"lora": {"learning_rate": 2e-3}}
 """Chosen on validation rows for the embedded LLM (docs/lab-notes.md); at the paper's rate, 4e-4, LoRA learns less."""
 
@@ -95,7 +95,7 @@ PROFILES = {
         ),
         Profile(
             "smoke",
-            "A few minutes to see that everything runs; its numbers mean nothing: the shortest task of each category, "
+            "A few minutes to check that everything runs; its numbers mean nothing: the shortest task per category, "
             "12 training and 8 test rows per task, one variant, one seed, 2 demonstrations, one epoch.",
             train_rows=12,
             valid_rows=3,

@@ -1,4 +1,4 @@
-"""What the paper reports, to stand beside our numbers where the tasks are the same."""
+"""The paper's numbers, to compare with ours where the tasks are the same."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -16,32 +16,32 @@ CATEGORIES = ("NLU", "Reasoning", "Knowledge", "Mathematics", "Safety")
 
 @cache
 def paper_results() -> dict[str, Any]:
-    """What the paper reports, by its table, LLM, method and column: mean and standard deviation, in percent."""
+    """The paper's results by table, LLM, method and column: mean and standard deviation, in percent."""
     results: dict[str, Any] = json.loads(files(__package__).joinpath("published.json").read_text(encoding="utf-8"))
     return results
 
 
 class PaperNumbers:
-    """The paper's numbers, as `atv.report.comparison.Published`."""
+    """The paper's numbers as an `atv.report.comparison.Published`."""
 
     @property
     def source(self) -> str:
-        """Where they stand."""
+        """Where the numbers were published."""
         return str(paper_results()["source"])
 
     @property
     def order(self) -> tuple[str, ...]:
-        """Of categories and of tasks, as its tables have them."""
+        """Order of categories and tasks in the paper's tables."""
         return (*CATEGORIES, *PAPER)
 
     def lines(self, part: str, methods: Iterable[str], tasks: Mapping[str, str]) -> dict[str, Line]:
-        """The paper's lines of these methods, with those columns that are made of the same tasks."""
+        """The paper's rows for these methods, with the columns that cover the same tasks."""
         results, columns = paper_results(), _columns(part, tasks)
         lines: dict[str, Line] = {}
         for llm in results["in-domain"]:
             for method in methods:
                 cells = dict(results[part].get(llm, {}).get(method, {}))
-                if part == "summary":  # its own lines are those of two methods; averages of the others stand elsewhere
+                if part == "summary":  # the paper's table has two methods; averages of the others are in other tables
                     averages = {kind: results[kind][llm].get(method, {}).get("Avg") for kind in ("in-domain", "unseen")}
                     cells = {kind: average for kind, average in averages.items() if average} | cells
                 shares = {name: (cell[0], cell[1]) for name, cell in cells.items() if name in columns}
@@ -54,7 +54,7 @@ class PaperNumbers:
 
 
 def _columns(part: str, tasks: Mapping[str, str]) -> set[str]:
-    """The columns of a table that are made of the same tasks as in the paper."""
+    """The columns of a table that cover the same tasks as in the paper."""
     if part != "summary":
         return _same(tasks, unseen=part == "unseen")
     same = {kind for kind in ("in-domain", "unseen") if "Avg" in _same(tasks, unseen=kind == "unseen")}

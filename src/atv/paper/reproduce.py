@@ -1,6 +1,7 @@
-"""Conditions beside each other on the same rows, each trained once per seed on all tasks that are not Unseen.
+"""Comparison of conditions on the same rows, each trained once per seed on all tasks that are not Unseen.
 
-A method as it is, is a condition: all of them make the paper's tables. Those of an experiment differ in settings.
+An unmodified method is a condition; together they make the paper's tables. Experiments have conditions that differ in
+settings.
 """
 
 import time
@@ -28,17 +29,17 @@ RECORD_FILE = "reproduce.json"
 
 @dataclass(frozen=True)
 class Job:
-    """One step: a condition trained, or measured, with one seed."""
+    """One step: training or evaluating a condition with one seed."""
 
     kind: str
     name: str
     seed: int
     condition: Condition = field(compare=False)
-    """For a training that several share, the first of them."""
+    """For a training shared by several conditions, the first of them."""
 
     @property
     def folder(self) -> str:
-        """Where it writes, inside the folder of the whole."""
+        """The output folder, relative to the reproduction's folder."""
         return f"{'trained' if self.kind == 'train' else 'runs'}/{self.name}-{self.seed}"
 
 
@@ -53,19 +54,19 @@ def reproduce(
     batch_size: int = 16,
     force: bool = False,
 ) -> list[Path]:
-    """Train and measure conditions as `profile` says; returns the folders of the runs.
+    """Train and evaluate conditions with `profile`; returns the folders of the runs.
 
-    Everything goes into `out`: `reproduce.json` (what was asked for), `trained/NAME-SEED` and `runs/NAME-SEED`. What is
-    finished is not done again, what was interrupted is resumed; conditions that were not asked for before are added.
+    Everything goes into `out`: `reproduce.json` (the request), `trained/NAME-SEED` and `runs/NAME-SEED`. Finished steps
+    are skipped, interrupted ones resumed; new conditions are added.
 
     Args:
         profile: rows, variants, seeds.
         frozen: the LLM.
-        tasks: those of the category Unseen are measured, never trained on.
-        out: folder of the whole.
-        conditions: by default every method of `IN_TABLES`, as it is.
-        given: settings that are stronger than the profile's.
-        batch_size: prompts per call of the LLM when measuring.
+        tasks: those of the category Unseen are evaluated, never trained on.
+        out: folder of the reproduction.
+        conditions: by default every method of `IN_TABLES`, unmodified.
+        given: settings that override the profile's.
+        batch_size: prompts per call of the LLM in evaluation.
         force: start over.
 
     Raises:
@@ -79,7 +80,7 @@ def reproduce(
     _open(profile, frozen, tasks, settings, batch_size, out, force)
     clock = _Clock(jobs, {job: _work(job, profile, tasks, settings.get(job)) for job in jobs})
     for seed in profile.seeds:
-        store = PrefixStore()  # prompts that several methods are trained on are read once
+        store = PrefixStore()  # prompts shared by several trainings are read once
         for job in (job for job in jobs if job.seed == seed):
             clock.begin(job)
             rows = job.condition.train_rows or profile.train_rows
@@ -87,18 +88,18 @@ def reproduce(
             if job.kind == "train":
                 new = _train(job, frozen, drawn, out, settings[job], store, force)
             else:
-                store = PrefixStore()  # its memory is free again
+                store = PrefixStore()  # frees its memory
                 new = _measure(job, profile, frozen, drawn, out, batch_size, force)
             clock.end(job, new)
     return [out / job.folder for job in jobs if job.kind == "measure"]
 
 
 def chosen_tasks(profile: Profile, tasks: Sequence[Task]) -> list[Task]:
-    """The tasks of a profile, with its test rows; ATVError if none is left to train on."""
+    """The tasks of a profile with its test rows; ATVError if none is left to train on."""
     named = [task for task in tasks if profile.tasks is None or task.name in profile.tasks]
     if not named:
         raise ATVError(
-            f"The profile {profile.name} is of the tasks {', '.join(profile.tasks or ())}; none of them is among those "
+            f"The profile {profile.name} needs the tasks {', '.join(profile.tasks or ())}; none of them is among those "
             f"given: {', '.join(task.name for task in tasks[:8])}. Give --profile small, or --data with these tasks."
         )
     kept: dict[str, list[Task]] = {}
@@ -108,17 +109,17 @@ def chosen_tasks(profile: Profile, tasks: Sequence[Task]) -> list[Task]:
         kept = {name: sorted(alike, key=_length)[: profile.tasks_per_category] for name, alike in kept.items()}
     chosen = [task for alike in kept.values() for task in alike]
     if all(task.category == UNSEEN for task in chosen):
-        raise ATVError(f"All tasks are of the category {UNSEEN}, which is not trained on; expected others beside them.")
+        raise ATVError(f"All tasks are of the category {UNSEEN}, which is not trained on; expected other tasks too.")
     return chosen
 
 
 def _length(task: Task) -> float:
-    """Mean characters of a prompt, roughly."""
+    """Approximate mean number of characters of a prompt."""
     return 200 + sum(len(row.input) for row in task.test) / len(task.test)
 
 
 def _jobs(conditions: Sequence[Condition], seeds: Sequence[int]) -> list[Job]:
-    """In an order in which whatever is needed is there: all training of a seed, then all measuring."""
+    """The steps in order of their dependencies: all trainings of a seed, then all evaluations."""
     jobs = []
     for seed in seeds:
         trained = [Job("train", of.trained, seed, of) for of in conditions if of.trained is not None]
@@ -135,7 +136,7 @@ def _open(
     out: Path,
     force: bool,
 ) -> None:
-    """Record what is asked for, or see that `out` was made with the same; further conditions may be asked for."""
+    """Record the request, or check that it matches the one recorded in `out`; conditions may be added."""
     asked: dict[str, Any] = {
         "profile": {name: value for name, value in asdict(profile).items() if name != "settings"},
         **frozen.described(),
@@ -169,7 +170,7 @@ def _open(
 def _train(
     job: Job, frozen: Frozen, tasks: Sequence[Task], out: Path, settings: Settings, store: PrefixStore, force: bool
 ) -> bool:
-    """Train a condition's method on the tasks that are not Unseen; false if that was done already."""
+    """Train a condition's method on the tasks that are not Unseen; false if already done."""
     folder = out / job.folder
     record = folder / "train.json"
     if record.exists() and not force and read_json(record, "the record of a training")["finished"]:
@@ -184,7 +185,7 @@ def _train(
 def _measure(
     job: Job, profile: Profile, frozen: Frozen, tasks: Sequence[Task], out: Path, batch_size: int, force: bool
 ) -> bool:
-    """Measure a condition on all tasks; false if that was done already."""
+    """Evaluate a condition on all tasks; false if already done."""
     asked = job.condition
     return measure(
         asked.method,
@@ -203,7 +204,7 @@ def _measure(
 
 
 def _work(job: Job, profile: Profile, tasks: Sequence[Task], settings: Settings | None) -> float:
-    """A rough measure of a job's work, in characters of prompt that the LLM reads: enough to tell the time left."""
+    """A rough estimate of a job's work, in prompt characters that the LLM reads, to estimate the time left."""
     length = {task.name: _length(task) for task in tasks}
     asked = job.condition
     if settings is not None:
@@ -222,7 +223,7 @@ def _work(job: Job, profile: Profile, tasks: Sequence[Task], settings: Settings 
 
 
 class _Clock:
-    """Says which job begins and about how long the rest will take, from the work done in the time since the start."""
+    """Logs which job begins and estimates the remaining time from the work done since the start."""
 
     def __init__(self, jobs: Sequence[Job], work: Mapping[Job, float]) -> None:
         self.work, self.left, self.count, self.place = work, sum(work.values()), len(jobs), 0

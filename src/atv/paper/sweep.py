@@ -1,4 +1,4 @@
-"""Settings chosen on validation rows: the same number of trials for every method, each recorded."""
+"""Choosing settings on validation rows: the same number of trials for every method, each recorded."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ SETTINGS_FILE = "settings.toml"
 
 
 def trials_of(name: str, count: int, tables: Sequence[Tables], seed: int) -> list[dict[str, Any]]:
-    """`count` different choices: first what the method has without a choice, then others of its `search`."""
+    """`count` different choices: first the method's defaults, then others from its `search`."""
     search = METHODS[name].search
     config, train = method_settings(name, tables, seed)
     values = train.to_dict() | config.to_dict()
@@ -52,18 +52,18 @@ def sweep(
 ) -> dict[str, dict[str, Any]]:
     """Try settings of trained methods on validation rows; returns each method's best and writes `settings.toml`.
 
-    Each trial is trained on a seed's training rows as `profile` says, with half of its validation rows to choose the
-    epoch, and measured on the other half. The test split is never touched. The best is the one with the highest mean
-    `first_token` over tasks, of equal ones the earlier: the default stays unless one is better.
+    Each trial is trained on a seed's training rows with `profile`. Half of the validation rows choose the epoch; the
+    trial is evaluated on the other half. The test split is never used. The best trial has the highest mean
+    `first_token` over tasks; ties go to the earlier trial, so the default is kept unless another is better.
 
     Args:
-        profile: rows, variants, and its first seed.
+        profile: gives rows, variants, and the seed (its first).
         frozen: the LLM.
-        tasks: those of the category Unseen have no part.
-        out: gets `sweep.json` (every trial), `settings.toml` and the trials' folders.
-        methods: names of trained methods; by default those of `IN_TABLES` that have settings to choose from.
-        trials: for every method.
-        given: settings that all trials have, stronger than the profile's.
+        tasks: those of the category Unseen are not used.
+        out: folder for `sweep.json` (all trials), `settings.toml` and the trials' folders.
+        methods: names of trained methods; by default those of `IN_TABLES` with settings to choose from.
+        trials: number of trials per method.
+        given: settings of all trials; they override the profile's.
         force: start over.
     """
     names = list(methods) or [name for name in IN_TABLES if METHODS[name].search]
@@ -147,7 +147,7 @@ def _try(
 
 
 def _judged(row: Mapping[str, Any], score: str) -> float:
-    """A row's score, among options where only that is defined: every task has a part in the choice."""
+    """A row's score, or its score among options if only that is defined, so that every task counts."""
     scores = row["scores"]
     return float(scores["first_token_among_options"] if scores[score] is None else scores[score])
 

@@ -1,4 +1,4 @@
-"""The 25 tasks of the paper: category, answers and templates (its Table 8). Their rows are not part of the package."""
+"""The 25 tasks of the paper: category, answers and templates (its Table 8). The package does not contain their rows."""
 
 import json
 from collections.abc import Sequence
@@ -17,12 +17,12 @@ TRUE_FALSE = ("True", "False")
 
 
 class PaperTask(NamedTuple):
-    """What the paper says of one task."""
+    """The paper's description of one task."""
 
     category: str
-    """Knowledge, Reasoning, Mathematics, Safety or NLU, or Unseen: the paper trains on none of these."""
+    """Knowledge, Reasoning, Mathematics, Safety, NLU, or Unseen: the paper does not train on Unseen tasks."""
     options: tuple[str, ...] | None
-    """The answers; None where each row has options of its own, answered by their letter."""
+    """The answers. None: each row has its own options, answered by letter."""
 
 
 PAPER = {
@@ -65,9 +65,9 @@ def paper_templates() -> dict[str, list[str]]:
 def load_paper_tasks(
     names: Sequence[str] | None = None, data: str | Path | None = None, templates: Sequence[str] | None = None
 ) -> list[Task]:
-    """As `atv.data.load_tasks`; those of the paper have its categories and templates unless their folder has others.
+    """Load tasks; the paper's tasks get its categories and templates unless their folder has others.
 
-    Answers that the paper's task does not have are told.
+    Otherwise like `atv.data.load_tasks`. Warns about answers that the paper's task does not have.
     """
     known = {name: Known(task.category, paper_templates()[name]) for name, task in PAPER.items()}
     tasks = load_tasks(names, data, templates, known)

@@ -1,4 +1,4 @@
-"""Reports: pure functions of recorded rows. Nothing here loads torch."""
+"""Reports: pure functions of recorded rows. Nothing here imports torch."""
 
 from atv.report.analysis import analysis_tables
 from atv.report.comparison import all_tables, comparison_tables

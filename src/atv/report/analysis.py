@@ -1,4 +1,4 @@
-"""What `atv paper analysis` recorded about an adapter's vectors, as tables."""
+"""Tables of what `atv paper analysis` recorded about an adapter's vectors."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,26 +10,26 @@ from atv.report.statistics import RESAMPLES, bootstrap
 from atv.report.tables import MISSING, Table, footnote, marked, meaning, undefined
 
 SHORT = 5
-"""Tables of an analysis that a screen has room for, the first ones; those after them are long."""
+"""Number of tables of an analysis that are printed, the first ones; the others are long."""
 QUERY = "the one query"
-"""What a line is called that is about the query that was looked at layer by layer."""
+"""Name of the row for the query shown layer by layer."""
 ATV_POINT, ELICIT_POINT = "query", "ELICIT entry"
 """Kinds of points on the map."""
-_LONGEST = 60  # letters of a text in a cell
+_LONGEST = 60  # characters of a text in a cell
 
 Record = dict[str, Any]
 
 
 def analysis_tables(record: Record) -> list[Table]:
-    """Every table of an analysis: in short, norms, variation, neighbours, map, and the logit lens where it was read.
+    """All tables of an analysis: summary, norms, variation, neighbours, map, and the logit lens if it was read.
 
     Args:
-        record: from `atv.paper.analysis.analyse`, or one of `load_analyses`; then the tables name its file.
+        record: from `atv.paper.analysis.analyse` or `load_analyses`. In the latter case the tables name its file.
     """
     lens = [_layers_table(record), _lens_table(record)] if record["lens"] else []
     return [
         _short_table(record),
-        *([_exchange_table(record)] if "vectors" in record["queries"][0] else []),  # those of older records know none
+        *([_exchange_table(record)] if "vectors" in record["queries"][0] else []),  # not in older records
         _norms_table(record),
         _variation_table(record),
         _neighbours_table(record),
@@ -61,18 +61,18 @@ def _short_table(record: Record) -> Table:
     ]  # fmt: skip
     lens = "" if record["lens"] else f" The logit lens is missing: {record['no_lens']}"
     note = (
-        f"{_measured(record)} To compare with: directions drawn at random; vectors that do not depend on the task; two "
-        "queries of different tasks; a training query drawn at random from all, from those of the same task (twice). "
-        "The last three lines are means over tasks. From, to: 95% percentile bootstrap interval, from "
+        f"{_measured(record)} To compare with: random directions; vectors that do not depend on the task; two "
+        "queries of different tasks; a random training query of any task, of the same task (twice). "
+        "The last three rows are means over tasks. From, to: 95% percentile bootstrap interval, from "
         f"{RESAMPLES:,} draws of test queries within each task: how far the mean would vary with other queries of "
-        "these tasks, not with other tasks or seeds. Where all queries agree it has no width, which is no certainty."
+        "these tasks, not with other tasks or seeds. If all queries agree, its width is zero, which is not certainty."
         f"{lens}"
     )
     return _table(record, "Vectors in short", ["measure", "value", "from", "to", "to compare with"], rows, note, text=1)
 
 
 def _exchange_table(record: Record) -> Table:
-    own, *kinds = record["queries"][0]["vectors"]  # a query's own come first
+    own, *kinds = record["queries"][0]["vectors"]  # a query's own vectors come first
     left = undefined(({"task": row["task"], "scores": row["vectors"][own]} for row in record["queries"]), "first_token")
     kept = record | {
         "tasks": {task: about for task, about in record["tasks"].items() if task not in left},
@@ -98,12 +98,12 @@ def _exchange_table(record: Record) -> Table:
             both[0][0] = marked(both[0][0])
         rows.append([kind, *both[0], *both[1], "–" if kind == own else share(kind, "other")])
     note = (
-        f"{_measured(record)} Each prompt is answered with {own} vectors, then with others in their place. "
-        f"{meaning(right)} Means over tasks. Lost: the accuracy before it "
-        f"with {own} less that with these, in percentage points, with a 95% percentile bootstrap interval from "
-        f"{RESAMPLES:,} draws of queries within each task. Changed: the likeliest token, or where first tokens do not "
-        "tell options apart the likeliest option, is another than with its own. Where a mean loses nothing, what is "
-        "adapted to a query or a task decides no more answers than these queries can show."
+        f"{_measured(record)} Each prompt is answered with {own} vectors, then with others instead. "
+        f"{meaning(right)} Means over tasks. Lost: the accuracy in the column before it "
+        f"with {own} minus that with these, in percentage points, with a 95% percentile bootstrap interval from "
+        f"{RESAMPLES:,} draws of queries within each task. Changed: the likeliest token (or, if first tokens do not "
+        "tell options apart, the likeliest option) differs from that with its own. If a mean loses nothing, these "
+        "queries show no effect of adapting the vector to the query or the task."
     )
     columns = [
         "vectors",
@@ -130,14 +130,14 @@ def _norms_table(record: Record) -> Table:
         for place, layer in enumerate(record["layers"])
     ]
     note = (
-        f"{_measured(record)} Vector: norm of what is added behind a layer, scale times v. Residual: norm of what the "
-        f"layer gives out without steering, mean over the prompt tokens that would be edited (positions "
+        f"{_measured(record)} Vector: norm of what is added to a layer's output, scale times v. Residual: norm of the "
+        f"layer's output without steering, mean over the prompt tokens that would be edited (positions "
         f"{record['config']['positions']}). Cosine: of the two. Mean ± sample standard deviation over queries."
     )
     if record["elicit"]:
         note += (
-            f" {ELICIT_POINT}: norm of scale {record['elicit']['scale']:g} times the state that "
-            f"{len(record['elicit']['entries'])} entries of these tasks hold of each layer, added there or not."
+            f" {ELICIT_POINT}: norm of scale {record['elicit']['scale']:g} times the states of each layer in "
+            f"{len(record['elicit']['entries'])} entries of these tasks, whether added there or not."
         )
     return _table(record, "Norms per layer", ["layer", *columns.values()], rows, note, text=1, plots=("norms",))
 
@@ -149,9 +149,9 @@ def _variation_table(record: Record) -> Table:
         cells = [_trained(record, task), str(own["queries"]), _three(own["norm"]), _percent(share)]
         rows.append([task, *cells, _cosine(own["cosine_within"]), _cosine(own["cosine_between"])])
     note = (
-        f"{_measured(record)} Vectors of all steered layers, one after the other, as one. Distance: root mean square "
-        "distance of the task's queries to their mean, as a share of their mean norm: 0 is one vector for the whole "
-        "task. Cosines are means over pairs of queries: both of the task; one of it and one of another."
+        f"{_measured(record)} The vectors of all steered layers are concatenated. Distance: root mean square "
+        "distance of the task's queries to their mean, relative to their mean norm: 0 is one vector for the whole "
+        "task. Cosines are means over pairs of queries: both of the task; one of the task and one of another."
     )
     columns = ["task", "trained on", "queries", "norm", "distance, %", "cosine within", "cosine to others"]
     return _table(record, "How much vectors differ", columns, rows, note, text=2)
@@ -171,7 +171,7 @@ def _neighbours_table(record: Record) -> Table:
     note = (
         f"{_measured(record)} The training query with the largest cosine to a test query's vector. Same task: among "
         "those of all tasks. Same answer, shared words (those in both texts, of those in either): of the nearest one "
-        "of the same task. By chance: a training query drawn from the same ones at random."
+        "of the same task. By chance: a random one of the same training queries."
     )
     columns = ["task", "trained on", "queries", "training queries", "same task, %", "task by chance", "same answer, %",
                "answer by chance", "shared words, %", "words by chance"]  # fmt: skip
@@ -190,8 +190,8 @@ def _nearest_table(record: Record) -> Table:
         for near in row["nearest"]
     ]
     note = (
-        f"{_measured(record)} For {QUERY} and the first test query of each other task the training queries with the "
-        "largest cosine of vectors."
+        f"{_measured(record)} The training queries with the largest cosine of vectors, for {QUERY} and the first test "
+        "query of each other task."
     )
     columns = ["of", "query", "near: task", "near: query", "its answer", "cosine"]
     return _table(record, "Neighbours of single queries", columns, rows, note, text=5)
@@ -204,10 +204,10 @@ def _layers_table(record: Record) -> Table:
         for layer, (plain, steered) in enumerate(zip(layers["unsteered"], layers["steered"], strict=True))
     ]
     note = (
-        f"{_measured(record)} The residual stream behind each layer at the last token of the prompt {one['prompt']!r}, "
-        f"read through {record['lens']['of']}: likeliest tokens, with their probability in percent. The last line is "
-        "what the LLM says. Before the last layers such a reading is a guess of what the stream holds; it was made for "
-        "the last one."
+        f"{_measured(record)} The residual stream after each layer at the last token of the prompt {one['prompt']!r}, "
+        f"read through {record['lens']['of']}: likeliest tokens, with their probability in percent. The last row is "
+        "the LLM's output. At earlier layers such a reading is only an approximation, since the head was trained for "
+        "the last layer."
     )
     columns = ["layer", "unsteered", "steered"]
     return _table(record, "One query layer by layer", columns, rows, note, text=3)
@@ -222,8 +222,8 @@ def _lens_table(record: Record) -> Table:
     ]
     note = (
         f"{_measured(record)} Tokens whose logits rise most when the vector alone is read through "
-        f"{record['lens']['of']}, above what these say of no vector; of a task: of its queries' mean vector. A vector "
-        "also acts through the layers behind it, which this leaves out."
+        f"{record['lens']['of']}, compared with no vector; for a task: its queries' mean vector. The vector's effect "
+        "through later layers is left out."
     )
     return _table(record, "Tokens that vectors promote", ["vector of", "layer", "tokens"], rows, note, text=3)
 
@@ -239,14 +239,14 @@ def _map_table(record: Record) -> Table:
     between = ""
     if record["elicit"]:
         between = (
-            f" Without that, entries and vectors would be two groups far from each other (cosine of their means "
+            f" Otherwise entries and vectors would be two groups far from each other (cosine of their means "
             f"{_cosine(record['elicit']['cosine'])})."
         )
     note = (
-        f"{_measured(record)} Vectors of all steered layers, one after the other, less the mean of their kind and "
-        f"scaled so that kinds are spread equally.{between} How small the spread is beside the mean stands in the "
-        f"first table. PCA: the two axes hold {one}% and {two}% of the variance. t-SNE keeps who is near whom; "
-        "distances between its groups and their sizes say nothing."
+        f"{_measured(record)} The concatenated vectors of all steered layers, minus the mean of their kind and "
+        f"scaled so that kinds are spread equally.{between} The first table shows how small the spread is compared "
+        f"with the mean. PCA: the two axes explain {one}% and {two}% of the variance. t-SNE preserves neighbourhoods; "
+        "distances between groups and their sizes have no meaning."
     )
     columns = ["task", "point", "query", "PCA 1", "PCA 2", "t-SNE 1", "t-SNE 2"]
     return _table(record, "Map of vectors", columns, rows, note, text=3, plots=("map",))
@@ -262,7 +262,7 @@ def _same_task(row: Record) -> bool:
 
 
 def _by_task(record: Record, value: Callable[[Record], float]) -> list[np.ndarray[Any, np.dtype[np.float64]]]:
-    """What each query adds to the mean over tasks."""
+    """Each query's contribution to the mean over tasks."""
     tasks = record["tasks"]
     own = [[value(row) for row in record["queries"] if row["task"] == task] for task in tasks]
     return [np.array(values, dtype=float) / (len(values) * len(tasks)) for values in own]
@@ -273,7 +273,7 @@ def _mean(record: Record, key: str) -> float:
 
 
 def _interval(record: Record, value: Callable[[Record], float]) -> list[str]:
-    """The mean over tasks, and its interval, in percent."""
+    """The mean over tasks and its interval, in percent."""
     parts = _by_task(record, value)
     low, high = np.percentile(bootstrap(parts), [2.5, 97.5])
     return [_percent(float(number)) for number in (sum(part.sum() for part in parts), low, high)]
@@ -288,7 +288,7 @@ def _percent(value: float | None) -> str:
 
 
 def _three(value: float | None) -> str:
-    """The digits that count, without an exponent where that is legible."""
+    """The significant digits, without an exponent if that is legible."""
     if value is None:
         return "–"
     size = abs(value)
@@ -302,7 +302,7 @@ def _cosine(value: float | None) -> str:
 
 
 def _spread(mean: float, std: float | None) -> str:
-    """Both with as many decimals: those of the spread's first two digits."""
+    """Both with the same number of decimals: those of the spread's first two digits."""
     if std is None or not std:
         return _three(mean)
     decimals = max(0, 1 - math.floor(math.log10(std)))
@@ -315,5 +315,5 @@ def _cut(text: str) -> str:
 
 
 def _tokens(tokens: Sequence[Sequence[Any]], share: bool = False) -> str:
-    """Tokens as they are, in quotes, since many begin with a space."""
+    """Tokens in quotes, since many begin with a space."""
     return "  ".join(f"{text!r} {100 * value:.0f}" if share else repr(text) for text, value in tokens)

@@ -1,4 +1,4 @@
-"""What is drawn of an analysis: norms per layer, and the map of vectors."""
+"""Plots of an analysis: norms per layer, and the map of vectors."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -51,7 +51,7 @@ def _line(axes: "Axes", table: Table, layers: Sequence[int], name: str, index: i
     place = table.columns.index(name)
     values = _column(table, name)
     spread = [number(row[place].partition(" ± ")[2]) or 0.0 for row in table.rows]
-    # Nothing below 0 on a logarithmic axis; a mean of norms may be smaller than its standard deviation.
+    # A logarithmic axis needs positive values; a mean of norms may be smaller than its standard deviation.
     ends = [(value - wide, value + wide, value / 4) for value, wide in zip(values, spread, strict=True)]
     low = [low if name == "cosine" else max(low, floor) for low, _, floor in ends]
     high = [high for _, high, _ in ends]
@@ -69,7 +69,7 @@ def _course(name: str, layers: Sequence[int], values: Sequence[float]) -> str:
 
 
 def map_plot(table: Table) -> Drawn:
-    """Each vector as a point in the colour and shape of its task, library entries as crosses in its colour."""
+    """Vectors as points in the colour and shape of their task, library entries as crosses in its colour."""
     tasks = list(dict.fromkeys(row[0] for row in table.rows))
     kinds = list(dict.fromkeys(row[1] for row in table.rows))
     names = [*tasks, *kinds[1:]]

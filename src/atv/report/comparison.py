@@ -1,4 +1,4 @@
-"""Methods beside each other: scores by category and task, their averages, and paired differences from ATV."""
+"""Comparison of methods: scores by category and task, their averages, and paired differences from ATV."""
 
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -12,14 +12,14 @@ from atv.report.tables import MISSING, Table, footnote, marked, meaning, score_t
 
 ATV = "atv"
 PUBLISHED = "paper, "
-"""How a line begins whose numbers others have published."""
+"""Prefix of rows with published numbers."""
 PAPER_SCORE = "first_token"
-"""The score that published numbers are of."""
-COSTS = {"tokens": ("prompt_tokens", 0), "s/query": ("seconds", 4)}  # what is averaged, digits
+"""The score of published numbers."""
+COSTS = {"tokens": ("prompt_tokens", 0), "s/query": ("seconds", 4)}  # what is averaged, number of decimals
 
 _SPREAD = (
-    "All this in percent and for each seed; shown: mean over seeds ± sample standard deviation, none with one seed. "
-    "Bold: the best of a column, the paper's lines aside. A dash: not asked all of it."
+    "In percent, computed for each seed; shown: mean over seeds ± sample standard deviation (none with one seed). "
+    "Bold: the best of a column, except the paper's rows. A dash: not all of it was evaluated."
 )
 _COST = (
     "Prompt tokens and seconds per query are averaged in the same way; seconds include everything that the method does "
@@ -27,40 +27,40 @@ _COST = (
 )
 
 Line = Mapping[str, Score | None]
-"""A method's scores by the names of columns."""
+"""A method's scores by column name."""
 
 
 class Published(Protocol):
-    """Numbers from elsewhere, of the same tasks, that can stand beside those of recorded rows."""
+    """Published numbers for the same tasks, to compare with recorded rows."""
 
     @property
     def source(self) -> str:
-        """Where they stand."""
+        """Where the numbers were published."""
 
     @property
     def order(self) -> Sequence[str]:
-        """Of categories and of tasks, as its tables have them."""
+        """Order of categories and tasks in the published tables."""
 
     def lines(self, part: str, methods: Iterable[str], tasks: Mapping[str, str]) -> dict[str, Line]:
-        """Lines named `PUBLISHED` and more, of these methods, in columns that are made of the same tasks.
+        """Rows for these methods, with names beginning with `PUBLISHED`, in columns that cover the same tasks.
 
         Args:
             part: in-domain, unseen or summary.
-            methods: those of the rows.
-            tasks: of the rows, with their categories.
+            methods: the recorded rows' methods.
+            tasks: the recorded rows' tasks, with their categories.
         """
 
 
 def all_tables(rows: Sequence[Row], beside: Published | None = None) -> list[Table]:
-    """The table per task, and with several methods those that compare them."""
+    """The table per task and, with several methods, the comparison tables."""
     several = len({row["method"] for row in rows}) > 1
     return [score_table(rows), *(comparison_tables(rows, beside) if several else ())]
 
 
 def comparison_tables(rows: Sequence[Row], beside: Published | None = None) -> list[Table]:
-    """In-domain, unseen, both, and ATV against each other method: for each LLM those that its rows suffice for.
+    """In-domain, unseen, both, and ATV against each other method: for each LLM, the tables that its rows allow.
 
-    With the numbers that the paper has published beside them these are its Tables 1, 2 and 5.
+    Together with the paper's published numbers these are its Tables 1, 2 and 5.
     """
     tables = []
     for llm in dict.fromkeys(row["llm"] for row in rows):
@@ -77,25 +77,25 @@ def in_domain_table(rows: Sequence[Row], key: str, beside: Published | None = No
     """Cost, category scores and their mean for each method.
 
     Args:
-        rows: on one LLM.
-        key: the name of a score that some of the rows have; only these are in the table.
-        beside: numbers published elsewhere.
+        rows: rows on one LLM.
+        key: name of a score. Only rows with this score are in the table.
+        beside: published numbers to show for comparison.
     """
     note = (
-        "A task's score is the mean over its rows and variants, a category's that of its tasks, Avg that of the "
-        "categories."
+        "A task's score is the mean over its rows and variants, a category's the mean over its tasks, Avg the mean "
+        "over the categories."
     )
     return _scores_table(rows, key, beside, note, unseen=False)
 
 
 def unseen_table(rows: Sequence[Row], key: str, beside: Published | None = None) -> Table:
-    """Cost, scores of the unseen tasks and their mean for each method; the arguments are those of `in_domain_table`."""
-    note = "A task's score is the mean over rows and variants, Avg that of the tasks."
+    """Cost, scores of the unseen tasks and their mean for each method; arguments as for `in_domain_table`."""
+    note = "A task's score is the mean over its rows and variants, Avg the mean over the tasks."
     return _scores_table(rows, key, beside, note, unseen=True)
 
 
 def _scores_table(rows: Sequence[Row], key: str, beside: Published | None, averaged: str, *, unseen: bool) -> Table:
-    """A line for each method; `averaged` says how its scores are averaged. In-domain its columns are categories."""
+    """One row per method; `averaged` says how its scores are averaged. In-domain, the columns are categories."""
     part = "unseen" if unseen else "in-domain"
     rows, first = scored(_of(rows, unseen), key), score_names(rows)[0]
     tasks = tasks_of(rows)
@@ -120,7 +120,7 @@ def _scores_table(rows: Sequence[Row], key: str, beside: Published | None, avera
 
 
 def summary_table(rows: Sequence[Row], beside: Published | None = None) -> Table:
-    """In-domain average, unseen average and the mean of both by each score that has all of them."""
+    """In-domain average, unseen average and the mean of both, for each score that has all of them."""
     names, lines, published = (
         summarised(rows),
         dict[str, dict[str, Score | None]](),
@@ -148,7 +148,7 @@ def summary_table(rows: Sequence[Row], beside: Published | None = None) -> Table
 
 
 def summarised(rows: Sequence[Row]) -> list[str]:
-    """The scores that all tasks of rows have: those of which averages over all of them can be taken."""
+    """The scores that all tasks of the rows have, which can be averaged over all of them."""
     tasks = tasks_of(rows)
     return [name for name in score_names(rows) if tasks_of(scored(rows, name)).keys() == tasks.keys()]
 
@@ -159,11 +159,11 @@ def column_of(part: str, name: str) -> str:
 
 
 def comparison_table(rows: Sequence[Row], reference: str = ATV) -> Table:
-    """A method minus each other one on the same rows: difference, interval and p, by each score.
+    """A method minus each other one on the same rows: difference, interval and p, for each score.
 
     Args:
-        rows: on one LLM.
-        reference: the method that the others are subtracted from.
+        rows: rows on one LLM.
+        reference: the method from which the others are subtracted.
     """
     others = [method for method in _by_method(rows) if method != reference]
     lines, reasons = [], dict[str, None]()
@@ -187,7 +187,7 @@ def comparison_table(rows: Sequence[Row], reference: str = ATV) -> Table:
         "test rows within each task, a row with all its variants and seeds: how far the difference would vary with "
         "other test rows of these tasks, not with other tasks or seeds. p: two-sided permutation test that swaps the "
         f"two methods' answers to a test row ({RESAMPLES:,} times, or in all ways if fewer), not corrected for the "
-        "number of lines. A dash: not asked the same rows."
+        "number of comparisons. A dash: not evaluated on the same rows."
     )
     columns = ["score", "tasks", f"{reference} minus", "difference", "from", "to", "p"]
     title = f"{reference} against each other: {rows[0]['llm']}"
@@ -200,24 +200,24 @@ def _of(rows: Sequence[Row], unseen: bool) -> list[Row]:
 
 
 def left_out(rows: Sequence[Row], key: str) -> tuple[dict[str, str], dict[str, str]]:
-    """The tasks for which a score is not defined, and the others, each with their categories."""
+    """The tasks for which a score is not defined, and the other tasks, each with their categories."""
     names = undefined(rows, key)
     tasks = tasks_of(rows)
     return {task: tasks[task] for task in names}, {task: its for task, its in tasks.items() if task not in names}
 
 
 def averages_of(tasks: Mapping[str, str]) -> set[str]:
-    """The averages that tasks with these categories are part of."""
+    """The averages that include tasks of these categories."""
     return {"unseen" if category == UNSEEN else "in-domain" for category in tasks.values()}
 
 
 def defined(rows: Sequence[Row], left: Container[str]) -> list[Row]:
-    """The rows without those of the tasks that are left out."""
+    """The rows without those of left-out tasks."""
     return [row for row in rows if row["task"] not in left]
 
 
 def runs_of(rows: Sequence[Row]) -> tuple[str, ...]:
-    """The folders of the runs that rows are of."""
+    """The folders of the rows' runs."""
     return tuple(dict.fromkeys(row["run"] for row in rows))
 
 
@@ -229,7 +229,7 @@ def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def _ordered(names: Iterable[str], order: Sequence[str]) -> list[str]:
-    """Names in the order given, then the others in their own."""
+    """Names in the given order, then the others in their own order."""
     found = dict.fromkeys(names)
     return [*(name for name in order if name in found), *(name for name in found if name not in order)]
 
@@ -243,7 +243,7 @@ def _table(
     without: Container[str],
     beside: Published | None,
 ) -> Table:
-    """A table of lines; ours are marked in the columns that are without some task."""
+    """A table; our rows are marked in columns that lack some task."""
     cells = [
         [name, *(marked(cell) if column in without else cell for column, cell in zip(columns, own, strict=True))]
         for name, own in (
@@ -252,12 +252,12 @@ def _table(
     ]
     cells += [[name, *(shown(line.get(column), column) for column in columns)] for name, line in published.items()]
     if beside and published:
-        note += f" Lines marked 'paper' are other LLMs' numbers, where the tasks are the same: {beside.source}."
+        note += f" Rows marked 'paper' are other LLMs' numbers on the same tasks: {beside.source}."
     return Table(title, ["method", *columns], cells, note, text=1, bold=_best(columns, list(ours.values())))
 
 
 def shown(score: Score | None, column: str) -> str:
-    """A cell of a table: accuracies in percent, costs as they are, a dash for what is missing."""
+    """A cell of a table: accuracies in percent, costs unchanged, a dash if missing."""
     if score is None:
         return MISSING
     if column in COSTS:
@@ -266,7 +266,7 @@ def shown(score: Score | None, column: str) -> str:
 
 
 def _best(columns: Sequence[str], lines: Sequence[Line]) -> frozenset[tuple[int, int]]:
-    """The highest of each column of accuracies, as far as the digits shown tell them apart."""
+    """The highest cells of each column of accuracies, to the digits shown."""
     best = set()
     for column, name in enumerate(columns, 1):
         found = {row: round(100 * score.mean, 1) for row, line in enumerate(lines) if (score := line.get(name))}
@@ -276,7 +276,7 @@ def _best(columns: Sequence[str], lines: Sequence[Line]) -> frozenset[tuple[int,
 
 
 def _measured(rows: Sequence[Row]) -> str:
-    """What the numbers of a table were measured on."""
+    """What a table's numbers were measured on."""
     tasks = len(tasks_of(rows))
     examples = len({(row["task"], row["example"]) for row in rows})
     variants = len({(row["template"], row["answer_prefix"]) for row in rows})

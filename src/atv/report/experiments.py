@@ -1,4 +1,4 @@
-"""Experiments from their records: each condition's cost and scores, and how the others differ from the reference."""
+"""Recorded experiments: each condition's cost and scores, and differences from the reference."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,31 +26,31 @@ from atv.report.statistics import Row, score_names, scored, scores, tasks_of
 from atv.report.tables import Table, footnote, marked, meaning
 
 FOLDER = "experiments"
-"""In a reproduction's folder: one record for each experiment."""
+"""Subfolder of a reproduction's folder with one record per experiment."""
 _COSTS = ("trained parameters", "training s")
 
 
 @dataclass(frozen=True)
 class Found:
-    """An experiment that has been run."""
+    """A recorded experiment."""
 
     title: str
     asks: str
     reference: str
     rows: list[Row]
-    """Of all conditions; `method` is a condition's label."""
+    """Rows of all conditions; `method` is the condition's label."""
     trained: dict[str, list[dict[str, Any]]]
-    """The records of the trainings behind each condition, one for each seed."""
+    """The training records of each condition, one per seed."""
 
 
 def find_experiments(folders: Iterable[Path]) -> list[Found]:
-    """The experiments recorded in reproductions below these folders."""
+    """The experiments recorded in reproductions in or below these folders."""
     files = dict.fromkeys(file for folder in folders for file in sorted(folder.rglob(f"{FOLDER}/*.json")))
     return [load_experiment(file) for file in files]
 
 
 def load_experiment(file: Path) -> Found:
-    """An experiment's record with what it names; its folder stands in that of the reproduction."""
+    """Load an experiment's record with its runs and trainings, from the reproduction's folder."""
     record = read_json(file, "the record of an experiment")
     out = file.parent.parent
     rows = load_runs([out / run for condition in record["conditions"].values() for run in condition["runs"]])
@@ -62,7 +62,7 @@ def load_experiment(file: Path) -> Found:
 
 
 def report_tables(folders: Sequence[str | Path], beside: Published | None = None) -> tuple[list[Row], list[Table]]:
-    """The rows of all runs below folders, and tables: of runs that belong to no experiment, and of each experiment."""
+    """The rows of all runs in folders, and tables of the runs that belong to no experiment and of each experiment."""
     experiments = find_experiments(map(Path, folders))
     rows = load_runs(folders)
     named = {Path(run).resolve() for found in experiments for run in runs_of(found.rows)}
@@ -72,11 +72,11 @@ def report_tables(folders: Sequence[str | Path], beside: Published | None = None
 
 
 def experiment_tables(found: Found, beside: Published | None = None) -> list[Table]:
-    """What each condition costs and scores; categories; the reference against each other condition.
+    """Each condition's cost and scores; categories; the reference against each other condition.
 
     Args:
-        found: on any number of LLMs; each has tables of its own.
-        beside: numbers published elsewhere.
+        found: the experiment. Each LLM gets its own tables.
+        beside: published numbers to show for comparison.
     """
     tables = []
     for llm in dict.fromkeys(row["llm"] for row in found.rows):
@@ -90,7 +90,7 @@ def experiment_tables(found: Found, beside: Published | None = None) -> list[Tab
 
 
 def _overview(found: Found, rows: Sequence[Row]) -> Table:
-    """One line for each condition: what is trained, how long that took, and all averages."""
+    """One row per condition: number of trained parameters, training time, and all averages."""
     tasks = tasks_of(rows)
     names = summarised(rows)
     columns = ["tokens", "s/query", *(column_of(part, name) for part in ("in-domain", "unseen") for name in names)]
@@ -113,7 +113,7 @@ def _overview(found: Found, rows: Sequence[Row]) -> Table:
     note = (
         f"{found.asks} Reference: {found.reference}. In-domain: mean of the categories; unseen: mean of the unseen "
         f"tasks, in percent. {meaning(names)} Training: "
-        "its seconds, without those of reading prompts ahead, which conditions share. A dash: nothing is trained by a "
+        "seconds without prefill of prompts, which conditions share. A dash: nothing is trained by a "
         "training loop."
     )
     return Table(

@@ -1,4 +1,4 @@
-"""What every figure here shares: size, colours and marks, and its form as a file or inside a page."""
+"""Shared by all figures: size, colours and marks, and writing to a file or inside a page."""
 
 import io
 from collections.abc import Sequence
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK = "#1b1b1b"
-"""Text and lines: in a page the colour of its text."""
+"""Colour of text and lines; inside a page, the page's text colour."""
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6a00")
-"""Okabe and Ito's, which colour-blind readers tell apart, as far as seen on white as on black; shapes say the same."""
+"""Okabe and Ito's colours for colour-blind readers, those visible on both white and black; shapes are redundant."""
 _SHAPES = "os^DvP<*"
 _WIDTH = 4.4  # inches: as wide as a phone, so that text stays legible on one
 STYLE = {"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "atv", "text.parse_math": False,
@@ -29,11 +29,11 @@ FILES: dict[str, dict[str, Any]] = {
 
 
 Drawn = tuple["Figure", str, Table] | None
-"""A figure, what it shows in words, its numbers; None if there are none to draw."""
+"""A figure, its description, and its numbers; None if there is nothing to draw."""
 
 
 def new_figure(heights: Sequence[float], legend: int = 0) -> tuple["Figure", list["Axes"]]:
-    """Panels below each other, so high in inches, and room for a legend of so many words."""
+    """Stacked panels with these heights in inches, and room for a legend of `legend` entries."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(_WIDTH, sum(heights) + 0.2 * legend), layout="constrained")
@@ -48,7 +48,7 @@ def mark(index: int) -> dict[str, Any]:
 
 
 def name_lines(axes: "Axes", names: Sequence[str]) -> None:
-    """One line of the plot for each name, the first on top."""
+    """Label the plot's horizontal lines with names, the first on top."""
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0, pad=7)
@@ -57,20 +57,20 @@ def name_lines(axes: "Axes", names: Sequence[str]) -> None:
 
 
 def add_legend(figure: "Figure", axes: "Axes", names: Sequence[str]) -> None:
-    """The groups of `axes`, below the panels."""
+    """Add a legend of the groups in `axes`, below the panels."""
     columns = max(1, min(3, 54 // (max(map(len, names)) + 6)))
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns, handletextpad=0.2)
 
 
 def written(figure: "Figure", suffix: str, **how: Any) -> bytes:
-    """A figure as a file of this suffix."""
+    """A figure as the bytes of a file with this suffix."""
     file = io.BytesIO()
     figure.savefig(file, format=suffix[1:], **how)
     return file.getvalue()
 
 
 def inline(svg: bytes, name: str, title: str, text: str) -> str:
-    """An SVG file as an element of a page: ids of its own, the page's text colour, and words for a screen reader."""
+    """An SVG file as an element of a page: unique ids, the page's text colour, and text for screen readers."""
     root = ElementTree.fromstring(svg)
     for parent in list(root.iter()):
         for child in list(parent):

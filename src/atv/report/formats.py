@@ -25,7 +25,7 @@ def markdown(table: Table) -> str:
 
 
 def latex(table: Table) -> str:
-    """A table as LaTeX, for a document that uses the package booktabs."""
+    """A table as LaTeX, for a document with the package booktabs."""
     columns = "l" * table.text + "r" * (len(table.columns) - table.text)
     return "\n".join(
         [
@@ -46,9 +46,9 @@ def latex(table: Table) -> str:
 
 
 def comma_separated(table: Table) -> str:
-    """A table as CSV: bare numbers, a standard deviation in a column of its own, nothing for a dash.
+    """A table as CSV: bare numbers, standard deviations in separate columns, empty cells for dashes.
 
-    Marked cells have a footnote: it stands in a last column, in the lines that have such cells.
+    The footnote of marked cells is in an additional last column, in rows with such cells.
     """
     spread = [any(" ± " in row[index] for row in table.rows) for index in range(len(table.columns))]
     names = [[name, f"{name} std"] if wide else [name] for name, wide in zip(table.columns, spread, strict=True)]
@@ -69,11 +69,11 @@ PAGE = ".html"
 
 
 def check_format(out: Path, page: bool = False) -> None:
-    """Raise ATVError if the file's name does not say in which format it is to be written, or that cannot be.
+    """Raise ATVError if the file's suffix is not a known format or the format cannot be written.
 
     Args:
-        out: the file.
-        page: whether it may be a page too, with plots: of runs.
+        out: the file to write.
+        page: whether an HTML page with plots is allowed too.
     """
     known = [*FORMATS, PAGE] if page else list(FORMATS)
     if out.suffix not in known:
@@ -87,15 +87,15 @@ def check_format(out: Path, page: bool = False) -> None:
 
 
 def slug(title: str) -> str:
-    """A title as part of a file's name."""
+    """A title in a form for file names."""
     return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")[:80]
 
 
 def write_tables(tables: Sequence[Table], out: Path) -> list[Path]:
-    """Write all tables into the file `out`, or for CSV one file beside it per table, numbered; returns the files.
+    """Write all tables to the file `out`, or for CSV to one numbered file per table next to it; returns the files.
 
     Raises:
-        KeyError: `out` ends in something else than .md, .tex or .csv; `check_format` tells the user beforehand.
+        KeyError: `out` does not end in .md, .tex or .csv; `check_format` tells users beforehand.
     """
     texts = [FORMATS[out.suffix](table) for table in tables]
     files = {out: "\n".join(texts)}
@@ -110,7 +110,7 @@ def write_tables(tables: Sequence[Table], out: Path) -> list[Path]:
 
 
 def _cells(table: Table, mark: str, written: Callable[[str], str] = str) -> list[list[str]]:
-    """Cells as they are written, the bold ones in their mark."""
+    """The written cells, bold ones inside `mark`."""
     return [
         [
             mark.format(written(cell)) if (row, index) in table.bold else written(cell)
@@ -126,6 +126,6 @@ def _unbroken(text: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Text for LaTeX; the minus of a number alone as one."""
+    """Escape text for LaTeX; a number's minus becomes a minus sign."""
     text = re.sub(r"^-(?=\d)", "\0", text)
     return "".join(_LATEX.get(letter, letter) for letter in text).replace("\0", "$-$")

@@ -1,4 +1,4 @@
-"""Answers as classes: macro-F1, and precision and recall of each label, by scikit-learn."""
+"""Answers as classes: macro-F1, and precision and recall of each label, computed with scikit-learn."""
 
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -11,7 +11,7 @@ from atv.report.tables import Table
 
 
 def answered(row: Mapping[str, Any], score: str) -> str | None:
-    """The answer that a score of a row judges; None: it judges none, or one token alone."""
+    """The answer judged by a row's score. None: it judges no answer, or only one token."""
     if score == "first_token" or score not in row["scores"]:
         return None
     found: str | None = row["outputs"].get(score, row["outputs"].get(GENERATED))
@@ -22,9 +22,9 @@ def label_table(rows: Sequence[Row], score: str | None = None) -> Table:
     """Macro-F1 of each task and method, and precision, recall and F1 of each label.
 
     Args:
-        rows: from `load_runs`; tasks with more than `FEW_OPTIONS` labels among their answers are left out.
-        score: whose answers are compared with the labels: that of the likeliest option, or the generated one; None: the
-            first one of the rows that is of whole answers.
+        rows: from `load_runs`. Tasks with more than `FEW_OPTIONS` labels among their answers are left out.
+        score: the score whose answers (likeliest option or generated answer) are compared with the labels. None: the
+            rows' first score that judges whole answers.
 
     Raises:
         ATVError: scikit-learn is not installed, or no row has an answer for that score.
@@ -34,7 +34,7 @@ def label_table(rows: Sequence[Row], score: str | None = None) -> Table:
             "Macro-F1 needs the package scikit-learn, which is not installed. Install it with: "
             "pip install 'adaptive-task-vectors[report]'"
         )
-    from sklearn.metrics import precision_recall_fscore_support  # here: it takes a second
+    from sklearn.metrics import precision_recall_fscore_support  # here, since the import takes a second
 
     usable = [name for name in score_names(rows) if any(answered(row, name) is not None for row in rows)]
     if score is None and usable:
@@ -61,8 +61,8 @@ def label_table(rows: Sequence[Row], score: str | None = None) -> Table:
             for label, *values, count in zip(labels, *each, strict=True)
         ]
     note = (
-        f"In percent, of the answers that {score} judges; the rows of all variants and seeds together. Macro: the mean "
-        "over labels, each counting alike. An answer that is no label is a miss of the right one."
+        f"In percent, for the answers that {score} judges; the rows of all variants and seeds together. Macro: the "
+        "unweighted mean over labels. An answer that is not a label counts as a miss of the right one."
     )
     columns = ["task", "method", "label", "precision", "recall", "F1", "rows"]
     return Table(f"Labels: {score}", columns, lines, note)

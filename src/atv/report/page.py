@@ -1,4 +1,4 @@
-"""One page that needs nothing else: tables that sort, plots with the numbers behind them, where it all came from."""
+"""A self-contained page: sortable tables, plots with the numbers behind them, provenance."""
 
 import base64
 import hashlib
@@ -18,7 +18,7 @@ from atv.report.plots import Plot, draw
 from atv.report.statistics import Row
 from atv.report.tables import Table, number
 
-_FIRST, _LAST = ("method", "seed", "rows", "seconds"), "folder"  # in every run's line, even where all are alike
+_FIRST, _LAST = ("method", "seed", "rows", "seconds"), "folder"  # in every run's row, even if all are equal
 
 
 def write_page(
@@ -28,13 +28,13 @@ def write_page(
     command: str,
     analyses: Sequence[Mapping[str, Any]] = (),
 ) -> list[Path]:
-    """Write a page of tables, and their plots into a folder beside it, also as files; returns the files.
+    """Write a page of tables with plots, which are also written to a folder next to it; returns the files.
 
     Args:
-        rows: from `load_runs`; the folders of their runs are still there.
-        tables: of these rows, and of the analyses.
-        out: the page.
-        command: what the user typed for it.
+        rows: from `load_runs`. The folders of their runs must still exist.
+        tables: tables of these rows and of the analyses.
+        out: file of the page.
+        command: the command line that the user typed.
         analyses: from `load_analyses`.
     """
     folder = out.with_name(f"{out.stem}_plots")
@@ -67,12 +67,12 @@ def write_page(
 
 
 def write_plots(tables: Sequence[Table], folder: Path) -> list[Path]:
-    """Write what can be drawn of tables into a folder, as SVG, PNG and PDF; returns the files."""
+    """Write the plots of tables to a folder, as SVG, PNG and PDF; returns the files."""
     return _write(_drawn(tables), folder)
 
 
 def _drawn(tables: Sequence[Table]) -> list[list[tuple[str, Plot]]]:
-    """The plots of each table, with the names of their files."""
+    """The plots of each table, with their file names."""
     return [
         [(f"{index}-{slug(table.title)}-{plot.kind}", plot) for plot in draw(table, f"plot-{index}")]
         for index, table in enumerate(tables, 1)
@@ -92,14 +92,14 @@ def _write(drawn: Sequence[Sequence[tuple[str, Plot]]], folder: Path) -> list[Pa
 
 
 def _made_of(predictions: int, runs: int, analyses: int) -> str:
-    """What a page shows, in words."""
+    """A page's contents in words."""
     parts = [f"{predictions:,} predictions of {runs} run{'s' * (runs != 1)}"] if runs else []
     parts += [f"the vectors of {analyses} adapter{'s' * (analyses != 1)}"] if analyses else []
     return " and ".join(parts)
 
 
 def provenance_of(runs: Sequence[Mapping[str, str]]) -> tuple[dict[str, str], Table]:
-    """What all runs have in common, and a table of the rest, one line for each run."""
+    """What all runs have in common, and a table of the differences, one row per run."""
     names = list(dict.fromkeys(name for run in runs for name in run))
     others = [name for name in names if name not in (*_FIRST, _LAST)]
     alike = [name for name in others if len({run.get(name) for run in runs}) == 1]
@@ -109,7 +109,7 @@ def provenance_of(runs: Sequence[Mapping[str, str]]) -> tuple[dict[str, str], Ta
 
 
 def _facts(run: Mapping[str, Any], place: str, rows: int) -> dict[str, str]:
-    """What the description of a run, or of an analysis, says of it, by name; without what it leaves open."""
+    """The facts in the description of a run or an analysis, by name, without unset ones."""
     settings = run.get("settings", {})
     method = run.get("method")
     configuration = (method if isinstance(method, dict) else run).get("config")
@@ -137,7 +137,7 @@ def _text(name: str) -> str:
 
 
 def _template() -> Any:
-    """Everything that it is given is escaped, but for what is marked as markup above."""
+    """The template. All values are escaped, except those marked as markup above."""
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page.filters["number"] = number
     return page.from_string(_text("page.html"))

@@ -1,4 +1,4 @@
-"""Tables drawn with matplotlib: as files, and as SVG to stand inside a page, where text takes the page's colour."""
+"""Plots of tables with matplotlib: as files, and as SVG inside a page, where text has the page's colour."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,27 +25,27 @@ _LEADER = {"arrowstyle": "-", "color": INK, "alpha": 0.35, "linewidth": 0.7, "sh
 
 @dataclass(frozen=True)
 class Plot:
-    """A drawing, and what stands beside it."""
+    """A plot with its description and numbers."""
 
     kind: str
     text: str
-    """What is to be seen, for those who do not see it."""
+    """Description for readers who cannot see the plot."""
     table: Table
-    """Title, and the numbers that are drawn."""
+    """Title and the plotted numbers."""
     svg: str
-    """To stand inside a page."""
+    """SVG for use inside a page."""
     files: dict[str, bytes]
-    """By suffix."""
+    """File contents by suffix."""
 
 
 def draw(table: Table, name: str) -> list[Plot]:
-    """What can be drawn of a table, without the paper's lines, which are other LLMs'.
+    """Make the plots of a table, without the paper's rows, which are from other LLMs.
 
     Args:
         table: from `paper_tables` or `analysis_tables`.
-        name: what the page calls it: ids inside an SVG must differ from those of every other.
+        name: name of the plot in the page, which makes the ids inside its SVG unique.
     """
-    from matplotlib import rc_context  # here, so that tables need no matplotlib
+    from matplotlib import rc_context  # here, so that tables do not need matplotlib
 
     plots = []
     for kind in table.plots:
@@ -61,7 +61,7 @@ def draw(table: Table, name: str) -> list[Plot]:
 
 
 def _scores(table: Table) -> Drawn:
-    """Each method's average as a bar, and its parts as marks on it, below each other: equal ones must not hide."""
+    """Each method's average as a bar, with its parts as marks in separate rows, so that equal ones stay visible."""
     parts = table.columns[table.columns.index("s/query") + 1 : -1]
     numbers = _numbers(table, table.title, [*parts, "Avg"])
     if not numbers.rows:
@@ -88,7 +88,7 @@ def _scores(table: Table) -> Drawn:
 
 
 def _cost(table: Table) -> Drawn:
-    """The average against seconds and prompt tokens per query; labels at the side, each tied to its point."""
+    """The average against seconds and prompt tokens per query; labels at the side, connected to their points."""
     from matplotlib.ticker import LogLocator
 
     numbers = _numbers(table, f"Cost and {table.title[0].lower()}{table.title[1:]}", ["Avg", "s/query", "tokens"])
@@ -111,7 +111,7 @@ def _cost(table: Table) -> Drawn:
         places = _apart([value for value, *_ in points], 0.17 * (high - low) / height, low, high)
         for (value, cost, method), place in zip(points, places, strict=True):
             axes.plot(cost, value, **mark(int(method == ATV)))
-            side = axes.get_yaxis_transform()  # beside the axes, at the height of a value
+            side = axes.get_yaxis_transform()  # next to the axes, at the height of a value
             axes.annotate(method, (cost, value), (1.06, place), textcoords=side, va="center", arrowprops=_LEADER)
     shown = (f"{row[0]} {row[1]} at {row[2]} s and {row[3]} tokens" for row in numbers.rows)
     return figure, f"Average in percent against cost per query: {', '.join(shown)}.", numbers
@@ -146,7 +146,7 @@ def _differences(table: Table) -> Drawn:
 
 
 def _reading(group: tuple[str, str], rows: Sequence[list[str]]) -> str:
-    """Which methods the reference is told apart from, in words."""
+    """Describe from which methods the reference differs."""
     sides: dict[str, list[str]] = {"above": [], "below": [], "not told apart from": []}
     for _, _, other, _, low, high in rows:
         side = "above" if float(low) > 0 else "below" if float(high) < 0 else "not told apart from"
@@ -165,7 +165,7 @@ _KINDS: dict[str, Callable[[Table], Drawn]] = {
 
 
 def _numbers(table: Table, title: str, columns: Sequence[str]) -> Table:
-    """The lines of our own methods that have any number, in these columns."""
+    """The rows of our own methods that have any number, in these columns."""
     places = [0, *(table.columns.index(column) for column in columns)]
     rows = [[row[place] for place in places] for row in table.rows if not row[0].startswith(PUBLISHED)]
     known = [row for row in rows if any(number(cell) is not None for cell in row[1:])]
@@ -173,7 +173,7 @@ def _numbers(table: Table, title: str, columns: Sequence[str]) -> Table:
 
 
 def _apart(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Places for labels of ascending values: near them, no two closer than `gap`, inside the axes if they fit."""
+    """Positions for labels of ascending values: near them, at least `gap` apart, inside the axes if they fit."""
     places: list[float] = []
     for value in values:
         places.append(max(value, places[-1] + gap if places else low))

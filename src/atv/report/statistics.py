@@ -1,4 +1,4 @@
-"""What rows say beyond a mean: scores with their spread over seeds, and how sure a difference of two methods is."""
+"""Statistics of rows: scores with their spread over seeds, and the uncertainty of differences between methods."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,15 +14,15 @@ from atv.errors import ATVError
 from atv.evaluation.records import row_key
 
 RESAMPLES = 10_000
-"""Of the bootstrap, and sign flips of the permutation test."""
+"""Number of bootstrap resamples, and of sign flips in the permutation test."""
 
 COSTS = ("prompt_tokens", "seconds")
-"""What a row has of them beside its scores."""
+"""A row's costs, in addition to its scores."""
 Row = dict[str, Any]
 
 
 class Score(NamedTuple):
-    """A mean over seeds, and the sample standard deviation over them; None with one seed."""
+    """A mean over seeds and the sample standard deviation over seeds (None with one seed)."""
 
     mean: float
     std: float | None = None
@@ -30,11 +30,11 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True)
 class Scores:
-    """One method's scores; None is what it was not asked in full."""
+    """One method's scores; None if it was not evaluated in full."""
 
     tasks: dict[str, Score | None]
     categories: dict[str, Score | None]
-    """Without that of the unseen tasks."""
+    """By category, without the unseen tasks."""
     in_domain: Score | None
     """Mean of the categories."""
     unseen: Score | None
@@ -54,7 +54,7 @@ class Difference(NamedTuple):
 
 
 def value(row: Mapping[str, Any], key: str) -> float | None:
-    """A score of a row by its name, or one of its costs, `prompt_tokens` or `seconds`; None: it is not defined.
+    """A row's score by name, or its cost `prompt_tokens` or `seconds`. None: the score is not defined.
 
     Raises:
         KeyError: the row was not measured with that score.
@@ -64,7 +64,7 @@ def value(row: Mapping[str, Any], key: str) -> float | None:
 
 
 def score_names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The names of all scores that rows have."""
+    """The names of all scores in rows."""
     return list(dict.fromkeys(name for row in rows for name in row["scores"]))
 
 
@@ -74,21 +74,21 @@ def scored(rows: Iterable[Row], key: str) -> list[Row]:
 
 
 def tasks_of(rows: Iterable[Row]) -> dict[str, str]:
-    """Names of the tasks that rows are of, and their categories, in the order of the rows."""
+    """Names of the rows' tasks with their categories, in the order of the rows."""
     return {row["task"]: row["category"] for row in rows}
 
 
 def scores(rows: Sequence[Row], key: str, tasks: Mapping[str, str] | None = None) -> Scores:
-    """A method's scores: task, category, and the averages of the paper, each for every seed, then over seeds.
+    """A method's scores: tasks, categories, and the paper's averages, computed for each seed, then over seeds.
 
-    A task's score is the mean over its rows and variants, a category's the mean of its tasks, the in-domain average
-    the mean of the categories but Unseen, the unseen average the mean of the unseen tasks.
+    A task's score is the mean over its rows and variants, a category's the mean over its tasks, the in-domain average
+    the mean over the categories except Unseen, the unseen average the mean over the unseen tasks.
 
     Args:
-        rows: of one method on one LLM.
+        rows: rows of one method on one LLM.
         key: what is averaged: the name of a score that all rows have, `prompt_tokens` or `seconds`.
-        tasks: all that should have been asked, with their categories; None: those of `rows`. What a method was not
-            asked with one of its seeds has no score, nor has any average that it is part of.
+        tasks: all tasks that should have been evaluated, with their categories. None: those of `rows`. A task that was
+            not evaluated with one of the seeds has no score, and neither has any average that includes it.
     """
     tasks = tasks_of(rows) if tasks is None else tasks
     found: defaultdict[tuple[Any, str], list[float | None]] = defaultdict(list)
@@ -112,13 +112,13 @@ def scores(rows: Sequence[Row], key: str, tasks: Mapping[str, str] | None = None
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """None if any is missing: a mean over fewer would flatter."""
+    """The mean; None if any value is missing, since a mean over fewer would be too optimistic."""
     known = [value for value in values if value is not None]
     return fmean(known) if known and len(known) == len(values) else None
 
 
 def _means(parts: Sequence[Sequence[float | None]]) -> list[float | None]:
-    """The mean of the parts for each seed; empty if a part is."""
+    """The mean of the parts for each seed; empty if any part is."""
     return [_mean(values) for values in zip(*parts, strict=True)] if all(parts) else []
 
 
@@ -130,24 +130,23 @@ def _over_seeds(values: Sequence[float | None]) -> Score | None:
 
 
 def paired(rows: Sequence[Row], method: str, other: str, key: str, *, unseen: bool = False) -> Difference:
-    """By how much `method` is above `other` on the rows that both were asked, and how sure that is.
+    """By how much `method` is above `other` on the same rows, with interval and p.
 
-    The unit is a test row of a task, over all variants and seeds in which it was asked. It weighs what it weighs in
-    the average, so that the units' weighted differences add up to the difference of the averages of `scores`. The
-    interval is the 95% percentile bootstrap, rows resampled within each task; p is that of a two-sided permutation
-    test that swaps the two methods' answers to a test row. Both draw from a fixed seed.
+    The unit is a test row of a task, over all its variants and seeds. Its weight is that in the average, so the units'
+    weighted differences add up to the difference of the averages of `scores`. The interval is a 95% percentile
+    bootstrap interval with rows resampled within each task. p is from a two-sided permutation test that swaps the two
+    methods' answers to a test row. Both use a fixed seed.
 
     Args:
-        rows: on one LLM, those of other methods too: the average is over the tasks that any of them was asked with
-            this score. An
-            example's number stands for the same test row in all of them.
-        method: what is measured.
-        other: what it is measured against.
-        key: the name of a score; rows without it count as not asked.
-        unseen: compare the unseen average, not the in-domain one.
+        rows: rows on one LLM, including those of other methods: the average is over all tasks with this score. An
+            example's number must mean the same test row in all of them.
+        method: the method to compare.
+        other: the method to compare it with.
+        key: name of a score. Rows without it are ignored.
+        unseen: compare the unseen averages, not the in-domain ones.
 
     Raises:
-        ATVError: one was asked rows that the other was not, or a row twice, or not all tasks with every seed.
+        ATVError: the two methods have different rows, a row occurs twice, or not all tasks have every seed.
     """
     asked_tasks = tasks_of(scored(rows, key))
     tasks = {task: category for task, category in asked_tasks.items() if (category == UNSEEN) == unseen}
@@ -181,7 +180,7 @@ def paired(rows: Sequence[Row], method: str, other: str, key: str, *, unseen: bo
 
 
 def _asked(rows: Iterable[Row], method: str, tasks: Mapping[str, str], key: str) -> dict[tuple[Any, ...], float]:
-    """What a method scored on each seed, task, template, answer prefix and example."""
+    """A method's score by seed, task, template, answer prefix and example."""
     mine = [row for row in scored(rows, key) if row["method"] == method and row["task"] in tasks]
     asked = {(row["seed"], *row_key(row)): float(row["scores"][key]) for row in mine}
     if len(asked) < len(mine):
@@ -193,22 +192,22 @@ def _asked(rows: Iterable[Row], method: str, tasks: Mapping[str, str], key: str)
 
 
 def bootstrap(parts: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
-    """Sums of units drawn anew, with replacement within each part: (resamples,)."""
+    """Bootstrap sums of units, resampled with replacement within each part: (resamples,)."""
     random = np.random.default_rng(0)
     total = np.zeros(RESAMPLES)
     for part in parts:
-        # Equal units are interchangeable, and there are few different ones: draw how many of each.
+        # There are few different values among the units: draw the count of each.
         values, counts = np.unique(part, return_counts=True)
         total += random.multinomial(len(part), counts / len(part), size=RESAMPLES) @ values
     return total
 
 
 def _p_value(units: NDArray[np.float64]) -> float:
-    """Two-sided p of the units' sum, were each as likely to have the other sign."""
+    """Two-sided p of the units' sum under random signs."""
     units = units[units != 0]  # their sign does not matter
     if len(units) < 2:
         return 1.0
-    from scipy.stats import permutation_test  # here, since nothing else needs it and it takes half a second
+    from scipy.stats import permutation_test  # here, since the import takes half a second
 
     result = permutation_test(
         (units,),

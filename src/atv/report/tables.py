@@ -1,4 +1,4 @@
-"""Recorded rows to tables."""
+"""Tables from recorded rows."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from atv.evaluation.metrics import SCORES
 from atv.report.statistics import COSTS, score_names, scored
 
 MARK = "†"
-"""Behind a number or a dash that a table's footnote explains."""
+"""Mark after a number or a dash that the table's footnote explains."""
 MISSING = "–"
 
 _COSTS = (("tokens", "prompt_tokens", 0), ("s/query", "seconds", 4))
@@ -28,33 +28,33 @@ class Table:
     rows: list[list[str]]
     note: str
     text: int = 3
-    """So many columns, the first, are words; the others are numbers."""
+    """Number of leading text columns; the others are numbers."""
     bold: frozenset[tuple[int, int]] = frozenset()
-    """Row and column of the cells that stand out."""
+    """Row and column of bold cells."""
     plots: tuple[str, ...] = ()
-    """What is drawn of it: names of `report.plots`."""
+    """Its plots: names from `report.plots`."""
     runs: tuple[str, ...] = ()
-    """Folders of the runs behind what is drawn."""
+    """Folders of the plotted runs."""
     footnote: str = ""
-    """What `MARK` says in the cells that have it."""
+    """Explanation of the cells with `MARK`."""
 
     @property
     def notes(self) -> str:
-        """The note with the footnote, if there is one."""
+        """The note, with the footnote if there is one."""
         return f"{self.note} {MARK}: {self.footnote}" if self.footnote else self.note
 
 
 def undefined(rows: Iterable[Mapping[str, Any]], key: str) -> dict[str, None]:
-    """The tasks for which a score is not defined, since it is None in some of the rows that have it."""
+    """The tasks for which a score is not defined, because it is None in some of their rows."""
     return dict.fromkeys(row["task"] for row in rows if key not in COSTS and row["scores"].get(key, 0) is None)
 
 
 def footnote(rows: Sequence[Mapping[str, Any]], *keys: str) -> str:
-    """Why scores are not defined for some tasks of recorded rows; empty if they are.
+    """Why scores are not defined for some tasks; empty if all are defined.
 
     Args:
         rows: from `load_runs`.
-        keys: names of scores; none: all that rows have.
+        keys: names of scores; by default all scores in the rows.
     """
     several = len({row["llm"] for row in rows}) > 1
     found = []
@@ -67,26 +67,25 @@ def footnote(rows: Sequence[Mapping[str, Any]], *keys: str) -> str:
 
 
 def meaning(keys: Iterable[str]) -> str:
-    """What scores say, a sentence for each."""
+    """The meaning of scores, one sentence each."""
     return " ".join(f"{key}: {SCORES.get(key, 'a metric of your own')}." for key in keys)
 
 
 def marked(cell: str) -> str:
-    """A cell with the mark of the footnote, which stands before a spread."""
+    """A cell with the mark of the footnote, placed before a spread."""
     value, *spread = cell.split(" ± ")
     return " ± ".join([value + MARK, *spread])
 
 
 def score_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Scores per task and method, with tokens and seconds per query: one line for each task and method.
+    """Scores with tokens and seconds per query: one row per task and method.
 
-    A task's score is the mean over its variants and rows, and over runs if there are several of a method; a method's
-    mean is that over its tasks, without those of the category Unseen, and a dash if it was not asked all of them.
-    Methods on different LLMs stand on lines of their own. Where a score is not defined a marked dash stands, and a mean
-    without some task is marked.
+    A task's score is the mean over its variants and rows, and over a method's runs if there are several. A method's
+    mean is over its tasks without the category Unseen, or a dash if not all of them were evaluated. Each LLM has its
+    own rows. An undefined score is a marked dash; a mean that leaves out a task is marked.
 
     Args:
-        rows: from `load_runs`, of any number of runs.
+        rows: from `load_runs`, from any number of runs.
     """
     several = len({row["llm"] for row in rows}) > 1
     labels = [f"{row['method']}, {row['llm']}" if several else str(row["method"]) for row in rows]
@@ -122,7 +121,7 @@ def score_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def number(cell: str) -> float | None:
-    """What a cell says, without its spread and mark; None if that is no number, as a dash."""
+    """A cell's number without spread and mark; None if it is not a number, such as a dash."""
     try:
         return float(cell.split(" ± ")[0].rstrip(MARK))
     except ValueError:
@@ -130,10 +129,10 @@ def number(cell: str) -> float | None:
 
 
 def _mean(parts: Sequence[Sequence[dict[str, Any]]], name: str) -> str:
-    """The mean over tasks of the means of their rows, in percent.
+    """The mean over tasks of their rows' means, in percent.
 
-    A dash if a task has no rows, since a mean over fewer tasks would flatter; marked without those for which it is not
-    defined.
+    A dash if a task has no rows, since a mean over fewer tasks would be too optimistic; marked if it leaves out tasks
+    for which the score is not defined.
     """
     known = [scored(rows, name) for rows in parts if not undefined(rows, name)]
     cell = MISSING
@@ -143,7 +142,7 @@ def _mean(parts: Sequence[Sequence[dict[str, Any]]], name: str) -> str:
 
 
 def _costs(parts: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
-    """As `_mean`, of what rows cost."""
+    """Like `_mean`, for the rows' costs."""
     if not all(parts):
         return [MISSING] * len(_COSTS)
     return [f"{fmean(fmean(row[key] for row in rows) for rows in parts):.{digits}f}" for _, key, digits in _COSTS]

@@ -1,1 +1,1 @@
-"""The work behind `atv paper ...`."""
+"""Implementation of `atv paper ...`."""

@@ -1,4 +1,4 @@
-"""`atv paper analysis`: what an adapter's vectors are like, as a record, tables and plots."""
+"""`atv paper analysis`: analysis of an adapter's vectors as a record, tables and plots."""
 
 import time
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from atv.report.analysis import SHORT
 
 
 def analyse_adapter(given: Analysis) -> None:
-    """Everything that can be checked is, before a model is loaded."""
+    """Analyse an adapter, after checking everything possible before a model is loaded."""
     require_packages()
     folder = artifact.locate(given.adapter)
     saved = artifact.read(folder, ATVModel.method)
@@ -51,15 +51,15 @@ def require_packages() -> None:
 def write_analysis(
     named: Frozen, tasks: Sequence[Task], adapter: Path, library: Path | None, out: Path, **how: Any
 ) -> None:
-    """Look at an adapter's vectors, write what is found to the folder `out`, print the short tables.
+    """Analyse an adapter's vectors, write the results to the folder `out`, print the short tables.
 
     Args:
         named: the LLM.
-        tasks: whose queries are looked at.
-        adapter: folder of the ATV.
-        library: folder of an ELICIT library to show beside it.
-        out: gets the record, tables and plots; what is there is replaced.
-        how: `rows`, `query` and `seed` of `analyse`.
+        tasks: the tasks whose queries are analysed.
+        adapter: folder of the ATV's adapter.
+        library: folder of an ELICIT library to show for comparison.
+        out: folder for the record, tables and plots; existing ones are replaced.
+        how: `rows`, `query` and `seed`, as for `analyse`.
     """
     if out.is_file():
         raise ATVError(f"{out} is a file; expected a folder, for {ANALYSIS_FILE}, tables and plots. Name another.")

@@ -33,7 +33,7 @@ from atv.report import (
 
 
 def chosen_profile(name: str) -> Profile:
-    """A profile by name; ATVError if there is none."""
+    """A profile by name; ATVError if it is unknown."""
     if name not in PROFILES:
         raise unknown("profile", name, PROFILES)
     log.info(f"Profile {name}: {PROFILES[name].says}")
@@ -41,12 +41,12 @@ def chosen_profile(name: str) -> Profile:
 
 
 def paper_tasks(given: Tasks) -> list[Task]:
-    """The tasks that the options name; the paper's have what it says of them."""
+    """The tasks given by the options; the paper's tasks get its categories and templates."""
     return load_paper_tasks(given.task, given.data, given.template)
 
 
 def reproduce_tables(given: Reproduce) -> None:
-    """Everything that is not done yet, then the tables."""
+    """Do all unfinished steps, then write the tables."""
     if given.experiment and given.method:
         raise ATVError("An experiment names its methods; found --experiment and --method: leave one of them out.")
     experiments = [read_experiment(name) for name in given.experiment or ()]
@@ -75,7 +75,7 @@ def reproduce_tables(given: Reproduce) -> None:
 
 
 def _analyse(profile: Profile, llm: Frozen, tasks: Sequence[Task], out: Path) -> None:
-    """What the vectors of the method atv are like, beside ELICIT's, for each seed; written again by each call."""
+    """Analyse the vectors of the method atv together with ELICIT's, for each seed; each call rewrites the results."""
     for seed in profile.seeds:
         atv, elicit = (artifact.locate(out / "trained" / f"{name}-{seed}") for name in ("atv", "elicit"))
         shown = [task.drawn(profile.train_rows, profile.valid_rows, seed) for task in chosen_tasks(profile, tasks)]
@@ -83,7 +83,7 @@ def _analyse(profile: Profile, llm: Frozen, tasks: Sequence[Task], out: Path) ->
 
 
 def _record(experiment: Experiment, profile: Profile, out: Path) -> Path:
-    """Write which runs and trainings answer the experiment's question; what they say stands in them alone."""
+    """Record which runs and trainings belong to the experiment; the results are only in those."""
     conditions = {
         of.label: {
             "runs": [f"runs/{of.name}-{seed}" for seed in profile.seeds],

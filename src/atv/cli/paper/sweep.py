@@ -11,7 +11,7 @@ from atv.paper.sweep import SETTINGS_FILE, sweep
 
 
 def choose_settings(given: Sweep) -> None:
-    """The trials that are not done yet, then the best of each method."""
+    """Run the unfinished trials, then print the best of each method."""
     rows: dict[str, Any] = {"train_rows": given.train_rows, "valid_rows": given.valid_rows}
     profile = replace(
         chosen_profile(given.profile), **{name: count for name, count in rows.items() if count is not None}

@@ -24,7 +24,7 @@ from atv.report.tables import Table
 
 
 def show_theorems(given: Theory) -> None:
-    """Try every statement on random matrices, and on an LLM if one is named; print the tables, maybe write them."""
+    """Check every statement on random matrices and, if given, an LLM; print the tables and write them to --out."""
     llm, out, seed = given.llm, given.out, given.seed
     if out is not None:
         check_format(out)
@@ -59,11 +59,11 @@ def _tables(material: Material, draw: torch.Generator, made: str) -> list[Table]
 
 def _statements(statements: Sequence[Statement], title: str, made: str) -> Table:
     note = (
-        "Residuals are shares of what was to be reached; up to 1e-9 is rounding. Residual: where the statement holds, "
-        "or under its condition. Counter-example: the residual of what shows that it does not hold elsewhere; of a "
-        "statement that something cannot be made (1.9, 2.9, 2.10) it is that of what makes it, so near 0. That of "
-        "2.2, 2.6, 2.7 and 2.8 is the best of a search. That nothing reaches 0 is proven for 2.6 (floor) and, where "
-        f"there are more dimensions than d, for 2.7 (both in the table of prefixes), not for 2.8. {made}"
+        "Residuals are relative to the target; up to 1e-9 is rounding. Residual: where the statement holds, if "
+        "necessary under its condition. Counter-example: the residual where it does not hold; for statements that "
+        "something is impossible (1.9, 2.9, 2.10), the residual of doing it, so near 0. Those of 2.2, 2.6, 2.7 and 2.8 "
+        "are the best of a search. That no vector reaches 0 is proven for 2.6 (floor) and, if there are more "
+        f"dimensions than d, for 2.7 (both in the table of prefixes), but not for 2.8. {made}"
     )
     rows = [[s.number, s.text, s.verdict, s.condition, _shown(s.residual), _shown(s.counter)] for s in statements]
     return Table(title, ["", "statement", "verdict", "condition", "residual", "counter-example"], rows, note, text=4)
@@ -72,8 +72,8 @@ def _statements(statements: Sequence[Statement], title: str, made: str) -> Table
 def _pairs(pairs: Sequence[Pairs], title: str, made: str) -> Table:
     note = (
         "Residual of the best static factors for n pairs of input x and generator's state v (exact minimum): v drawn "
-        "independently of x, v = tanh(x^T B), v = x^T B. At others: the factors of the first column at n other pairs. "
-        f"One by one: largest residual of factors made for each pair alone. {made}"
+        "independently of x, v = tanh(x^T B), v = x^T B. At others: the factors for independent v at n other pairs. "
+        f"One by one: largest residual with separate factors for each pair. {made}"
     )
     columns = ["n / d", "n", "rank of X", "one by one", "independent v", "at others", "v = tanh(x B)", "v = x B"]
     rows = [
@@ -86,10 +86,10 @@ def _pairs(pairs: Sequence[Pairs], title: str, made: str) -> Table:
 
 def _fits(fits: Sequence[Fit], hidden: int, title: str, made: str) -> Table:
     note = (
-        "Residuals as shares of what the prefix changes: 1 is no nearer than the frozen LLM. Floor: no vector does "
-        "better (proven, linear attention). Dimensions: at least so many has the set of outputs of such prefixes under "
+        "Residuals are relative to the prefix's effect: 1 is no nearer than the frozen LLM. Floor: no vector does "
+        "better (proven, linear attention). Dimensions: lower bound for the set of outputs of such prefixes under "
         f"softmax; ATV's has at most d = {hidden}. Best and median: over the starts of a search for v. Free rows: "
-        "P'_q, P'_k and P'_v need not come from one v; for one head whose width is at most d / 3 they need not anyway. "
+        "P'_q, P'_k and P'_v need not come from one v (no restriction for one head of width at most d / 3). "
         f"The prefix is random, as large as the context's own keys and values. {made}"
     )
     columns = ["heads", "query tokens", "attention", "p", "floor", "dimensions", "best", "median", "free rows"]

@@ -1,4 +1,4 @@
-"""What a trained ATV's vectors are like: how large, how adaptive, near which others, and what tokens they promote."""
+"""Analysis of a trained ATV's vectors: their size, adaptivity, neighbours, and the tokens that they promote."""
 
 from atv.paper.analysis.geometry import cosine_means, map_of, nearest, require_sklearn, variation
 from atv.paper.analysis.lens import layer_by_layer

@@ -1,4 +1,4 @@
-"""Where vectors lie: how much of them is of the query, which are near each other, and a map of all."""
+"""Geometry of vectors: how much depends on the query, nearest neighbours, and a map."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -10,18 +10,18 @@ from torch import Tensor
 from atv.errors import ATVError
 
 LEAST = 4
-"""Fewer points make no map."""
+"""Minimum number of points for a map."""
 _PERPLEXITY = 30.0
 _COMPONENTS = 50
-"""Principal components that t-SNE reads, as is usual: distances hardly differ, and noise is less."""
+"""Number of principal components for t-SNE, the usual number: less noise, almost the same distances."""
 
 
 def variation(vectors: Tensor, tasks: Sequence[str]) -> dict[str, Any]:
-    """How much of the vectors is common to all queries, of the task, and of the query itself.
+    """How much of the vectors is common to all queries, to the task, and specific to the query.
 
     Args:
         vectors: (queries, numbers).
-        tasks: of each query.
+        tasks: the task of each query.
 
     Returns:
         `common`: norm of the mean vector as a share of the mean norm. `within`: share of the variance (squared
@@ -65,11 +65,11 @@ def cosine_means(vectors: Tensor, tasks: Sequence[str]) -> dict[str, tuple[float
 
     Args:
         vectors: (queries, numbers).
-        tasks: of each query.
+        tasks: the task of each query.
 
     Returns:
-        By the name of each task, pairs with one of its queries at least; under the empty name over all pairs. None
-        where there is no such pair.
+        By task name, the means over pairs with at least one of its queries; under the empty name, over all pairs. None
+        if there is no such pair.
     """
     unit = torch.nn.functional.normalize(vectors, dim=1)
     cosines = unit @ unit.T
@@ -88,7 +88,7 @@ def cosine_means(vectors: Tensor, tasks: Sequence[str]) -> dict[str, tuple[float
 
 
 def nearest(cosines: Tensor, count: int) -> list[list[tuple[int, float]]]:
-    """For each row of cosines (queries, others) the places of the `count` largest, and these; ties by place."""
+    """For each row of cosines (queries, others), the `count` largest as (index, cosine); ties in order of index."""
     kept = []
     for row in cosines:
         places = row.argsort(descending=True, stable=True)[:count].tolist()
@@ -97,7 +97,7 @@ def nearest(cosines: Tensor, count: int) -> list[list[tuple[int, float]]]:
 
 
 def require_sklearn() -> None:
-    """Raise ATVError naming the extra, if there is nothing to make a map with."""
+    """Raise ATVError, naming the extra, if scikit-learn is not installed."""
     if find_spec("sklearn") is None:
         raise ATVError(
             "The map of vectors needs the package scikit-learn, which is not installed. Install it with: "
@@ -106,25 +106,24 @@ def require_sklearn() -> None:
 
 
 def map_of(kinds: Sequence[Tensor], seed: int) -> dict[str, Any]:
-    """Vectors of one kind or several as points of one plane.
+    """Map vectors of one or several kinds to points in one plane.
 
-    Of each kind the mean is taken away, and what is left scaled to a mean square of 1: kinds that lie far from each
-    other, and are spread unequally, would otherwise be a point each.
+    Each kind is centred and scaled to a mean square of 1: otherwise kinds that are far apart and unequally spread would
+    each shrink to a point.
 
     Args:
         kinds: (points, numbers) each; together at least `LEAST` points.
-        seed: of t-SNE.
+        seed: seed of t-SNE.
 
     Returns:
-        `pca` and `tsne`, [x, y] for each point of all kinds; `explained`, the shares of the variance that the two PCA
-        axes hold.
+        `pca` and `tsne`, [x, y] for each point of all kinds; `explained`, the two PCA axes' shares of the variance.
     """
     require_sklearn()
-    from sklearn.decomposition import PCA  # here: seconds that nothing else needs
+    from sklearn.decomposition import PCA  # here, since the import takes seconds
     from sklearn.manifold import TSNE
 
     points = torch.cat([_like_sized(kind.double()) for kind in kinds]).numpy()
-    if not points.any():  # a generator that tells no two queries apart: one point
+    if not points.any():  # a generator with the same output for all queries: one point
         same = [[0.0, 0.0] for _ in points]
         return {"pca": same, "tsne": same, "explained": [0.0, 0.0]}
     pca = PCA(n_components=min(_COMPONENTS, len(points) - 1, points.shape[1]), svd_solver="full")
@@ -141,5 +140,5 @@ def map_of(kinds: Sequence[Tensor], seed: int) -> dict[str, Any]:
 def _like_sized(vectors: Tensor) -> Tensor:
     around = vectors - vectors.mean(0)
     size = around.square().sum(1).mean().sqrt()
-    # Below this what is left is rounding of the mean.
+    # Below this, the rest is rounding of the mean.
     return around / size if size > 1e-12 * vectors.norm(dim=1).mean() else torch.zeros_like(around)

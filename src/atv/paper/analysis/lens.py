@@ -18,16 +18,17 @@ from atv.model import ATVModel
 def layer_by_layer(
     atv: ATVModel, readout: Readout, query: str, inputs: Mapping[str, Tensor]
 ) -> dict[str, list[list[list[Any]]]]:
-    """The likeliest next tokens behind each decoder layer, at the last prompt token, without and with steering.
+    """The likeliest next tokens after each decoder layer, at the last prompt token, without and with steering.
 
     Args:
         atv: the adapter on its LLM.
-        readout: of that LLM.
-        query: what the generator reads.
-        inputs: of its prompt, one row: `input_ids`, `attention_mask`, `position_ids`.
+        readout: the LLM's readout.
+        query: the text for the generator.
+        inputs: the prompt's inputs, one row: `input_ids`, `attention_mask`, `position_ids`.
 
     Returns:
-        For `unsteered` and `steered` a list for every layer, steered or not: [token, probability], see `top_tokens`.
+        For `unsteered` and `steered`, a list for every layer (even layers without a vector): [token, probability], see
+        `top_tokens`.
     """
     layers = decoder_layers(atv.llm, atv.config.layer_path)
     found = {}

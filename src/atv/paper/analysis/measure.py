@@ -1,4 +1,4 @@
-"""All of it for one adapter, as a record ready for JSON."""
+"""The whole analysis of one adapter, as a record of JSON values."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,11 +20,11 @@ from atv.paper.analysis.swapped import KINDS, exchanged
 from atv.progress import Bar, bar, log
 
 NEIGHBOURS = 90
-"""At most so many training rows of a task are neighbours: as many as the paper trains on."""
+"""Maximum number of training rows per task that can be neighbours: as many as the paper trains on."""
 NAMED = 3
-"""Nearest training queries that are kept of each query."""
+"""Number of nearest training queries recorded for each query."""
 LONGEST = 200
-"""Letters of a text that are kept."""
+"""Maximum number of characters of a recorded text."""
 
 
 def analyse(
@@ -36,21 +36,21 @@ def analyse(
     query: str | None = None,
     seed: int = 42,
 ) -> dict[str, Any]:
-    """What an adapter's vectors are like on test queries of tasks.
+    """Analyse an adapter's vectors on test queries of tasks.
 
     Args:
         atv: the adapter on its LLM.
-        tasks: their test queries are looked at, and their training queries are neighbours.
-        elicit: a library on the same LLM, whose entries are shown beside.
-        rows: how many test rows of each task, the first ones of a split that is not sorted by answer.
-        query: what is looked at layer by layer, in the first task's first template; None: its first test row.
-        seed: of t-SNE, and of the training rows that are drawn where a task has more than `NEIGHBOURS`.
+        tasks: their test queries are analysed; their training queries are the neighbours.
+        elicit: a library on the same LLM, whose entries are shown for comparison.
+        rows: number of test rows per task, the first ones of the split, which must not be sorted by answer.
+        query: the query to show layer by layer, in the first task's first template. None: its first test row.
+        seed: seed of t-SNE and of the training rows drawn if a task has more than `NEIGHBOURS`.
 
     Returns:
-        A record ready for JSON; `report.analysis_tables` makes tables of it.
+        A record of JSON values; `report.analysis_tables` makes tables of it.
 
     Raises:
-        ATVError: too few queries, scikit-learn is missing, or `elicit` does not fit.
+        ATVError: too few queries, scikit-learn is missing, or `elicit` does not match.
     """
     if query is not None and not query.strip():
         raise ATVError("The query is empty; expected some text.")
@@ -113,7 +113,7 @@ def _prompt(atv: ATVModel, task: Task, example: Example) -> Prompt:
 
 
 def _about(task: Task, atv: ATVModel) -> dict[str, Any]:
-    """What a task is, and whether the adapter was trained on it."""
+    """A task's description, and whether the adapter was trained on it."""
     trained = task.name in atv.training_summary.get("tasks", {})
     return {"category": task.category, "trained": trained, "test": len(task.test), "train": len(task.train)}
 
@@ -125,8 +125,8 @@ def _gathered(atv: ATVModel, queries: Sequence[str], progress: Bar) -> Tensor:
 
 
 def _cosines(atv: ATVModel, vectors: Tensor, others: Sequence[str], progress: Bar) -> Tensor:
-    """Cosines of vectors with those of other queries, which are not kept: (queries, others)."""
-    unit = torch.nn.functional.normalize(vectors.flatten(1).double(), dim=1)  # vectors may be alike to four digits
+    """Cosines of vectors with those of other queries, which are not stored: (queries, others)."""
+    unit = torch.nn.functional.normalize(vectors.flatten(1).double(), dim=1)  # vectors may agree to four digits
     found = torch.empty(len(unit), len(others), dtype=unit.dtype)
     for places, part in scaled_vectors(atv, others, progress):
         found[:, places] = unit @ torch.nn.functional.normalize(part.flatten(1).double(), dim=1).T
@@ -134,7 +134,7 @@ def _cosines(atv: ATVModel, vectors: Tensor, others: Sequence[str], progress: Ba
 
 
 def _entries(elicit: Elicit, atv: ATVModel, tasks: Sequence[Task]) -> tuple[list[str], Tensor]:
-    """The library's entries of these tasks as they are added: names of tasks, and (entries, layers, hidden)."""
+    """The library's entries of these tasks, as added to the LLM: task names and (entries, layers, hidden)."""
     if base_llm(elicit.llm) is not base_llm(atv.llm):
         raise ATVError(
             f"The ELICIT library is on {base_llm(elicit.llm).name_or_path} and the adapter on "
@@ -154,7 +154,7 @@ def _entries(elicit: Elicit, atv: ATVModel, tasks: Sequence[Task]) -> tuple[list
 
 
 def _spread(values: Tensor) -> dict[str, list[Any]]:
-    """Mean and sample standard deviation over queries, at each layer; None of one query."""
+    """Mean and sample standard deviation over queries at each layer; the latter is None for one query."""
     std: list[Any] = values.std(0).tolist() if len(values) > 1 else [None] * values.shape[1]
     return {"mean": values.mean(0).tolist(), "std": std}
 
@@ -164,7 +164,7 @@ def _short(text: str) -> str:
 
 
 def _nearest(cosines: Tensor, neighbours: Sequence[tuple[Task, Example]]) -> list[list[dict[str, Any]]]:
-    """For each query the training queries with the nearest vectors."""
+    """For each query, the training queries with the nearest vectors."""
     found = []
     for line in nearest(cosines, NAMED):
         named = [(*neighbours[place], cosine) for place, cosine in line]
@@ -185,7 +185,7 @@ def _queries(
     answers: Sequence[dict[str, dict[str, float | None]]],
     gates: Sequence[float],
 ) -> list[dict[str, Any]]:
-    """One row for each test query: its place on the map, its neighbours, what is answered with which vectors."""
+    """One row per test query: its place on the map, its neighbours, and the answers with different vectors."""
     found = []
     for number, near in enumerate(_nearest(cosines, neighbours)):
         task, example = asked[number]
@@ -212,7 +212,7 @@ def _queries(
 
 
 def shared_words(one: str, other: str) -> float:
-    """Words that two texts share, as a share of those in either."""
+    """Number of words in both texts, as a share of those in either."""
     these, others = set(words(one)), set(words(other))
     return len(these & others) / len(these | others) if these | others else 0.0
 
@@ -228,9 +228,9 @@ def _place(places: dict[str, Any], number: int) -> dict[str, Any]:
 def _lens(
     atv: ATVModel, tasks: Sequence[Task], asked: Sequence[tuple[Task, Example]], vectors: Tensor, one: Example
 ) -> dict[str, Any]:
-    """Tokens that the mean vector of each task and that of one query promote, and that query layer by layer.
+    """Tokens promoted by each task's mean vector and by one query's vector, and that query layer by layer.
 
-    Where the lens cannot be read, `lens` and the query's `layers` are None, and `no_lens` says why.
+    If the lens cannot be read, `lens` and the query's `layers` are None, and `no_lens` gives the reason.
     """
     prompt = _prompt(atv, tasks[0], one)
     inputs = atv.encode_prompts([prompt])

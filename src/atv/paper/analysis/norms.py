@@ -1,4 +1,4 @@
-"""How large the vectors are beside what they are added to."""
+"""Size of the vectors compared with what they are added to."""
 
 from collections.abc import Iterator, Sequence, Sized
 
@@ -13,18 +13,18 @@ from atv.model import ATVModel
 from atv.progress import Bar
 
 AT_ONCE = 8
-"""Texts that a model reads together."""
+"""Texts per batch."""
 
 
 def batches(texts: Sequence[Sized]) -> Iterator[list[int]]:
-    """Places of texts, or token ids, that are read together: of like lengths, for little padding."""
+    """Indices of the texts (or token ids) of each batch, with similar lengths to reduce padding."""
     by_length = sorted(range(len(texts)), key=lambda index: len(texts[index]))
     for start in range(0, len(texts), AT_ONCE):
         yield by_length[start : start + AT_ONCE]
 
 
 def scaled_vectors(atv: ATVModel, queries: Sequence[str], progress: Bar) -> Iterator[tuple[list[int], Tensor]]:
-    """What is added for each query, scale * v: places in `queries`, and (batch, layers, hidden) on the CPU."""
+    """The vectors as added, scale * v: indices into `queries`, and (batch, layers, hidden) on the CPU."""
     for batch in batches(queries):
         vectors = atv.config.scale * atv.task_vectors([queries[index] for index in batch])
         progress.advance(len(batch))
@@ -33,17 +33,17 @@ def scaled_vectors(atv: ATVModel, queries: Sequence[str], progress: Bar) -> Iter
 
 @torch.no_grad()
 def beside_residual(atv: ATVModel, prompts: Sequence[Prompt], vectors: Tensor, progress: Bar) -> dict[str, Tensor]:
-    """The unsteered residual stream at the tokens that would be edited, and the vectors beside it.
+    """Compare the unsteered residual stream at the tokens that would be edited with the vectors.
 
     Args:
         atv: the adapter on its LLM.
-        prompts: what the LLM reads, one for each query.
-        vectors: (queries, layers, hidden), as they are added.
-        progress: advances by one for each prompt.
+        prompts: the LLM's prompts, one per query.
+        vectors: (queries, layers, hidden), as added.
+        progress: advances by one per prompt.
 
     Returns:
         For each query and steered layer, means over its edited prompt tokens, (queries, layers) each: `residual`, the
-        norm of what the layer gives out; `ratio`, the vector's norm as a share of that; `cosine` of the two.
+        norm of the layer's output; `ratio`, the vector's norm relative to it; `cosine` of the two.
     """
     found = {name: vectors.new_empty(vectors.shape[:2]) for name in ("residual", "ratio", "cosine")}
     for batch in batches([prompt.ids for prompt in prompts]):

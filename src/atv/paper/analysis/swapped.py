@@ -1,4 +1,4 @@
-"""What the LLM answers if a query has other vectors than its own: what adaptivity does, not only how large it is."""
+"""The LLM's answers if a query gets other vectors than its own: the effect of adaptivity, not only its size."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -25,21 +25,21 @@ OWN, TASK_MEAN, MEAN, SAME_TASK, OTHER_TASK, NONE = (
     "none",
 )
 KINDS = (OWN, TASK_MEAN, MEAN, SAME_TASK, OTHER_TASK, NONE)
-"""Vectors that a query is answered with."""
+"""Kinds of vectors with which a query is answered."""
 
 
 def others(vectors: Tensor, tasks: Sequence[str]) -> dict[str, Tensor]:
-    """For each kind but none the vectors that each query is answered with.
+    """The vectors with which each query is answered, for each kind except none.
 
-    Another query is the next one of the task, the last one's the first; that of another task has the same place in the
-    next task, counted round if that has fewer. Where there is no such query the kind is left out.
+    "Another query of its task" is the next one, wrapping around at the end. The query of another task has the same
+    index in the next task, modulo that task's number of queries. A kind for which there is no such query is left out.
 
     Args:
-        vectors: (queries, layers, hidden), each query's own.
+        vectors: (queries, layers, hidden), each query's own vectors.
         tasks: the name of each query's task.
 
     Returns:
-        Each (queries, layers, hidden).
+        By kind, vectors (queries, layers, hidden).
     """
     places: dict[str, list[int]] = {}
     for place, task in enumerate(tasks):
@@ -70,18 +70,18 @@ def exchanged(
     Args:
         atv: the adapter on its LLM.
         asked: the queries.
-        prompts: what the LLM reads, one for each query.
-        vectors: (queries, layers, hidden), as they are added, on any device.
-        progress: advances by one for each answer.
+        prompts: the LLM's prompts, one per query.
+        vectors: (queries, layers, hidden), as added, on any device.
+        progress: advances by one per answer.
 
     Returns:
-        For each query and kind the scores of the metric `first_token`, and whether it says something else over the
-        vocabulary than with the query's own vectors, or where options begin alike another option (`other`).
+        For each query and kind, the scores of the metric `first_token`, and whether the answer differs from that with
+        the query's own vectors (`other`): the token over the vocabulary or, if options begin alike, the option.
     """
     options = [training_options(atv.tokenizer, task) for task, _ in asked]
     found: list[dict[str, dict[str, float | None]]] = [{} for _ in asked]
     judge = FirstToken()
-    first: dict[int, int | str] = {}  # what is said with a query's own vectors, which come first
+    first: dict[int, int | str] = {}  # the answers with the queries' own vectors, which come first
     kinds: dict[str, Any] = others(vectors, [task.name for task, _ in asked]) | {NONE: None}
     for kind, made in kinds.items():
         for batch in batches([prompt.ids for prompt in prompts]):

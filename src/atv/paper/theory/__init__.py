@@ -1,4 +1,4 @@
-"""Theorems 1 and 2 of the paper as numbers: what holds, under which conditions, and what does not."""
+"""Theorems 1 and 2 of the paper, checked numerically: what holds, under which conditions, and what does not."""
 
 from atv.paper.theory.containment import Fit, prefix_fits, theorem2
 from atv.paper.theory.equivalence import Pairs, static_factors, theorem1

@@ -34,24 +34,24 @@ LENGTHS = (1, 2, 8)
 
 @dataclass(frozen=True)
 class Fit:
-    """How near ATV's attention comes to that of one random prefix; shares of the prefix's effect, 1 is no nearer."""
+    """How closely ATV's attention fits that of one random prefix; residuals relative to its effect (1: no fit)."""
 
     heads: int
     tokens: str
-    """`all` query tokens, or the `last` alone."""
+    """`all` query tokens, or only the `last`."""
     attention: str
     length: int
-    """p."""
+    """Length of the prefix, p."""
     floor: float | None
-    """Proven: no vector does better. None: nothing is proven."""
+    """Proven lower bound for all vectors. None: no bound is proven."""
     dimensions: int | None
-    """At least so many has the set of what softmax attention with such prefixes gives. ATV's has at most d."""
+    """Lower bound on the dimensions of the set of softmax attention outputs with such prefixes. ATV's has at most d."""
     best: float
-    """Over the starts of the search."""
+    """Best residual over the starts of the search."""
     middle: float
-    """Median over them."""
+    """Median residual over the starts."""
     free: float
-    """Best with P'_q, P'_k, P'_v not made of one v, but each head's rows free: more than ATV can do."""
+    """Best residual with free rows in each head instead of P'_q, P'_k, P'_v from one v: more than ATV can do."""
 
 
 def _first_heads(weights: Three, heads: int) -> Three:
@@ -102,7 +102,7 @@ def prefix_fits(material: Material, draw: torch.Generator) -> list[Fit]:
 def _searched(
     attend: Attend, plain: Three, weights: Three, target: Tensor, size: Tensor, draw: torch.Generator
 ) -> tuple[list[float], float]:
-    """Residuals that the searches end with: of one v from each start, of free rows from the last."""
+    """Final residuals of the searches: with one v from each start, and with free rows from the last."""
     effect = (target - attend(*plain)).square().sum()
 
     def loss(rows: Three) -> Tensor:
@@ -120,12 +120,12 @@ def _root(loss: Callable[[Tensor], Tensor], start: Tensor) -> float:
 
 
 def theorem2(material: Material, fits: list[Fit], draw: torch.Generator) -> list[Statement]:
-    """Every statement of Theorem 2 and of its reading (appendix A.2, Table 7), with all heads.
+    """Check every statement of Theorem 2 and its interpretation (appendix A.2, Table 7), with all heads.
 
     Args:
-        material: what they are tried on.
+        material: the weights and states used for the checks.
         fits: from `prefix_fits`.
-        draw: of vectors, prefixes and starts.
+        draw: random generator for vectors, prefixes and starts.
     """
     weights, prompt = material.weights, material.prompt
     plain = project(prompt, prompt, weights)
@@ -177,7 +177,7 @@ def theorem2(material: Material, fits: list[Fit], draw: torch.Generator) -> list
 
 
 def _identity(prompt: Tensor, weights: Three, v: Tensor) -> float:
-    """The eight terms beside attention over x + e_T v^T and C + e_m v^T, as the theorem defines it."""
+    """Compare the eight terms with attention over x + e_T v^T and C + e_m v^T, the theorem's definition."""
     edited = prompt.clone()
     edited[-1] += v
     terms = eight_terms(project(prompt, prompt, weights), rows_of(v, weights))
@@ -185,9 +185,9 @@ def _identity(prompt: Tensor, weights: Three, v: Tensor) -> float:
 
 
 def _second_term(weights: Three, prompt: Tensor, sharing: int, draw: torch.Generator) -> float:
-    """Residual of T2 beside the term of a prefix of length 1 with independent keys and values.
+    """Residual of T2 fitted to the term of a prefix of length 1 with independent keys and values.
 
-    v^T W_k = P_k and v^T W_v = P_v is a linear system; where it has no solution a search looks for the least residual.
+    v^T W_k = P_k and v^T W_v = P_v is a linear system. If it has no solution, a search minimises the residual.
     """
     plain = project(prompt, prompt, weights)
     keys, values = _prefix(plain, 1, sharing, draw)
@@ -203,7 +203,7 @@ def _second_term(weights: Three, prompt: Tensor, sharing: int, draw: torch.Gener
 
 
 def _solved(weights: Three, rows: Three) -> Tensor:
-    """The v (d,) whose rows come nearest to `rows` (heads, k) by least squares; what is empty is left free."""
+    """The v (d,) whose rows are nearest to `rows` (heads, k) in least squares; empty rows are unconstrained."""
     kept = [(weight, row) for weight, row in zip(weights, rows, strict=True) if row.numel()]
     columns = torch.cat([weight.movedim(0, 1).flatten(1) for weight, _ in kept], 1)  # (d, heads * k of each)
     v: Tensor = torch.cat([row.flatten() for _, row in kept]) @ torch.linalg.pinv(columns)
@@ -211,27 +211,27 @@ def _solved(weights: Three, rows: Three) -> Tensor:
 
 
 def _narrow(material: Material) -> Three:
-    """One head, no wider than a third of d: then the columns of W_q, W_k and W_v together are independent."""
+    """One head, at most d / 3 wide, so that the columns of W_q, W_k and W_v together are independent."""
     return Three(*(weight[:1, :, : material.prompt.shape[1] // 3] for weight in material.weights))
 
 
 def _rank_one_rest(plain: Three, prefix: tuple[Tensor, Tensor]) -> float:
-    """What any matrix of rank 1 in each head, as T2 is, leaves of the prefix's term."""
+    """The share of the prefix's term beyond any matrix of rank 1 per head, such as T2."""
     sizes = torch.linalg.svdvals(linear(plain.q, *prefix))
     return float(sizes[..., 1:].norm() / sizes.norm())
 
 
 def _least_of_t3_t4(plain: Three) -> float:
-    """Lower bound of |(T3, T4)| / |T2| over every v with T2 as large as T1, from the product of their norms.
+    """Lower bound of |(T3, T4)| / |T2| over all v with T2 as large as T1, from the product of their norms.
 
-    In each head |T3|^2 + |T4|^2 is at least 2 |T3| |T4| = 2 |T2| |part|, with the last token's part of T1; summed over
-    heads at least 2 |T2| times the least |part|.
+    In each head, |T3|^2 + |T4|^2 is at least 2 |T3| |T4| = 2 |T2| |part|, where part is the last token's part of T1.
+    The sum over heads is at least 2 |T2| times the smallest |part|.
     """
     return float((2 * _last_part(plain).min() / linear(*plain).norm()).sqrt())
 
 
 def _last_part(plain: Three) -> Tensor:
-    """Norm of what the last key and value add to T1: (heads,)."""
+    """Norm of the last key's and value's contribution to T1: (heads,)."""
     part: Tensor = linear(plain.q, plain.k[:, -1:], plain.v[:, -1:]).norm(dim=(-2, -1))
     return part
 
@@ -243,10 +243,10 @@ def _products(plain: Three, terms: Tensor) -> float:
 
 
 def _at_last_token(material: Material, draw: torch.Generator) -> float:
-    """A vector that gives the last token's attention what a prefix of length 1 gives it, made in closed form.
+    """Residual of a closed-form vector with the effect of a prefix of length 1 on the last token's attention.
 
-    With P'_q = P'_k = 0 the last value alone changes, and its weight w in the last token's output stays, so that
-    P'_v = change / w. A v with these rows exists where the columns of [W_q W_k W_v] are independent.
+    With P'_q = P'_k = 0 only the last value changes. Its weight w in the last token's output stays the same, so P'_v =
+    change / w. A v with these rows exists if the columns of [W_q W_k W_v] are independent.
     """
     prompt = material.prompt
     weights = _narrow(material)
@@ -268,6 +268,6 @@ def _pairs_of_t3_t4(plain: Three, rows: Three) -> tuple[Tensor, Tensor]:
 
 
 def _left_by_prefix(plain: Three, rows: Three, length: int) -> float:
-    """Residual of the best prefix of that length beside what ATV adds to linear attention."""
+    """Residual of the best prefix of that length, fitted to what ATV adds to linear attention."""
     change = atv_attention(linear, plain, rows) - linear(*plain)
     return relative(linear(plain.q, *best_prefix(plain.q, change, length)), change)

@@ -10,28 +10,28 @@ from atv.paper.theory.material import Material
 from atv.paper.theory.statement import Statement, beyond_reach, equality
 
 SCALE = 0.001
-"""The paper's lambda; every residual is a share, so that it does not matter."""
+"""The paper's lambda. Residuals are relative, so its value does not matter."""
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """How well one static pair of factors does for n pairs of x and v."""
+    """How well one static pair of factors fits n pairs of x and v."""
 
     share: float
-    """n as a share of d."""
+    """n / d."""
     pairs: int
     rank: int
-    """Of the inputs."""
+    """Rank of the inputs."""
     one_by_one: float
-    """Largest residual of factors made for each pair alone."""
+    """Largest residual with separate factors for each pair."""
     independent: float
-    """Residual where v does not depend on x."""
+    """Residual if v is independent of x."""
     elsewhere: float | None
-    """The same factors at as many pairs that they were not made for; None where there are not so many."""
+    """Residual of the same factors on n other pairs. None: there are fewer than n other pairs."""
     curved: float
-    """Residual where v = tanh(x^T B)."""
+    """Residual if v = tanh(x^T B)."""
     straight: float
-    """Residual where v = x^T B."""
+    """Residual if v = x^T B."""
 
 
 def _normal(draw: torch.Generator, *shape: int) -> Tensor:
@@ -39,7 +39,7 @@ def _normal(draw: torch.Generator, *shape: int) -> Tensor:
 
 
 def static_factors(material: Material, draw: torch.Generator) -> list[Pairs]:
-    """The best static LoRA of rank d_s for more and more pairs, from a quarter of d to twice d."""
+    """The best static LoRA of rank d_s for increasing numbers of pairs, from d / 4 to 2 d."""
     x = material.states[2]
     total, hidden = x.shape
     expansion = _normal(draw, material.width, hidden) / hidden**0.5
@@ -54,7 +54,7 @@ def static_factors(material: Material, draw: torch.Generator) -> list[Pairs]:
             updates = SCALE * v @ expansion
             down, up = best_static_lora(x[:count], updates[:count], material.width)
             left[name] = relative(x[:count] @ down @ up, updates[:count])
-        others = slice(count, 2 * count)  # `updates` and factors are those of the last, independent v
+        others = slice(count, 2 * count)  # `updates` and factors are from the last iteration, the independent v
         elsewhere = relative(x[others] @ down @ up, updates[others]) if 2 * count <= total else None
         alone = max(_one_by_one(x[row], free[row], expansion) for row in range(0, count, max(1, count // 16)))
         found.append(Pairs(share, count, int(torch.linalg.matrix_rank(x[:count])), alone, elsewhere=elsewhere, **left))
@@ -67,12 +67,12 @@ def _one_by_one(x: Tensor, v: Tensor, expansion: Tensor) -> float:
 
 
 def theorem1(material: Material, curve: list[Pairs], draw: torch.Generator) -> list[Statement]:
-    """Every statement of Theorem 1 and of the discussion of its assumptions (appendix A.1.4).
+    """Check every statement of Theorem 1 and of the discussion of its assumptions (appendix A.1.4).
 
     Args:
-        material: what they are tried on.
+        material: the weights and states used for the checks.
         curve: from `static_factors`.
-        draw: of random factors.
+        draw: random generator for factors.
     """
     x = material.states[2]
     hidden, width = x.shape[1], material.width
@@ -120,14 +120,14 @@ def _round_trip(x: Tensor, down: Tensor, up: Tensor) -> float:
 
 
 def _same_input(x: Tensor, v: Tensor, expansion: Tensor) -> float:
-    """Inputs are equal, so is LoRA's update for all of them; its best is the mean of ATV's."""
+    """For equal inputs, LoRA's update is the same for all; the best is the mean of ATV's updates."""
     updates = SCALE * v[: len(x)] @ expansion
     down, up = best_static_lora(x, updates, len(expansion))
     return relative(x @ down @ up, updates)
 
 
 def _padded(x: Tensor, v: Tensor, expansion: Tensor) -> float:
-    """LoRA of twice the rank, its surplus channels off."""
+    """LoRA of twice the rank, with the surplus channels zeroed."""
     down, up = (
         factor.repeat(*times)
         for factor, times in zip(atv_as_lora(x, v, expansion, SCALE), ((1, 2), (2, 1)), strict=True)
@@ -137,7 +137,7 @@ def _padded(x: Tensor, v: Tensor, expansion: Tensor) -> float:
 
 
 def _rest(x: Tensor, v: Tensor, expansion: Tensor) -> float:
-    """Half the rank, at half of d inputs: the exact minimum beside the nearest matrix of that rank."""
+    """Half the rank, d / 2 inputs: the exact minimum compared with the nearest matrix of that rank."""
     count, rank = x.shape[1] // 2, len(expansion) // 2
     updates = v[:count] @ expansion
     down, up = best_static_lora(x[:count], updates, rank)
@@ -146,19 +146,19 @@ def _rest(x: Tensor, v: Tensor, expansion: Tensor) -> float:
 
 
 def _rank_one(x: Tensor, v: Tensor, expansion: Tensor) -> float:
-    """One update is one row: rank 1 is enough, whatever d_s is."""
+    """One update is one row, so rank 1 is enough for any d_s."""
     update = SCALE * v @ expansion
     return relative(x @ torch.linalg.pinv(x[None]) @ update[None], update)
 
 
 def _static_expansion(x: Tensor, down: Tensor, up: Tensor) -> float:
-    """The decomposition of step 4 is not needed: v may be x^T W_down itself, and then A is the same for all x."""
+    """Step 4's decomposition is not needed: v can be x^T W_down itself, and then A is the same for all x."""
     scale = 0.5
     return relative(scale * (x @ down / scale) @ up, x @ (down @ up))
 
 
 def _several_layers(material: Material, draw: torch.Generator) -> Statement:
-    """One v is shared by all layers, while each layer's LoRA reads its own x."""
+    """All layers share one v, but each layer's LoRA reads its own x."""
     count, rank = material.states.shape[2] // 2, material.width // 2
     updates = []
     for x in material.states:

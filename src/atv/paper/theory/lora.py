@@ -1,4 +1,4 @@
-"""Theorem 1: what ATV adds to a hidden state beside what LoRA adds (the paper's section 3.3 and appendix A.1).
+"""Theorem 1: what ATV and LoRA add to a hidden state (the paper's section 3.3 and appendix A.1).
 
 At one layer, for one input, ATV adds `scale * v A` and LoRA adds `x^T W_down W_up` (its own factor put into W_down):
 
@@ -6,8 +6,8 @@ At one layer, for one input, ATV adds `scale * v A` and LoRA adds `x^T W_down W_
     v (d_s,)      the generator's state;  A (d_s, d)  the layer's block of the expansion
     W_down (d, r), W_up (r, d)
 
-As functions of the input these are different things. LoRA's update is linear in x. ATV's is linear in v, and v comes
-from another model that read the query; nothing makes v a linear function of x.
+As functions of the input they differ. LoRA's update is linear in x. ATV's is linear in v, which comes from another
+model that reads the query and need not be a linear function of x.
 """
 
 import torch
@@ -15,15 +15,15 @@ from torch import Tensor
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
-    """Frobenius norm of the difference, as a share of that of what was expected."""
+    """Frobenius norm of the difference, relative to that of `expected`."""
     return float((found - expected).norm() / expected.norm())
 
 
 def atv_as_lora(x: Tensor, v: Tensor, expansion: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """LoRA's factors that add at `x` what ATV adds (appendix A.1.3, step 3).
+    """LoRA's factors with the same update at `x` as ATV (appendix A.1.3, step 3).
 
-    W_up = A, and W_down = x^+ (scale v), an outer product with x^T x^+ = 1 for x other than 0. They hold x and v, so
-    they are those of this input alone. At x = 0 the pseudo-inverse is 0 and so is LoRA's update, with any factors.
+    W_up = A, and W_down = x^+ (scale v), an outer product with x^T x^+ = 1 for x other than 0. They contain x and v, so
+    they are valid only for this input. At x = 0 the pseudo-inverse is 0, and so is LoRA's update with any factors.
 
     Args:
         x: (d,).
@@ -38,10 +38,10 @@ def atv_as_lora(x: Tensor, v: Tensor, expansion: Tensor, scale: float) -> tuple[
 
 
 def lora_as_atv(x: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Scale, v and A with which ATV adds at `x` what LoRA adds (appendix A.1.3, step 4).
+    """ATV's scale, v and A with the same update at `x` as LoRA (appendix A.1.3, step 4).
 
     The singular value decomposition of the one row x^T W_down is u S w^T, with u S = (+-norm, 0, ..., 0). ATV gets
-    scale = |u S|, v = u S / |u S|, A = w^T W_up. Where x^T W_down = 0 the scale is 0 and v any unit vector.
+    scale = |u S|, v = u S / |u S|, A = w^T W_up. If x^T W_down = 0, the scale is 0 and v is any unit vector.
 
     Args:
         x: (d,).
@@ -64,18 +64,18 @@ def truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def best_static_lora(x: Tensor, updates: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The one pair of LoRA's factors that comes nearest to updates for many inputs: the exact minimum.
+    """The single pair of LoRA factors nearest to the updates for many inputs: the exact minimum.
 
-    Let U be an orthonormal basis of the columns of X. Of D only U U^T D can be reached by X W, and every matrix of rank
-    r whose columns lie in that space is some X W of rank r. So the minimum over W of rank r cuts U^T D to rank r:
+    Let U be an orthonormal basis of the columns of X. X W can reach only U U^T D of D, and every matrix of rank r with
+    columns in that space is some X W of rank r. So the minimum over W of rank r truncates U^T D to rank r:
 
         min |X W - D|^2 = |D - U U^T D|^2 + (squares of the singular values of U^T D beyond the first r)
 
-    The first part is 0 while the rows of X are independent, the second while D = scale V A with d_s at most r.
+    The first part is 0 if the rows of X are independent, the second if D = scale V A with d_s at most r.
 
     Args:
         x: inputs (n, d).
-        updates: what is to be added for each of them (n, d).
+        updates: the update for each of them (n, d).
         rank: r.
 
     Returns:

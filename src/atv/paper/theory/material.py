@@ -1,4 +1,4 @@
-"""What the statements are tried on: random matrices, or an LLM's own weights and hidden states, all in float64."""
+"""Material for checking the statements: random matrices, or an LLM's weights and hidden states, in float64."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -17,7 +17,7 @@ from atv.lm.hooks import attention_and_mlp, base_llm, input_device, text_config
 from atv.paper.theory.prefix import Three
 
 SAME_TOKEN = 8
-"""Prompts whose last token's states are looked at in the first layer."""
+"""Number of prompts whose last token's states in the first layer are used."""
 
 
 @dataclass(frozen=True)
@@ -26,21 +26,21 @@ class Material:
 
     name: str
     states: Tensor
-    """What enters the projections of some layers, for the same tokens in each: (layers, n, d)."""
+    """Inputs of the projections of several layers, for the same tokens in each: (layers, n, d)."""
     first: Tensor
-    """What enters those of the first layer at the last token of prompts that end alike: (prompts, d)."""
+    """Inputs of the first layer's projections at the last token of prompts that end alike: (prompts, d)."""
     prompt: Tensor
-    """What enters those of one layer at every token of one prompt: (T, d)."""
+    """Inputs of one layer's projections at every token of one prompt: (T, d)."""
     weights: Three
-    """W_q, W_k, W_v of that layer, (heads, d, k) each; keys and values that heads share are repeated."""
+    """W_q, W_k, W_v of that layer, (heads, d, k) each; shared keys and values are repeated."""
     sharing: int
-    """So many heads in a row have the same keys and values."""
+    """Number of consecutive heads that share keys and values."""
     width: int
-    """d_s in the checks of Theorem 1, far less than d."""
+    """d_s in the checks of Theorem 1, much smaller than d."""
 
 
 def random_material(draw: torch.Generator, hidden: int = 16, tokens: int = 10, width: int = 4) -> Material:
-    """Everything normally distributed; one head as wide as the states, as in the paper's formulas."""
+    """Normally distributed material with one head as wide as the states, as in the paper's formulas."""
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=draw, dtype=torch.float64)
@@ -59,13 +59,13 @@ def random_material(draw: torch.Generator, hidden: int = 16, tokens: int = 10, w
 def llm_material(llm: nn.Module, tokenizer: Any, tokens: int = 24, width: int = 16) -> Material:
     """Weights and states of an LLM that reads inputs of the built-in tasks, each ending in "A:".
 
-    States are those of every token but each prompt's first, which is the same for many prompts. Biases of the
-    projections and the rotation of positions are left out, as the paper leaves them out.
+    States are taken from all tokens except each prompt's first, which is the same for many prompts. As in the paper,
+    biases of the projections and rotary positions are left out.
 
     Args:
         llm: with separate query, key and value projections.
-        tokenizer: its own.
-        tokens: T, of the one prompt that is looked at whole.
+        tokenizer: the LLM's.
+        tokens: T, the length of the one prompt that is used whole.
         width: d_s.
     """
     projections = [_projections(attention) for attention, _ in attention_and_mlp(llm)]
@@ -115,7 +115,7 @@ def _projections(attention: nn.Module) -> _Projections:
     except KeyError:
         raise ATVError(
             f"{type(attention).__name__} has the children {', '.join(children) or 'none'}; expected q_proj, k_proj and "
-            "v_proj, since the theorems have three separate projections. Take an LLM that is built so, as Llama is."
+            "v_proj, since the theorems have three separate projections. Take an LLM with these, such as Llama."
         ) from None
 
 
@@ -131,7 +131,7 @@ def _weights(projections: _Projections, heads: int, sharing: int) -> Three:
 
 
 def _texts() -> Iterator[str]:
-    """Inputs of the built-in tasks, a row of each in turn."""
+    """Inputs of the built-in tasks, alternating between the tasks."""
     columns: Iterable[list[str]] = ([example.input for example in task.train] for task in load_tasks())
     rows = zip_longest(*columns)
     return (text for text in islice(chain.from_iterable(rows), 4096) if text)
@@ -139,7 +139,7 @@ def _texts() -> Iterator[str]:
 
 @torch.no_grad()
 def _inputs(llm: nn.Module, modules: list[nn.Module], ids: list[int]) -> Tensor:
-    """What enters each of `modules` when the LLM reads one prompt: (modules, tokens, d)."""
+    """The input of each of `modules` when the LLM reads one prompt: (modules, tokens, d)."""
     seen: list[Tensor] = []
     with ExitStack() as stack:
         for module in modules:

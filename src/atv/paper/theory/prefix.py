@@ -1,13 +1,14 @@
-"""Theorem 2: ATV's attention beside Prefix-Tuning's (the paper's section 3.3 and appendix A.2).
+"""Theorem 2: ATV's and Prefix-Tuning's attention (the paper's section 3.3 and appendix A.2).
 
     Attn_ATV    = Attn((x + e_T v^T) W_q, (C + e_m v^T) W_k, (C + e_m v^T) W_v)
     Attn_prefix = Attn(x W_q, [P_k; C W_k], [P_v; C W_v])
 
-x (T, d) are the states that ask, C (m, d) those that are read, e_T and e_m the last unit vectors, P_k and P_v (p, k).
-As in the paper there is no causal mask, no rotation of positions and no normalisation between v and the projections.
+x (T, d) are the states that make the queries, C (m, d) those that make the keys and values, e_T and e_m the last unit
+vectors, P_k and P_v (p, k). As in the paper there is no causal mask, no rotary positions and no normalisation between v
+and the projections.
 
-Everything here takes any number of heads in front, which share x, C and v. The width of a head is k; the paper's own
-formulas have one head with k = d.
+All functions take a leading dimension of heads, which share x, C and v. A head has width k; the paper's formulas have
+one head with k = d.
 """
 
 import math
@@ -21,7 +22,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Three(NamedTuple):
-    """Something for queries, keys and values: weights (heads, d, k), states (heads, tokens, k) or rows (heads, k)."""
+    """Tensors for queries, keys and values: weights (heads, d, k), states (heads, tokens, k) or rows (heads, k)."""
 
     q: Tensor
     k: Tensor
@@ -34,7 +35,7 @@ def project(x: Tensor, context: Tensor, weights: Three) -> Three:
 
 
 def rows_of(v: Tensor, weights: Three) -> Three:
-    """The one non-zero row of each of P'_q, P'_k, P'_v: v^T W_q, v^T W_k, v^T W_v, (heads, k) each."""
+    """The only non-zero rows of P'_q, P'_k and P'_v: v^T W_q, v^T W_k, v^T W_v, (heads, k) each."""
     return Three(v @ weights.q, v @ weights.k, v @ weights.v)
 
 
@@ -54,14 +55,14 @@ def atv_attention(attend: Attend, plain: Three, rows: Three) -> Tensor:
 
 
 def prefix_attention(attend: Attend, plain: Three, keys: Tensor, values: Tensor) -> Tensor:
-    """Attention (heads, T, k) with keys and values (heads, p, k) in front."""
+    """Attention (heads, T, k) with keys and values (heads, p, k) prepended."""
     return attend(plain.q, torch.cat([keys, plain.k], -2), torch.cat([values, plain.v], -2))
 
 
 def eight_terms(plain: Three, rows: Three) -> Tensor:
     """T1 to T8 of appendix A.2.3, (8, heads, T, k): linear attention multiplied out.
 
-    (Q + P'_q)(K + P'_k)^T (V + P'_v) has a choice of two in each of three factors, so eight products.
+    (Q + P'_q)(K + P'_k)^T (V + P'_v) has three factors with two summands each, so eight products.
     """
     q, k, v = plain
     new_q, new_k, new_v = (_as_last(row, states) for states, row in zip(plain, rows, strict=True))
@@ -80,16 +81,16 @@ def eight_terms(plain: Three, rows: Three) -> Tensor:
 
 
 def prefix_floor(plain: Three, keys: Tensor, values: Tensor) -> float:
-    """No v, nor any free P', brings linear attention nearer to a prefix than this share of the prefix's effect.
+    """Lower bound on the residual of linear attention with any v, or any free P', relative to the prefix's effect.
 
-    Let k_m and v_m be the last key and value, a and b what is added to them. Then K^T V becomes
-    K^T V - k_m v_m^T + (k_m + a)(v_m + b)^T: one pair is replaced. A prefix adds pairs: K^T V + P_k^T P_v. For the
-    queries but the last, which are not changed, the two agree only if
+    Let k_m and v_m be the last key and value, and a and b the rows added to them. Then K^T V becomes K^T V - k_m v_m^T
+    + (k_m + a)(v_m + b)^T: one pair is replaced. A prefix adds pairs: K^T V + P_k^T P_v. For all queries but the last,
+    which are unchanged, the two agree only if
 
         Q (k_m + a)(v_m + b)^T = Q (P_k^T P_v + k_m v_m^T)
 
-    Left is a matrix of rank 1, right one of rank p + 1 as a rule. So the singular values of the right side beyond the
-    first stay, even for p = 1. With a single query there is none before the last, and the bound is 0.
+    The left side has rank 1, the right side in general rank p + 1. So the singular values of the right side beyond the
+    first remain, even for p = 1. With a single query there is none before the last, and the bound is 0.
 
     Args:
         plain: queries (heads, T, k), keys and values (heads, m, k).
@@ -103,18 +104,18 @@ def prefix_floor(plain: Three, keys: Tensor, values: Tensor) -> float:
 
 
 def prefix_dimensions(plain: Three, keys: Tensor, values: Tensor, sharing: int, tokens: int = 12) -> int:
-    """At least so many dimensions has the set of outputs that softmax attention with prefixes of this length takes.
+    """Lower bound on the dimensions of the set of outputs of softmax attention with prefixes of this length.
 
-    It is the rank of the derivative of the output by keys and values, here by the first two of each and at the last
-    `tokens` queries, so a lower bound. v has d numbers, and a smooth image of R^d has no more than d dimensions: where
-    the rank is more than d, almost no prefix near this one is within ATV's reach.
+    It is the rank of the derivative of the output with respect to keys and values, restricted to the first two of each
+    and the last `tokens` queries, hence a lower bound. v has d entries, and a smooth image of R^d has at most d
+    dimensions: if the rank exceeds d, ATV can match almost no prefix near this one.
 
     Args:
         plain: queries (heads, T, k), keys and values (heads, m, k).
         keys: P_k (heads, p, k).
         values: P_v (heads, p, k).
-        sharing: so many heads in a row have the same keys and values.
-        tokens: queries that are looked at.
+        sharing: number of consecutive heads that share keys and values.
+        tokens: number of queries used.
     """
     sharing = min(sharing, len(keys))
     few = plain._replace(q=plain.q[:, -tokens:])
@@ -131,10 +132,10 @@ def prefix_dimensions(plain: Three, keys: Tensor, values: Tensor, sharing: int, 
 
 
 def best_prefix(q: Tensor, change: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Keys and values (heads, p, k), p at most `length`, whose term Q P_k^T P_v comes near to a change of attention.
+    """Keys and values (heads, p, k), p at most `length`, whose term Q P_k^T P_v approximates a change of attention.
 
-    P_k^T P_v may be any matrix of rank p. Q^+ times the change is the best one of any rank; it is cut to rank p, which
-    loses nothing if its rank is no more.
+    P_k^T P_v can be any matrix of rank p. Q^+ times the change is the best one of any rank; it is truncated to rank p,
+    which loses nothing if its rank is at most p.
 
     Args:
         q: queries (heads, T, k).
@@ -146,7 +147,7 @@ def best_prefix(q: Tensor, change: Tensor, length: int) -> tuple[Tensor, Tensor]
 
 
 def minimise(loss: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> float:
-    """The lowest value of a smooth function that L-BFGS finds from `start`; an upper bound of the true minimum."""
+    """The lowest value of a smooth function found by L-BFGS from `start`; an upper bound on the true minimum."""
     point = start.clone().requires_grad_()
     search = torch.optim.LBFGS(
         [point],
@@ -171,7 +172,7 @@ def minimise(loss: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> flo
 
 
 def _as_last(row: Tensor, states: Tensor) -> Tensor:
-    """Zeros of the shape of `states` (heads, tokens, k) but for `row` (heads, k) as the last token's."""
+    """Zeros in the shape of `states` (heads, tokens, k), except `row` (heads, k) at the last token."""
     last = torch.zeros(states.shape[-2], 1, dtype=states.dtype)
     last[-1] = 1
     return last * row[..., None, :]

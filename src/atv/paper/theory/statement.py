@@ -1,4 +1,4 @@
-"""One statement of the paper, what was measured of it, and what follows."""
+"""One statement of the paper, with its measured residuals and the verdict."""
 
 from dataclasses import dataclass
 
@@ -6,29 +6,29 @@ HOLDS = "holds to rounding"
 CONDITIONS = "holds under these conditions"
 FAILS = "does not hold as stated"
 ROUNDING = 1e-9
-"""In float64; more than this share is not rounding."""
+"""Relative residual in float64 above which a difference is not rounding."""
 
 
 @dataclass(frozen=True)
 class Statement:
-    """A claim with its numbers, each a share of what was to be reached."""
+    """A claim with its residuals, relative to the target."""
 
     number: str
     text: str
     verdict: str
     residual: float | None
-    """Where the statement holds, or holds under its condition; None: nowhere."""
+    """Residual where the statement holds, if necessary under its condition. None: it holds nowhere."""
     counter: float | None
-    """Of the counter-example; None: none was found."""
+    """Residual of the counter-example. None: none was found."""
     condition: str = ""
 
 
 def equality(
     number: str, text: str, residual: float | None = None, counter: float | None = None, condition: str = ""
 ) -> Statement:
-    """A claim that two things are the same: it holds where the residual is rounding, and not where it is more."""
+    """A claim that two things are equal: it holds where the residual is rounding, and not where it is larger."""
     numbers = [found for found in (residual, counter) if found is not None]
-    if max(numbers) <= ROUNDING:  # what was to be a counter-example confirms it
+    if max(numbers) <= ROUNDING:  # the intended counter-example confirms it
         return Statement(number, text, HOLDS, max(numbers), None)
     if residual is None or residual > ROUNDING:
         return Statement(number, text, FAILS, None, max(numbers))
@@ -36,14 +36,14 @@ def equality(
 
 
 def beyond_reach(number: str, text: str, reached: float, missed: float | None = None, condition: str = "") -> Statement:
-    """A claim that something cannot be made: a counter-example makes it, with a residual of rounding.
+    """A claim that something is impossible: a counter-example achieves it, with a residual of rounding.
 
     Args:
-        number: of the statement.
-        text: what is claimed.
-        reached: residual of what was made to refute it.
-        missed: least residual where it cannot be made.
-        condition: under which that is so.
+        number: number of the statement.
+        text: the claim.
+        reached: residual of the attempt to refute it.
+        missed: smallest residual where it is impossible.
+        condition: condition under which it is impossible.
     """
     if reached > ROUNDING:
         return Statement(number, text, HOLDS, reached, None)
