@@ -29,15 +29,7 @@ PARTS = (
 
 
 def own_optimizer(atv: ATVModel) -> torch.optim.Optimizer:
-<<<<<<< HEAD
-    """The one that training uses."""
-=======
     """The optimiser of the library's training."""
-    try:
-        from atv.training.loop import make_optimizer
-    except ImportError:  # an earlier version, for comparison in profile_step: the same optimiser, made here
-        return torch.optim.Adam(atv.parameters(), lr=RATE, weight_decay=1e-5, fused=True)
->>>>>>> f552ffd9435d07a00e54b42f6bca69a285db6ddb
     return make_optimizer(atv, TrainConfig(learning_rate=RATE))
 
 
