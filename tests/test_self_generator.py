@@ -326,7 +326,7 @@ def test_queries_that_are_empty_or_no_list_are_refused():
     atv = made()
     with refused("A query is ''"), atv.steer(["", "x"]):
         pass
-    with refused("one text", "brackets"), atv.steer("one text"):
+    with refused("is a string", "brackets"), atv.steer("one text"):
         pass
 
 
