@@ -93,7 +93,7 @@ class Gate(nn.Module):
         return self.gains[cosines.topk(min(LIKE_IT, len(self.gains)), dim=1).indices].mean(1)
 
     def nearness(self, states: Tensor, leave_out: int = 0) -> Tensor:
-        """Return the mean cosine to the nearest references, excluding the first `leave_out`: (batch, state) to (batch,)."""
+        """Return the mean cosine to the nearest references after the first `leave_out`: (batch, state) to (batch,)."""
         cosines = nn.functional.normalize(states, dim=-1) @ self.references.T  # (batch, kept)
         count = min(NEAREST + leave_out, cosines.shape[1])
         return cosines.topk(count, dim=1).values[:, min(leave_out, count - 1) :].mean(1)

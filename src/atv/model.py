@@ -202,7 +202,7 @@ class ATVModel(AdapterModel):
         gate.judge(self._states_of(valid), own - common)
 
     def _answers_likely(self, rows: Sequence[EncodedRow]) -> Tensor:
-        """Return (rows,): the probability of the answer to each row's first prompt, as geometric mean over its tokens."""
+        """Return the probability of the answer to each row's first prompt, (rows,), as geometric mean over tokens."""
         collate, losses = self.collator(), []
         for start in range(0, len(rows), 16):
             batch = collate([replace(row, pairs=row.pairs[:1]) for row in rows[start : start + 16]])

@@ -97,7 +97,7 @@ class ATV(nn.Module):
         return self.generator if isinstance(self.generator, Itself) else None
 
     def train(self, mode: bool = True) -> Self:
-        """Set training mode; a calibrated ATV's generator stays in eval mode: dropout would shift states off their mean."""
+        """Set training mode; a calibrated ATV's generator stays in eval mode, as dropout would shift its states."""
         super().train(mode)
         if isinstance(self.expansion, Expansion):
             self.generator.eval()
