@@ -329,7 +329,7 @@ def test_a_model_card_names_no_local_path(tmp_path, monkeypatch, name):
 
 def test_a_missing_tokenizer_is_asked_for_by_the_name_of_the_argument():
     atv = make_atv()
-    with refused("no name that its tokenizer could be loaded by", "tokenizer=..."):
+    with refused("no name by which its tokenizer could be loaded", "tokenizer=..."):
         ATVModel(make_llm(), atv.config, generator=atv.generator)
 
 
