@@ -153,7 +153,7 @@ def _with_hidden(output: Any, hidden: Tensor) -> Any:
     if isinstance(output, Tensor):
         return hidden
     rest = (hidden, *output[1:])
-    return type(output)(*rest) if hasattr(output, "_fields") else type(output)(rest)  # a named tuple takes single arguments
+    return type(output)(*rest) if hasattr(output, "_fields") else type(output)(rest)  # a named tuple takes them singly
 
 
 def _streams(module: nn.Module, hidden: Tensor) -> tuple[Tensor, int] | None:
@@ -283,9 +283,9 @@ def read_up_to(llm: nn.Module, layer: nn.Module, **inputs: Any) -> Tensor:
 def flat_head(llm: nn.Module) -> Iterator[None]:
     """Flatten the language-model head's input to (batch * seq, hidden) inside this context.
 
-    A model that keeps only the logits of its last columns passes a non-contiguous slice to its head. With frozen weights
-    torch then multiplies batch-wise and copies the head's weights once per row: on a CPU with a head of 49,152 x 576
-    and 16 rows, the forward pass of a training step took 3.7 s, and 1.2 s with this. The result is the same.
+    A model that keeps only the logits of its last columns passes a non-contiguous slice to its head. With frozen
+    weights torch then multiplies batch-wise and copies the head's weights once per row: on a CPU with a head of
+    49,152 x 576 and 16 rows, the forward pass of a training step took 3.7 s, and 1.2 s with this. The result is the same.
     """
     head = base_llm(llm).get_output_embeddings()  # type: ignore[operator]
     shapes: list[Any] = []
