@@ -175,7 +175,7 @@ def _key(ids: Tensor) -> str:
 
 
 def _stack(cache: Any, width: int) -> Tensor | None:
-    """Return a cache as (layers * 2, batch, heads, width, head width), on the CPU; None if it is not uniform and full."""
+    """Return a cache as (layers * 2, batch, heads, width, head width) on the CPU; None if not uniform and full."""
     sides = [side.cpu() for pair in full_sides(cache, width) or () for side in pair]
     return torch.stack(sides) if sides and all(side.shape == sides[0].shape for side in sides) else None
 
