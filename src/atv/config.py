@@ -284,7 +284,7 @@ class TrainConfig(Checked):
     """How an ATV or another method is trained; `TrainConfig.paper` has the paper's values."""
 
     epochs: int | None = None
-    """Passes over the training rows. Default: enough for about 400 steps, but 4 to 100."""
+    """Passes over the training rows. Default: enough for about 400 steps, at least 4 and at most 100."""
     batch_size: int = 16
     """Rows per optimiser step, over all processes."""
     learning_rate: float = field(default=0.1, metadata={"flags": ["--learning-rate", "--lr"]})

@@ -67,9 +67,7 @@ def grouped_attention(
         scores = scores + attention_mask
     weights = scores.softmax(-1).view(*groups[:3], -1)
     attended = (weights @ value).view(batch, heads, new, -1)
-    if (
-        attention_mask is not None and attention_mask.dtype == torch.bool
-    ):  # padding that sees no token gets zeros
+    if attention_mask is not None and attention_mask.dtype == torch.bool:  # padding that sees no token gets zeros
         attended = attended * attention_mask.any(-1, keepdim=True)
     return attended.transpose(1, 2).contiguous(), None
 
