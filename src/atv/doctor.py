@@ -193,7 +193,7 @@ def _positions(atv: ATVModel) -> tuple[bool, str]:
             asked[row, : attended.shape[1] - min(count, length)] = False
     changed = (before[0] != after[0]).any(-1).to(asked.device)
     wrong = int((changed != asked).sum())
-    return wrong == 0, f"{int(changed.sum())} tokens changed, {int(asked.sum())} asked for, {wrong} of them others"
+    return wrong == 0, f"{int(changed.sum())} tokens changed, {int(asked.sum())} asked for, {wrong} mismatches"
 
 
 def _scale_zero(atv: ATVModel) -> tuple[bool, str]:

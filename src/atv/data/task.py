@@ -112,7 +112,7 @@ class Task:
         if blank or not self.answer_prefixes:
             raise ATVError(
                 f"Task {self.name}: the answer prefixes are {list(self.answer_prefixes)}; expected at least one, each "
-                "some text, or None where nothing stands before the answer."
+                "some text, or None for no prefix."
             )
 
     def renderers(self, which: str = "all", reads: str = "query") -> dict[Variant, Renderer]:

@@ -1,4 +1,4 @@
-"""Which tokens of an LLM call are edited, from one of three sources.
+"""Determine which tokens of an LLM call are edited, from one of three sources.
 
 `Known`: a given mask (training). `Lengths`: each row is a whole text, with a prompt of known length (scoring).
 `Tracked`: any call, above all those of `generate`, which reads the whole prompt first and then one token at a time with

@@ -52,7 +52,7 @@ def training_rows(task: Task, split: str = "train", reads: str = "query") -> lis
 
 
 class Batches(Sampler[int]):
-    """Shuffles all rows anew each epoch, depending only on the seed and `rows.epoch`.
+    """Shuffles all rows each epoch, depending only on the seed and `rows.epoch`.
 
     Rows are not grouped by length, although that would save padding: tasks differ in length, so a batch would contain a
     single task, and each step would undo what the previous one learned for the others.
