@@ -332,7 +332,7 @@ def test_a_model_card_names_no_local_path(tmp_path, monkeypatch, name):
 
 def test_a_missing_tokenizer_is_asked_for_by_the_name_of_the_argument():
     atv = make_atv()
-    with refused("no name that its tokenizer could be loaded by", "tokenizer=..."):
+    with refused("no name by which its tokenizer could be loaded", "tokenizer=..."):
         ATVModel(make_llm(), atv.config, generator=atv.generator)
 
 
@@ -401,9 +401,9 @@ CHANGES = [own_generator, own_encoder, scaled_expansion, parametrised, attention
 def test_what_could_not_be_read_back_is_neither_saved_nor_trained(tmp_path, change):
     atv = make_atv(dtype=torch.float32)
     change(atv)
-    with refused("An adapter of this model would be read back as another", "state_dict()"):
+    with refused("An adapter of this model would load as a different model", "state_dict()"):
         atv.save_pretrained(tmp_path / "adapter")
-    with refused("An adapter of this model would be read back as another"):
+    with refused("An adapter of this model would load as a different model"):
         train(atv, [toy_task()], tmp_path / "out", TrainConfig(epochs=1))
     assert not list(tmp_path.iterdir())
 
@@ -413,7 +413,7 @@ def test_a_hook_that_changes_the_vectors_is_found_when_they_are_read_back(tmp_pa
     atv.save_pretrained(tmp_path / "adapter")
     before = (tmp_path / "adapter" / "atv_config.json").read_bytes()
     handle = atv.expansion.register_forward_hook(lambda *args: args[2] * 1.1)
-    with refused("its vectors would be other ones (a hook"):
+    with refused("its vectors would differ (a hook"):
         atv.save_pretrained(tmp_path / "adapter")
     assert (tmp_path / "adapter" / "atv_config.json").read_bytes() == before
     handle.remove()

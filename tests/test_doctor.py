@@ -148,5 +148,5 @@ def test_an_llm_that_reads_padding_by_itself_is_told_from_a_fault_of_steering():
     )
     found = {check.name: check.found for check in check_wiring(atv) if not check.passed}
     handle.remove()
-    assert "the LLM itself, not steered, by" in found["padded = unpadded"]
-    assert "the LLM itself, not steered, by" in found["batch = single"]
+    assert "the unsteered LLM by" in found["padded = unpadded"]
+    assert "the unsteered LLM by" in found["batch = single"]

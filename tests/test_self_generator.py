@@ -300,7 +300,7 @@ def test_it_is_never_trained():
         ({"generator": "self", "query_template": "Q: {query}"}, ["query_template is 'Q: {query}'", "Leave", "out"]),
         ({"generator": "self", "generator_layer": -1}, ["generator_layer is -1", "a whole number from 0"]),
         ({"generator": "self", "generator_layer": 1.5}, ["generator_layer is 1.5"]),
-        ({"generator_layer": 1}, ["generator_layer is 1", "embedded:minilm-l6", "leave it out"]),
+        ({"generator_layer": 1}, ["generator_layer is 1", "embedded:minilm-l6", "Leave it out"]),
     ],
 )
 def test_what_cannot_be_meant_is_refused(options, parts):
@@ -310,7 +310,7 @@ def test_what_cannot_be_meant_is_refused(options, parts):
 
 @pytest.mark.parametrize("layers", ["bottom", [0, 2]])
 def test_layers_that_are_not_above_the_one_that_is_read_are_refused(layers):
-    with refused("layers is", "none but those above layer 0", "layers 0 to 2"):
+    with refused("layers is", "only layers above layer 0", "layers 0 to 2"):
         made(layers=layers)
 
 
@@ -324,7 +324,7 @@ def test_queries_that_are_empty_or_no_list_are_refused():
     atv = made()
     with refused("A query is ''"), atv.steer(["", "x"]):
         pass
-    with refused("one text", "brackets"), atv.steer("one text"):
+    with refused("is a string", "brackets"), atv.steer("one text"):
         pass
 
 

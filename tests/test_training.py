@@ -453,7 +453,7 @@ def test_it_stops_when_no_epoch_has_been_better_for_long_enough(tmp_path, capsys
     record = train(tiny(), [toy_task()], tmp_path / "out", config).record
     assert len([entry for entry in record["history"] if "eval_loss" in entry]) == epochs
     assert record["finished"]
-    assert "No better epoch in 2" in capsys.readouterr().err
+    assert "No improvement in 2 epochs" in capsys.readouterr().err
 
 
 def test_too_few_validation_rows_to_choose_by_are_said(tmp_path, capsys):

@@ -212,7 +212,7 @@ def test_what_lengths_do_not_fit_is_refused():
         with refused("padding on the left"), steer(llm, edit, Lengths([2], at)):
             llm(input_ids=ids, attention_mask=torch.tensor([[0, 1, 1]]))
         cache = llm(input_ids=ids, use_cache=True).past_key_values
-        with refused("cache that holds tokens"), steer(llm, edit, Lengths([2], at)):
+        with refused("filled cache"), steer(llm, edit, Lengths([2], at)):
             llm(input_ids=ids, past_key_values=cache)
-        with refused("generate was called where", "Tracked"), steer(llm, edit, Lengths([2], at)):
+        with refused("generate was called while", "Tracked"), steer(llm, edit, Lengths([2], at)):
             llm.generate(ids, max_new_tokens=2)

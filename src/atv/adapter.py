@@ -1,7 +1,7 @@
-"""An ATV's saved adapter, beside what `artifact` keeps of every method's.
+"""Saving and loading an ATV's adapter: the files that are specific to an ATV (`artifact` handles the rest).
 
-`expansion.safetensors`, a model card and, unless its name tells which generator it is, a Hugging Face folder
-`generator/`.
+They are `expansion.safetensors`, a model card and, unless the generator can be loaded by its name, a Hugging Face
+folder `generator/`.
 """
 
 import re
@@ -28,14 +28,14 @@ GENERATOR_FOLDER = "generator"
 
 
 def require_savable(config: ATVConfig, generator: Generator, expansion: Expansion | PaperExpansion) -> None:
-    """Raise ATVError if what an adapter of these parts is read back as would be something else.
+    """Raise ATVError if an adapter of these parts would load as something else.
 
-    It is read back as the modules that the configuration names, so that one's own in their place would be lost.
+    Loading builds the modules that the configuration names, so custom modules in their place would be lost.
     """
     kind = GENERATORS.get(config.generator, Generator)
     if type(generator) is not kind:
         raise unsavable(
-            f"the generator is a {type(generator).__name__}; expected a {kind.__name__} (register a kind of your own "
+            f"the generator is a {type(generator).__name__}; expected a {kind.__name__} (register a custom class "
             "in atv.generator.GENERATORS)"
         )
     for name in ("pooling", "query_template"):
@@ -55,7 +55,7 @@ def require_savable(config: ATVConfig, generator: Generator, expansion: Expansio
 
 
 def _shape(expansion: nn.Module) -> tuple[int, int]:
-    """Vectors per query and their width, of an expansion that may be anybody's."""
+    """Return vectors per query and their width; raise ATVError if the expansion is not one of `atv.expansion`."""
     shape = getattr(expansion, "shape", None)
     if shape is None:
         raise unsavable(f"the expansion is a {type(expansion).__name__}; expected one of atv.expansion")
@@ -63,15 +63,15 @@ def _shape(expansion: nn.Module) -> tuple[int, int]:
 
 
 def unsavable(what: str) -> ATVError:
-    """The error for a part that is not what the configuration makes."""
+    """Return the error for a part that differs from what the configuration builds."""
     return ATVError(
-        f"An adapter of this model would be read back as another: {what}. Leave the parts as the configuration makes "
-        "them, or keep the model's state_dict() yourself and train it in a loop of your own."
+        f"An adapter of this model would load as a different model: {what}. Leave the parts as the configuration "
+        "builds them, or save the model's state_dict() and train it in your own loop."
     )
 
 
 def _structure(module: nn.Module) -> set[tuple[str, str]]:
-    """Every part with its type, every parameter with its shape; how many rows a gate knows is not of its making."""
+    """Return every part with its type and every parameter with its shape; buffers, such as a gate's rows, may vary."""
     types = {(name, f"{type(part).__module__}.{type(part).__qualname__}") for name, part in module.named_modules()}
     return types | {(name, str(tuple(p.shape))) for name, p in module.named_parameters()}
 
@@ -85,19 +85,19 @@ def save(
     expansion: Expansion | PaperExpansion,
     training: dict[str, Any],
 ) -> None:
-    """Write an adapter of savable parts in eval mode; a kill at any moment leaves the former folder or the new one.
+    """Write an adapter atomically: a kill at any moment leaves either the old folder or the new one.
 
     Args:
-        path: of the folder.
+        path: folder to write.
         method: its name in the registry.
         llm: from `describe_llm`.
-        config: of the ATV.
-        generator: written unless it is frozen and can be loaded by its name.
-        expansion: written.
-        training: how they were trained.
+        config: configuration of the ATV.
+        generator: in eval mode; written unless it is frozen and can be loaded by its name.
+        expansion: in eval mode.
+        training: summary of the training.
 
     Raises:
-        ATVError: what would be read back is not what was given.
+        ATVError: the written adapter would load as something else.
     """
     named = (config.generator, config.generator_revision)
     kept = generator.savable and bool(config.train_generator or generator.loaded_by != named)
@@ -119,14 +119,14 @@ def save(
 
 
 PROBES = ("The kettle leaks and the lid sticks.", "Harbour: 17 boats?")
-"""Queries whose vectors are compared."""
+"""Queries for which vectors are compared."""
 
 
 @torch.no_grad()
 def _require_read_back(
     config: ATVConfig, own: Generator, expansion: Expansion | PaperExpansion, folder: Path, kept: bool
 ) -> None:
-    """Raise ATVError unless generator and expansion, read from a folder, make the vectors that those in memory make."""
+    """Raise ATVError unless generator and expansion, read from `folder`, make the same vectors as those in memory."""
     weight = next(expansion.parameters())
     with torch.random.fork_rng(devices=[]):
         read_expansion = new_expansion(config, own.hidden_size, *_shape(expansion)).to(weight)
@@ -134,7 +134,7 @@ def _require_read_back(
     if own.savable:
         read = saved_generator(config, folder) if kept else load_generator(config)
         states = [_states(each) for each in (own, read.to(next(own.encoder.parameters())).eval())]
-    else:  # there is no generator to read back
+    else:  # no generator to read back
         states = [torch.linspace(-1, 1, 2 * own.hidden_size).view(2, own.hidden_size).to(weight)] * 2
     made, again = expansion(states[0]), read_expansion.eval()(states[1])
     if not made.isfinite().all():
@@ -142,10 +142,10 @@ def _require_read_back(
             "The vectors that this model makes are not finite: its training diverged, and there is nothing to save. "
             "Lower the learning rate or the scale, or clip the gradient."
         )
-    # States too: in an untrained expansion all of them make the same vectors.
+    # Compare states too: an untrained expansion makes the same vectors from any state.
     if not all(_alike(*pair) for pair in ((made, again), states)):
-        other = "" if kept else f", or {own.name_or_path} is another generator"
-        raise unsavable(f"its vectors would be other ones (a hook on a part changes what it returns{other})")
+        other = "" if kept else f", or {own.name_or_path} is a different generator"
+        raise unsavable(f"its vectors would differ (a hook changes what a part returns{other})")
 
 
 def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -159,7 +159,7 @@ def _states(generator: Generator) -> torch.Tensor:
 
 
 def read_config(saved: artifact.Saved, folder: Path) -> ATVConfig:
-    """The configuration of an ATV's adapter, whose weight files must be the ones that it names."""
+    """Return the configuration of an ATV's adapter; raise ATVError if its weight files do not match it."""
     try:
         config = ATVConfig.from_dict(saved.config)
     except (TypeError, ValueError) as error:
@@ -175,17 +175,17 @@ def read_config(saved: artifact.Saved, folder: Path) -> ATVConfig:
 
 
 def has_generator(saved: artifact.Saved) -> bool:
-    """The generator is part of an adapter, and not only named in it."""
+    """Whether the adapter contains the generator rather than only naming it."""
     return any(name.startswith(f"{GENERATOR_FOLDER}/") for name in saved.weights)
 
 
 def saved_generator(config: ATVConfig, folder: Path) -> Generator:
-    """The generator that is part of an adapter."""
+    """Load the generator that an adapter contains."""
     return GENERATORS.get(config.generator, Generator).load_saved(config, folder / GENERATOR_FOLDER)
 
 
 def vectors_shape(saved: artifact.Saved, folder: Path) -> tuple[int, int]:
-    """Vectors per query and their width."""
+    """Return the number of vectors per query and their width."""
     shape = saved.about.get("vectors")
     if not isinstance(shape, list) or len(shape) != 2 or not all(type(size) is int and size > 0 for size in shape):
         raise ATVError(
@@ -196,20 +196,20 @@ def vectors_shape(saved: artifact.Saved, folder: Path) -> tuple[int, int]:
 
 
 def require_named_generator(saved: artifact.Saved, generator: Generator, folder: Path) -> None:
-    """Raise ATVError if the generator that an adapter only names has other weights than when the adapter was made."""
+    """Raise ATVError if a generator that the adapter only names has changed since the adapter was made."""
     made = saved.about.get("generator", {}).get("weights")
     if not made:
         return
     found = identity.sample_weights(generator.encoder)
     if made.keys() != found.keys() or not all(identity.alike(made[name], found[name]) for name in made):
         raise ATVError(
-            f"The adapter {folder} was made with a frozen generator named {generator.name_or_path}, and what has that "
+            f"The adapter {folder} was made with a frozen generator named {generator.name_or_path}; the model of that "
             "name now has other weights. Restore that model, or train the adapter again."
         )
 
 
 def load_expansion(expansion: nn.Module, folder: Path) -> None:
-    """Load the expansion's weights; shapes must fit exactly."""
+    """Load the expansion's weights; shapes must match exactly."""
     try:
         expansion.load_state_dict(load_file(folder / EXPANSION_FILE))
     except (SafetensorError, RuntimeError, OSError) as error:
@@ -218,7 +218,7 @@ def load_expansion(expansion: nn.Module, folder: Path) -> None:
 
 
 def load_generator_weights(generator: Generator, saved: artifact.Saved, config: ATVConfig, folder: Path) -> None:
-    """Put the weights that an adapter has into a generator that was made alike."""
+    """Load an adapter's generator weights into a generator with the same configuration."""
     if not has_generator(saved):
         require_named_generator(saved, generator, folder)
         return
@@ -231,7 +231,7 @@ def load_generator_weights(generator: Generator, saved: artifact.Saved, config: 
 
 
 def push(save_to: Callable[[Path], None], repo_id: str, *, private: bool | None, token: str | None) -> str:
-    """Upload what `save_to` writes to the hub as one commit; returns its address."""
+    """Upload what `save_to` writes to the hub as one commit and return the commit's URL."""
     from tempfile import TemporaryDirectory
 
     from huggingface_hub import HfApi
@@ -247,7 +247,7 @@ def push(save_to: Callable[[Path], None], repo_id: str, *, private: bool | None,
 
 
 def model_card(llm: dict[str, Any], config: ATVConfig, generator: Generator, training: dict[str, Any]) -> str:
-    """The card that goes with an adapter: what it is, what it was trained on, how to use it."""
+    """Return the adapter's model card: what it is, what it was trained on, how to use it."""
     name = identity.public_name(str(llm["name"]))
     about = ["---", "library_name: adaptive-task-vectors", "tags: [adaptive-task-vectors, steering]"]
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -285,5 +285,5 @@ atv = ATVModel.from_pretrained("PATH_OR_ID_OF_THIS_ADAPTER", "{name}")
 print(atv.generate(["a prompt"]{queries}, max_new_tokens=8))
 ```
 
-What it is good for is what it was measured on; it inherits the LLM's licence, faults and limits.
+Expect it to help only on tasks where that was measured. It inherits the LLM's licence, faults and limits.
 """

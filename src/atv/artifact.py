@@ -1,7 +1,7 @@
-"""Saved adapters of any method: a folder that is whole or not there, known to be unaltered and of which LLM it is.
+"""Saved adapters of any method: folders that are written atomically and verified when they are read.
 
-`atv_config.json` says the method, its configuration, the LLM, how it was trained and the digest of every other file;
-weights are safetensors, never pickle. Written beside its place and renamed into it.
+`atv_config.json` contains the method, its configuration, the LLM, how it was trained and the digest of every other
+file. Weights are safetensors, never pickle. The folder is written under a temporary name and renamed into place.
 """
 
 import re
@@ -23,13 +23,13 @@ from atv.lm.identity import describe_llm, different_weights
 FORMAT = 5
 CONFIG_FILE = "atv_config.json"
 CARD_FILE = "README.md"
-"""The model card: the one file that its user may edit."""
+"""The model card: the only file that users may edit."""
 LIBRARIES = ("adaptive-task-vectors", "torch", "transformers", "safetensors")
 
 
 @dataclass(frozen=True)
 class Saved:
-    """What `atv_config.json` says."""
+    """The contents of `atv_config.json`."""
 
     method: str
     config: dict[str, Any]
@@ -38,7 +38,7 @@ class Saved:
     weights: frozenset[str]
     """The weight files, relative to the folder."""
     about: dict[str, Any]
-    """What the method has said beside."""
+    """Further entries, written by the method."""
 
 
 def save(
@@ -50,18 +50,18 @@ def save(
     write: Callable[[Path], None],
     about: dict[str, Any] | None = None,
 ) -> None:
-    """Write an adapter; a kill at any moment leaves the former folder or the new one.
+    """Write an adapter atomically: a kill at any moment leaves either the old folder or the new one.
 
-    Files that its user has put beside a former adapter stay, and so does a model card that he has edited.
+    Files that the user added to an old adapter are kept, and so is an edited model card.
 
     Args:
-        path: of the folder.
+        path: folder to write.
         method: its name in the registry.
         llm: from `describe_llm`.
-        config: of the method.
-        training: summary of how it was trained.
-        write: writes the weights, as safetensors, and what else belongs there into the folder that it is given.
-        about: more to be kept in `atv_config.json`.
+        config: configuration of the method.
+        training: summary of the training.
+        write: writes the weights (safetensors) and any other files into the folder that it is given.
+        about: further entries for `atv_config.json`.
     """
     path = local(path)
     if occupied(path) and not (path / CONFIG_FILE).exists():
@@ -81,13 +81,13 @@ def _files(folder: Path) -> list[str]:
 
 
 def _keep_users_files(former: Path, part: Path) -> None:
-    """Copy what no adapter has written: but into no folder of the new one, which may be read as a whole."""
+    """Copy the user's own files, except into subfolders of the new adapter, which may be loaded as a whole."""
     if not (former / CONFIG_FILE).is_file():
         return
     try:
         digests = dict(read_json(former / CONFIG_FILE, "an adapter's configuration")["sha256"])
     except (ATVError, KeyError, TypeError, ValueError):
-        digests = {}  # it is damaged: what has the name of a new file is replaced, the rest stays
+        digests = {}  # damaged: files with the name of a new one are replaced, the rest are kept
     own = {file.name for file in part.iterdir() if file.is_dir()}
     for name in _files(former):
         if name in digests:
@@ -100,7 +100,7 @@ def _keep_users_files(former: Path, part: Path) -> None:
 
 
 def locate(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
-    """The local folder of an adapter: as named, the `adapter` folder of a training, or downloaded from the hub."""
+    """Return an adapter's local folder: the path itself, its subfolder `adapter`, or a download from the hub."""
     path = local(path_or_hub_id)
     for folder in (path, path / "adapter"):
         recover_folder(folder)
@@ -113,17 +113,17 @@ def locate(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
 
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG_FILE]))
-        files = list(_read_config(folder)["sha256"])  # these alone, and of what is a pickle nothing
+        files = list(_read_config(folder)["sha256"])  # only these, never a pickle
         return Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG_FILE, *files]))
     except ATVError:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise ATVError(f"No adapter at {name}: not a local folder, and the hub did not give it ({reason}).") from error
+        raise ATVError(f"No adapter at {name}: not a local folder, and the download failed ({reason}).") from error
 
 
 def identity(folder: Path) -> str:
-    """A digest that is the same for the same adapter and differs after any change to it."""
+    """Return a digest of an adapter, which any change to the adapter changes."""
     return sha256(folder / CONFIG_FILE)[:16]
 
 
@@ -139,11 +139,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def read(folder: Path, method: str | None = None) -> Saved:
-    """Read `atv_config.json` and compare every file but the model card with the digest that stands in it.
+    """Read `atv_config.json` and verify the digest of every file except the model card.
 
     Args:
         folder: from `locate`.
-        method: whose adapter it must be; None: any.
+        method: the expected method; None: any.
     """
     written = _read_config(folder)
     try:
@@ -177,7 +177,7 @@ def read(folder: Path, method: str | None = None) -> Saved:
 
 
 def load_tensors(file: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a weight file, which must have the names and shapes of `like`."""
+    """Load a weight file, whose names and shapes must match those of `like`."""
     try:
         given = load_file(file)
     except (SafetensorError, OSError) as error:
@@ -190,9 +190,9 @@ def load_tensors(file: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_llm(saved: Saved, llm: nn.Module, folder: Path) -> None:
-    """Refuse an LLM that is not the one that the adapter was trained for, in whatever dtype or quantisation.
+    """Raise ATVError unless `llm` is the LLM that the adapter was trained for, in any dtype or quantisation.
 
-    Embeddings may have been added or cut off at the end: those that both have are compared.
+    Embeddings may have been appended or cut off at the end: only those that both LLMs have are compared.
     """
     found, made = describe_llm(llm, saved.config.get("layer_path")), saved.base_llm
     same = ("model_type", "num_layers", "hidden_size")

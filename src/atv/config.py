@@ -1,4 +1,4 @@
-"""What one chooses: the shape of an ATV (saved with it) and how it is trained."""
+"""Configuration dataclasses: the shape of an ATV, which is saved with it, and how it is trained."""
 
 import math
 import re
@@ -15,13 +15,13 @@ POSITIONS = ("last", "last:K", "answer", "all")
 MOST_SEED = 2**32 - 1
 """The largest seed that NumPy's generator takes."""
 SELF = "self"
-"""Names the generator that is the frozen LLM itself."""
+"""Name of the generator that is the frozen LLM itself."""
 QUERY_TEMPLATE = "{query}"
 READS = ("query", "prompt")
 PARAMETRISATIONS = ("calibrated", "paper")
 EMBEDDED_LLM = "embedded:smollm2-135m"
 EMBEDDED_GENERATOR = "embedded:minilm-l6"
-"""Models that come as packages (`atv.lm.load`), for whoever names none."""
+"""Default models, which are embedded in packages (`atv.lm.load`)."""
 PAPER: dict[str, Any] = {
     "generator": "openai-community/gpt2",
     "pooling": "last",
@@ -31,7 +31,7 @@ PAPER: dict[str, Any] = {
     "parametrisation": "paper",
     "scale": 0.001,
 }
-"""What the paper's ATV has otherwise."""
+"""Options in which the paper's ATV differs from the defaults."""
 PAPER_TRAINING: dict[str, Any] = {
     "epochs": 15,
     "batch_size": 8,
@@ -48,17 +48,17 @@ PAPER_TRAINING: dict[str, Any] = {
     "patience": 15,
     "templates_per_row": 3,
 }
-"""What the paper's training has otherwise."""
+"""Options in which the paper's training differs from the defaults."""
 BEST_EPOCH = ("accuracy", "loss")
 ENOUGH_TO_TRAIN = 200
-"""Training rows per task from which on a trained generator gets more right than a frozen one (docs/lab-notes.md)."""
+"""Training rows per task from which a trained generator is more accurate than a frozen one (docs/lab-notes.md)."""
 
 
 class Positions(NamedTuple):
     """The tokens that a vector is added to.
 
-    The last `prompt_tokens` tokens of the prompt (None: all of them) and, where `answer` is true, every answer
-    token after it.
+    They are the last `prompt_tokens` tokens of the prompt (None: all of them) and, if `answer` is true, every answer
+    token.
     """
 
     prompt_tokens: int | None
@@ -66,7 +66,7 @@ class Positions(NamedTuple):
 
     @classmethod
     def parse(cls, name: str) -> Self:
-        """Read `last`, `last:K`, `answer` or `all`; raise ATVError for anything else."""
+        """Parse `last`, `last:K`, `answer` or `all`; raise ATVError for anything else."""
         if name == "all":
             return cls(None, True)
         if name == "answer":
@@ -78,10 +78,10 @@ class Positions(NamedTuple):
 
 
 def parse_layers(layers: object) -> str | list[int]:
-    """Read `all`, `bottom`, `middle`, `top`, or indices: `0,1,2` and `0-9`, or whole numbers in any collection.
+    """Parse `all`, `bottom`, `middle`, `top`, or indices: `0,1,2`, `0-9`, or a collection of whole numbers.
 
     Raises:
-        ATVError: it is none of these.
+        ATVError: anything else.
     """
     if isinstance(layers, str):
         if layers in REGIONS:
@@ -114,29 +114,29 @@ def _is_finite(value: object) -> bool:
 
 
 def random_sizes(generator: str) -> tuple[int, int] | None:
-    """Layers and width of the generator `random:LAYERSxWIDTH`; None if it is another; ATVError if it is malformed."""
+    """Return layers and width of the generator `random:LAYERSxWIDTH`; None for any other; ATVError if malformed."""
     if not str(generator).startswith("random:"):
         return None
     match = re.fullmatch(r"random:([1-9][0-9]*)x([1-9][0-9]*)", generator)
     layers, width = (int(match[1]), int(match[2])) if match else (0, 0)
-    if not layers or width % (64 if width > 64 else 2):  # heads of 64, or one of an even width
+    if not layers or width % (64 if width > 64 else 2):  # heads of width 64, or a single one of even width
         raise ATVError(
-            f"The generator is {generator!r}; expected random:LAYERSxWIDTH, its width an even number up to 64 or a "
-            "multiple of 64, as in random:2x128."
+            f"The generator is {generator!r}; expected random:LAYERSxWIDTH, where WIDTH is an even number up to 64 "
+            "or a multiple of 64, as in random:2x128."
         )
     return layers, width
 
 
 class Checked:
-    """What every configuration has: to and from a dictionary."""
+    """Base of the configurations: conversion to and from a dictionary."""
 
     def to_dict(self) -> dict[str, Any]:
-        """A plain dictionary, ready for JSON."""
+        """Return a plain dictionary that can be written as JSON."""
         return asdict(self)  # type: ignore[call-overload,no-any-return]
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Build from a dictionary; a key that is no option raises ATVError."""
+        """Build from a dictionary; an unknown key raises ATVError."""
         known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
         for key in values:
             if key not in known:
@@ -146,61 +146,61 @@ class Checked:
 
 @dataclass
 class ATVConfig(Checked):
-    """The shape of an ATV. The defaults are meant for any LLM with any generator; `ATVConfig.paper` has the paper's."""
+    """The shape of an ATV. The defaults suit any LLM with any generator; `ATVConfig.paper` has the paper's values."""
 
     generator: str = EMBEDDED_GENERATOR
     """Model that reads the query (any encoder or decoder): Hugging Face id, folder or embedded name; `self`: the LLM's
-    own lower layers, while they read the prompt; `random:LAYERSxWIDTH`: a new small decoder."""
+    own lower layers, as they read the prompt; `random:LAYERSxWIDTH`: a new small decoder."""
     positions: str = "last"
     """Tokens that receive the vector: last (the paper, Eq. 6), last:K, answer, or all (the paper's released code)."""
     layers: str | Sequence[int] = "all"
     """Decoder layers that receive a vector: all (with the generator `self`: all above the one that it reads), bottom,
-    middle or top (a third of them), or indices as in `0,1,2` or `0-9`."""
+    middle or top (a third of them), or indices such as `0,1,2` or `0-9`."""
     scale: float = 0.05
     """lambda, the strength of the injection."""
     parametrisation: Literal["calibrated", "paper"] = "calibrated"
     """What is learned. calibrated: a common vector and the query's own part, both relative to the size of the residual
-    stream at each layer. paper: one linear map of the generator's state; then every setting of the method and its
-    training that is not given has the paper's value."""
+    stream at each layer. paper: one linear map of the generator's state; all other options of the method and its
+    training then default to the paper's values."""
     gate: float = 0.05
-    """Fade the query's own part out for queries unlike the training ones, beginning where this share of the training
-    queries themselves are, and leave it out where it made validation rows worse; 0: never. Only if calibrated."""
+    """Fade out the query's own part for queries unlike the training queries, from the similarity that this share of
+    the training queries fall below, and drop it where it made validation rows worse; 0: never. Calibrated only."""
     train_generator: bool | None = field(default=None, metadata={"flags": ["--train-generator/--freeze-generator"]})
-    """Train the generator too (the paper), or keep it frozen. Default: train it where there are at least 200 rows per
-    task. `self` is never trained, a new decoder always."""
+    """Train the generator too (the paper), or keep it frozen. Default: train it from 200 rows per task on. `self` is
+    never trained, a new decoder always."""
     pooling: Literal["last", "mean", "cls"] = "mean"
-    """How the generator's hidden states become one vector: their mean, the last token's (the paper), or the first's. Of
-    `self` always the last token's."""
+    """How the generator's hidden states are pooled: their mean, the last token's (the paper), or the first's (cls).
+    `self` always uses the last token's."""
     reads: Literal["query", "prompt"] = "prompt"
-    """What the generator reads: the prompt, which is the query in the first template of its task; or the query alone
-    (the paper). `self` always reads the prompt."""
+    """What the generator reads: the prompt (the query in the first template of its task) or the query alone (the
+    paper). `self` always reads the prompt."""
     query_template: str = QUERY_TEMPLATE
-    """Text around what the generator reads, in training and in use; must hold {query}. Not for `self`."""
+    """Template around what the generator reads; must contain {query}. Not for `self`."""
     expansion_rank: int | None = None
     """Rank of the map from the generator's state to the vectors. Default: full."""
     generator_layer: int | None = None
-    """For the generator `self`: index of the decoder layer whose output is the state, below all steered layers.
-    Default: the last of the bottom third."""
+    """For the generator `self`: index of the decoder layer whose output is the state; it must be below all steered
+    layers. Default: the last layer of the bottom third."""
     generator_revision: str | None = None
     """Commit, tag or branch of the generator on the hub."""
     site: str = "layer"
-    """What is steered in a layer: the output of the decoder layer, of its attention, or of its mlp."""
+    """What is steered in each layer: the output of the decoder layer, of its attention, or of its mlp."""
     edit: str = "add"
-    """What the vectors do to hidden states: add, or an edit registered in atv.steer.EDITS."""
+    """How the vectors change hidden states: add, or an edit registered in atv.steer.EDITS."""
     layer_path: str | None = None
-    """Name of the LLM's list of decoder layers, for a model where it cannot be found by structure."""
+    """Name of the LLM's list of decoder layers, if it cannot be found by structure."""
 
     @classmethod
     def paper(cls, **options: Any) -> Self:
-        """The paper's shape (section 3 of its text), but for `options`."""
+        """Return the paper's configuration (section 3 of its text), except for `options`."""
         return cls(**PAPER | options)
 
     def __post_init__(self) -> None:
-        """Refuse values that no ATV can have."""
+        """Validate the fields."""
         for name in ("generator", "generator_revision", "layer_path", "site", "edit"):
             value = getattr(self, name)
             if not isinstance(value, str) and (value is not None or name in ("generator", "site", "edit")):
-                raise ATVError(f"{name} is {value!r}; expected a text.")
+                raise ATVError(f"{name} is {value!r}; expected a string.")
         Positions.parse(self.positions)
         for name, known in (("pooling", POOLINGS), ("reads", READS), ("parametrisation", PARAMETRISATIONS)):
             if getattr(self, name) not in known:
@@ -215,52 +215,52 @@ class ATVConfig(Checked):
         if not (_is_finite(self.gate) and 0 <= self.gate < 0.5):
             raise ATVError(f"gate is {self.gate!r}; expected a share from 0 to less than 0.5, such as 0.05.")
         if self.parametrisation == "paper":
-            self.gate = 0.0  # it has no part to fade out
+            self.gate = 0.0  # there is no part to fade out
         self._check_generator()
         if self.expansion_rank is not None and not _is_whole(self.expansion_rank, 1):
             raise ATVError(f"expansion_rank is {self.expansion_rank!r}; expected a whole number from 1, or none.")
 
     def _check_generator(self) -> None:
-        """Refuse what does not go with the generator that is named."""
+        """Validate the fields that depend on the generator."""
         if self.train_generator is not None:
             _check_bool("train_generator", self.train_generator)
         if self.generator == SELF:
             self.train_generator, self.pooling, self.reads = False, "last", "prompt"
             if self.query_template != QUERY_TEMPLATE:
                 raise ATVError(
-                    f"query_template is {self.query_template!r} and the generator {SELF}: it reads the prompt as it "
-                    "is. Leave the query template out."
+                    f"query_template is {self.query_template!r}, but the generator {SELF} reads the prompt as it is. "
+                    "Leave the query template out."
                 )
             if self.generator_layer is not None and not _is_whole(self.generator_layer, 0):
                 raise ATVError(f"generator_layer is {self.generator_layer!r}; expected a whole number from 0, or none.")
         elif self.generator_layer is not None:
             raise ATVError(
-                f"generator_layer is {self.generator_layer!r} and the generator {self.generator!r}; it says which "
-                f"layer of the LLM the generator {SELF} reads: leave it out."
+                f"generator_layer is {self.generator_layer!r}, but the generator is {self.generator!r}; only the "
+                f"generator {SELF} reads a layer of the LLM. Leave it out."
             )
         new = random_sizes(self.generator) is not None
         if new:
-            self.train_generator = True  # it would never learn to read
+            self.train_generator = True  # random weights are useless untrained
         if self.pooling == "cls" and new:
             raise ATVError(
-                f"pooling is 'cls' and the generator {self.generator}: a decoder reads its first token before the "
-                "query, so that its state is the same for every query. Expected last or mean."
+                f"pooling is 'cls', but the generator {self.generator} is a decoder: its first token's state is the "
+                "same for every query. Expected last or mean."
             )
 
     def read_layer(self, num_layers: int) -> int | None:
-        """Index of the layer that the generator `self` reads, in an LLM with `num_layers`; None of any other."""
+        """Return the index of the layer that the generator `self` reads, of `num_layers`; None for any other."""
         if self.generator != SELF:
             return None
         index = max(0, round(num_layers / 3) - 1) if self.generator_layer is None else self.generator_layer
         if index > num_layers - 2:
             raise ATVError(
-                f"The generator {SELF} is to read layer {index}; this LLM has layers 0 to {num_layers - 1}. Expected a "
+                f"The generator {SELF} would read layer {index}; this LLM has layers 0 to {num_layers - 1}. Expected a "
                 "generator_layer that leaves at least one layer above it to steer."
             )
         return index
 
     def layer_indices(self, num_layers: int) -> list[int]:
-        """The chosen layers of an LLM with `num_layers` of them, in ascending order."""
+        """Return the indices of the chosen layers of an LLM with `num_layers` layers, in ascending order."""
         read = self.read_layer(num_layers)
         lowest = 0 if read is None else read + 1
         if self.layers == "all":
@@ -271,7 +271,7 @@ class ATVConfig(Checked):
         else:
             chosen = sorted(set(self.layers))
         if not chosen or chosen[0] < lowest or chosen[-1] >= num_layers:
-            above = "" if read is None else f", and none but those above layer {read}, which the generator {SELF} reads"
+            above = "" if read is None else f", and only layers above layer {read}, which the generator {SELF} reads"
             raise ATVError(
                 f"layers is {self.layers!r}; this LLM has layers 0 to {num_layers - 1}: name at least one of them"
                 f"{above}."
@@ -281,56 +281,55 @@ class ATVConfig(Checked):
 
 @dataclass
 class TrainConfig(Checked):
-    """How an ATV, or what another method learns, is trained; `TrainConfig.paper` is as the paper trains."""
+    """How an ATV or another method is trained; `TrainConfig.paper` has the paper's values."""
 
     epochs: int | None = None
-    """Passes over the training rows. Default: as many as make about 400 steps, from 4 to 100."""
+    """Passes over the training rows. Default: enough for about 400 steps, at least 4 and at most 100."""
     batch_size: int = 16
     """Rows per optimiser step, over all processes."""
     learning_rate: float = field(default=0.1, metadata={"flags": ["--learning-rate", "--lr"]})
-    """Highest learning rate: of an ATV's common vector (the rate of the query's own part follows from it), of the
-    paper's expansion, or of what another method learns."""
+    """Peak learning rate of an ATV's common vector (the rate of the query's own part is derived from it), of the
+    paper's expansion, or of another method's parameters."""
     generator_learning_rate: float | None = field(
         default=None, metadata={"flags": ["--generator-learning-rate", "--generator-lr"]}
     )
-    """Highest learning rate of the generator. Default: 5e-5, or 1e-3 for one that begins with random weights."""
+    """Peak learning rate of the generator. Default: 5e-5, or 1e-3 for one that starts from random weights."""
     best_epoch: Literal["accuracy", "loss"] = "accuracy"
-    """Keep the epoch with the best validation accuracy (of equal ones the one with the lowest loss), or with the lowest
-    validation loss."""
+    """Keep the epoch with the best validation accuracy (ties: the lowest loss), or with the lowest validation loss."""
     patience: int | None = None
-    """Stop after this many epochs without a better one. Default: a third of the epochs, at least 5."""
+    """Stop after this many epochs without improvement. Default: a third of the epochs, at least 5."""
     gradient_accumulation_steps: int = 1
-    """Parts that each process reads its share of a batch in: less memory, the same step up to rounding."""
+    """Parts into which each process splits its share of a batch: less memory, the same step up to rounding."""
     bf16: bool = False
-    """Compute the generator's matrix products in bfloat16 in training: faster, its states differ by less than 1%."""
+    """Compute the generator's matrix products in bfloat16 in training: faster; its states differ by less than 1%."""
     templates_per_row: int = 1
-    """Prompts of a row in a step: 3 is every template (the paper's code), 1 takes them in turn. They share the row's
-    vector; `self` makes one of each."""
+    """Prompts per row and step: 3 uses every template (the paper's code), 1 takes them in turn. They share the row's
+    vector; `self` makes one for each."""
     generator_start: float = 0.5
-    """Share of the steps after which a trained generator begins to learn; until then the expansion is fitted to its
-    states as they are (arXiv 2202.10054). 0: from the beginning (the paper), as a new decoder always does."""
+    """Share of the steps after which training of the generator starts; until then the expansion is trained on its
+    unchanged states (arXiv 2202.10054). 0: from the start (the paper), as always for a new decoder."""
     adaptive_dropout: float = 0.3
-    """Share of a step's rows that an ATV answers with the common vector alone, so that it is of use by itself."""
+    """Share of a step's rows for which an ATV uses the common vector alone, so that it also works on its own."""
     state_dropout: float = 0.5
-    """Dropout of an ATV's standardised states in training."""
+    """Dropout on an ATV's standardised states in training."""
     lr_schedule: Literal["linear", "constant"] = "linear"
-    """linear: up from zero over the first 5% of the steps, then down to zero; or constant (the paper)."""
+    """linear: warm-up over the first 5% of the steps, then decay to zero; or constant (the paper)."""
     optimizer: Literal["adamw", "adam"] = "adamw"
     """adamw: decoupled weight decay; adam: an L2 penalty in the gradient (the paper)."""
     weight_decay: float = 0.0
-    """Weight decay of all that is trained."""
+    """Weight decay of all trained parameters."""
     max_grad_norm: float | None = 1.0
     """Clip the gradient to this norm; none: no clipping (the paper)."""
     seed: int = 42
-    """Seed of initialisation, order and dropout."""
+    """Seed of initialisation, shuffling and dropout."""
 
     @classmethod
     def paper(cls, **options: Any) -> Self:
-        """The paper's training (section 3 of its text), but for `options`."""
+        """Return the paper's training configuration (section 3 of its text), except for `options`."""
         return cls(**PAPER_TRAINING | options)
 
     def __post_init__(self) -> None:
-        """Refuse values that no training can have."""
+        """Validate the fields."""
         _check_bool("bf16", self.bf16)
         for name in ("epochs", "batch_size", "gradient_accumulation_steps", "templates_per_row", "patience", "seed"):
             value, least = getattr(self, name), 0 if name == "seed" else 1
@@ -359,17 +358,17 @@ class TrainConfig(Checked):
                 raise ATVError(f"{name} is {value!r}; expected a share from 0 to less than 1.")
 
     def patience_of(self, epochs: int) -> int:
-        """Epochs without a better one after which a training of that many stops."""
+        """Return the patience of a training of `epochs` epochs."""
         return max(5, epochs // 3) if self.patience is None else self.patience
 
     def epochs_of(self, rows: int) -> int:
-        """Passes over that many training rows."""
+        """Return the number of passes over that many training rows."""
         if self.epochs is not None:
             return self.epochs
         return min(100, max(4, round(400 / math.ceil(rows / self.batch_size))))
 
     def rows_per_call(self, processes: int) -> int:
-        """Rows that a process reads at once, where `processes` share a batch; ATVError if it cannot be split so."""
+        """Return the rows that each of `processes` reads at once; ATVError if they cannot split a batch equally."""
         parts = processes * self.gradient_accumulation_steps
         if self.batch_size % parts:
             raise ATVError(

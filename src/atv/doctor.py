@@ -1,7 +1,7 @@
-"""The wiring self-test: does this ATV do to this LLM what it says, and nothing else?
+"""The wiring self-test: does this ATV steer this LLM as specified, and change nothing else?
 
-Libraries change what a layer returns, and steering then fails silently: vectors land on other tokens, or no gradient
-arrives. Every check here states one thing that must be true and measures it on the actual model, in seconds.
+If a library changes what a layer returns, steering fails silently: vectors are added to the wrong tokens, or no
+gradient arrives. Each check tests one property on the actual model, in seconds.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +31,7 @@ QUERIES = ("The harbour was quiet.", "Two and two are four.", "Short one.")
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that must be true, and what was found."""
+    """The result of one check."""
 
     name: str
     passed: bool
@@ -39,10 +39,10 @@ class Check:
 
 
 def check_wiring(atv: ATVModel) -> list[Check]:
-    """Run every check on `atv`; its weights, gradients, modes and the random state are left as they were.
+    """Run every check on `atv`; its weights, gradients, modes and the random state stay unchanged.
 
-    The vectors are made strong for the test (a tenth of the residual's own size at every layer), so that a wrong
-    place or a lost edit changes the logits far beyond rounding in any dtype.
+    The test vectors are strong (a tenth of the residual stream's norm at every layer), so that a wrong position or a
+    lost edit changes the logits far beyond rounding in any dtype.
     """
     state = torch.get_rng_state()
     was_training = atv.training
@@ -57,7 +57,7 @@ def check_wiring(atv: ATVModel) -> list[Check]:
 
 
 def require_wiring(atv: ATVModel) -> None:
-    """Raise ATVError naming each check that failed."""
+    """Raise ATVError that names each failed check."""
     failed = [check for check in check_wiring(atv) if not check.passed]
     if failed:
         described = "; ".join(f"{check.name}: {check.found}" for check in failed)
@@ -66,7 +66,7 @@ def require_wiring(atv: ATVModel) -> None:
 
 @contextmanager
 def _not_zero(expansion: nn.Module) -> Iterator[None]:
-    """Random numbers in the place of weights that are all zero, through which no gradient reaches the generator."""
+    """Put random numbers in place of all-zero weights, through which no gradient would reach the generator."""
     zeros = [p for p in expansion.parameters() if not p.any()]
     draw = torch.Generator().manual_seed(0)
     try:
@@ -92,9 +92,10 @@ def _run(name: str, check: Callable[[ATVModel], tuple[bool, str]], atv: ATVModel
 
 
 def _test_vectors(atv: ATVModel, queries: int) -> Tensor:
-    """Random vectors (queries, layers, hidden), each a tenth as large as the residual stream there.
+    """Return random vectors (queries, layers, hidden), each a tenth as large as the residual stream at its layer.
 
-    An attention module or an MLP may add little to the stream, in whose rounding a vector of that size would drown.
+    Where a site is an attention module or an MLP, the size is still that of the residual stream: a vector relative to
+    the module's own output could be lost in rounding.
     """
     inputs = atv.encode_prompts(PROMPTS[:1])
     home = {part: layer for layer in decoder_layers(atv.llm, atv.config.layer_path) for part in layer.modules()}
@@ -108,7 +109,7 @@ def _test_vectors(atv: ATVModel, queries: int) -> Tensor:
 
 @torch.no_grad()
 def _plain(atv: ATVModel, inputs: dict[str, Tensor]) -> Tensor:
-    """Logits (batch, vocabulary) of the last column."""
+    """Return the logits (batch, vocabulary) of the last column."""
     return cast(Tensor, call_llm(atv.llm, keep=1, use_cache=False, **inputs).logits[:, -1].float())
 
 
@@ -119,8 +120,8 @@ def _steered(atv: ATVModel, prompts: Sequence[str], vectors: Tensor) -> Tensor:
 
 
 def _tolerance(atv: ATVModel) -> float:
-    """Largest difference that rounding explains, as a share of what steering changes."""
-    # 8 bit multiplies in float16, and what counts as an outlier depends on the whole batch.
+    """Return the largest difference that rounding explains, as a share of what steering changes."""
+    # 8 bit multiplies in float16, and its outliers depend on the whole batch.
     rough = quantization(atv.llm) == "8bit" or next(atv.llm.parameters()).dtype in (torch.bfloat16, torch.float16)
     return 0.25 if rough else 1e-3
 
@@ -128,21 +129,21 @@ def _tolerance(atv: ATVModel) -> float:
 def _close(
     atv: ATVModel, found: Tensor, expected: Tensor, plain: Tensor, unsteered: Tensor | None = None
 ) -> tuple[bool, str]:
-    """Whether steered logits are as expected, beside the plain ones.
+    """Compare steered logits to the expected ones, relative to the effect of steering.
 
     Args:
-        atv: what is tested.
+        atv: the model under test.
         found: logits, of any shape, like the next three.
         expected: what they should be.
-        plain: what `expected` is without steering.
-        unsteered: what `found` is without steering, to tell whose fault a difference is; None: not known.
+        plain: `expected` without steering.
+        unsteered: `found` without steering, to tell whether the LLM itself causes a difference; None: unknown.
     """
     effect = (expected - plain).abs().mean().item()
     share = (found - expected).abs().mean().item() / effect if effect else float("inf")
     passed, words = share <= _tolerance(atv), f"differs by {share:.1e} of what steering changes"
     own = (unsteered - plain).abs().mean().item() / effect if unsteered is not None and effect else 0.0
     if not passed and own > _tolerance(atv):
-        words += f"; the LLM itself, not steered, by {own:.1e}: padding changes its answers"
+        words += f"; the unsteered LLM by {own:.1e}: padding changes its answers"
     return passed, words
 
 
@@ -150,7 +151,7 @@ def _close(
 
 
 def _gradient(atv: ATVModel) -> tuple[bool, str]:
-    """Not only there but not zero: a vector at the wrong token gives a gradient that is exactly zero."""
+    """The gradient must exist and not be zero: with a vector at the wrong token it is exactly zero."""
     rows = [atv.encode_row(Row(Example(prompt, "yes"), (Template(INPUT),))) for prompt in PROMPTS]
     device = next(atv.parameters()).device
     batch = {name: value.to(device) for name, value in atv.collator()(rows).items()}
@@ -176,7 +177,7 @@ def _gradient(atv: ATVModel) -> tuple[bool, str]:
 
 
 def _positions(atv: ATVModel) -> tuple[bool, str]:
-    """At the first steered layer nothing has spread yet: exactly the tokens asked for must have changed."""
+    """At the first steered layer edits have not spread yet: exactly the requested tokens must have changed."""
     inputs = atv.encode_prompts(PROMPTS)
     vectors = _test_vectors(atv, len(PROMPTS))
     with torch.no_grad():
@@ -192,7 +193,7 @@ def _positions(atv: ATVModel) -> tuple[bool, str]:
             asked[row, : attended.shape[1] - min(count, length)] = False
     changed = (before[0] != after[0]).any(-1).to(asked.device)
     wrong = int((changed != asked).sum())
-    return wrong == 0, f"{int(changed.sum())} tokens changed, {int(asked.sum())} asked for, {wrong} of them others"
+    return wrong == 0, f"{int(changed.sum())} tokens changed, {int(asked.sum())} asked for, {wrong} mismatches"
 
 
 def _scale_zero(atv: ATVModel) -> tuple[bool, str]:
@@ -207,7 +208,7 @@ def _scale_zero(atv: ATVModel) -> tuple[bool, str]:
 
 
 def _batch_single(atv: ATVModel) -> tuple[bool, str]:
-    """Every row of a padded batch against the same prompt alone: no vector may reach another row, no pad matter."""
+    """Compare each row of a padded batch to the same prompt alone: neither other rows' vectors nor padding matter."""
     vectors = _test_vectors(atv, len(PROMPTS))
     together = _steered(atv, PROMPTS, vectors)
     alone = torch.cat([_steered(atv, [p], vectors[i : i + 1]) for i, p in enumerate(PROMPTS)])
@@ -226,7 +227,7 @@ def _padded(atv: ATVModel) -> tuple[bool, str]:
 
 
 def _cached(atv: ATVModel) -> tuple[bool, str]:
-    """Greedy decoding with a cache against reading everything again at each step, steered alike."""
+    """Compare greedy decoding with a cache to recomputing everything at each step, both steered."""
     vectors = _test_vectors(atv, len(PROMPTS))
     inputs = atv.encode_prompts(PROMPTS)
     inputs.pop("position_ids")
@@ -241,7 +242,7 @@ def _cached(atv: ATVModel) -> tuple[bool, str]:
             with atv.steer(PROMPTS, vectors=vectors, scale=1.0):
                 results[name] = llm.generate(**inputs, **options, use_cache=use_cache)
         plain = llm.generate(**inputs, **options)
-    # Rounding may turn a near tie into another token, after which the texts differ: compare up to there.
+    # Rounding may flip a near tie, after which the texts differ: compare up to that token.
     tokens = {name: result.sequences[:, -3:] for name, result in results.items()}
     same = (tokens["cached"] == tokens["recomputed"]).cumprod(1).bool()
     comparable = torch.cat([torch.ones_like(same[:, :1]), same[:, :-1]], dim=1)  # (batch, 3)
@@ -251,7 +252,7 @@ def _cached(atv: ATVModel) -> tuple[bool, str]:
 
 
 def _split(atv: ATVModel) -> tuple[bool, str]:
-    """The pass of a training step, prefix first and the rest with gradient, against one pass over all columns."""
+    """Compare a training step's pass (prefix first, the rest with gradient) to one pass over all columns."""
     vectors = _test_vectors(atv, len(PROMPTS))
     inputs = atv.encode_prompts(PROMPTS)
     ids, mask, places = (inputs[name] for name in ("input_ids", "attention_mask", "position_ids"))
@@ -267,7 +268,7 @@ def _split(atv: ATVModel) -> tuple[bool, str]:
 
 
 def _vectors_alone(atv: ATVModel) -> tuple[bool, str]:
-    """Vectors of queries read together against each query's alone: a generator that reads padding differs."""
+    """Compare vectors of queries read in a batch and alone: they differ if the generator attends to padding."""
     queries = QUERIES if atv.own is None else PROMPTS
     together = atv.atv.make_vectors(queries)
     alone = torch.cat([atv.atv.make_vectors([query]) for query in queries])
@@ -279,7 +280,7 @@ def _vectors_alone(atv: ATVModel) -> tuple[bool, str]:
 
 
 def _own(atv: ATVModel) -> tuple[bool, str]:
-    """Vectors made of states in the pass that they steer against the same made beforehand, of a padded batch."""
+    """Compare vectors made in the pass that they steer to vectors made beforehand, for a padded batch."""
     inputs = atv.encode_prompts(PROMPTS)
     plain, sizes = _plain(atv, inputs), _test_vectors(atv, 1).norm()
     made = atv.task_vectors(PROMPTS)
@@ -303,11 +304,11 @@ CHECKS: tuple[tuple[str, Callable[[ATVModel], tuple[bool, str]]], ...] = (
     ("vectors of a query in a batch = alone", _vectors_alone),
 )
 OWN_CHECK = ("vectors made in the pass = made beforehand", _own)
-"""Of the generator `self` alone."""
+"""Only for the generator `self`."""
 
 
 def model_summary(atv: ATVModel) -> str:
-    """One line on what was tested."""
+    """Return one line that describes what was tested."""
     weights = quantization(atv.llm) or next(atv.llm.parameters()).dtype
     return (
         f"{base_llm(atv.llm).name_or_path}: {len(atv.layers)} steered layers, width {atv.expansion.shape[1]}, "

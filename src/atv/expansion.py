@@ -1,4 +1,4 @@
-"""The expansion: a generator's state to one vector per layer, as it is by default and as in the paper."""
+"""The expansion maps a generator's state to one vector per layer: the calibrated default, and the paper's form."""
 
 from typing import cast
 
@@ -10,13 +10,13 @@ from atv.gate import Gate
 
 
 class PaperExpansion(nn.Module):
-    """The generator's state to one vector per layer: one linear map, reshaped (section 1 of the paper).
+    """One linear map of the generator's state, reshaped to one vector per layer (section 1 of the paper).
 
     Args:
         state_size: width of the generator's hidden state.
         layers: number of steered layers.
         hidden_size: width of the LLM's residual stream.
-        rank: None for the paper's full map; else the product of two maps through `rank` dimensions.
+        rank: None: the paper's full map; otherwise a product of two maps through `rank` dimensions.
     """
 
     def __init__(self, state_size: int, layers: int, hidden_size: int, rank: int | None = None) -> None:
@@ -25,21 +25,21 @@ class PaperExpansion(nn.Module):
         self.map = _linear(state_size, layers * hidden_size, rank, bias=True)
 
     def forward(self, state: Tensor) -> Tensor:
-        """(batch, state) to (batch, layers, hidden)."""
+        """Map (batch, state) to (batch, layers, hidden)."""
         return cast(Tensor, self.map(state).unflatten(-1, self.shape))
 
 
 class Expansion(nn.Module):
-    """The generator's state to one vector per layer, `r_l * (b_l + a * W_l z)`.
+    """Maps the generator's state to one vector per layer, `r_l * (b_l + a * W_l z)`.
 
-    b and W start at zero, so that an untrained ATV is the plain LLM. Until `calibrate` z is the state as it is and r_l
+    b and W start at zero, so an untrained ATV is the plain LLM. Before `calibrate`, z is the unmodified state and r_l
     is 1.
 
     Args:
-        state_size: width of the generator's hidden state; 0: there is no W, and all queries have the same vectors.
+        state_size: width of the generator's hidden state; 0: there is no W, and all queries get the same vectors.
         layers: number of steered layers.
         hidden_size: width of the LLM's residual stream.
-        rank: None for a full map W; else the product of two maps through `rank` dimensions.
+        rank: None: a full map W; otherwise a product of two maps through `rank` dimensions.
     """
 
     def __init__(self, state_size: int, layers: int, hidden_size: int, rank: int | None = None) -> None:
@@ -58,40 +58,40 @@ class Expansion(nn.Module):
     mean: Tensor
     deviation: Tensor
     dropout = 0.0
-    """Of z, in training mode."""
+    """Dropout on z in training mode."""
 
     def calibrate(self, states: Tensor, sizes: Tensor) -> None:
-        """Take what z and r are from training rows.
+        """Set r and the standardisation of z from training rows.
 
         Args:
-            states: (queries, state), of training queries.
+            states: (queries, state), of the training queries.
             sizes: (layers,), root mean square of the residual stream's entries at the prompts' last token.
         """
         self.sizes.copy_(sizes)
         if self.map is None:
             return
         deviation = states.std(0, correction=0)
-        least = 0.1 * deviation.mean()  # what hardly varies among these queries may among others
+        least = 0.1 * deviation.mean()  # dimensions that hardly vary here may vary for other queries
         self.mean.copy_(states.mean(0))
         self.deviation.copy_(deviation.clamp(min=least) if least > 0 else torch.ones_like(deviation))
 
     def rates(self, rate: float) -> list[tuple[nn.Parameter, float]]:
-        """Learning rates of b and W, where `rate` is that of b.
+        """Return the learning rates of b and W, where `rate` is that of b.
 
-        Adam moves every weight by about its rate in a step, so that W z moves by the rate times the sum of |z|, which
-        grows with the width of the state. W's is divided by that: whatever the generator, the query's own part of a
-        vector moves about ten times as far in a step as the common vector. It differs from query to query, and what is
-        wrong for most of them cancels out.
+        Adam moves each weight by about its rate per step, so W z moves by the rate times the sum of |z|, which grows
+        with the width of the state. W's rate is divided by that width: with any generator, the query's own part moves
+        about ten times as far per step as the common vector. It differs from query to query, so changes that are wrong
+        for most queries cancel out.
         """
         own = [] if self.map is None else list(self.map.parameters())
         return [(self.common, rate), *((weight, 10 * rate / weight.shape[1]) for weight in own)]
 
     def standardised(self, state: Tensor) -> Tensor:
-        """z, of the shape of `state`: (batch, state)."""
+        """Return z for `state`; both are (batch, state)."""
         return (state - self.mean) / self.deviation
 
     def forward(self, state: Tensor, share: Tensor | None = None) -> Tensor:
-        """(batch, state) to (batch, layers, hidden); `share`, (batch,), is a, and 1 by default."""
+        """Map (batch, state) to (batch, layers, hidden); `share`, (batch,), is a, by default 1."""
         vectors = self.common.expand(len(state), -1, -1)
         if self.map is not None:
             z = nn.functional.dropout(self.standardised(state), self.dropout, self.training)
@@ -101,7 +101,7 @@ class Expansion(nn.Module):
 
 
 def new_expansion(config: ATVConfig, state_size: int, vectors: int, hidden_size: int) -> Expansion | PaperExpansion:
-    """An untrained expansion, as the configuration says."""
+    """Return an untrained expansion of the configured kind."""
     kind = PaperExpansion if config.parametrisation == "paper" else Expansion
     return kind(state_size, vectors, hidden_size, config.expansion_rank)
 

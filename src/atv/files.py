@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, folder swaps, and JSON read with an error one can act on."""
+"""Atomic file and folder writes, and JSON and TOML readers with actionable errors."""
 
 import hashlib
 import json
@@ -15,12 +15,12 @@ from atv.errors import ATVError
 
 
 def local(path: str | Path) -> Path:
-    """A path that a user gave, with `~` as the home folder."""
+    """Return a path given by a user, with `~` expanded to the home folder."""
     return Path(os.path.expanduser(path))
 
 
 def read_json(path: Path, expected: str) -> Any:
-    """Parse a JSON file, with or without a byte order mark; `expected` says in the error what it should have been."""
+    """Parse a JSON file, with or without a byte order mark; the error says what was `expected`."""
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -30,7 +30,7 @@ def read_json(path: Path, expected: str) -> Any:
 
 
 def read_toml(path: Path, expected: str) -> dict[str, Any]:
-    """Parse a TOML file, with or without a byte order mark; `expected` says in the error what it should have been."""
+    """Parse a TOML file, with or without a byte order mark; the error says what was `expected`."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -40,17 +40,17 @@ def read_toml(path: Path, expected: str) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as JSON so that a kill leaves either the former file or the new one."""
+    """Write `value` as JSON atomically: a kill leaves either the old file or the new one."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` so that a kill leaves either the former file or the new one."""
+    """Write `text` atomically: a kill leaves either the old file or the new one."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` so that a kill leaves either the former file or the new one."""
+    """Write `data` atomically: a kill leaves either the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{uuid4().hex[:8]}.part")
     try:
@@ -64,13 +64,13 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def occupied(folder: Path) -> bool:
-    """Something is there that a new output would hide or mix with; what a kill left half-written does not count."""
+    """Whether something is there that new output would hide or mix with; half-written (hidden) files do not count."""
     return folder.is_file() or (folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()))
 
 
 def same_settings(former: dict[str, Any], settings: dict[str, Any], folder: Path) -> None:
-    """Raise ATVError naming what differs, if `folder` was made with other settings than those asked for now."""
-    settings = json.loads(json.dumps(settings))  # as they are read back
+    """Raise ATVError that names the differences if `folder` was made with settings other than `settings`."""
+    settings = json.loads(json.dumps(settings))  # as read back from a file
     there, now = _leaves(former), _leaves(settings)
     differing = [key for key in sorted(there.keys() | now.keys()) if there.get(key) != now.get(key)]
     if differing:
@@ -79,7 +79,7 @@ def same_settings(former: dict[str, Any], settings: dict[str, Any], folder: Path
 
 
 def _leaves(settings: dict[str, Any], before: str = "") -> dict[str, Any]:
-    """Nested settings as one level, `train.seed` and so on, so that a message names what really differs."""
+    """Flatten nested settings to keys such as `train.seed`, so that a message names exactly what differs."""
     leaves: dict[str, Any] = {}
     for key, value in settings.items():
         leaves |= _leaves(value, f"{before}{key}.") if isinstance(value, dict) else {f"{before}{key}": value}
@@ -87,17 +87,17 @@ def _leaves(settings: dict[str, Any], before: str = "") -> dict[str, Any]:
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file."""
+    """Return the hex digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def follow_umask(folder: Path) -> None:
-    """Give the files in a folder the mode that the process creates files with: some libraries write them as 0600.
+    """Give the files in a folder the mode of the process's umask, since some libraries write them as 0600.
 
-    What may be executed, as a user's own script, still may be.
+    Executable files, such as a user's script, stay executable.
     """
-    mode = folder.stat().st_mode & 0o666  # the folder was made with the same umask; asking for it would set it
+    mode = folder.stat().st_mode & 0o666  # the folder was made with the same umask; reading the umask would set it
     for file in folder.rglob("*"):
         if file.is_file() and not file.is_symlink():
             file.chmod(mode | file.stat().st_mode & 0o111)
@@ -108,17 +108,17 @@ def _former(path: Path) -> Path:
 
 
 def recover_folder(path: Path) -> None:
-    """Put the former folder back if a kill fell between the two renames of `replace_folder`."""
+    """Restore the old folder if a kill came between the two renames of `replace_folder`."""
     if not path.exists() and _former(path).exists():
         os.replace(_former(path), path)
 
 
 @contextmanager
 def replace_folder(path: Path) -> Iterator[Path]:
-    """Give an empty folder to fill; at the end it takes the place of `path`.
+    """Yield an empty folder to fill; at the end it replaces `path`.
 
-    No file system can swap two folders in one portable step, so the former folder is renamed away first and
-    `recover_folder`, which every reader calls, finishes or undoes what a kill in between has left.
+    There is no portable way to swap two folders in one step, so the old folder is renamed away first. If a kill comes
+    in between, `recover_folder`, which every reader calls, restores it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     recover_folder(path)
@@ -129,7 +129,7 @@ def replace_folder(path: Path) -> Iterator[Path]:
         follow_umask(part)
         for file in part.rglob("*"):
             if file.is_file() and not file.is_symlink():
-                with file.open("r+b") as opened:  # Windows flushes nothing through a handle that cannot write
+                with file.open("r+b") as opened:  # Windows cannot flush a read-only handle
                     os.fsync(opened.fileno())
         shutil.rmtree(_former(path), ignore_errors=True)
         if path.exists():

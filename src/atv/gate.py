@@ -1,7 +1,7 @@
-"""The gate: how much of its own part a query's vectors get, so that an ATV does not guess where it knows nothing.
+"""The gate scales a query's own part of its vectors down where that part is unreliable.
 
-It asks two things of a query. Is it near the training queries? And of the validation rows that are like it: did their
-own part make the right answer likelier than the common vector alone does?
+Two questions decide. Is the query near the training queries? And did the own part of the most similar validation rows
+make the right answer more likely than the common vector alone?
 """
 
 from collections.abc import Iterator
@@ -12,23 +12,23 @@ import torch
 from torch import Tensor, nn
 
 NEAREST = 3
-"""Training queries that a query is compared with."""
+"""Number of nearest training queries that a query is compared with."""
 MOST = 4096
-"""Training queries that are kept, and validation rows."""
+"""Most training queries, and most validation rows, that are kept."""
 LIKE_IT = 16
-"""Validation rows that a query is judged by."""
+"""Number of nearest validation rows that a query is judged by."""
 
 
 class Gate(nn.Module):
-    """From 1, where the query's own part is of use, to 0, where it is not; before `fit` and `judge` 1 everywhere.
+    """A factor from 1 (keep the query's own part) to 0 (drop it); 1 everywhere before `fit` and `judge`.
 
-    A query's nearness is the mean cosine between its state and those of the nearest training queries: of states as they
-    come, since a cosine of centred ones tells little where all training queries are of one kind. The gate begins
-    to close at the nearness that a share of the training queries fall below (each compared with the others), and is
-    closed as far below that as that is below their median.
+    A query's nearness is the mean cosine between its state and those of the nearest training queries. States are not
+    centred, since cosines of centred states say little if all training queries are of one kind. The gate begins to
+    close at the nearness that a share of the training queries fall below (each compared with the others), and is
+    fully closed as far below that point as that point is below their median.
 
-    It is closed as well where the own part did harm to the validation rows that are nearest by the same measure: where
-    it made the right answer less likely on average.
+    It is also closed where the own part hurt the validation rows that are nearest by the same measure: where it made
+    the right answer less likely on average.
 
     Args:
         state_size: width of the states.
@@ -47,17 +47,17 @@ class Gate(nn.Module):
     judged: Tensor
     """(validation rows, state), of norm 1."""
     gains: Tensor
-    """(validation rows,), by how much the own part raised the probability of the right answer."""
+    """(validation rows,), how much the own part raised the probability of the right answer."""
     limits: Tensor
-    """(2,), the nearness at which it is closed, and at which it is open."""
+    """(2,), the nearness at which the gate is closed and the one at which it is open."""
 
     @torch.no_grad()
     def fit(self, states: Tensor, share: float) -> None:
-        """Keep training queries and see how near they are to each other.
+        """Store the training queries' states and measure how near they are to each other.
 
         Args:
-            states: (queries, state), as the generator gives them.
-            share: of the training queries themselves for which it begins to close.
+            states: (queries, state), as the generator returns them.
+            share: share of the training queries themselves for which the gate begins to close.
         """
         kept = states.unique(dim=0)
         kept = kept[:: -(-len(kept) // MOST)]
@@ -68,7 +68,7 @@ class Gate(nn.Module):
 
     @contextmanager
     def set_to(self, share: float) -> Iterator[None]:
-        """The same share for all queries while the context lasts, whatever it knows of them."""
+        """Use the same value for all queries inside this context."""
         self._set = share
         try:
             yield
@@ -77,29 +77,29 @@ class Gate(nn.Module):
 
     @torch.no_grad()
     def judge(self, states: Tensor, gains: Tensor) -> None:
-        """Keep what the own part did to validation rows.
+        """Store the effect of the own part on validation rows.
 
         Args:
-            states: (rows, state), as the generator gives them.
-            gains: (rows,), the probability of the right answer with the own part less that without it.
+            states: (rows, state), as the generator returns them.
+            gains: (rows,), the probability of the right answer with the own part minus that without it.
         """
         every = -(-len(states) // MOST)
         self.judged = nn.functional.normalize(states[::every], dim=-1)
         self.gains = gains[::every].to(states)
 
     def gain(self, states: Tensor) -> Tensor:
-        """Mean gain of the validation rows that are nearest, (batch, state) to (batch,)."""
+        """Return the mean gain of the nearest validation rows: (batch, state) to (batch,)."""
         cosines = nn.functional.normalize(states, dim=-1) @ self.judged.T  # (batch, rows)
         return self.gains[cosines.topk(min(LIKE_IT, len(self.gains)), dim=1).indices].mean(1)
 
     def nearness(self, states: Tensor, leave_out: int = 0) -> Tensor:
-        """Mean cosine to the nearest references but for the `leave_out` very nearest: (batch, state) to (batch,)."""
+        """Return the mean cosine to the nearest references after the first `leave_out`: (batch, state) to (batch,)."""
         cosines = nn.functional.normalize(states, dim=-1) @ self.references.T  # (batch, kept)
         count = min(NEAREST + leave_out, cosines.shape[1])
         return cosines.topk(count, dim=1).values[:, min(leave_out, count - 1) :].mean(1)
 
     def forward(self, states: Tensor) -> Tensor:
-        """(batch, state), as the generator gives them, to (batch,)."""
+        """Map states (batch, state), as the generator returns them, to factors (batch,)."""
         share = states.new_ones(len(states))
         if self._set is not None:
             return share * self._set
@@ -111,7 +111,7 @@ class Gate(nn.Module):
         return share
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-        """How many rows it knows is known from the file."""
+        """Resize the buffers to the number of saved rows before loading."""
         for name in ("references", "judged", "gains"):
             saved = state_dict.get(f"{prefix}{name}")
             if saved is not None:

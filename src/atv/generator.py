@@ -1,4 +1,4 @@
-"""The generator: a small language model that reads the query and gives back one hidden state."""
+"""The generator: a small language model that reads the query and returns one hidden state."""
 
 import copy
 from collections.abc import Iterator, Sequence, Set
@@ -27,15 +27,15 @@ from atv.lm.load import (
 from atv.progress import bar, log
 
 CONSTANT = "constant"
-"""Names the generator that reads nothing."""
+"""Name of the generator that reads nothing."""
 READ_TOKENS = 2048
-"""Tokens per call while queries are read ahead."""
+"""Tokens per call when queries are read ahead."""
 
 
 def check_queries(queries: Sequence[str]) -> None:
-    """Raise ATVError if there is no query, one without text, or one text instead of a list of them."""
+    """Raise ATVError for an empty list, a blank query, or a string instead of a list."""
     if isinstance(queries, str):
-        raise ATVError("queries is one text; expected a list of texts: put it into brackets.")
+        raise ATVError("queries is a string; expected a list of strings: put it in brackets.")
     if not queries:
         raise ATVError("There is no query; expected at least one.")
     for query in queries:
@@ -44,14 +44,14 @@ def check_queries(queries: Sequence[str]) -> None:
 
 
 class Generator(nn.Module):
-    """Any Hugging Face encoder or decoder with a pooling on top.
+    """Any Hugging Face encoder or decoder, with pooling on top.
 
     Args:
-        encoder: a model without head, float32; of an encoder-decoder only the encoder is used.
+        encoder: a model without a head, in float32; of an encoder-decoder only the encoder is used.
         tokenizer: its tokenizer.
         pooling: "last" (the paper), "mean" or "cls".
-        query_template: text with {query}; what the generator reads, in training and in use.
-        trainable: False keeps its weights as they are and its dropout off.
+        query_template: text with {query}: what the generator reads, in training and inference.
+        trainable: False freezes its weights and keeps its dropout off.
     """
 
     def __init__(
@@ -59,9 +59,9 @@ class Generator(nn.Module):
     ) -> None:
         super().__init__()
         config: Any = copy.deepcopy(encoder.config)
-        config.architectures = [type(encoder).__name__]  # some configurations serve several
+        config.architectures = [type(encoder).__name__]  # some configurations serve several classes
         self.model_config = config
-        """Of the whole model, where the encoder is a part of one."""
+        """Configuration of the whole model, even if the encoder is only part of it."""
         self.encoder = reading_part(encoder)
         self.tokenizer = tokenizer
         self.pooling = pooling
@@ -71,22 +71,22 @@ class Generator(nn.Module):
         self.revision: str | None = getattr(config, "_commit_hash", None)
         self.hidden_size, self.context = read_sizes(self.encoder, self.name_or_path or type(encoder).__name__)
         self.loaded_by: tuple[str, str | None] | None = None
-        """Name and revision that the very same generator can be loaded by; None: nobody knows."""
+        """Name and revision by which exactly this generator can be loaded; None: unknown."""
         self.waits = False
-        """It is trained, but not yet: until then it is as if frozen (`TrainConfig.generator_start`)."""
+        """Trainable, but frozen until its training starts (`TrainConfig.generator_start`)."""
         self.bf16 = False
-        """Matrix products in bfloat16 (torch's autocast); weights, sums and what comes out stay as they are."""
+        """Matrix products in bfloat16 (torch's autocast); weights, sums and outputs keep their dtype."""
         self._told_of_cut = False
         self._read: dict[tuple[int, ...], Tensor] = {}
 
     @classmethod
     def load(cls, config: ATVConfig, llm: nn.Module | None = None, tokenizer: Any = None) -> "Generator":
-        """The generator that `config` names.
+        """Load the generator that `config` names.
 
         Args:
-            config: of the ATV.
-            llm: the frozen LLM and its tokenizer, for a generator that needs them.
-            tokenizer: the LLM's.
+            config: configuration of the ATV.
+            llm: the frozen LLM, for a generator that needs it.
+            tokenizer: the LLM's, for a generator that needs it.
         """
         sizes = random_sizes(config.generator)
         if sizes is not None:
@@ -100,7 +100,7 @@ class Generator(nn.Module):
 
     @classmethod
     def load_saved(cls, config: ATVConfig, folder: Path) -> "Generator":
-        """Load the generator that `save` wrote; `config` is that of the ATV which it is of."""
+        """Load a generator written by `save`; `config` is that of its ATV."""
         encoder, tokenizer = load_saved_encoder(folder), load_tokenizer(str(folder))
         generator = cls(encoder, tokenizer, config.pooling, config.query_template, bool(config.train_generator))
         generator.name_or_path = config.generator
@@ -108,32 +108,32 @@ class Generator(nn.Module):
 
     @property
     def savable(self) -> bool:
-        """It has weights of its own, which an adapter can hold."""
+        """Whether it has weights that an adapter can store."""
         return True
 
     def set_trainable(self, trainable: bool) -> None:
-        """Whether it is trained with what is made of its states."""
+        """Set whether it is trained together with the expansion."""
         self.trainable = trainable
         self.requires_grad_(trainable)
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are."""
+        """The device of its weights."""
         return next(self.encoder.parameters()).device
 
     def describe(self) -> str:
-        """What it is, in words."""
+        """Return a short description."""
         return self.name_or_path
 
     def train(self, mode: bool = True) -> Self:
-        """Training mode, unless it is frozen: then dropout stays off."""
+        """Set training mode, unless it is frozen: then dropout stays off."""
         return super().train(mode and self.trainable)
 
     def encode(self, queries: Sequence[str]) -> list[list[int]]:
-        """Queries as token ids, each in its template; longer than the generator's context is cut, said once.
+        """Encode queries, each in the query template; cut those longer than the generator's context, with one warning.
 
         Raises:
-            ATVError: a query without text.
+            ATVError: a query is blank.
         """
         check_queries(queries)
         texts = [self.query_template.replace("{query}", query) for query in queries]
@@ -141,14 +141,14 @@ class Generator(nn.Module):
         limit = self.context
         if limit is not None and not self._told_of_cut and any(len(ids) > limit for ids in encoded):
             self._told_of_cut = True
-            log.warning(f"Queries longer than the generator's context of {limit} tokens are cut to it (said once).")
+            log.warning(f"Queries longer than the generator's context of {limit} tokens are cut to it (logged once).")
         return [ids[:limit] for ids in encoded]
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         return [list(ids) for ids in self.tokenizer(texts, verbose=False)["input_ids"]]
 
     def states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Hidden states (queries, seq, state) of encoded queries, float32."""
+        """Return the hidden states (queries, seq, state) of encoded queries, float32."""
         mixed = torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
         with mixed:
             states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
@@ -156,9 +156,9 @@ class Generator(nn.Module):
 
     @contextmanager
     def read_ahead(self, queries: Set[tuple[int, ...]]) -> Iterator[None]:
-        """Read these encoded queries now, and not again while the context lasts or until the generator learns.
+        """Cache the states of these encoded queries inside this context, until training of the generator starts.
 
-        Read in an order of their own, so that a training that is resumed finds the very states that it had before.
+        They are read in a fixed order, so that a resumed training gets exactly the same states.
         """
         try:
             if self.waits or not self.trainable:
@@ -173,12 +173,12 @@ class Generator(nn.Module):
             self._read = {}
 
     def learn(self) -> None:
-        """Let it be trained from now on, if it is to be: what was read ahead is no longer what it says."""
+        """Start its training, if it waits for that; states that were read ahead are discarded."""
         if self.waits:
             self.waits, self._read = False, {}
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Encoded queries (queries, seq), padded on the right, to their pooled states (queries, state), float32."""
+        """Map encoded queries (queries, seq), padded on the right, to pooled states (queries, state), float32."""
         if self._read:
             rows = zip(input_ids.tolist(), attention_mask.sum(1).tolist(), strict=True)
             known = [self._read.get(tuple(row[:length])) for row, length in rows]
@@ -197,13 +197,13 @@ class Generator(nn.Module):
         return states[rows, attention_mask.sum(1) - 1]
 
     def save(self, folder: Path) -> None:
-        """Write model and tokenizer as a Hugging Face folder; of an encoder-decoder it holds the encoder alone."""
+        """Write model and tokenizer as a Hugging Face folder; of an encoder-decoder only the encoder's weights."""
         save_reading_part(self.encoder, self.model_config, folder)
         self.tokenizer.save_pretrained(folder)
 
 
 class Constant(Generator):
-    """Says nothing of any query: its state has no numbers. It reads nothing, has no weights and needs no tokenizer."""
+    """A constant state of width 0, which ignores the query. It has no weights and needs no tokenizer."""
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
@@ -217,27 +217,27 @@ class Constant(Generator):
 
     @classmethod
     def load(cls, config: ATVConfig, llm: nn.Module | None = None, tokenizer: Any = None) -> "Constant":
-        """The same for every configuration and LLM."""
+        """Return the same generator for every configuration and LLM."""
         del config, llm, tokenizer
         return cls()
 
     @property
     def savable(self) -> bool:
-        """There are no weights."""
+        """False: it has no weights."""
         return False
 
     @property
     def device(self) -> torch.device:
-        """Where its state is."""
+        """The device of its state."""
         return self.state.device
 
     def encode(self, queries: Sequence[str]) -> list[list[int]]:
-        """One token for each query, which stands for it; an empty one is refused as everywhere."""
+        """Return one placeholder token per query; a blank query raises ATVError."""
         check_queries(queries)
         return [[0] for _ in queries]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """The same state for each query: (queries, 0)."""
+        """Return the same state for each query: (queries, 0)."""
         del attention_mask
         return self.state.expand(len(input_ids), 0)
 
@@ -245,23 +245,23 @@ class Constant(Generator):
 class Itself(Generator):
     """The frozen LLM's own lower layers: there is no second model, and nothing is read twice.
 
-    Its state is what one decoder layer returns for the prompt's last token. That layer and those below it are not
-    steered, so that one pass over the prompt gives the state and is steered by it above (`ATVModel.steer`, `forward`).
-    Called by itself, as for `ATVModel.task_vectors`, it takes prompts and runs the LLM up to that layer. Nothing of it
-    is trained or saved.
+    The state is one decoder layer's output for the prompt's last token. That layer and those below it are not steered,
+    so one pass over the prompt both produces the state and is steered by it further up (`ATVModel.steer`, `forward`).
+    Called on its own, as in `ATVModel.task_vectors`, it takes prompts and runs the LLM up to that layer. It is neither
+    trained nor saved.
 
     Args:
         llm: the frozen LLM.
         tokenizer: the LLM's.
-        config: whose generator is `self`.
+        config: configuration with the generator `self`.
     """
 
     def __init__(self, llm: nn.Module, tokenizer: Any, config: ATVConfig) -> None:
         nn.Module.__init__(self)
         layers = decoder_layers(llm, config.layer_path)
-        self.index = cast(int, config.read_layer(len(layers)))  # below a steered one: config.layer_indices saw to that
+        self.index = cast(int, config.read_layer(len(layers)))  # below all steered layers (config.layer_indices)
         unregistered(self, encoder=llm, layer=layers[self.index])
-        self.register_buffer("like", torch.empty(0), persistent=False)  # has the dtype and device that states get
+        self.register_buffer("like", torch.empty(0), persistent=False)  # dtype and device of states
         self.hidden_size = text_config(llm).hidden_size
         self.tokenizer, self.pooling, self.query_template = tokenizer, "last", "{query}"
         self.name_or_path, self.revision = SELF, None
@@ -274,28 +274,28 @@ class Itself(Generator):
 
     @classmethod
     def load(cls, config: ATVConfig, llm: nn.Module | None = None, tokenizer: Any = None) -> "Itself":
-        """The lower layers of `llm`."""
+        """Return the lower layers of `llm`."""
         return cls(*_needed(config, llm, tokenizer), config)
 
     @property
     def savable(self) -> bool:
-        """Its weights are the LLM's."""
+        """False: its weights are the LLM's."""
         return False
 
     @property
     def device(self) -> torch.device:
-        """Where the LLM takes its inputs."""
+        """The device of the LLM's inputs."""
         return self.like.device
 
     def describe(self) -> str:
-        """What it is, in words."""
+        """Return a short description."""
         return f"{SELF}: the LLM's own state after decoder layer {self.index}"
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         return [encode_text(self.tokenizer, text) for text in texts]
 
     def states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """What the layer returns: (queries, seq, hidden), float32."""
+        """Return the layer's output: (queries, seq, hidden), float32."""
         places = position_ids(attention_mask)
         states = read_up_to(
             self.encoder,
@@ -309,7 +309,7 @@ class Itself(Generator):
 
 
 def new_generator(config: ATVConfig, layers: int, width: int, llm: nn.Module, tokenizer: Any) -> Generator:
-    """A small decoder as Llama is built, that reads the LLM's tokens; random weights, drawn from torch's generator."""
+    """Return a small Llama-style decoder that reads the LLM's tokens, with weights drawn from torch's random state."""
     shape = LlamaConfig(
         vocab_size=text_config(llm).vocab_size,
         hidden_size=width,
@@ -325,20 +325,19 @@ def new_generator(config: ATVConfig, layers: int, width: int, llm: nn.Module, to
 
 
 def _needed(config: ATVConfig, llm: nn.Module | None, tokenizer: Any) -> tuple[nn.Module, Any]:
-    """The LLM and its tokenizer, or ATVError."""
+    """Return the LLM and its tokenizer; raise ATVError if there is no LLM."""
     if llm is None:
         raise ATVError(
-            f"The generator {config.generator} needs the frozen LLM, and none was given. Load it with the LLM."
+            f"The generator {config.generator} needs the frozen LLM, but none was given. Load it with the LLM."
         )
     return llm, tokenizer
 
 
 GENERATORS: dict[str, type[Generator]] = {CONSTANT: Constant, SELF: Itself}
-"""Kinds of generators by the name that a configuration gives; any other name is that of a Hugging Face model. Add a
-kind of your own before an adapter of it is made or loaded; it overrides `load`, and `save` and `load_saved` if it is
-trained."""
+"""Generator classes by the name used in a configuration; any other name is a Hugging Face model. Register a custom
+class before making or loading an adapter with it; it overrides `load`, and `save` and `load_saved` if it is trained."""
 
 
 def load_generator(config: ATVConfig, llm: nn.Module | None = None, tokenizer: Any = None) -> Generator:
-    """The generator that `config` names, for an LLM and its tokenizer where it needs them."""
+    """Load the generator that `config` names, with an LLM and its tokenizer if it needs them."""
     return GENERATORS.get(config.generator, Generator).load(config, llm, tokenizer)

@@ -30,26 +30,26 @@ from atv.vectors import ATV
 
 @dataclass
 class ReadAndSteer:
-    """The `Edit` of the generator `self`: reads the prompt's state at one layer, and steers those above by it."""
+    """The `Edit` of the generator `self`: reads the prompt's state at one layer and steers the layers above with it."""
 
     model: "ATVModel"
     edit: VectorEdit
-    """What is done above, with the vectors of the latest prompts: later passes over their answers have them too."""
+    """The edit above that layer, with the vectors of the latest prompts; passes over their answers reuse them."""
     learn: bool = False
-    """Make the vectors with gradient."""
+    """Whether to make the vectors with gradient."""
 
     @property
     def sites(self) -> list[nn.Module]:
-        """The layer that is read, then those that are steered."""
+        """The layer that is read, then the steered ones."""
         return [cast(Itself, self.model.generator).layer, *self.edit.sites]
 
     @property
     def positions(self) -> Positions:
-        """The tokens that are edited."""
+        """The edited tokens."""
         return self.edit.positions
 
     def __call__(self, site: int, hidden: Tensor, span: Span) -> Tensor:
-        """Hidden states (rows, seq, hidden), edited above the layer that is read."""
+        """Return hidden states (rows, seq, hidden), edited above the layer that is read."""
         if site > 0:
             return self.edit(site - 1, hidden, span)
         if span.ends is not None:
@@ -62,13 +62,13 @@ class ReadAndSteer:
 class ATVModel(AdapterModel):
     """An ATV and the frozen LLM that it steers.
 
-    Its parameters, its `state_dict` and its `train` are those of the ATV alone (see `AdapterModel`).
+    Its `parameters`, `state_dict` and `train` cover the ATV alone (see `AdapterModel`).
 
     Args:
         llm: a Hugging Face causal LM, PEFT-wrapped or not, in any dtype.
-        atv: an ATV made for this LLM, or the shape of a new one.
+        atv: an ATV made for this LLM, or the configuration of a new one.
         tokenizer: the LLM's; by default the one saved with it.
-        generator: of a new ATV; by default the one that its configuration names is loaded.
+        generator: generator of a new ATV; by default the one that its configuration names is loaded.
     """
 
     @torch.inference_mode(False)  # weights made inside inference mode could never be trained or loaded outside it
@@ -99,11 +99,11 @@ class ATVModel(AdapterModel):
 
     method = "atv"
     layers: list[nn.Module]
-    """The sites that are steered, mostly decoder layers."""
+    """The steered sites, by default decoder layers."""
 
     @property
     def config(self) -> ATVConfig:
-        """The shape of the ATV."""
+        """The configuration of the ATV."""
         return self.atv.config
 
     @property
@@ -113,12 +113,12 @@ class ATVModel(AdapterModel):
 
     @property
     def expansion(self) -> Expansion | PaperExpansion:
-        """What makes vectors of the generator's state."""
+        """The module that maps the generator's state to vectors."""
         return self.atv.expansion
 
     @property
     def vector_cache(self) -> VectorCache:
-        """Vectors of queries that came before; `vector_cache.limit = 0` turns it off."""
+        """Cached task vectors of queries; `vector_cache.limit = 0` turns the cache off."""
         return self.atv.vector_cache
 
     @property
@@ -127,20 +127,20 @@ class ATVModel(AdapterModel):
 
     @property
     def own(self) -> Itself | None:
-        """The generator, if it is the LLM itself: what it reads are prompts, in the LLM's own pass over them."""
+        """The generator if it is `self`, which reads prompts in the LLM's own pass over them; otherwise None."""
         return self.atv.own
 
     def named_layers(self, config: ATVConfig) -> list[nn.Module]:
-        """The modules of the LLM at which a configuration steers."""
+        """Return the modules of the LLM that a configuration steers."""
         everywhere = SITES[config.site](self.llm, config.layer_path)
         return [everywhere[index] for index in config.layer_indices(len(everywhere))]
 
     def describe(self) -> dict[str, Any]:
-        """Its configuration."""
+        """Return its configuration."""
         return self.config.to_dict()
 
     def parameter_groups(self, config: TrainConfig) -> list[dict[str, Any]]:
-        """One group per learning rate: common vector, map and generator have rates of their own."""
+        """Return one group per learning rate; common vector, map and generator have different rates."""
         rate = config.generator_learning_rate
         if rate is None:
             rate = 5e-5 if random_sizes(self.config.generator) is None else 1e-3
@@ -157,27 +157,27 @@ class ATVModel(AdapterModel):
         return [{"params": own, "lr": of_them, "start": start} for (of_them, start), own in groups.items()]
 
     def settle(self, tasks: Sequence[Task]) -> None:
-        """Decide whether the generator is trained, if the configuration does not say so."""
+        """Decide whether to train the generator, if the configuration leaves it open."""
         if self.config.train_generator is None:
             enough = sum(len(task.train) for task in tasks) >= ENOUGH_TO_TRAIN * len(tasks)
             self.atv.config = replace(self.config, train_generator=enough)
             self.generator.set_trainable(enough)
 
     def generator_start(self, config: TrainConfig) -> float:
-        """Share of the steps before the generator learns: none of one that has yet to learn to read."""
+        """Return the share of the steps before training of the generator starts: 0 for one with random weights."""
         return config.generator_start if random_sizes(self.config.generator) is None else 0.0
 
     def reach(self, share: float) -> None:
-        """Let the generator learn when its time has come."""
+        """Start training the generator once `share` of the steps is enough."""
         if share >= self._start:
             self.generator.learn()
 
     @torch.no_grad()
     def calibrate(self, rows: Sequence[EncodedRow]) -> None:
-        """Take the means of states and the sizes of the residual stream from training rows, before training on them.
+        """Measure the statistics of states and the sizes of the residual stream on training rows, before training.
 
         Args:
-            rows: from `encode_row`; all their queries are read, and at most 64 of their prompts.
+            rows: from `encode_row`; all of their queries are read, and at most 64 of their prompts.
         """
         if isinstance(self.expansion, Expansion):
             sizes = self._residual_sizes(rows[:: -(-len(rows) // 64)])
@@ -185,11 +185,11 @@ class ATVModel(AdapterModel):
 
     @torch.no_grad()
     def set_gate(self, rows: Sequence[EncodedRow], valid: Sequence[EncodedRow]) -> None:
-        """Let the gate know the training rows, and what the query's own part does to validation rows, after training.
+        """Fit the gate to training rows and to the effect of the query's own part on validation rows, after training.
 
         Args:
             rows: from `encode_row`.
-            valid: likewise; each is asked with its first prompt.
+            valid: from `encode_row`; only each row's first prompt is used.
         """
         if not isinstance(self.expansion, Expansion) or not self.config.gate or self.expansion.map is None:
             return
@@ -202,7 +202,7 @@ class ATVModel(AdapterModel):
         gate.judge(self._states_of(valid), own - common)
 
     def _answers_likely(self, rows: Sequence[EncodedRow]) -> Tensor:
-        """(rows,): probability of the answer to each row's first prompt, the geometric mean over its tokens."""
+        """Return the probability of the answer to each row's first prompt, (rows,), as geometric mean over tokens."""
         collate, losses = self.collator(), []
         for start in range(0, len(rows), 16):
             batch = collate([replace(row, pairs=row.pairs[:1]) for row in rows[start : start + 16]])
@@ -210,12 +210,12 @@ class ATVModel(AdapterModel):
         return torch.exp(-torch.cat(losses))
 
     def _states_of(self, rows: Sequence[EncodedRow]) -> Tensor:
-        """(rows, state); of the generator `self`, of each row's first prompt."""
+        """Return the rows' states, (rows, state); the generator `self` reads each row's first prompt."""
         read = [row.pairs[0][0] if self.own else row.query for row in rows]
         return torch.cat([self.atv.states(read[start : start + 16]) for start in range(0, len(read), 16)])
 
     def _row_states(self, rows: Sequence[EncodedRow]) -> Tensor:
-        """(different queries, state); of the generator `self`, different prompts."""
+        """Return the states of distinct queries, (queries, state); for the generator `self`, of distinct prompts."""
         read = (
             {tuple(prompt) for row in rows for prompt, _ in row.pairs} if self.own else {tuple(r.query) for r in rows}
         )
@@ -228,7 +228,7 @@ class ATVModel(AdapterModel):
         return torch.cat(states)
 
     def _residual_sizes(self, rows: Sequence[EncodedRow]) -> Tensor:
-        """(layers,): root mean square of what each steered layer gives out at the last token of these rows' prompts."""
+        """Return the root mean square of each steered layer's output at the last token of these prompts, (layers,)."""
         sizes = []
         for start in range(0, len(rows), 8):
             batch = self.collator()([replace(row, pairs=row.pairs[:1]) for row in rows[start : start + 8]])
@@ -243,9 +243,9 @@ class ATVModel(AdapterModel):
 
     @contextmanager
     def in_training(self, config: TrainConfig, read: ReadPrefix, rows: Sequence[EncodedRow]) -> Iterator[None]:
-        """As every `AdapterModel`; the generator in bfloat16 if `config` says so. A frozen one reads each query once.
+        """As in `AdapterModel`; also applies the generator's options. A frozen generator reads each query only once.
 
-        `self` reads none ahead: it reads prompts, in the LLM's own passes.
+        The generator `self` reads nothing ahead: it reads prompts in the LLM's own passes.
         """
         self.generator.bf16, self.atv.adaptive_dropout = config.bf16, config.adaptive_dropout
         if isinstance(self.expansion, Expansion):
@@ -263,12 +263,12 @@ class ATVModel(AdapterModel):
     # ---- the path of a query ----
 
     def edit(self, vectors: Tensor | None, scale: float | None = None, learn: bool = False) -> Edit:
-        """What happens in the LLM.
+        """Return the edit that steers the LLM.
 
         Args:
             vectors: (queries, vectors, hidden); None: the generator `self` makes them in the pass that they steer.
             scale: strength; by default the configuration's.
-            learn: of vectors that are made in the pass, with gradient.
+            learn: whether vectors made in the pass have a gradient.
         """
         made = torch.empty(0) if vectors is None else vectors
         scale = self.config.scale if scale is None else scale
@@ -285,7 +285,7 @@ class ATVModel(AdapterModel):
         edit_mask: Tensor,
         labels: Tensor,
     ) -> AnswerLoss:
-        """The loss of the steered LLM's answers; see `AdapterModel.forward`."""
+        """Return the loss of the steered LLM's answers; see `AdapterModel.forward`."""
         keep = labels.shape[1]
         ends = labels.new_full((len(labels),), -keep)  # a prompt's last column predicts the answer's first token
         vectors = None if self.own else self.atv(query_input_ids, query_attention_mask)  # (queries, vectors, hidden)
@@ -310,25 +310,25 @@ class ATVModel(AdapterModel):
         return self.config.reads
 
     def encode_query(self, query: str, task: str) -> list[int]:
-        """What the generator reads of a row beside its prompts, as its token ids."""
+        """Return the token ids of the generator's input; a placeholder for `self`, which reads the prompts."""
         return super().encode_query(query, task) if self.own else self.generator.encode([query])[0]
 
     def collator(self) -> Collator:
-        """Makes the batches that `forward` takes from `encode_row`'s rows."""
+        """Return the collator that makes batches for `forward` from rows of `encode_row`."""
         return Collator(self.positions, pad_id(self.tokenizer), pad_id(self.generator.tokenizer))
 
     # ---- use ----
 
     def task_vectors(self, queries: Sequence[str]) -> Tensor:
-        """Task vectors of queries, (queries, vectors, hidden); see `ATV.task_vectors`."""
+        """Return the task vectors of queries, (queries, vectors, hidden); see `ATV.task_vectors`."""
         return self.atv.task_vectors(queries)
 
     def gate(self, queries: Sequence[str]) -> Tensor:
-        """Share of its own part that each query has in use, (queries,); see `ATV.gate`."""
+        """Return the gate of each query at inference, (queries,); see `ATV.gate`."""
         return self.atv.gate(queries)
 
     def own_vectors(self, queries: Sequence[str]) -> Tensor | None:
-        """What `edit` takes to steer by these queries: their task vectors, or None for the generator `self`."""
+        """Return the `vectors` that `edit` needs for these queries: task vectors, or None for the generator `self`."""
         check_queries(queries)
         return None if self.own else self.task_vectors(queries)
 
@@ -338,20 +338,20 @@ class ATVModel(AdapterModel):
     ) -> Iterator[Self]:
         """Steer any call of the LLM inside the context: ``with atv.steer(queries): llm.generate(**inputs)``.
 
-        A call that edits nothing, as every decoding step of positions `last` and `last:K`, runs as without steering
-        (a static cache, which keeps its length on the device, is asked for it).
+        A call that edits nothing, such as each decoding step with positions `last` and `last:K`, runs as without
+        steering (except that the length of a static cache is read from the device).
 
         Args:
-            queries: one per prompt, in the order of the prompts; the generator `self` reads the prompts instead, in
-                the same pass, and only their number counts. The LLM may be called with several rows per prompt (beams,
-                returned sequences), with or without a cache, any number of times; prompts may be padded on either
-                side if `attention_mask` is given. A prompt read in chunks (`prefill_chunk_size`) is not supported,
-                since its end cannot be told from its first chunk.
-            vectors: ready task vectors (queries, vectors, hidden) to use instead of making them from the queries.
-            scale: strength for this context; by default the configuration's.
+            queries: one per prompt, in the order of the prompts. The generator `self` reads the prompts instead, in
+                the same pass; only the number of queries matters. The LLM may be called with several rows per prompt
+                (beams, returned sequences), with or without a cache, any number of times. Prompts may be padded on
+                either side if `attention_mask` is given. Chunked prefill (`prefill_chunk_size`) is not supported,
+                since the first chunk does not show where the prompt ends.
+            vectors: precomputed task vectors (queries, vectors, hidden) to use instead of the queries' own.
+            scale: strength inside this context; by default the configuration's.
 
         Raises:
-            ATVError: a number of rows that is no multiple of the number of queries, or an empty query.
+            ATVError: the number of rows is not a multiple of the number of queries, or a query is empty.
         """
         if vectors is None:
             vectors = self.own_vectors(queries)
@@ -362,22 +362,22 @@ class ATVModel(AdapterModel):
     def generate(
         self, prompts: Sequence[Prompt | str], queries: Sequence[str] | None = None, **generate_options: Any
     ) -> list[str]:
-        """Answer prompts, steered.
+        """Generate answers to prompts, steered.
 
         Args:
-            prompts: what the LLM reads, of any mixed lengths: from a renderer, or texts that are read as they are.
-            queries: what the generator reads, one per prompt; by default the prompts' own `query`, which for texts is
-                the text, as `reads = "prompt"` has it in training.
-            generate_options: for transformers' `generate`: `max_new_tokens`, `do_sample`, `num_beams`,
-                `num_return_sequences`, `streamer` and so on; no assisted decoding.
+            prompts: what the LLM reads, of any lengths: from a renderer, or strings that are read as they are.
+            queries: what the generator reads, one per prompt; by default each prompt's `query`. For a string that is
+                the string itself, as with `reads = "prompt"` in training.
+            generate_options: options of transformers' `generate`: `max_new_tokens`, `do_sample`, `num_beams`,
+                `num_return_sequences`, `streamer` and so on, but no assisted decoding.
 
         Returns:
-            The new text of each sequence; `num_return_sequences` per prompt, one prompt after the other.
+            The new text of each sequence; `num_return_sequences` per prompt, grouped by prompt.
         """
         if queries is None:
             queries = prompts if isinstance(prompts, str) else [p if isinstance(p, str) else p.query for p in prompts]
         if isinstance(prompts, str) or isinstance(queries, str) or len(prompts) != len(queries) or not prompts:
-            raise ATVError("generate takes a list of prompts, not empty, and as many queries (or none).")
+            raise ATVError("generate takes a non-empty list of prompts, and as many queries (or none).")
         inputs = self.encode_prompts(prompts)
         width = inputs.pop("position_ids").shape[1]  # generate counts positions from the mask itself
         generate_options.setdefault("pad_token_id", pad_id(self.tokenizer))
@@ -389,13 +389,13 @@ class ATVModel(AdapterModel):
     # ---- the adapter ----
 
     def require_savable(self) -> None:
-        """Raise ATVError if a part is not the one that the configuration makes: it could not be read back."""
+        """Raise ATVError if a part differs from what the configuration builds, since it could not be loaded again."""
         if list(map(id, self.layers)) != list(map(id, self.named_layers(self.config))):
-            raise adapter.unsavable("layers are not those of the LLM that the configuration names")
+            raise adapter.unsavable("its layers are not those of the LLM that the configuration names")
         adapter.require_savable(self.config, self.generator, self.expansion)
 
     def load_weights(self, folder: Path) -> None:
-        """Take the weights of an adapter that a model made alike has saved, and how it was trained."""
+        """Load weights and training summary from an adapter of a model with the same configuration."""
         saved = artifact.read(folder, self.method)
         artifact.check_llm(saved, self.llm, folder)
         adapter.load_generator_weights(self.generator, saved, adapter.read_config(saved, folder), folder)
@@ -403,13 +403,13 @@ class ATVModel(AdapterModel):
         self.training_summary = saved.training
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write generator, expansion, configuration and model card to a folder, whole or not at all.
+        """Write generator, expansion, configuration and model card to a folder, atomically.
 
-        The generator is part of it unless it is frozen and can be loaded by its name. What was written is read back
-        before it takes its place.
+        The generator is left out if it is frozen and can be loaded by its name. What was written is read back and
+        compared before it is moved into place.
 
         Raises:
-            ATVError: what would be read back is not the model.
+            ATVError: the written adapter would load as a different model.
         """
         self.require_savable()
         was_training = self.training
@@ -428,7 +428,7 @@ class ATVModel(AdapterModel):
             self.train(was_training)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
-        """Save and upload to the Hugging Face hub; returns the address of the commit."""
+        """Save, upload to the Hugging Face hub and return the commit's URL."""
         return adapter.push(self.save_pretrained, repo_id, private=private, token=token)
 
     @classmethod
@@ -444,13 +444,13 @@ class ATVModel(AdapterModel):
         """Load an adapter onto the LLM that it was trained for.
 
         Args:
-            path_or_hub_id: folder written by `save_pretrained`, or a repository of the hub.
-            llm: the LLM, or the name to load it by; by default the one that the adapter names is loaded.
+            path_or_hub_id: folder written by `save_pretrained`, or a hub repository.
+            llm: the LLM or its name; by default the one that the adapter names is loaded.
             tokenizer: the LLM's; by default the one saved with it.
-            revision: of the hub repository.
+            revision: revision of the hub repository.
 
         Raises:
-            ATVError: not an adapter, made for another LLM, or damaged; the message names what differs.
+            ATVError: it is not an adapter, is damaged, or was made for another LLM; the message names what differs.
         """
         folder = artifact.locate(path_or_hub_id, revision)
         saved = artifact.read(folder, cls.method)

@@ -1,6 +1,6 @@
-"""Which of several processes this is. A launcher (torchrun, accelerate launch) says so in the environment.
+"""Rank and number of processes, which a launcher (torchrun, accelerate launch) sets in the environment.
 
-Started alone, a process is the main one of one, and nothing here does anything.
+A process started without a launcher is the main process, and the functions that synchronise are no-ops.
 """
 
 import os
@@ -8,27 +8,27 @@ import time
 
 
 def rank() -> int:
-    """This process's number, from 0, over all machines."""
+    """Return this process's rank over all machines, from 0."""
     return int(os.environ.get("RANK", 0))
 
 
 def local_rank() -> int:
-    """This process's number on its machine: that of its GPU."""
+    """Return this process's rank on its machine, which is also the number of its GPU."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def world_size() -> int:
-    """How many processes there are, over all machines."""
+    """Return the number of processes over all machines."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def is_main() -> bool:
-    """This is the process that writes files and speaks."""
+    """Whether this is the process that writes files and logs."""
     return rank() == 0
 
 
 def barrier() -> None:
-    """Wait until every process is here. Where one has failed, the launcher ends the others."""
+    """Wait for every process. If one has failed, the launcher ends the others."""
     if world_size() == 1:
         return
     import torch
@@ -37,15 +37,15 @@ def barrier() -> None:
     if not distributed.is_initialized():
         if local_rank() < torch.cuda.device_count():
             torch.cuda.set_device(local_rank())
-        distributed.init_process_group()  # gloo for tensors on the CPU and, where there is a GPU, NCCL for its own
+        distributed.init_process_group()  # gloo for CPU tensors and, with a GPU, NCCL for GPU tensors
     distributed.all_reduce(torch.zeros(1))  # through gloo: a barrier that needs no GPU
 
 
 def leave() -> None:
-    """At the end of a process: end what it has in common with the others.
+    """Destroy the process group at the end of a process.
 
-    Left to the interpreter's exit, the group's threads are sometimes still running when their memory goes, and the
-    process aborts after all its work is done.
+    If this is left to the interpreter's exit, the group's threads sometimes outlive their memory, and the process
+    aborts after all its work is done.
     """
     if world_size() == 1:
         return
@@ -56,10 +56,10 @@ def leave() -> None:
 
 
 def wait_turn_to_fail() -> None:
-    """Before a process says what is wrong and ends: let the main one do so.
+    """Let the main process report an error first, before this process reports its own and ends.
 
-    What is wrong for one is mostly wrong for all, and once the main process has ended, which may take seconds, the
-    launcher ends the others unheard. One that is still there after its wait has a fault that the main one has not.
+    Most errors occur in all processes. Once the main process has ended, which may take seconds, the launcher ends the
+    others silently. A process that still runs after its wait has an error that the main process does not have.
     """
     if not is_main():
         time.sleep(10)

@@ -1,6 +1,6 @@
-"""Progress bars and the logger `atv`, both on standard error, so that standard output stays a clean result.
+"""Progress bars and the logger `atv`, both on standard error, so that standard output contains only results.
 
-`logging.getLogger("atv").setLevel(logging.WARNING)` silences progress, bars included; warnings stay.
+`logging.getLogger("atv").setLevel(logging.WARNING)` silences progress messages and bars, but not warnings.
 """
 
 import logging
@@ -17,7 +17,7 @@ log = logging.getLogger("atv")
 
 
 class _ToConsole(logging.Handler):
-    """Writes records between the bars; of several processes the main one writes."""
+    """Writes records without disturbing the bars; only the main process writes."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record."""
@@ -34,20 +34,20 @@ _WARNED: set[str] = set()
 
 
 def warn_once(message: str) -> None:
-    """Log a warning, unless this process has logged the same one before: ten methods on one task need one of it."""
+    """Log a warning, unless this process has logged the same one before."""
     if message not in _WARNED:
         _WARNED.add(message)
         log.warning(message)
 
 
 class Bar:
-    """A running progress bar: advance it, or change what stands before it."""
+    """A running progress bar."""
 
     def __init__(self, progress: Progress, task: int) -> None:
         self._progress, self._task = progress, task
 
     def advance(self, steps: int = 1) -> None:
-        """Move on by `steps`."""
+        """Advance by `steps`."""
         self._progress.advance(self._task, steps)  # type: ignore[arg-type]
 
     def describe(self, text: str) -> None:
@@ -55,13 +55,13 @@ class Bar:
         self._progress.update(self._task, description=text)  # type: ignore[arg-type]
 
     def reach(self, steps: int) -> None:
-        """Set the number of finished steps, as after a resume."""
+        """Set the number of finished steps, for example after a resume."""
         self._progress.update(self._task, completed=steps)  # type: ignore[arg-type]
 
 
 @contextmanager
 def bar(description: str, total: int) -> Iterator[Bar]:
-    """A progress bar of `total` steps with elapsed and remaining time; gone from the screen's way at the end."""
+    """Show a progress bar of `total` steps with elapsed and remaining time while the context lasts."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=28),

@@ -1,4 +1,4 @@
-"""Versions, commit and machine: what a figure needs beside it."""
+"""Versions, commit and machine, which are recorded with every result."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ from atv.processes import world_size
 
 
 def provenance() -> dict[str, Any]:
-    """Versions, commit and machine: what a figure needs beside it."""
+    """Return versions, commit and machine, to be recorded with a result."""
     versions = {}
     known = (
         "adaptive-task-vectors",

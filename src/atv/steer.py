@@ -3,8 +3,8 @@
     with steer(llm, AddVectors(sites, vectors, scale, positions), Tracked(len(queries), positions)):
         llm.generate(**inputs)
 
-An `Edit` says what happens to hidden states at its sites; spans say to which tokens of a call (`atv.lm.spans`). Nothing
-of the LLM is changed: edits are forward hooks that live as long as the context, and an exception ends them too.
+An `Edit` changes hidden states at its sites; spans (`atv.lm.spans`) say at which tokens of a call. The LLM is not
+modified: edits are forward hooks that are removed when the context ends, also by an exception.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,25 +23,25 @@ from atv.lm.spans import GENERATES, Span, Spans
 
 
 class Edit(Protocol):
-    """What happens at some modules of an LLM."""
+    """A change to the hidden states that some modules of an LLM return."""
 
     @property
     def sites(self) -> Sequence[nn.Module]:
-        """Modules that return hidden states (batch, seq, hidden), in the order in which they run."""
+        """Modules that return hidden states (batch, seq, hidden), in order of execution."""
 
     @property
     def positions(self) -> Positions:
-        """The tokens that it edits; what the prompt holds before them may be read without it."""
+        """The edited tokens; prompt tokens before them may be read without the edit."""
 
     def __call__(self, site: int, hidden: Tensor, span: Span) -> Tensor:
-        """Hidden states (rows, seq, hidden) of `sites[site]` as they shall be; `hidden` is not written to."""
+        """Return the edited hidden states (rows, seq, hidden) of `sites[site]`; `hidden` is not modified in place."""
 
 
 class VectorEdit(Edit, Protocol):
-    """An edit made of a query's task vectors."""
+    """An edit that uses each query's task vectors."""
 
     vectors_per_site: ClassVar[int]
-    """How many of a query's vectors one site takes."""
+    """Number of vectors per query that each site takes."""
     vectors: Tensor
     """(queries, sites * vectors_per_site, hidden)."""
 
@@ -52,20 +52,20 @@ class VectorEdit(Edit, Protocol):
 def steer(llm: nn.Module, edit: Edit, spans: Spans) -> Iterator[None]:
     """Apply `edit` in every call of the LLM inside this context.
 
-    Contexts that are open in one thread compose: all of their edits are applied. Each thread and asyncio task has
-    contexts of its own, and a call in one that opened none, while another one steers the LLM, is refused.
+    Contexts open in the same thread compose: all of their edits are applied. Each thread and asyncio task has its own
+    contexts. A call from one that opened none, while another one steers the LLM, raises ATVError.
 
     Args:
-        llm: the frozen LLM, or a PEFT model around it; put into eval mode.
-        edit: what happens.
-        spans: to which tokens: `Known`, `Lengths` or `Tracked`.
+        llm: the frozen LLM, or a PEFT model around it; set to eval mode.
+        edit: the change to apply.
+        spans: which tokens to edit: `Known`, `Lengths` or `Tracked`.
     """
     base = base_llm(llm)
     llm.eval()
 
     def edited(call: Mapping[str, Any]) -> AbstractContextManager[None] | None:
         span = spans(call)
-        if spans.finished:  # until `generate` ends its decoding steps are those of the plain LLM, compiled or not
+        if spans.finished:  # the remaining steps of `generate` run the plain LLM, compiled or not
             calls.pause()
             steps.enter_context(eager.released())
         return None if span is None else edit_outputs(edit.sites, lambda site, hidden: edit(site, hidden, span))
@@ -86,10 +86,10 @@ def steer(llm: nn.Module, edit: Edit, spans: Spans) -> Iterator[None]:
 
 
 def add_vectors(hidden: Tensor, vectors: Tensor, where: Tensor, scale: float) -> Tensor:
-    """`hidden + scale * vectors` at the tokens that `where` names (Eq. 6), added in float32 at least, rounded once.
+    """Return `hidden + scale * vectors` where `where` is true (Eq. 6), added in at least float32 and rounded once.
 
     Args:
-        hidden: (batch, seq, hidden), on any device and of any floating dtype; not written to.
+        hidden: (batch, seq, hidden), on any device and of any floating dtype; not modified.
         vectors: (batch, hidden), one per row.
         where: (batch, seq) bool.
         scale: lambda.
@@ -109,23 +109,23 @@ class AddVectors:
     vectors_per_site: ClassVar[int] = 1
     sites: Sequence[nn.Module]
     vectors: Tensor
-    """(queries, sites, hidden). A batch may hold several rows per query, one query after the other (templates, beams,
-    returned sequences): they share its vectors."""
+    """(queries, sites, hidden). A batch may have several rows per query, grouped by query (templates, beams, returned
+    sequences); they share its vectors."""
     scale: float
     """Lambda."""
     positions: Positions
 
     def __call__(self, site: int, hidden: Tensor, span: Span) -> Tensor:
-        """Hidden states (rows, seq, hidden) with the vectors of one site added; ATVError if the rows do not fit."""
+        """Return hidden states (rows, seq, hidden) with one site's vectors added; ATVError if the rows do not match."""
         return add_from(span, hidden, rows_of(self.vectors[:, site], hidden, span), self.scale)
 
 
 EDITS: dict[str, type[VectorEdit]] = {"add": AddVectors}
-"""Edits by the name that a configuration gives. Add one of your own before an adapter with it is made or loaded."""
+"""Edits by the name used in a configuration. Register a custom edit before making or loading an adapter with it."""
 
 
 def rows_of(vectors: Tensor, hidden: Tensor, span: Span) -> Tensor:
-    """Vectors (queries, ...) for the rows of a call, (rows, ...)."""
+    """Repeat vectors (queries, ...) for the rows of a call: (rows, ...)."""
     rows_per_query, rest = divmod(len(hidden), len(vectors))
     if span.where.shape != hidden.shape[:2] or rest:
         raise ATVError(
@@ -136,7 +136,7 @@ def rows_of(vectors: Tensor, hidden: Tensor, span: Span) -> Tensor:
 
 
 def add_from(span: Span, hidden: Tensor, vectors: Tensor, scale: float) -> Tensor:
-    """As `add_vectors` where `span` says, without a look at the columns before the first edited one."""
+    """Like `add_vectors` at the tokens of `span`, skipping the columns before the first edited one."""
     start = span.first
     if start == 0:
         return add_vectors(hidden, vectors, span.where, scale)
@@ -146,5 +146,5 @@ def add_from(span: Span, hidden: Tensor, vectors: Tensor, scale: float) -> Tenso
 
 
 def at_ends(hidden: Tensor, ends: Tensor) -> Tensor:
-    """The states (rows, hidden) of each row's last prompt token."""
+    """Return the states (rows, hidden) of each row's last prompt token."""
     return hidden[torch.arange(len(hidden), device=hidden.device), ends.to(hidden.device)]

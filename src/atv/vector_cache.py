@@ -1,4 +1,4 @@
-"""Task vectors of queries that come again: kept while they fit, and made again after a weight has changed."""
+"""A cache of task vectors by query, which are recomputed after a weight has changed."""
 
 import hashlib
 import threading
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 SAMPLES = 16
-"""Elements of each tensor that are compared at every call."""
+"""Elements of each tensor that are compared on every call."""
 
 
 class Lock:
-    """A lock that may be taken again by the thread that has it; a copy of its owner gets one of its own."""
+    """A reentrant lock; a copy of its owner gets a new one."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -30,21 +30,21 @@ class Lock:
 
 
 class AdapterHash:
-    """The sha256 of a module's weights and of what else decides its vectors, computed again only after a change.
+    """The sha256 of a module's weights and of everything else that determines its vectors, recomputed after a change.
 
-    The weights are hashed at the first use and after a change: on one core 0.06 s for a generator of 22 million
-    parameters and 0.3 s for one of 124 million. Whether there was a change is told at every use, in about 1 ms, from
-    three signs of each tensor: which storage it has, torch's counter of writes to it, and the values of a few of its
-    elements. The counter alone would not do: torch's fused Adam and writes through `.data` do not move it. What no sign
-    shows is a write through `.data` to single elements that are not among the few; after one, clear the cache.
+    The weights are hashed on first use and after a change: on one core 0.06 s for a generator of 22 million parameters
+    and 0.3 s for one of 124 million. Each use checks for a change, in about 1 ms, by three signs of each tensor: its
+    storage, torch's write counter, and the values of a few elements. The counter alone is not enough: torch's fused
+    Adam and writes through `.data` do not increment it. A write through `.data` to elements outside the sample goes
+    unnoticed; clear the cache after one.
     """
 
     def __init__(self) -> None:
-        self._known: tuple[tuple[object, ...], str] | None = None  # one value, so that no thread sees half of it
+        self._known: tuple[tuple[object, ...], str] | None = None  # one tuple, so that threads see it whole
 
     @torch.no_grad()
     def of(self, module: nn.Module, about: str) -> str:
-        """The hash of the weights that `module` has now, and of `about`."""
+        """Return the hash of the current weights of `module` and of `about`."""
         signs = (about, *_signs(module))
         known = self._known
         if known is None or known[0] != signs:
@@ -75,10 +75,10 @@ def _hash(module: nn.Module, about: str) -> str:
 
 
 class VectorCache:
-    """Task vectors by adapter and query; those not asked for longest make room for new ones. Threads may share it.
+    """A thread-safe LRU cache of task vectors by adapter and query.
 
     Args:
-        limit: most bytes to keep; 0 turns the cache off. The vectors of one query take 4 bytes x layers x hidden.
+        limit: maximum bytes to keep; 0 turns the cache off. One query's vectors take 4 bytes x layers x hidden.
     """
 
     def __init__(self, limit: int = 64 * 2**20) -> None:
@@ -88,16 +88,16 @@ class VectorCache:
         self._lock = Lock()
 
     def __len__(self) -> int:
-        """Number of queries whose vectors are kept."""
+        """Number of cached queries."""
         return len(self._kept)
 
     def get(self, adapter: str, queries: Sequence[str], make: Callable[[Sequence[str]], Tensor]) -> Tensor:
-        """The vectors of queries, kept or made: (queries, layers, hidden), a tensor of the caller's own.
+        """Return the vectors of queries, cached or newly made, as a new tensor (queries, layers, hidden).
 
         Args:
             adapter: hash of what makes the vectors.
-            queries: texts; one that comes several times is made once.
-            make: called once, with the queries that are not kept, unless there are none.
+            queries: texts; vectors of a repeated one are made once.
+            make: called once with the queries that are not cached, if there are any.
         """
         found = {}
         with self._lock:
@@ -106,14 +106,14 @@ class VectorCache:
                     self._kept.move_to_end((adapter, query))
                     found[query] = self._kept[adapter, query]
         missing = [query for query in dict.fromkeys(queries) if query not in found]
-        if missing:  # made without the lock: two threads may make the same vectors, and neither waits
+        if missing:  # without the lock: two threads may make the same vectors, but neither waits
             for query, vectors in zip(missing, make(missing), strict=True):
                 found[query] = vectors
                 self._keep((adapter, query), vectors)
         return torch.stack([found[query] for query in queries])
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Remove all entries."""
         with self._lock:
             self._kept.clear()
             self.used = 0
@@ -121,7 +121,7 @@ class VectorCache:
     def _keep(self, key: tuple[str, str], vectors: Tensor) -> None:
         with self._lock:
             if vectors.nbytes <= self.limit and key not in self._kept:
-                self._kept[key] = vectors.clone()  # alone: a row of a batch would keep the whole batch in memory
+                self._kept[key] = vectors.clone()  # a view of a row would keep the whole batch in memory
                 self.used += vectors.nbytes
             while self.used > self.limit:
                 self.used -= self._kept.popitem(last=False)[1].nbytes

@@ -4,9 +4,9 @@ query --Generator--> state (batch, state) --Expansion--> task vectors (batch, la
 
     v_l = r_l * (b_l + a * W_l z)
 
-z is the state, standardised; b_l is common to all queries, W_l z is the query's own; r_l is the size that the residual
-stream has at layer l; a, between 0 and 1, fades the query's own part out far from the queries of the training, and
-where it did not help validation rows. `atv.steer` adds the vectors inside a frozen LLM.
+z is the standardised state; b_l is common to all queries; W_l z is the query's own part; r_l is the size of the
+residual stream at layer l; a, between 0 and 1, fades out the query's own part far from the training queries and where
+it hurt validation rows. `atv.steer` adds the vectors inside a frozen LLM.
 """
 
 from collections.abc import Sequence
@@ -26,12 +26,12 @@ from atv.vector_cache import AdapterHash, Lock, VectorCache
 
 
 class ATV(nn.Module):
-    """An Adaptive Task Vector: generator and expansion, for one LLM that need not be there.
+    """An Adaptive Task Vector: generator and expansion for one LLM, which need not be loaded.
 
     Args:
-        config: its shape.
+        config: its configuration.
         generator: from `atv.generator.load_generator`.
-        vectors: how many each query gets: one per layer, unless the edit takes several.
+        vectors: number of vectors per query: one per layer, unless the edit takes several.
         hidden_size: width of the LLM's residual stream.
     """
 
@@ -41,9 +41,9 @@ class ATV(nn.Module):
         self.config, self.generator = config, generator
         self.expansion: Expansion | PaperExpansion = new_expansion(config, generator.hidden_size, vectors, hidden_size)
         self.adaptive_dropout = 0.0
-        """In training mode, share of the queries that have the common vector alone."""
+        """In training mode, share of the queries that get the common vector alone."""
         self.vector_cache = VectorCache()
-        """Vectors of queries that came before, used outside training mode; `vector_cache.limit = 0` turns it off."""
+        """Cached task vectors of queries, used outside training mode; `vector_cache.limit = 0` turns the cache off."""
         self.base_llm: dict[str, Any] = {}
         """Identity of the LLM that a loaded adapter was made for (`atv.lm.identity.describe_llm`)."""
         self.training_summary: dict[str, Any] = {}
@@ -56,12 +56,12 @@ class ATV(nn.Module):
         """Load an adapter without its LLM, to make task vectors.
 
         Args:
-            path_or_hub_id: folder written by `save_pretrained`, or a repository of the hub.
-            revision: of the hub repository.
-            method: whose adapter it must be.
+            path_or_hub_id: folder written by `save_pretrained`, or a hub repository.
+            revision: revision of the hub repository.
+            method: the expected method.
 
         Raises:
-            ATVError: not an adapter, damaged, or its generator is the LLM itself.
+            ATVError: it is not an adapter, is damaged, or its generator is the LLM itself.
         """
         folder = artifact.locate(path_or_hub_id, revision)
         saved = artifact.read(folder, method)
@@ -75,13 +75,13 @@ class ATV(nn.Module):
 
     @classmethod
     def of(cls, saved: artifact.Saved, config: ATVConfig, named: Generator | None, folder: Path) -> Self:
-        """The ATV of an adapter that has been read.
+        """Build the ATV of an adapter that has been read.
 
         Args:
             saved: from `artifact.read`.
             config: from `adapter.read_config`.
-            named: the generator that the configuration names; None: it is part of the adapter.
-            folder: of the adapter.
+            named: the generator that the configuration names; None: the adapter contains it.
+            folder: folder of the adapter.
         """
         if named is not None:
             adapter.require_named_generator(saved, named, folder)
@@ -93,11 +93,11 @@ class ATV(nn.Module):
 
     @property
     def own(self) -> Itself | None:
-        """The generator, if it is the LLM itself: what it reads are prompts, in the LLM's own pass over them."""
+        """The generator if it is `self`, which reads prompts in the LLM's own pass over them; otherwise None."""
         return self.generator if isinstance(self.generator, Itself) else None
 
     def train(self, mode: bool = True) -> Self:
-        """Training mode; a calibrated generator stays without dropout, which would move states off their mean."""
+        """Set training mode; a calibrated ATV's generator stays in eval mode, as dropout would shift its states."""
         super().train(mode)
         if isinstance(self.expansion, Expansion):
             self.generator.eval()
@@ -106,11 +106,11 @@ class ATV(nn.Module):
     # ---- the path of a query ----
 
     def forward(self, query_input_ids: Tensor, query_attention_mask: Tensor) -> Tensor:
-        """Encoded queries (queries, query seq) to task vectors (queries, layers, hidden), float32, with gradient."""
+        """Map encoded queries (queries, query seq) to task vectors (queries, layers, hidden), float32 with gradient."""
         return self.expand(self.generator(query_input_ids, query_attention_mask))
 
     def expand(self, states: Tensor) -> Tensor:
-        """States (queries, state) to task vectors (queries, layers, hidden)."""
+        """Map states (queries, state) to task vectors (queries, layers, hidden)."""
         if isinstance(self.expansion, PaperExpansion):
             return cast(Tensor, self.expansion(states))
         if self.training:
@@ -120,7 +120,7 @@ class ATV(nn.Module):
         return cast(Tensor, self.expansion(states, share))
 
     def states(self, encoded: Sequence[Sequence[int]]) -> Tensor:
-        """Encoded queries to the generator's states, (queries, state)."""
+        """Return the generator's states of encoded queries, (queries, state)."""
         ids, mask = pad(encoded, pad_id(self.generator.tokenizer), "right")
         return cast(Tensor, self.generator(ids.to(self.generator.device), mask.to(self.generator.device)))
 
@@ -128,10 +128,10 @@ class ATV(nn.Module):
 
     @torch.no_grad()
     def task_vectors(self, queries: Sequence[str]) -> Tensor:
-        """Task vectors of queries: (queries, layers, hidden), float32; dropout off. An empty query raises ATVError.
+        """Return the task vectors of queries: (queries, layers, hidden), float32; without dropout.
 
-        With the generator `self` a query is a whole prompt. In eval mode the vectors of queries that came before are
-        taken from `vector_cache`; they are those of the current weights.
+        An empty query raises ATVError. With the generator `self` a query is a whole prompt. In eval mode vectors come
+        from `vector_cache` if they are cached for the current weights.
         """
         check_queries(queries)
         if self.training or not self.vector_cache.limit:
@@ -141,10 +141,10 @@ class ATV(nn.Module):
 
     @torch.no_grad()
     def make_vectors(self, queries: Sequence[str]) -> Tensor:
-        """As `task_vectors`, without the cache."""
-        if self.own:  # has no mode of its own; and who holds the LLM must not wait for who waits for the LLM
+        """Like `task_vectors`, without the cache."""
+        if self.own:  # no mode to set, and locking could deadlock with a thread that holds the LLM
             return self.expand(self.states(self.generator.encode(queries)))
-        with self._making:  # the mode is that of all threads
+        with self._making:  # all threads share the mode
             was_training = self.training
             self.eval()
             try:
@@ -154,7 +154,7 @@ class ATV(nn.Module):
 
     @torch.no_grad()
     def gate(self, queries: Sequence[str]) -> Tensor:
-        """Share of its own part that each query has in use, (queries,), from 0 to 1; see `atv.gate.Gate`."""
+        """Return the gate of each query at inference, (queries,), from 0 to 1; see `atv.gate.Gate`."""
         states = self.states(self.generator.encode(queries))
         if isinstance(self.expansion, Expansion) and self.config.gate:
             return cast(Tensor, self.expansion.gate(states))

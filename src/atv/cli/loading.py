@@ -13,10 +13,5 @@ def frozen_llm(name: str, loading: Loading) -> Frozen:
 
 
 def named_tasks(given: Tasks) -> list[Task]:
-<<<<<<< HEAD
-    """The tasks that the options name."""
-    return load_tasks(given.task, given.data, given.template, input=given.input, output=given.output)
-=======
     """The tasks given by the options."""
-    return load_tasks(given.task, given.data, given.template)
->>>>>>> f552ffd9435d07a00e54b42f6bca69a285db6ddb
+    return load_tasks(given.task, given.data, given.template, input=given.input, output=given.output)

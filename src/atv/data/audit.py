@@ -1,7 +1,6 @@
-"""What would make a measured number dishonest, and what one should know beside it.
+"""Checks of tasks that would invalidate a measured score, and facts to report with it.
 
-A `Task` refuses by itself what one can see in it alone: an input in two splits, a constant test answer. What takes
-several tasks is refused here.
+A `Task` validates itself: no input in two splits, no constant test answer. Checks that need several tasks are here.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +12,7 @@ from atv.errors import ATVError
 
 
 def refuse_shared_inputs(tasks: Sequence[Task]) -> None:
-    """Raise ATVError if an input that one of the tasks trains on is a test input of another."""
+    """Raise ATVError if a training input of one task is a test input of another."""
     trained = {row.input: task.name for task in reversed(tasks) for row in task.train}
     for task in tasks:
         shared = [row.input for row in task.test if row.input in trained]
@@ -32,19 +31,19 @@ Encode = Callable[[Renderer], Sequence[Sequence[int]]]
 def findings(
     task: Task, encode: Encode | None = None, renderers: Mapping[Variant, Renderer] | None = None
 ) -> list[str]:
-    """What is no mistake but should be known beside the task's numbers, a line each.
+    """Return facts that are not errors but should be known with the task's scores, one line each.
 
     Args:
-        task: what is looked at.
-        encode: encodes its options; None: their tokens are not looked at.
-        renderers: the ways to ask that will be used; None: all of the task's.
+        task: the task to inspect.
+        encode: encodes its options; None: their tokens are not inspected.
+        renderers: the renderers that will be used; None: all of the task's.
     """
     found = [f"{task.name}: the most frequent answer alone scores {100 * task.majority():.1f}%."]
     return found if encode is None else found + shared_beginnings(task, encode, renderers)
 
 
 def shared_beginnings(task: Task, encode: Encode, renderers: Mapping[Variant, Renderer] | None = None) -> list[str]:
-    """A line for each group of options that begin with one token; the arguments are those of `findings`."""
+    """Return a line for each group of options that begin with the same token; arguments as in `findings`."""
     shared: dict[tuple[str, ...], str] = {}
     for variant, render in (task.renderers() if renderers is None else renderers).items():
         groups: dict[int, list[str]] = {}
@@ -62,7 +61,7 @@ def shared_beginnings(task: Task, encode: Encode, renderers: Mapping[Variant, Re
 
 
 def long_prompts(task: Task, tokenizer: Any, limit: int) -> list[str]:
-    """A line if test prompts, in any variant, have more than `limit` tokens."""
+    """Return a line if test prompts, in any variant, have more than `limit` tokens."""
     renderers = task.renderers().values()
     lengths = [max(len(render.prompt(tokenizer, row).ids) for render in renderers) for row in task.test]
     above = sum(length > limit for length in lengths)
@@ -75,6 +74,6 @@ def long_prompts(task: Task, tokenizer: Any, limit: int) -> list[str]:
 
 
 def listed(options: Sequence[str], most: int = 8) -> str:
-    """Options as words, the first ones if they are many."""
+    """Return a comma-separated list of options, cut to the first `most`."""
     rest = f" and {len(options) - most} others" if len(options) > most else ""
     return ", ".join(map(repr, options[:most])) + rest

@@ -1,7 +1,7 @@
-"""Tokens to tensors, in the one layout that everything here shares.
+"""Convert tokens to tensors, in the layout used throughout the library.
 
-Prompts are padded on the left and answers on the right, so that the last prompt token is the same column in every
-row; position ids are always explicit; the tokens that receive a vector are a mask, computed here and nowhere else.
+Prompts are padded on the left and answers on the right, so that the last prompt token is in the same column of every
+row. Position ids are always explicit. The mask of the tokens that receive a vector is computed only here.
 """
 
 from collections.abc import Iterator, Sequence, Set
@@ -15,11 +15,11 @@ from atv.config import Positions
 from atv.data.render import Example, Renderer
 
 IGNORED = -100
-"""Label of a place that has no answer token (the index that torch's cross-entropy ignores)."""
+"""Label where there is no answer token (the index that torch's cross-entropy ignores)."""
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, side: str) -> tuple[Tensor, Tensor]:
-    """Stack rows of ids, padded on `side` ("left" or "right"), with their mask; both (batch, seq) int64."""
+    """Stack rows of ids, padded on `side` ("left" or "right"); return ids and mask, both (batch, seq) int64."""
     width = max(len(row) for row in rows)
     ids = torch.full((len(rows), width), value, dtype=torch.long)
     mask = torch.zeros((len(rows), width), dtype=torch.long)
@@ -31,12 +31,12 @@ def pad(rows: Sequence[Sequence[int]], value: int, side: str) -> tuple[Tensor, T
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
-    """Positions (batch, seq) that count attended tokens from 0; padding gets position 0."""
+    """Return positions (batch, seq) that count attended tokens from 0; padding gets position 0."""
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def edit_mask(attention_mask: Tensor, positions: Positions) -> Tensor:
-    """The prompt tokens that receive a vector: (batch, seq) bool, for a prompt padded on either side."""
+    """Return the mask of the prompt tokens that receive a vector, (batch, seq) bool, for padding on either side."""
     attended = attention_mask.bool()
     if positions.prompt_tokens is None:
         return attended
@@ -45,15 +45,15 @@ def edit_mask(attention_mask: Tensor, positions: Positions) -> Tensor:
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:
-    """Model inputs of encoded prompts: `input_ids`, `attention_mask`, `position_ids`, each (batch, seq)."""
+    """Return model inputs for encoded prompts: `input_ids`, `attention_mask`, `position_ids`, each (batch, seq)."""
     ids, mask = pad(prompts, pad_id, "left")
     return {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids(mask)}
 
 
 def like_lengths(rows: Set[tuple[int, ...]], tokens: int) -> Iterator[list[tuple[int, ...]]]:
-    """Rows of token ids in ascending order of length, as many at a time as make `tokens` with their padding.
+    """Yield batches of rows in ascending order of length, with up to `tokens` tokens each, padding included.
 
-    What is read together depends on the set of them alone.
+    The batches depend only on the set of rows.
     """
     batch: list[tuple[int, ...]] = []
     for row in sorted(rows, key=lambda row: (len(row), row)):
@@ -66,7 +66,7 @@ def like_lengths(rows: Set[tuple[int, ...]], tokens: int) -> Iterator[list[tuple
 
 
 def pad_id(tokenizer: Any) -> int:
-    """An id to pad with; what it is does not matter, since padding is masked everywhere."""
+    """Return an id for padding; its value does not matter, since padding is always masked."""
     for name in ("pad_token_id", "eos_token_id"):
         value = getattr(tokenizer, name, None)
         if value is not None:
@@ -76,30 +76,30 @@ def pad_id(tokenizer: Any) -> int:
 
 @dataclass(frozen=True)
 class Row:
-    """One training row: an example, and the ways to ask it; the prompts share the vector of its query."""
+    """One training row: an example and its renderers; the prompts share the vector of its query."""
 
     example: Example
     renderers: tuple[Renderer, ...]
     task: str = ""
-    """Name of the task that it is from, for what is learned for each."""
+    """Name of its task, for methods that learn something per task."""
 
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """A `Row` as token ids: what the generator reads, and a prompt and an answer for each of its prompts."""
+    """A `Row` as token ids: the generator's input, and pairs of prompt and answer."""
 
     query: list[int]
     pairs: list[tuple[list[int], list[int]]]
     judged: int = 1
-    """How many of the answer's first tokens must be right for the answer to be (`Options.judged`)."""
+    """How many of the answer's first tokens must be right for the answer to count as right (`Options.judged`)."""
 
 
 @dataclass
 class Collator:
-    """Encoded rows to the keyword tensors of `ATVModel.forward`.
+    """Collates encoded rows to the keyword arguments of `ATVModel.forward`.
 
     The last answer token predicts nothing, so the LLM does not read it: its input is prompt + answer[:-1], and the
-    logits of the last `labels.shape[1]` columns are exactly those that the loss uses.
+    loss uses exactly the logits of the last `labels.shape[1]` columns.
     """
 
     positions: Positions
@@ -107,7 +107,7 @@ class Collator:
     query_pad_id: int
 
     def __call__(self, rows: Sequence[EncodedRow]) -> dict[str, Tensor]:
-        """Tensors of one batch; rows are expanded to their prompts, row by row.
+        """Return the tensors of one batch; each row is expanded to its prompts.
 
         Returns:
             `query_input_ids`, `query_attention_mask`: (queries, query seq);
@@ -118,7 +118,7 @@ class Collator:
         pairs = [pair for row in rows for pair in row.pairs]
         prompt, prompt_mask = pad([prompt for prompt, _ in pairs], self.pad_id, "left")
         labels, answer_mask = pad([answer for _, answer in pairs], IGNORED, "right")  # (batch, answer)
-        # An answer token is read where another one follows it: answer_mask[:, 1:], (batch, answer - 1).
+        # An answer token is read if another one follows it: answer_mask[:, 1:], (batch, answer - 1).
         read_mask = answer_mask[:, 1:]
         read = labels[:, :-1].masked_fill(read_mask == 0, self.pad_id)
         attention = torch.cat([prompt_mask, read_mask], dim=1)  # (batch, seq)

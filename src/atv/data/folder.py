@@ -1,8 +1,8 @@
-"""Tasks from a folder of JSON files, one a task, and `templates.json` beside them.
+"""Load tasks from a folder with one JSON file per task and `templates.json`.
 
 `DIR/TASK.json` or `DIR/tasks/TASK.json` is `{"train": [...], "valid": [...], "test": [...]}` with rows
-`{"input": text, "output": text}`, and if wanted `"category": text` and `"answer_prefixes": [text, ...]`, in which null
-stands for no prefix; `DIR/templates.json` maps a task's name to its templates.
+`{"input": text, "output": text}`, and optionally `"category": text` and `"answer_prefixes": [text, ...]`, in which null
+means no prefix. `DIR/templates.json` maps a task's name to its templates.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ TEMPLATES_FILE = "templates.json"
 
 
 def _task_files(data: Path) -> dict[str, Path]:
-    """Names of the tasks in a folder, in NFC, and their files."""
+    """Return the names of the tasks in a folder, in NFC, and their files."""
     if not data.is_dir():
         raise ATVError(
             f"No file or folder {data}; expected a CSV, TSV, JSONL, JSON or Parquet file, or a folder with TASK.json "
@@ -33,7 +33,7 @@ def _task_files(data: Path) -> dict[str, Path]:
             name = composed(file.stem)
             if name in found:
                 raise ATVError(
-                    f"{folder} holds two files {name}.json, whose names differ in how accents are composed alone; "
+                    f"{folder} holds two files {name}.json, whose names differ only in how accents are composed; "
                     "rename one of them."
                 )
             found[name] = file
@@ -41,12 +41,12 @@ def _task_files(data: Path) -> dict[str, Path]:
 
 
 def available_tasks(data: str | Path | None = None) -> list[str]:
-    """Names of the tasks in a folder, or of the built-in ones."""
+    """Return the names of the tasks in a folder, or of the built-in tasks."""
     return list(BUILTIN) if data is None else sorted(_task_files(local(data)))
 
 
 class Known(NamedTuple):
-    """What is known of a task by its name, so that a folder need not say it."""
+    """Category and templates of a known task, for folders that do not give them."""
 
     category: str
     templates: list[str]
@@ -58,12 +58,12 @@ def folder_tasks(
     templates: Sequence[str] | None = None,
     known: Mapping[str, Known] | None = None,
 ) -> list[Task]:
-    """Tasks by name, each once; all that there are when no name is given.
+    """Load tasks by name, without duplicates; all available ones if no name is given.
 
     Args:
-        names: of the tasks.
+        names: names of the tasks.
         data: folder of task files; None: the built-in tasks.
-        templates: used instead of the tasks' own.
+        templates: templates to use instead of the tasks' own.
         known: categories and templates of tasks whose folder does not give them.
     """
     wanted = [composed(name) for name in names] if names else available_tasks(data)
@@ -78,7 +78,7 @@ def load_task(
     templates: Sequence[str] | None = None,
     known: Mapping[str, Known] | None = None,
 ) -> Task:
-    """One task, as `folder_tasks` takes it; ATVError says what is wrong with its file."""
+    """Load one task, with the arguments of `folder_tasks`; ATVError says what is wrong with its file."""
     name, folder = composed(name), None if data is None else local(data)
     files = None if folder is None else _task_files(folder)
     there = BUILTIN if files is None else files

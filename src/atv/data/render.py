@@ -1,8 +1,8 @@
-"""From an example to tokens: the prompt, demonstrations before it, and the answer after it. No other place does this.
+"""Render examples to tokens: the prompt, demonstrations before it, and the answer after it.
 
-A renderer decides what surrounds a query for the LLM, and what the generator reads of it. `Template` fills a text with
-{input} in it. A renderer of another kind is a class with the two methods of `Renderer`; give it to tasks with
-`dataclasses.replace(task, renderer=...)`, and everything that trains and evaluates uses it.
+A renderer determines what the LLM reads around a query, and what the generator reads. `Template` fills a text that
+contains {input}. A custom renderer is a class with the two methods of `Renderer`; set it with
+`dataclasses.replace(task, renderer=...)`, and all training and evaluation uses it.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,9 +13,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from atv.errors import ATVError
 
 INPUT = "{input}"
-"""Stands in a text where the query goes."""
+"""Placeholder of the query in a text."""
 NEUTRAL_ENDINGS = (":", "\n", "a")
-"""An answer is encoded behind one of these where the prompt's own ending merges with it, or is not known."""
+"""An answer is encoded after one of these if the prompt's own ending merges with it, or is unknown."""
 
 
 class Example(NamedTuple):
@@ -28,86 +28,86 @@ class Example(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """What the LLM reads of an example, and what the generator reads of it."""
+    """The input of the LLM and of the generator for an example."""
 
     ids: list[int]
     """Token ids, with the tokenizer's own beginning-of-text token."""
     query: str
-    """What the generator reads; no demonstration is part of it."""
+    """What the generator reads, without demonstrations."""
     demonstrations: int = 0
-    """How many stand before the query."""
+    """Number of demonstrations before the query."""
     task: str = ""
-    """Name of the task, for methods that keep something for each task; empty: not known."""
+    """Name of the task, for methods that store something per task; empty: unknown."""
 
 
 @runtime_checkable
 class Renderer(Protocol):
-    """Turns an example into tokens. It must be hashable: tokens are cached for each renderer."""
+    """Converts an example to tokens. It must be hashable, since tokens are cached per renderer."""
 
     def prompt(self, tokenizer: Any, example: Example, shots: Sequence[Example] = ()) -> Prompt:
-        """What is read for an example.
+        """Return the prompt of an example.
 
         Args:
             tokenizer: the LLM's.
-            example: its output is not read.
-            shots: demonstrations, which stand with their answers before the query, in this order.
+            example: its output is not used.
+            shots: demonstrations, which precede the query with their answers, in this order.
         """
 
     def answer(self, tokenizer: Any, prompt: Prompt, text: str) -> list[int]:
-        """Token ids of an answer behind a prompt of this renderer; they are the same behind each of its prompts.
+        """Return the token ids of an answer after a prompt; they must be the same after each of its prompts.
 
         Args:
             tokenizer: the LLM's.
-            prompt: what the answer follows.
+            prompt: the prompt that the answer follows.
             text: the answer.
         """
 
     def __hash__(self) -> int:
-        """Equal renderers make the same tokens."""
+        """Return a hash; equal renderers must make the same tokens."""
 
 
 RendererFactory = Callable[[str, str | None, str], Renderer]
-"""Makes a renderer of a template's text, an answer prefix, and what the generator reads; `Template` is one."""
+"""Makes a renderer from a template's text, an answer prefix, and the generator's template, as `Template` does."""
 
 
 def renderer_name(made: RendererFactory) -> str:
-    """What stands for a renderer in records."""
+    """Return the name of a renderer in records."""
     return f"{made.__module__}.{made.__qualname__}" if isinstance(made, type) else repr(made)
 
 
 def with_prefix(text: str, answer_prefix: str | None) -> str:
-    """A template's text with the answer prefix on a line of its own; the text alone if there is none."""
+    """Return a template's text with the answer prefix on a separate line; only the text if there is none."""
     return text if answer_prefix is None else f"{text}\n{answer_prefix}"
 
 
 def query_template(reads: str, text: str, answer_prefix: str | None) -> str:
-    """What the generator reads of an example, as a text with {input} in it.
+    """Return the template of the generator's input, a text with {input} in it.
 
     Args:
         reads: "query": the query alone; "prompt": the query in a template.
-        text: of that template, the first one of a task.
-        answer_prefix: that of training.
+        text: text of that template, the first one of a task.
+        answer_prefix: the answer prefix of training.
     """
     return with_prefix(text, answer_prefix) if reads == "prompt" else INPUT
 
 
 @dataclass(frozen=True)
 class Template:
-    """A text with the query in it, then the answer prefix on a line of its own, if there is one.
+    """A text with the query in it, followed by the answer prefix on a separate line, if there is one.
 
-    An answer follows after one space, or directly where the template ends in white space. Demonstrations are rendered
-    likewise, with a blank line after each.
+    An answer follows after one space, or directly if the template ends in white space. Demonstrations are rendered the
+    same way, with a blank line after each.
 
     Raises:
         ATVError: `text` or `query` has no {input}, or the answer prefix is blank.
     """
 
     text: str
-    """With {input} where the query goes."""
+    """The template, with {input} where the query goes."""
     answer_prefix: str | None = None
-    """What stands before the answer, as "A:"; None: nothing is put behind the text."""
+    """Text before the answer, such as "A:"; None: nothing is appended to the template."""
     query: str = INPUT
-    """What the generator reads, with {input} where the query goes (`query_template`)."""
+    """The generator's input, with {input} where the query goes (`query_template`)."""
 
     def __post_init__(self) -> None:
         """Validate the fields."""
@@ -118,7 +118,7 @@ class Template:
             raise ATVError(f"The answer prefix is {self.answer_prefix!r}; expected some text, or None for no prefix.")
 
     def prompt(self, tokenizer: Any, example: Example, shots: Sequence[Example] = ()) -> Prompt:
-        """The query behind `shots`, in the same template; ATVError if all of this is blank."""
+        """Return the query after `shots`, in the same template; raise ATVError if all of this is blank."""
         shown = [f"{self._fill(shot)}{self._space}{shot.output}" for shot in shots]
         text = "\n\n".join([*shown, self._fill(example)])
         if not text.strip():
@@ -126,7 +126,7 @@ class Template:
         return Prompt(encode_text(tokenizer, text), self.query.replace(INPUT, example.input), len(shots))
 
     def answer(self, tokenizer: Any, prompt: Prompt, text: str) -> list[int]:
-        """What the tokenizer adds for the space and the answer, behind any of this template's prompts."""
+        """Return the token ids of the space and the answer, after any of this template's prompts."""
         del prompt
         if not text.strip():
             raise ATVError(f"The answer is {text!r}; expected some text.")
@@ -137,8 +137,8 @@ class Template:
 
     @property
     def _ending(self) -> str:
-        """What every prompt ends with; empty where it ends with the query."""
-        # A line break parts tokens: what stands before the last line changes no token of an answer.
+        """The constant end of every prompt; empty if prompts end with the query."""
+        # A line break separates tokens: text before the last line does not change the tokens of an answer.
         return self.text.rpartition(INPUT)[2] if self.answer_prefix is None else f"\n{self.answer_prefix}"
 
     @property
@@ -147,13 +147,13 @@ class Template:
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text, with the tokenizer's own beginning-of-text token and never an end-of-text one."""
+    """Return the token ids of a text, with the tokenizer's own beginning-of-text token and never an end-of-text one."""
     ids = list(tokenizer(text)["input_ids"])
     return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] and _closes(tokenizer) else ids
 
 
 def _closes(tokenizer: Any) -> bool:
-    """Whether it closes every text with an end token, after which no model would continue with an answer."""
+    """Whether the tokenizer appends an end token to every text, after which no model would continue with an answer."""
     return list(tokenizer("a")["input_ids"])[-1:] == [tokenizer.eos_token_id]
 
 
@@ -164,12 +164,12 @@ def _ending(tokenizer: Any, text: str) -> tuple[int, ...]:
 
 @lru_cache(maxsize=2**14)
 def _following(tokenizer: Any, ending: str, text: str) -> tuple[int, ...]:
-    """Token ids of a text behind a prompt.
+    """Return the token ids of a text after a prompt.
 
-    A prompt is encoded alone, because that is what the LLM reads in use. The ids of what follows are what the tokenizer
-    adds for it behind the prompt: encoding it by itself would be wrong for SentencePiece tokenizers (they put a space
-    of their own before a text), and cutting the joint text at the prompt's length would be wrong where a token spans
-    the seam. There a neutral ending that no token spans stands in for the prompt.
+    A prompt is encoded alone, since that is what the LLM reads at inference. The ids of the text are those that the
+    tokenizer adds for it after the prompt: encoding the text alone would be wrong for SentencePiece tokenizers (they
+    prepend a space), and cutting the joint text at the prompt's length would be wrong if a token spans the boundary.
+    In that case a neutral ending that no token spans replaces the prompt.
     """
     for before in (ending, *NEUTRAL_ENDINGS):
         if not before:
@@ -184,11 +184,11 @@ def _following(tokenizer: Any, ending: str, text: str) -> tuple[int, ...]:
 
 @lru_cache(maxsize=256)
 def answer_ids(tokenizer: Any, render: Renderer, texts: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
-    """Token ids of answers behind any prompt of a renderer."""
+    """Return the token ids of answers after any prompt of a renderer."""
     prompt = render.prompt(tokenizer, Example("a", ""))
     return tuple(tuple(render.answer(tokenizer, prompt, text)) for text in texts)
 
 
 def plain_prompt(tokenizer: Any, text: str) -> Prompt:
-    """A text that is the whole prompt already: the LLM and the generator read it as it is."""
+    """Return the prompt of a text that the LLM and the generator read as it is."""
     return Template(INPUT).prompt(tokenizer, Example(text, ""))

@@ -1,4 +1,4 @@
-"""What a task is: examples in three splits, three templates, and the options among which an answer is judged."""
+"""Tasks: examples in three splits, templates, and the options among which an answer is judged."""
 
 import hashlib
 import random
@@ -13,29 +13,29 @@ from atv.data.render import INPUT, Example, Renderer, RendererFactory, Template,
 from atv.errors import ATVError, unknown
 
 ANSWER_PREFIXES = ("A:", "Answer:", "The answer is")
-"""What may stand before the answer (section 3 of the paper). Training uses the first one, evaluation all of them."""
+"""Possible texts before the answer (section 3 of the paper). Training uses the first one, evaluation all of them."""
 UNSEEN = "Unseen"
-"""Category of the tasks that are not trained on unless they are named; they have no part in a table's mean."""
+"""Category of tasks that are not trained on unless they are named; tables exclude them from the mean."""
 VARIANTS = ("all", "diagonal", "first")
 SPLITS = ("train", "valid", "test")
 ENOUGH_TO_JUDGE = 10
-"""Fewer test rows than this may share an answer by chance; at this many it is a hidden-label split."""
+"""Fewer test rows than this may all have the same answer by chance; from here on they suggest hidden labels."""
 
 
 def composed(name: str) -> str:
-    """A name in NFC: file systems, keyboards and clipboards differ in how they write accents and Hangul."""
+    """Return a name in NFC: file systems, keyboards and clipboards encode accents and Hangul differently."""
     return unicodedata.normalize("NFC", name)
 
 
 def text_of(value: object) -> str | None:
-    """A text as it is, a whole number as its digits; None for anything else, whose text would be a guess."""
+    """Return a string unchanged and a whole number as its digits; None for anything else, which is ambiguous."""
     if isinstance(value, str):
         return value
     return str(int(value)) if isinstance(value, Integral) and not isinstance(value, bool) else None
 
 
 def not_text(where: str, key: str, value: object) -> ATVError:
-    """The error for an input or output of which `text_of` knows no text."""
+    """Return the error for an input or output that `text_of` does not accept."""
     return ATVError(
         f"{where} has {key} {value!r}; expected a text or a whole number. Write it as the text that "
         "the LLM should read."
@@ -43,7 +43,7 @@ def not_text(where: str, key: str, value: object) -> ATVError:
 
 
 class Variant(NamedTuple):
-    """The name of one of a task's renderers in records: the number of its template, and its answer prefix."""
+    """The key of a task's renderer in records: the number of its template, and its answer prefix."""
 
     template: int
     answer_prefix: str | None
@@ -51,9 +51,9 @@ class Variant(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """Examples, templates and options of one task, checked when it is made.
+    """Examples, templates and options of one task, validated on creation.
 
-    A whole number as input or output becomes its digits; the name is kept in Unicode's composed form, NFC.
+    A whole number as input or output becomes its digits; the name is normalised to Unicode's composed form, NFC.
 
     Raises:
         ATVError: a split is empty, an input or output is neither text nor a whole number, a template has no {input}, an
@@ -68,14 +68,14 @@ class Task:
     test: tuple[Example, ...]
     category: str = "other"
     options: tuple[str, ...] = field(default=())
-    """Among which an answer is judged; if none are given, every answer that occurs in the task, sorted."""
+    """The possible answers; by default all answers that occur in the task, sorted."""
     answer_prefixes: tuple[str | None, ...] = ANSWER_PREFIXES
-    """What may stand before the answer, as `Template` takes it; training uses the first one."""
+    """Texts before the answer, as in `Template`; training uses the first one."""
     renderer: RendererFactory = Template
-    """Makes a renderer of each template and answer prefix."""
+    """Makes a renderer from a template and an answer prefix."""
 
     def __post_init__(self) -> None:
-        """Validate the data: no number measured on what is refused here would be honest."""
+        """Validate the data: scores measured on invalid data would be meaningless."""
         self._check_ways()
         object.__setattr__(self, "name", composed(self.name))
         seen: dict[str, str] = {}
@@ -100,7 +100,7 @@ class Task:
             object.__setattr__(self, "options", tuple(sorted(answers)))
 
     def _check_ways(self) -> None:
-        """Raise ATVError for a template without {input}, a blank answer prefix, or none of either."""
+        """Raise ATVError for a template without {input}, a blank answer prefix, or an empty list of either."""
         if not self.templates:
             raise ATVError(f"Task {self.name}: no template; expected at least one with {{input}} in it.")
         for template in self.templates:
@@ -112,11 +112,11 @@ class Task:
         if blank or not self.answer_prefixes:
             raise ATVError(
                 f"Task {self.name}: the answer prefixes are {list(self.answer_prefixes)}; expected at least one, each "
-                "some text, or None where nothing stands before the answer."
+                "some text, or None for no prefix."
             )
 
     def renderers(self, which: str = "all", reads: str = "query") -> dict[Variant, Renderer]:
-        """Ways to ask the task in evaluation.
+        """Return the renderers for evaluation.
 
         Args:
             which: "all": every template with every answer prefix; "diagonal": every template once, each with the next
@@ -136,7 +136,7 @@ class Task:
         return {variant: self._renderer(variant, reads) for variant in variants}
 
     def training_renderers(self, reads: str = "query") -> tuple[Renderer, ...]:
-        """Ways to ask the task in training: every template with the first answer prefix; `reads` as in `renderers`."""
+        """Return the renderers for training: every template with the first answer prefix; `reads` as in `renderers`."""
         return tuple(
             self._renderer(Variant(template, self.answer_prefixes[0]), reads) for template in range(len(self.templates))
         )
@@ -152,7 +152,7 @@ class Task:
         return made
 
     def asking(self) -> dict[str, Any]:
-        """How the task is asked, ready for JSON: templates, answer prefixes, and what renders them."""
+        """Return templates, answer prefixes and the renderer's name as a JSON-ready dictionary."""
         return {
             "templates": list(self.templates),
             "answer_prefixes": list(self.answer_prefixes),
@@ -160,19 +160,19 @@ class Task:
         }
 
     def majority(self) -> float:
-        """Share of the most frequent test answer: what a constant answer scores."""
+        """Return the share of the most frequent test answer, which is the best score of a constant answer."""
         return Counter(row.output for row in self.test).most_common(1)[0][1] / len(self.test)
 
     def digest(self, *splits: str) -> str:
-        """A short digest of the rows of these splits: what tells the same data from changed data."""
+        """Return a short digest of the rows of these splits, to detect changed data."""
         rows = [row for split in splits for row in getattr(self, split)]
         return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
 
     def drawn(self, train: int | None, valid: int | None, seed: int, test: int | None = None) -> "Task":
-        """The same task with at most that many rows in each split, drawn at random; None keeps a split as it is.
+        """Return the task with at most that many rows per split, drawn at random; None keeps a split unchanged.
 
-        Training and validation rows are drawn by `seed` and the task's name. Test rows are drawn by the name alone and
-        keep the order of the split: whatever the seed, every method is asked the same ones.
+        The draw of training and validation rows depends on `seed` and the task's name. That of test rows depends on the
+        name alone and keeps their order, so that every method is evaluated on the same ones whatever the seed.
         """
         _refuse_none(train=train, valid=valid, test=test)
         draw, kept = random.Random(f"{seed} {self.name}"), random.Random(f"test {self.name}")
@@ -186,10 +186,10 @@ class Task:
         )
 
     def first_test_rows(self, count: int) -> "Task":
-        """The same task with the first `count` test rows, for tables whose rows are fixed by the order of the file.
+        """Return the task with its first `count` test rows, for tables whose rows are fixed by the order of the file.
 
         Raises:
-            ATVError: an answer that `count` rows should have ten times or more is not among them: the file is sorted.
+            ATVError: an answer expected ten times or more in `count` rows is not among them: the file is sorted.
         """
         _refuse_none(test=count)
         first = self.test[:count]
@@ -204,7 +204,7 @@ class Task:
 
 
 def _checked(rows: Iterable[object], where: str) -> tuple[Example, ...]:
-    """Rows as pairs of texts; ATVError names the first that is none."""
+    """Return rows as pairs of strings; ATVError names the first invalid one."""
     checked = []
     for index, row in enumerate(rows):
         if not isinstance(row, Sequence) or isinstance(row, str) or len(row) != 2:

@@ -1,1 +1,1 @@
-"""Reaching into a frozen LLM: nothing outside this room knows what a decoder layer or a cache looks like."""
+"""Access to the inside of a frozen LLM: only this package knows what a decoder layer or a cache looks like."""

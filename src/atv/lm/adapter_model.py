@@ -1,4 +1,4 @@
-"""What is learned around a frozen LLM, whatever the method: the contract of the one training loop."""
+"""The base class of everything learned around a frozen LLM, as the training loop expects it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ from atv.lm.prefix import ReadPrefix, call_llm, read_prefix
 
 @dataclass
 class AnswerLoss(ModelOutput):
-    """What `AdapterModel.forward` returns."""
+    """The output of `AdapterModel.forward`."""
 
     loss: Tensor | None = None
     """Scalar float32: mean over a row's answer tokens, then over rows (Eq. 7)."""
@@ -34,7 +34,7 @@ class AnswerLoss(ModelOutput):
 
 
 def answer_loss(logits: Tensor, labels: Tensor) -> AnswerLoss:
-    """The loss of answers (Eq. 7) in float32 at least.
+    """Return the loss of answers (Eq. 7), computed in at least float32.
 
     Args:
         logits: (batch, answer, vocabulary), of the columns that predict the answer's tokens.
@@ -52,10 +52,10 @@ def answer_loss(logits: Tensor, labels: Tensor) -> AnswerLoss:
 def plain_loss(
     llm: nn.Module, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, labels: Tensor
 ) -> AnswerLoss:
-    """The loss of answers that `llm` reads in one pass, whole prompts, with nothing kept of them.
+    """Return the loss of answers from one pass of `llm` over prompts and answers, without a cache.
 
     Args:
-        llm: with what is learned in it.
+        llm: the LLM with the learned parts in it.
         input_ids: (batch, seq), like the next two.
         attention_mask: 1 where a token is.
         position_ids: explicit positions.
@@ -75,8 +75,8 @@ def plain_loss(
 class AdapterModel(nn.Module, ABC):
     """Something learned around one frozen LLM.
 
-    Its parameters, its `state_dict` and its `train` are those of what is learned alone: the LLM is not a submodule. It
-    is put into eval mode, its weights take no gradient and are never written to.
+    Its `parameters`, `state_dict` and `train` cover only what is learned: the LLM is not a submodule. The LLM is set to
+    eval mode; its weights get no gradient and are never modified.
 
     Args:
         llm: a Hugging Face causal LM, PEFT-wrapped or not, in any dtype.
@@ -85,30 +85,30 @@ class AdapterModel(nn.Module, ABC):
 
     llm: nn.Module
     dependent_tokens: int | None = None
-    """How many of a prompt's last tokens have states that depend on what is learned; None: any may. The tokens before
-    them are read once for the whole training."""
+    """Number of a prompt's last tokens whose states depend on what is learned; None: all may. The tokens before them
+    are read once for the whole training."""
 
     @property
     def reads(self) -> str:
-        """What is read of an example beside its prompt, as `Task.renderers` takes it."""
+        """What the generator reads, as in `Task.renderers`: "query" or "prompt"."""
         return "query"
 
     def __init__(self, llm: nn.Module, tokenizer: Any = None) -> None:
         super().__init__()
-        llm = uncompiled(llm)  # what torch has compiled takes no notice of hooks
+        llm = uncompiled(llm)  # compiled code ignores hooks
         unregistered(self, llm=llm.eval().requires_grad_(False))
         keep_differentiable(llm)
         self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(str(base_llm(llm).name_or_path))
         self.training_summary: dict[str, Any] = {}
         """How it was trained; saved with the adapter."""
         self.read_prefix: ReadPrefix = read_prefix
-        """Where `forward` takes the prompt's unsteered keys and values from; training puts a store here."""
-        if hasattr(base_llm(llm), "hf_device_map"):  # spread over devices: then Trainer must copy it to no other
+        """Where `forward` gets the prompt's unsteered keys and values; training sets it to a store's `read`."""
+        if hasattr(base_llm(llm), "hf_device_map"):  # spread over devices: Trainer must not move it
             self.hf_device_map = base_llm(llm).hf_device_map
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """What decides the weights beside the training's own settings, ready for JSON."""
+        """Return the settings that determine the weights, apart from the training's own, as a JSON-ready dictionary."""
 
     @abstractmethod
     def forward(
@@ -121,10 +121,10 @@ class AdapterModel(nn.Module, ABC):
         edit_mask: Tensor,
         labels: Tensor,
     ) -> AnswerLoss:
-        """The loss of the answers (Eq. 7), from the tensors that `collator()` makes.
+        """Return the loss of the answers (Eq. 7) for the tensors that `collator()` makes.
 
         Args:
-            query_input_ids: (queries, query seq), what `encode_row` put into `EncodedRow.query`.
+            query_input_ids: (queries, query seq), `EncodedRow.query` of `encode_row`.
             query_attention_mask: (queries, query seq).
             input_ids: (batch, seq), prompt and answer without its last token; batch = queries * prompts per row.
             attention_mask: (batch, seq).
@@ -138,24 +138,24 @@ class AdapterModel(nn.Module, ABC):
 
     @abstractmethod
     def save_pretrained(self, path: str | Path) -> None:
-        """Write what is learned to a folder, whole or not at all."""
+        """Write what is learned to a folder, atomically."""
 
     @abstractmethod
     def load_weights(self, folder: Path) -> None:
-        """Take what a model made alike has written to a folder, `training_summary` included.
+        """Load what a model with the same configuration has saved, including `training_summary`.
 
         Raises:
-            ATVError: it is damaged, of another method or LLM, or its weights have other names or shapes.
+            ATVError: it is damaged, belongs to another method or LLM, or its weights have other names or shapes.
         """
 
     def require_savable(self) -> None:
-        """Raise ATVError if what `save_pretrained` would write cannot be read back as this model."""
+        """Raise ATVError if what `save_pretrained` writes could not be loaded as this model."""
 
     @contextmanager
     def in_training(self, config: TrainConfig, read: ReadPrefix, rows: Sequence[EncodedRow]) -> Iterator[None]:
-        """While it is trained and validated on `rows` as `config` says, `forward` takes prefixes from `read`."""
+        """Prepare for training and validation on `rows`; inside this context `forward` gets prefixes from `read`."""
         del config, rows
-        self.llm.eval()  # whoever called its `train` in between
+        self.llm.eval()  # in case its `train` was called
         self.read_prefix = read
         try:
             yield
@@ -163,25 +163,25 @@ class AdapterModel(nn.Module, ABC):
             self.read_prefix = read_prefix
 
     def calibrate(self, rows: Sequence[EncodedRow]) -> None:
-        """Take from training rows what is computed rather than learned, before training on them."""
+        """Compute values that are measured on training rows rather than learned, before training."""
 
     def set_gate(self, rows: Sequence[EncodedRow], valid: Sequence[EncodedRow]) -> None:
-        """Take from training and validation rows where what was learned is of use, after training."""
+        """Determine from training and validation rows where what was learned is useful, after training."""
 
     def settle(self, tasks: Sequence[Task]) -> None:
-        """Decide what the configuration leaves to the tasks that are trained on; once decided it stays so."""
+        """Set options whose default depends on the training tasks; later calls change nothing."""
 
     def reach(self, share: float) -> None:
-        """Told before each step which share of the steps is done."""
+        """Called before each step with the share of the steps that are done."""
 
     def parameter_groups(self, config: TrainConfig) -> list[dict[str, Any]]:
-        """What the optimiser trains, and at which rate; "start": the share of the steps after which it begins."""
+        """Return the optimiser's parameter groups; "start" is the share of the steps after which a group is trained."""
         return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": config.learning_rate}]
 
     # ---- texts to tensors ----
 
     def encode_query(self, query: str, task: str) -> list[int]:
-        """What is read of a row beside its prompts, as ids; nothing, unless a method says otherwise.
+        """Return what the generator reads of a row, as token ids; a placeholder for methods without a generator.
 
         Args:
             query: `Prompt.query`.
@@ -191,7 +191,7 @@ class AdapterModel(nn.Module, ABC):
         return [0]
 
     def encode_row(self, row: Row) -> EncodedRow:
-        """A training row as token ids; raises ATVError if a prompt and its answer exceed the LLM's context."""
+        """Encode a training row; raise ATVError if a prompt and its answer exceed the LLM's context."""
         prompts = [render.prompt(self.tokenizer, row.example) for render in row.renderers]
         pairs = []
         for render, prompt in zip(row.renderers, prompts, strict=True):
@@ -201,10 +201,10 @@ class AdapterModel(nn.Module, ABC):
         return EncodedRow(self.encode_query(prompts[0].query, row.task), pairs)
 
     def encode_prompts(self, prompts: Sequence[Prompt | str]) -> dict[str, Tensor]:
-        """Prompts as left-padded model inputs on the LLM's device: `input_ids`, `attention_mask`, `position_ids`.
+        """Return left-padded model inputs on the LLM's device: `input_ids`, `attention_mask`, `position_ids`.
 
         Args:
-            prompts: from a renderer, or texts that are read as they are.
+            prompts: from a renderer, or strings that are read as they are.
         """
         read = [plain_prompt(self.tokenizer, each) if isinstance(each, str) else each for each in prompts]
         for prompt in read:
@@ -224,11 +224,11 @@ class AdapterModel(nn.Module, ABC):
             raise ATVError("A prompt is empty; expected some text.")
 
     def collator(self) -> Collator:
-        """Makes the batches that `forward` takes from `encode_row`'s rows."""
+        """Return the collator that makes batches for `forward` from rows of `encode_row`."""
         return Collator(Positions.parse("all"), pad_id(self.tokenizer), 0)
 
     def print_trainable_parameters(self) -> None:
-        """Print how many parameters are trained, beside those of the frozen LLM."""
+        """Print the number of trained parameters and of frozen LLM parameters."""
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
         frozen = sum(p.numel() for p in base_llm(self.llm).parameters() if not p.requires_grad)
         print(  # noqa: T201 - printing is what this is for, as in PEFT

@@ -1,7 +1,7 @@
-"""Which calls of a frozen LLM are somebody's own: contexts that neither other threads nor compiled code slip past.
+"""Forward hooks that act only in the thread or task that registered them, also on compiled models.
 
-Forward hooks sit on modules that every thread shares, and code that torch has compiled does not notice them. Here a
-hook acts in the context that registered it and nowhere else, and torch runs no compiled code while hooks must be seen.
+All threads share a module and its hooks, and code compiled by torch ignores them. Here a hook acts only in the context
+that registered it, and torch runs no compiled code while hooks must act.
 """
 
 import functools
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class _Scope:
-    """An open context; `module` is the one whose calls it steers, if any."""
+    """An open context; `module` is the module whose calls it steers, if any."""
 
     def __init__(self, module: nn.Module | None) -> None:
         self.module = module
@@ -31,18 +31,18 @@ class _Scope:
 _SCOPES: ContextVar[frozenset[_Scope]] = ContextVar("atv_scopes", default=frozenset())
 _UNSTEERED: ContextVar[bool] = ContextVar("atv_unsteered", default=False)
 _LOCK = RLock()
-"""Held while hooks are added and removed: torch numbers them without one, so that two threads could get one number."""
+"""Held while hooks are added and removed: torch numbers hooks without a lock, so two threads could get one number."""
 
 
 @contextmanager
 def scope(module: nn.Module | None = None) -> Iterator[Callable[[], bool]]:
-    """A context that the code inside it can recognise.
+    """Open a context that the code inside it can recognise.
 
     Args:
-        module: whose calls it steers.
+        module: the module whose calls it steers.
 
     Returns:
-        A function that tells whether it is called inside this context: in its thread or asyncio task, or in one that
+        A function that returns whether it is called inside this context: in its thread or asyncio task, or in one that
         runs in a copy of its `contextvars` context.
     """
     mine = _Scope(module)
@@ -55,23 +55,23 @@ def scope(module: nn.Module | None = None) -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def having(variable: ContextVar[T], value: T) -> Iterator[None]:
-    """Give a context variable a value inside this context."""
+    """Set a context variable to a value inside this context."""
     former = variable.get()
     variable.set(value)
     try:
         yield
     finally:
-        variable.set(former)  # not `reset`: a generator may be closed in another context than it was begun in
+        variable.set(former)  # not `reset`: a generator may be closed in another context than it was started in
 
 
 def unsteered() -> AbstractContextManager[None]:
-    """Calls of any LLM inside this context run as if nobody steered it, whatever contexts are open around it."""
+    """Calls of any LLM inside this context run unsteered, whatever contexts are open around it."""
     return having(_UNSTEERED, True)
 
 
 @contextmanager
 def hooked(*register: Callable[[], RemovableHandle]) -> Iterator[None]:
-    """Register hooks, one by each of the functions, and remove them at the end."""
+    """Call functions that register hooks, and remove the hooks at the end of the context."""
     with ExitStack() as handles:
 
         def remove(handle: RemovableHandle) -> None:
@@ -85,7 +85,7 @@ def hooked(*register: Callable[[], RemovableHandle]) -> Iterator[None]:
 
 
 class _Eager:
-    """Keeps torch from running compiled code while at least one context needs that."""
+    """Keeps torch from running compiled code while at least one context requires it."""
 
     def __init__(self) -> None:
         self._needed = 0
@@ -101,7 +101,7 @@ class _Eager:
 
     @contextmanager
     def released(self) -> Iterator[None]:
-        """Take back one context's need, while the context lasts."""
+        """Lift the requirement of one context inside this context."""
         self._change(-1)
         try:
             yield
@@ -118,19 +118,19 @@ class _Eager:
 
 
 eager = _Eager()
-"""``with eager():`` runs what was compiled as it is written: compiled code does not see that a hook came or went."""
+"""``with eager():`` runs compiled modules eagerly: compiled code ignores hooks that are added or removed later."""
 
 
 class Calls:
     """Runs each forward call of a module inside the context that `enter` makes from the call's named arguments.
 
-    Where `enter` gives None the call runs as if nothing were here, but for that look at its arguments: what a context
-    put into the module, its hooks above all, is gone when its call has ended. Use it by ``with calls.watched():``.
+    If `enter` returns None, the call runs unchanged. A context, such as one that adds hooks, ends with its call. Use it
+    as ``with calls.watched():``.
 
     Args:
         module: an LLM, or any module.
         enter: called before each call.
-        inner: a module inside it; run without a call of `module`, it raises ATVError. None: no such check.
+        inner: a module inside `module` that raises ATVError if it runs without a call of `module`; None: no check.
     """
 
     def __init__(
@@ -141,15 +141,15 @@ class Calls:
     ) -> None:
         self._module, self._enter, self._inner = module, enter, inner
         self._signature = inspect.signature(module.forward)
-        self._here: Callable[[], bool] | None = None  # while it is watched
-        self._thread: int | None = None  # that a call runs in
-        self._unwatched = False  # the next calls are
+        self._here: Callable[[], bool] | None = None  # set while calls are watched
+        self._thread: int | None = None  # the thread of the current call
+        self._unwatched = False  # whether later calls are not watched
         self._context = ExitStack()  # of the current call
         self._hooks = ExitStack()
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Watch the calls that are made inside this context; one at a time of each `Calls`."""
+        """Watch the calls made inside this context; only one may be open per `Calls`."""
         with scope(self._module) as self._here:
             self.resume()
             try:
@@ -160,11 +160,11 @@ class Calls:
                 self._context.close()
 
     def pause(self) -> None:
-        """Watch no more calls from the end of the current one on: the module then runs without a hook of this."""
+        """Stop watching after the current call: the module then runs without these hooks."""
         self._unwatched = True
 
     def resume(self) -> None:
-        """Watch the calls, if they are not watched already."""
+        """Watch calls again, if they are not being watched."""
         self._unwatched, self._thread = False, None
         self._hooks.close()
         register = [
@@ -179,12 +179,12 @@ class Calls:
         return self._here is not None and self._here() and not _UNSTEERED.get()
 
     def _before(self, _: nn.Module, args: Any, kwargs: Any = None) -> None:
-        if not self._mine() or kwargs is None:  # None: removed by its thread after torch had looked it up in this one
+        if not self._mine() or kwargs is None:  # None: another thread removed the hook during this call
             self._refuse_stranger()
             return
         if self._thread not in (None, get_ident()):
             raise ATVError("Two threads call the LLM at once in one steering context; open one in each of them.")
-        self._context.close()  # open still if the last call ended by no Exception (Ctrl-C)
+        self._context.close()  # still open if the last call ended by Ctrl-C
         self._thread = get_ident()
         entered = self._enter(self._signature.bind_partial(*args, **kwargs).arguments)
         if entered is not None:
@@ -195,38 +195,38 @@ class Calls:
             return
         self._context.close()
         self._thread = None
-        if self._unwatched and output is not None:  # of a call that failed, torch is going through these very hooks
+        if self._unwatched and output is not None:  # after a failed call, torch still iterates over these hooks
             self._hooks.close()
 
     def _inside(self, *_: Any) -> None:
         if self._mine() and self._thread is None:
             raise ATVError(
                 f"A layer of {type(self._module).__name__} was run without a call of the LLM itself, as by "
-                "llm.forward(...) or llm.model(...): it would run unsteered. Call llm(...) or llm.generate(...); if "
-                "no steering is wanted, say so: with atv.unsteered()."
+                "llm.forward(...) or llm.model(...): it would run unsteered. Call llm(...) or llm.generate(...); to "
+                "run it unsteered, use: with atv.unsteered()."
             )
 
     def _refuse_stranger(self) -> None:
-        """Raise ATVError in a thread or task that has opened no steering of this module, while another one steers it.
+        """Raise ATVError in a thread or task that has not opened steering of this module, while another one steers it.
 
-        It may be meant to be steered, as a thread that generates for a streamer, or not to be.
+        Such a call may or may not be meant to be steered: for example, a thread that generates for a streamer is.
         """
         if self._here is None or _UNSTEERED.get() or any(each.module is self._module for each in _SCOPES.get()):
             return
         raise ATVError(
             f"{type(self._module).__name__} was called in a thread or task that opened no steering, while another one "
-            "steers it: whether this call is to be steered cannot be told. Open the context in the thread that calls "
-            "the LLM, or start the thread in a copy of the context (contextvars.copy_context().run); if no steering is "
-            "wanted, say so: with atv.unsteered()."
+            "steers it: it is unknown whether to steer this call. Open the context in the thread that calls the LLM, "
+            "or start the thread in a copy of the context (contextvars.copy_context().run); to run it unsteered, use: "
+            "with atv.unsteered()."
         )
 
 
 class _Watched(NamedTuple):
-    """Methods of a module that somebody wants to know the calls of."""
+    """Methods of a module whose calls are watched."""
 
     watchers: list[tuple[Callable[[], bool], Callable[[str, Mapping[str, Any]], AbstractContextManager[Any]]]]
     former: dict[str, Any]
-    """What the instance itself had under the methods' names."""
+    """The instance's own attributes under the methods' names."""
 
 
 _WATCHED: dict[nn.Module, _Watched] = {}
@@ -238,13 +238,13 @@ def around_methods(
 ) -> Iterator[None]:
     """Run each call of the named methods of `owner` inside the context that `enter` makes.
 
-    Hooks see single calls of a module; what a method such as `generate` was asked for, and where one ends and the next
-    begins, they do not. The methods are replaced on the instance, and put back when the last context closes.
+    Hooks see single forward calls, but not the arguments of a method such as `generate`, nor where one call of it ends
+    and the next begins. The methods are replaced on the instance, and restored when the last context closes.
 
     Args:
         owner: the module.
-        names: its methods; those that it does not have are left out.
-        enter: given a method's name and its arguments by name.
+        names: names of its methods; those that it lacks are ignored.
+        enter: called with a method's name and its arguments by name.
     """
     with scope() as here:
         watcher = (here, enter)
@@ -267,7 +267,7 @@ def around_methods(
 
 
 def _announced(owner: nn.Module, name: str) -> Callable[..., Any]:
-    """A method of `owner` that runs inside the contexts of those who watch it."""
+    """Return a method of `owner` that runs inside the contexts of its watchers."""
     method = getattr(owner, name)
     signature = inspect.signature(method)
 

@@ -1,7 +1,7 @@
-"""What an LLM says behind prompts: options are scored and answers generated from one pass over the prompts.
+"""Continue prompts that an LLM has read: score options and generate answers from one prefill.
 
-Call it where the LLM was called, inside the same steered context: tokens behind the prompt are then steered as the
-tokens of an answer.
+Use it inside the steered context in which the LLM was called: tokens after the prompt are then steered as answer
+tokens.
 """
 
 import copy
@@ -17,43 +17,43 @@ from atv.lm.scoring import Options, Prefix
 from atv.lm.spans import continuing
 
 SCORED_TOKENS = 512
-"""Option tokens in one call, with the options of all rows; more only if a single option of each row has more."""
+"""Most option tokens per call, over all rows; exceeded only if one option per row has more."""
 CACHED_COLUMNS = 2**15
-"""Cached tokens in one such call, where the prompts' keys and values are copied for each option."""
+"""Most cached tokens per such call, in which the prompts' keys and values are copied for each option."""
 
 
 class Continuation:
     """A batch of prompts that an LLM has read.
 
     Args:
-        llm: what was called.
-        inputs: of that call, all columns: `input_ids`, `attention_mask`, `position_ids`, each (batch, seq); padded on
-            the left.
-        output: of that call. Its cache of keys and values is used here and must not be used elsewhere. Without a
-            cache, or with one that holds more than keys and values, the prompts are read again with each step.
+        llm: the LLM that was called.
+        inputs: inputs of that call, all columns: `input_ids`, `attention_mask`, `position_ids`, each (batch, seq);
+            padded on the left.
+        output: output of that call. Its cache of keys and values is used here and must not be used elsewhere. Without
+            a cache, or with one that contains more than keys and values, the prompts are read again at each step.
     """
 
     def __init__(self, llm: nn.Module, inputs: Mapping[str, Tensor], output: Any) -> None:
         self.llm, self.ids, self.mask = llm, inputs["input_ids"], inputs["attention_mask"]
         self.logits: Tensor = output.logits[:, -1].float().cpu()
-        """(batch, vocabulary) float32, on the CPU, of what follows the prompts."""
+        """Logits after the prompts: (batch, vocabulary) float32, on the CPU."""
         cache: Any = getattr(output, "past_key_values", None)
         layers = list(cache.layers) if attention_alone(cache) else []
         kept = all(layer.is_initialized and len(layer.keys) == len(self.ids) for layer in layers)
         self._cache, self._layers = cache, layers if kept else []
 
     def _fork(self, repeats: int = 1) -> Any:
-        """The cache as it was behind the prompts, each row repeated; None without one."""
+        """Return the cache as it was after the prompts, with each row repeated; None without a cache."""
         if not self._layers:
             return None
-        layers = [copy.copy(layer) for layer in self._layers]  # they grow by new tensors: the prompts' own stay
+        layers = [copy.copy(layer) for layer in self._layers]  # they grow by replacing tensors, so the originals stay
         for layer in layers if repeats > 1 else ():
             layer.keys, layer.values = (side.repeat_interleave(repeats, 0) for side in (layer.keys, layer.values))
         self._cache.layers = layers
         return self._cache
 
     def _call(self, ids: Tensor, mask: Tensor, past: Any, new: int) -> Any:
-        """Read the last `new` columns, or all of them if there is no cache; logits are of the last `new`."""
+        """Read the last `new` columns, or all of them without a cache; return logits of the last `new`."""
         columns = slice(-new, None) if past is not None else slice(None)
         return call_llm(
             self.llm,
@@ -66,7 +66,7 @@ class Continuation:
         )
 
     def _steps(self) -> Generator[Tensor, tuple[Sequence[int], Sequence[bool]], None]:
-        """Read on by one token in each row at a time; takes tokens, and which rows go on, and yields logits."""
+        """Read one more token per row and step: receive the tokens and which rows continue, yield logits."""
         ids, mask, past = self.ids, self.mask, self._fork()
         logits = self.logits
         while True:
@@ -78,7 +78,7 @@ class Continuation:
             logits = output.logits[:, -1].float().cpu()
 
     def read(self, prefixes: Sequence[Prefix]) -> list[list[Tensor]]:
-        """A prefix for each row to log-probabilities (vocabulary,), on the CPU, behind each of its tokens."""
+        """Return log-probabilities (vocabulary,), on the CPU, after each token of each row's prefix."""
         found: list[list[Tensor]] = [[] for _ in prefixes]
         steps = self._steps()
         next(steps)
@@ -92,12 +92,12 @@ class Continuation:
         return found
 
     def likeliest(self, options: Sequence[Options]) -> list[str]:
-        """The likeliest option of each row by its tokens up to where it differs from the others.
+        """Return the likeliest option of each row, judged by its tokens up to where it differs from the others.
 
-        Where first tokens tell all options apart nothing is read.
+        If first tokens tell all options apart, nothing is read.
 
         Args:
-            options: of each row.
+            options: the options of each row.
         """
         chosen: dict[int, int] = {}
         searches: dict[int, Generator[Prefix, list[Tensor], int]] = {}
@@ -123,14 +123,14 @@ class Continuation:
         return [own.texts[chosen[row]] for row, own in enumerate(options)]
 
     def log_likelihoods(self, options: Options) -> Tensor:
-        """Log-probabilities of whole options: the sum over their tokens, (batch, options) float32, on the CPU.
+        """Return log-probabilities of whole options, summed over their tokens: (batch, options) float32, on the CPU.
 
-        An option that others continue ("very" beside "very good") must also end there: the probability that none of
-        the tokens follows with which others continue is part of its score. Else it would always be as likely as they
-        are together.
+        An option that others continue ("very" next to "very good") must also end there: its score includes the
+        probability that none of the tokens follows with which others continue. Otherwise it would always be at least
+        as likely as all of them together.
 
-        Options of one length are read in one call, several for each row, behind the cached prompts; options of one
-        token are not read.
+        Options of the same length are read in one call, several per row, after the cached prompts; options of one token
+        are not read.
         """
         first = self.logits.log_softmax(-1)
         scores = first[:, [ids[0] for ids in options.ids]]  # (batch, options)
@@ -148,7 +148,7 @@ class Continuation:
         return scores
 
     def _rest(self, options: Options, some: Sequence[int], length: int) -> Tensor:
-        """What the tokens after the first add to the scores of some options: (batch, some)."""
+        """Return what the tokens after the first add to the scores of some options: (batch, some)."""
         rows = len(self.ids)
         read = self.ids.new_tensor([options.ids[number][:length] for number in some])  # (some, length)
         ids = torch.cat([self.ids.repeat_interleave(len(some), 0), read.repeat(rows, 1)], dim=1)
@@ -168,14 +168,14 @@ class Continuation:
         return torch.stack(added, dim=1).cpu()
 
     def greedy(self, limit: int, ended: Callable[[Sequence[int]], bool]) -> list[list[int]]:
-        """The likeliest token, and the likeliest after it, and so on.
+        """Decode greedily.
 
         Args:
-            limit: tokens for each row, at least 1.
-            ended: asked with a row's tokens after each; true: no more are needed.
+            limit: most tokens per row, at least 1.
+            ended: called with a row's tokens after each new one; true ends the row.
 
         Returns:
-            The tokens of each row, the one at which it ended included.
+            The tokens of each row, including the one at which it ended.
         """
         steps = self._steps()
         found: list[list[int]] = [[token] for token in next(steps).argmax(-1).tolist()]

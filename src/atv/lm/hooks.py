@@ -1,7 +1,7 @@
-"""Reach into a frozen LLM without changing it: find its decoder layers, edit or read what they return.
+"""Find an LLM's decoder layers, and edit or read their outputs, without modifying the LLM.
 
-What changes a model's doing is a context manager around forward hooks. The module tree, its names and its weights stay
-as they are, and the hooks are gone when the context ends, after an exception too.
+Everything that changes a model's behaviour is a context manager around forward hooks. The module tree, its names and
+its weights stay the same, and the hooks are removed when the context ends, also after an exception.
 """
 
 import inspect
@@ -21,31 +21,31 @@ Edit = Callable[[int, Tensor], Tensor]
 
 
 def unregistered(owner: nn.Module, **values: Any) -> None:
-    """Set attributes that hold modules without making them submodules: the LLM's weights are not the owner's."""
+    """Set attributes to modules without registering them as submodules: the LLM's weights are not the owner's."""
     for name, value in values.items():
         object.__setattr__(owner, name, value)
 
 
 def uncompiled(module: nn.Module) -> nn.Module:
-    """The module that ``torch.compile(module)`` was given; any other module as it is."""
+    """Return the module that was passed to ``torch.compile``; any other module unchanged."""
     return cast(nn.Module, getattr(module, "_orig_mod", module))
 
 
 def base_llm(llm: nn.Module) -> nn.Module:
-    """The Hugging Face model inside a PEFT wrapper (its `generate` calls that one), or the model itself."""
+    """Return the Hugging Face model inside a PEFT wrapper (whose `generate` calls it), or the model itself."""
     unwrap = getattr(llm, "get_base_model", None)
     return uncompiled(unwrap() if callable(unwrap) else llm)
 
 
 def input_device(llm: nn.Module) -> torch.device:
-    """Where an LLM's input ids must be: at its embeddings, or where accelerate brings those if they are offloaded."""
+    """Return the device for an LLM's input ids: that of its embeddings, or where accelerate runs offloaded ones."""
     embeddings = base_llm(llm).get_input_embeddings()  # type: ignore[operator]
     weight: Tensor = embeddings.weight
     return torch.device(embeddings._hf_hook.execution_device) if weight.is_meta else weight.device
 
 
 def quantization(llm: nn.Module) -> str | None:
-    """`8bit` or `4bit` for weights quantised by bitsandbytes, the method's name for others, None for plain weights."""
+    """Return `8bit` or `4bit` for bitsandbytes weights, the name of any other quantisation, None for plain weights."""
     config = getattr(base_llm(llm).config, "quantization_config", None)
     if config is None:
         return None
@@ -59,8 +59,8 @@ def quantization(llm: nn.Module) -> str | None:
 def keep_differentiable(llm: nn.Module) -> None:
     """Keep bitsandbytes from packing 4-bit weights for inference on a CPU.
 
-    On CPUs with AVX512-BF16 it does so at the first call without gradient, and then no gradient passes a layer any
-    more; only the residual stream still carries one, so that nothing seems wrong.
+    On CPUs with AVX512-BF16 it does so at the first call without gradient. After that no gradient passes through a
+    layer; only the residual stream still carries one, so nothing seems wrong.
     """
     for module in llm.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -68,19 +68,19 @@ def keep_differentiable(llm: nn.Module) -> None:
 
 
 def text_config(llm: nn.Module) -> Any:
-    """The configuration of the language part of a Hugging Face model."""
+    """Return the configuration of a Hugging Face model's language part."""
     return base_llm(llm).config.get_text_config()  # type: ignore[operator, union-attr]
 
 
 def decoder_layers(llm: nn.Module, path: str | None = None) -> list[nn.Module]:
-    """The decoder layers, found by structure: the one ModuleList as long as `config.num_hidden_layers`.
+    """Return the decoder layers, found by structure: the only ModuleList of length `config.num_hidden_layers`.
 
     Args:
         llm: a Hugging Face causal LM, PEFT-wrapped or not.
-        path: name of the ModuleList (as in `llm.named_modules()`), for a model where structure does not decide.
+        path: name of the ModuleList (as in `llm.named_modules()`), if the structure is ambiguous.
 
     Raises:
-        ATVError: no list, or several, or no list of that name; the message lists the candidates.
+        ATVError: there is no such list, or several, or none of that name; the message lists the candidates.
     """
     lists = {name: module for name, module in llm.named_modules() if isinstance(module, nn.ModuleList)}
     described = ", ".join(f"{name} ({len(module)})" for name, module in lists.items()) or "none"
@@ -90,7 +90,7 @@ def decoder_layers(llm: nn.Module, path: str | None = None) -> list[nn.Module]:
         return list(lists[path])
     count = getattr(text_config(llm), "num_hidden_layers", None)
     found = [name for name, module in lists.items() if len(module) == count]
-    # A list inside another (experts inside a layer) is not the list of layers.
+    # A list inside another one (experts inside a layer) is not the list of layers.
     found = [name for name in found if not any(name.startswith(outer + ".") for outer in found)]
     if len(found) != 1:
         raise ATVError(
@@ -101,13 +101,13 @@ def decoder_layers(llm: nn.Module, path: str | None = None) -> list[nn.Module]:
 
 
 def attention_and_mlp(llm: nn.Module, path: str | None = None) -> list[tuple[nn.Module, nn.Module]]:
-    """The attention module and the MLP of each decoder layer, found by structure: the two children with matrices.
+    """Return each decoder layer's attention module and MLP, found by structure: the two children with matrices.
 
-    An MLP may be written out in the layer as bare linear maps: its output is then that of the map that ends in the
-    width of the residual stream.
+    If a layer contains its MLP as bare linear maps, the MLP is the map whose output has the width of the residual
+    stream.
 
     Raises:
-        ATVError: a layer that is built otherwise; the message lists its children.
+        ATVError: a layer has a different structure; the message lists its children.
     """
     hidden = text_config(llm).hidden_size
     found = []
@@ -134,8 +134,8 @@ SITES: dict[str, Callable[[nn.Module, str | None], Sequence[nn.Module]]] = {
     "attention": lambda llm, path: [attention for attention, _ in attention_and_mlp(llm, path)],
     "mlp": lambda llm, path: [mlp for _, mlp in attention_and_mlp(llm, path)],
 }
-"""Where an LLM can be edited: by name, a function from the LLM and the path of its list of decoder layers to one module
-for each of them. Add one of your own before an adapter with it is made or loaded."""
+"""Sites at which an LLM can be edited, by name: functions from the LLM and the path of its list of decoder layers to
+one module per layer. Register a custom site before making or loading an adapter with it."""
 
 
 def _hidden(module: nn.Module, output: Any) -> Tensor:
@@ -149,7 +149,7 @@ def _hidden(module: nn.Module, output: Any) -> Tensor:
 
 
 def _with_hidden(output: Any, hidden: Tensor) -> Any:
-    """What a module returned, with other hidden states in it; nothing is written to."""
+    """Return a module's output with other hidden states in it; the output is not modified in place."""
     if isinstance(output, Tensor):
         return hidden
     rest = (hidden, *output[1:])
@@ -157,10 +157,10 @@ def _with_hidden(output: Any, hidden: Tensor) -> Any:
 
 
 def _streams(module: nn.Module, hidden: Tensor) -> tuple[Tensor, int] | None:
-    """A view of hidden states with parallel residual streams on an axis of their own, and that axis; None for one.
+    """Return hidden states viewed with an axis for parallel residual streams, and that axis; None for one stream.
 
-    Gemma 3n's AltUp puts them before (batch, seq, hidden), the hyper-connections of DeepSeek V4 behind (batch, seq),
-    and those of Qwen 4 into the width.
+    Gemma 3n's AltUp puts the axis before (batch, seq, hidden), the hyper-connections of DeepSeek V4 after (batch, seq),
+    and those of Qwen 4 fold it into the width.
     """
     config: Any = next((part.config for part in module.modules() if hasattr(part, "config")), None)
     folded = getattr(config, "hc_count", None) or 1
@@ -172,13 +172,13 @@ def _streams(module: nn.Module, hidden: Tensor) -> tuple[Tensor, int] | None:
         if getattr(config, count, None) == hidden.shape[axis]:
             return hidden, axis
     raise ATVError(
-        f"{type(module).__name__} returned states of shape {tuple(hidden.shape)}; expected (batch, seq, hidden): where "
-        "the residual stream is in them is not known."
+        f"{type(module).__name__} returned states of shape {tuple(hidden.shape)}; expected (batch, seq, hidden). It is "
+        "unknown where the residual stream is."
     )
 
 
 def _read(module: nn.Module, output: Any) -> Tensor:
-    """Hidden states (batch, seq, hidden), of parallel streams their mean."""
+    """Return hidden states (batch, seq, hidden); of parallel streams, their mean."""
     hidden = _hidden(module, output)
     streams = _streams(module, hidden)
     return hidden if streams is None else streams[0].mean(streams[1])
@@ -186,19 +186,19 @@ def _read(module: nn.Module, output: Any) -> Tensor:
 
 @contextmanager
 def edit_outputs(modules: Sequence[nn.Module], edit: Edit) -> Iterator[None]:
-    """Replace each module's hidden states by `edit(index, hidden)` while the context lasts.
+    """Replace each module's hidden states by `edit(index, hidden)` inside this context.
 
-    Edits run before every other hook of a module, so that whoever looks at it sees the edited states, whenever it
-    began to look.
+    Edits run before all other hooks of a module, so every other hook sees the edited states, whenever it was
+    registered.
 
     Args:
         modules: modules that return hidden states (batch, seq, hidden), as a tensor or first in a tuple or list.
-        edit: called with the module's place in `modules` and its hidden states; returns a new tensor of the same
-            shape, or the same tensor to leave it alone. It must not write into the tensor that it is given. Where an
-            LLM keeps several residual streams beside each other, it is called for each of them.
+        edit: called with the module's index in `modules` and its hidden states; returns a new tensor of the same
+            shape, or the same tensor to leave it unchanged. It must not modify its input in place. If an LLM has
+            several parallel residual streams, it is called for each of them.
 
     Raises:
-        ATVError: in the call, from a module that returns anything else.
+        ATVError: during the call, if a module returns anything else.
     """
 
     def hook(index: int, module: nn.Module, _: Any, output: Any) -> Any:
@@ -208,7 +208,7 @@ def edit_outputs(modules: Sequence[nn.Module], edit: Edit) -> Iterator[None]:
         found = _streams(module, hidden)
         if found is None:
             edited = edit(index, hidden)
-            return None if edited is hidden else _with_hidden(output, edited)  # None: nothing replaced
+            return None if edited is hidden else _with_hidden(output, edited)  # None: keep the output
         streams = found[0].unbind(found[1])
         changed = [edit(index, stream) for stream in streams]
         if all(new is old for new, old in zip(changed, streams, strict=True)):
@@ -222,13 +222,12 @@ def edit_outputs(modules: Sequence[nn.Module], edit: Edit) -> Iterator[None]:
 
 @contextmanager
 def capture_outputs(modules: Sequence[nn.Module]) -> Iterator[dict[int, Tensor]]:
-    """Collect each module's latest hidden states, edited ones as edited, detached, by its place in `modules`.
+    """Collect each module's latest hidden states, after edits, detached, by its index in `modules`.
 
-    Each is (batch, seq, hidden), of parallel residual streams their mean.
+    Each is (batch, seq, hidden); of parallel residual streams, their mean.
 
     Raises:
-        ATVError: when the context ends, if a module was not called: some LLMs leave layers out where a prompt has no
-            image.
+        ATVError: when the context ends, if a module was not called: some LLMs skip layers if a prompt has no image.
     """
     captured: dict[int, Tensor] = {}
 
@@ -248,24 +247,24 @@ def capture_outputs(modules: Sequence[nn.Module]) -> Iterator[dict[int, Tensor]]
 
 
 class _Reached(Exception):
-    """Ends a forward pass at the layer whose output was wanted."""
+    """Ends a forward pass at the requested layer."""
 
 
 def accepted(llm: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the named inputs that this LLM's signature has."""
+    """Return those of the named inputs that this LLM's signature accepts."""
     known = inspect.signature(base_llm(llm).forward).parameters
     return {name: value for name, value in inputs.items() if name in known}
 
 
 def read_up_to(llm: nn.Module, layer: nn.Module, **inputs: Any) -> Tensor:
-    """Hidden states (batch, seq, hidden) that a decoder layer returns, from a pass that ends there.
+    """Return a decoder layer's hidden states (batch, seq, hidden), from an unsteered pass that ends there.
 
-    The layers after it and the head are not run, and nobody steers this pass.
+    The layers after it and the head do not run.
 
     Args:
         llm: a Hugging Face causal LM, PEFT-wrapped or not.
         layer: one of its decoder layers.
-        inputs: of the LLM; those that its signature does not have are left out.
+        inputs: inputs of the LLM; those that its signature does not accept are ignored.
     """
 
     def stop(module: nn.Module, _: Any, output: Any) -> None:
@@ -282,11 +281,11 @@ def read_up_to(llm: nn.Module, layer: nn.Module, **inputs: Any) -> Tensor:
 
 @contextmanager
 def flat_head(llm: nn.Module) -> Iterator[None]:
-    """Let the language-model head see its input as (batch * seq, hidden) while the context lasts.
+    """Flatten the language-model head's input to (batch * seq, hidden) inside this context.
 
-    A model that keeps the logits of its last columns gives its head a slice that is not contiguous. With frozen
+    A model that keeps only the logits of its last columns passes a non-contiguous slice to its head. With frozen
     weights torch then multiplies batch-wise and copies the head's weights once per row: on a CPU with a head of
-    49,152 x 576 and 16 rows the forward pass of a training step took 3.7 s, and 1.2 s without. The result is the same.
+    49,152 x 576 and 16 rows, the forward pass of a training step took 3.7 s, and 1.2 s with this. The result is equal.
     """
     head = base_llm(llm).get_output_embeddings()  # type: ignore[operator]
     shapes: list[Any] = []

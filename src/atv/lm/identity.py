@@ -1,4 +1,4 @@
-"""Which LLM is it? A fingerprint of weights that survives dtypes, quantisation, PEFT wrappers and added tokens."""
+"""Identify an LLM by a fingerprint that is independent of dtype, quantisation, PEFT wrappers and added tokens."""
 
 import base64
 import hashlib
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from atv.lm.hooks import base_llm, decoder_layers, quantization, text_config
 
 SAMPLES = 8
-"""Values that are kept of each tensor."""
+"""Values kept per tensor."""
 ROWS = 16
-"""Embeddings that values are kept of."""
+"""Embeddings of which values are kept."""
 
 
 def describe_llm(llm: nn.Module, layer_path: str | None = None) -> dict[str, Any]:
-    """What identifies an LLM: name, revision, shape, quantisation and a fingerprint."""
+    """Return what identifies an LLM: name, revision, shape, quantisation and a fingerprint."""
     config: Any = base_llm(llm).config
     return {
         "name": base_llm(llm).name_or_path,
@@ -38,20 +38,20 @@ def describe_llm(llm: nn.Module, layer_path: str | None = None) -> dict[str, Any
 
 
 def fingerprint(llm: nn.Module) -> dict[str, Any]:
-    """A few values of an LLM's embeddings, of its other weights and of its active PEFT adapters, rounded to bfloat16.
+    """Return a few values of an LLM's embeddings, other weights and active PEFT adapters, rounded to bfloat16.
 
     Returns:
-        `rows`: how many embeddings there are;
-        `embeddings`: of some of them, spread over the vocabulary;
-        `head`: of the same rows of the language-model head; empty if it is tied to the embeddings, or quantised;
-        `weights`: by name, those of all layers together. Of a quantised LLM only tensors with one dimension, such as
-            those of norms: quantisation leaves them alone, while it changes matrices;
-        `adapters`: empty if there is none.
+        `rows`: number of embeddings;
+        `embeddings`: values of some embeddings, spread over the vocabulary;
+        `head`: values of the same rows of the language-model head; empty if it is tied to the embeddings, or quantised;
+        `weights`: values by name, with all layers under one name. Of a quantised LLM only one-dimensional tensors, such
+            as those of norms, which quantisation does not change;
+        `adapters`: values of the active PEFT adapters; empty if there are none.
     """
     base = base_llm(llm)
     embeddings: nn.Module = base.get_input_embeddings()  # type: ignore[operator]
     head: nn.Module | None = base.get_output_embeddings()  # type: ignore[operator]
-    with align_module_device(embeddings):  # brings them back if they are offloaded
+    with align_module_device(embeddings):  # loads them if they are offloaded
         rows = len(cast(Tensor, embeddings.weight))
     parts, adapters = _adapters(llm)
     apart = {module for part in (embeddings, head, *parts) if part is not None for module in part.modules()}
@@ -67,13 +67,13 @@ def fingerprint(llm: nn.Module) -> dict[str, Any]:
 def sample_weights(
     module: nn.Module, apart: Set[nn.Module] = frozenset(), matrices: bool = True, vocabulary: int | None = None
 ) -> dict[str, str]:
-    """A few values of every weight, rounded to bfloat16, by its name without the numbers of layers.
+    """Return a few values of every weight, rounded to bfloat16, by its name without layer numbers.
 
     Args:
-        module: in any dtype, on any devices, offloaded in part or not.
-        apart: modules whose weights are left out.
-        matrices: false takes only tensors with at most one dimension.
-        vocabulary: tensors with as many rows are left out too: they grow with the embeddings.
+        module: in any dtype, on any devices, partly offloaded or not.
+        apart: modules whose weights are excluded.
+        matrices: false includes only tensors with at most one dimension.
+        vocabulary: tensors with this many rows are excluded too, since they grow with the embeddings.
     """
     found: dict[str, list[Tensor]] = defaultdict(list)
     for place, part in module.named_modules():
@@ -83,17 +83,17 @@ def sample_weights(
             for name, p in part.named_parameters(recurse=False):
                 plain = p.is_floating_point() and p.element_size() > 1  # neither packed bits nor float8
                 if plain and (matrices or p.dim() <= 1) and p.shape[:1] != (vocabulary,):
-                    where = re.sub(r"\.(base_layer|original_module)\b", "", f"{place}.{name}")  # as without PEFT
+                    where = re.sub(r"\.(base_layer|original_module)\b", "", f"{place}.{name}")  # the name without PEFT
                     found[re.sub(r"\.\d+\b", ".*", where)].append(_values(p))
     return {name: _packed(torch.cat(values)) for name, values in found.items()}
 
 
 def _adapters(llm: nn.Module) -> tuple[list[nn.Module], list[Tensor]]:
-    """What PEFT has put into an LLM, and values of what is active of it."""
+    """Return the modules that PEFT has added to an LLM, and values of the active adapters."""
     parts: list[nn.Module] = []
     values: list[Tensor] = []
     for module in cast(Any, llm).modules():
-        names = getattr(module, "adapter_layer_names", ())  # of PEFT's layers alone
+        names = getattr(module, "adapter_layer_names", ())  # only PEFT's layers have it
         kinds = [part for name in names if isinstance(part := getattr(module, name, None), nn.Module)]
         parts += kinds
         if kinds and not module.disable_adapters:
@@ -103,7 +103,7 @@ def _adapters(llm: nn.Module) -> tuple[list[nn.Module], list[Tensor]]:
             ]
             scaling = getattr(module, "scaling", {})
             values += [torch.tensor([scaling[name]], dtype=torch.bfloat16) for name in active if name in scaling]
-    prompts = getattr(llm, "prompt_encoder", None)  # of prefix- and prompt-tuning
+    prompts = getattr(llm, "prompt_encoder", None)  # prefix tuning and prompt tuning
     if isinstance(prompts, nn.Module):
         active = cast(Any, llm).active_adapters
         values += [_values(p) for key, p in prompts.named_parameters() if key.split(".")[0] in active]
@@ -111,7 +111,7 @@ def _adapters(llm: nn.Module) -> tuple[list[nn.Module], list[Tensor]]:
 
 
 def _head_values(llm: nn.Module, rows: int) -> Tensor | None:
-    """Of the language-model head, if it has a plain weight that is not the embeddings'."""
+    """Return values of the language-model head; None if its weight is quantised or tied to the embeddings."""
     base = base_llm(llm)
     head: nn.Module | None = base.get_output_embeddings()  # type: ignore[operator]
     weight = getattr(head, "weight", None)
@@ -121,7 +121,7 @@ def _head_values(llm: nn.Module, rows: int) -> Tensor | None:
 
 
 def _row_values(module: nn.Module, count: int) -> Tensor:
-    """Values of rows spread over the first `count` of a module's weight, (rows, values) bfloat16; of those it has."""
+    """Return values of existing rows, spread over the first `count` of a module's weight: (rows, values) bfloat16."""
     with align_module_device(module):
         weight = cast(Tensor, module.weight).detach()
         rows = _spread(count, ROWS)
@@ -135,7 +135,7 @@ def _spread(length: int, count: int) -> Tensor:
 
 
 def _values(tensor: Tensor) -> Tensor:
-    """Values spread over a tensor, on the CPU, bfloat16."""
+    """Return values spread over a tensor, in bfloat16 on the CPU."""
     flat = tensor.detach().reshape(-1)
     return flat[_spread(len(flat), SAMPLES).to(flat.device)].float().cpu().to(torch.bfloat16)
 
@@ -149,26 +149,26 @@ def _unpacked(text: str) -> Tensor:
 
 
 def alike(one: str, other: str) -> bool:
-    """Whether samples of weights are equal, but for one step of bfloat16, or of float16 near 0: rounding to a dtype."""
+    """Whether samples of weights are equal up to one step of bfloat16, or of float16 near 0 (rounding to a dtype)."""
     a, b = _unpacked(one), _unpacked(other)
     return a.shape == b.shape and bool(torch.isclose(a, b, rtol=2**-7, atol=2**-23, equal_nan=True).all())
 
 
 def public_name(name: str) -> str:
-    """A model's name as a model card says it: of a local folder its last part, since the rest is nobody's business."""
+    """Return a model's name for a model card: of a local folder only its last part, since the rest is private."""
     local = Path(name).is_absolute() or PureWindowsPath(name).is_absolute() or Path(name).exists()
     return PureWindowsPath(name).name if local else name
 
 
 def llm_digest(llm: nn.Module) -> str:
-    """One word for an LLM's fingerprint."""
+    """Return a short digest of an LLM's fingerprint."""
     return hashlib.sha256(json.dumps(fingerprint(llm), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def different_weights(made: dict[str, Any], found: dict[str, Any], llm: nn.Module) -> list[str]:
-    """In what the fingerprint of an LLM differs from the one that an adapter was made for, in words."""
+    """Describe how an LLM's fingerprint differs from that of the LLM that an adapter was made for."""
     one, other = made["fingerprint"], found["fingerprint"]
-    # Of matrices nothing is known where one of the two is quantised.
+    # Matrices cannot be compared if one of the two is quantised.
     plain = made["quantization"] is None and found["quantization"] is None
 
     def same_rows(of: str, given: Tensor | None) -> bool:

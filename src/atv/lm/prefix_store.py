@@ -1,8 +1,8 @@
-"""Keys and values of the training prompts' prefixes, computed once and kept for all epochs.
+"""Keys and values of the training prompts' prefixes, computed once and cached for all epochs.
 
-They depend on no vector (`prefix`), so that an epoch after the first costs the LLM one edited token and the answer.
-Kept in the LLM's dtype: in main memory while its budget lasts, then in memory-mapped safetensors files, and what fits
-neither is read again each time. What is kept is exactly what was read.
+They do not depend on the vectors (`prefix`), so later epochs cost the LLM only the edited tokens and the answer.
+They are cached in the LLM's dtype, without loss: in main memory up to its budget, then in memory-mapped safetensors
+files. What fits in neither is read again each time.
 """
 
 import hashlib
@@ -27,28 +27,28 @@ from atv.lm.prefix import as_cache, full_sides, read_prefix
 from atv.progress import log
 
 READ_TOKENS = 2048
-"""Prompt tokens per call while the store is filled: enough to keep two cores or a GPU busy."""
+"""Prompt tokens per call when the store is filled: enough to keep two cores or a GPU busy."""
 
 
 class PrefixStore:
-    """Keeps the keys and values of prompt prefixes, each known by its token ids.
+    """Caches the keys and values of prompt prefixes by their token ids.
 
-    A model whose cache is not one full pair of tensors per layer (sliding windows shorter than the prompt, recurrent
-    states) keeps nothing; all its prefixes are read again each time.
+    For a model whose cache is not one full pair of tensors per layer (sliding windows shorter than the prompt,
+    recurrent states) nothing is cached, and all prefixes are read again each time.
 
     Args:
-        memory: most bytes to keep in main memory; None: this process's share of half of what is available.
-        disk: most bytes to keep in files; None: its share of half of what is free where they are written.
+        memory: maximum bytes in main memory; None: this process's share of half of the available memory.
+        disk: maximum bytes in files; None: this process's share of half of the free disk space there.
     """
 
     def __init__(self, memory: int | None = None, disk: int | None = None) -> None:
-        self._share = 2 * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes on one machine divide it
+        self._share = 2 * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # shared by the processes on one machine
         self.memory = psutil.virtual_memory().available // self._share if memory is None else memory
         self.disk = disk
         self.memory_used = 0
         self.disk_used = 0
         self.left_out = 0
-        """Prefixes that `fill` was given and could not keep."""
+        """Number of prefixes that `fill` could not cache."""
         self._kept: dict[str, Tensor] = {}  # key -> (layers * 2, heads, tokens, head width), on the CPU
 
     def fill(
@@ -58,16 +58,16 @@ class PrefixStore:
         advance: Callable[[int], None],
         folder: Path | None = None,
     ) -> None:
-        """Read prefixes, in batches that depend on the set of them alone.
+        """Read prefixes, in batches that depend only on the set of prefixes.
 
-        Rounding depends on what else is in a batch; read before the first step and in an order of its own, a resumed
-        training finds the very keys and values that the interrupted one had.
+        Rounding depends on the rest of a batch. Since prefixes are read before the first step and in a fixed order, a
+        resumed training gets exactly the keys and values of the interrupted one.
 
         Args:
             llm: the frozen LLM.
             prefixes: token ids.
-            advance: told how many more prefixes are done.
-            folder: where files go when main memory is used up; files that are there already are used. None: none.
+            advance: called with the number of prefixes that have just been read.
+            folder: folder for files when main memory is full; existing files in it are reused. None: no files.
         """
         rows = {tuple(prefix) for prefix in prefixes if prefix}
         files = _Files(folder, llm_digest(llm), self.disk, self._share) if folder is not None else None
@@ -81,7 +81,7 @@ class PrefixStore:
         self.left_out = sum(_key(torch.tensor(row)) not in self._kept for row in rows)
 
     def _keep(self, llm: nn.Module, batch: list[tuple[int, ...]], number: int, files: "_Files | None") -> bool:
-        """Read and keep a batch of prefixes unless they are here; false if one of them cannot be kept."""
+        """Read and cache those of a batch of prefixes that are missing; return false if one cannot be cached."""
         keys = [_key(torch.tensor(ids)) for ids in batch]
         missing = [row for row, key in enumerate(keys) if key not in self._kept]
         if not missing:
@@ -94,7 +94,7 @@ class PrefixStore:
         overflow: dict[str, Tensor] = {}
         for row in missing:
             tokens = stacked[:, row, :, -len(batch[row]) :]  # (layers * 2, heads, tokens, head width)
-            own = tokens.clone(memory_format=torch.contiguous_format)  # or the whole batch would stay
+            own = tokens.clone(memory_format=torch.contiguous_format)  # a view would keep the whole batch
             fits = self.memory_used + own.nbytes <= self.memory
             self.memory_used += own.nbytes if fits else 0
             (self._kept if fits else overflow)[keys[row]] = own
@@ -105,7 +105,7 @@ class PrefixStore:
         return bool(written)
 
     def read(self, llm: nn.Module, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Any:
-        """As `prefix.read_prefix`, from what is kept; only rows that are not kept are read by the LLM."""
+        """Like `prefix.read_prefix`, from the cache; the LLM reads only rows that are not cached."""
         attended = attention_mask.bool().cpu()
         lengths = attended.sum(1).tolist()
         kept = [self._kept.get(_key(ids[mask])) for ids, mask in zip(input_ids.cpu(), attended, strict=True)]
@@ -123,7 +123,7 @@ class PrefixStore:
 
 
 class _Files:
-    """The part of a store that is on disk: one safetensors file per batch, memory-mapped when it is read."""
+    """The part of a store on disk: one safetensors file per batch, memory-mapped for reading."""
 
     def __init__(self, folder: Path, llm: str, budget: int | None, share: int) -> None:
         self.folder, self.llm, self.used = folder, llm, 0
@@ -132,7 +132,7 @@ class _Files:
         self.budget = (shutil.disk_usage(folder).free + there) // share if budget is None else budget
 
     def found(self) -> dict[str, Tensor]:
-        """What an interrupted training has left; a file that is damaged or of another LLM is removed."""
+        """Return the tensors that an interrupted training has left; remove files that are damaged or of another LLM."""
         kept: dict[str, Tensor] = {}
         for path in sorted(self.folder.glob("*.safetensors")):
             tensors = self._open(path)
@@ -144,7 +144,7 @@ class _Files:
         return kept
 
     def write(self, number: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Put tensors into a file and give them back mapped from it; nothing if they do not fit."""
+        """Write tensors to a file and return them memory-mapped; return an empty dictionary if they do not fit."""
         data = save(tensors, {"llm": self.llm})
         path = self.folder / f"{number:06d}.safetensors"
         if self.used + len(data) > self.budget:
@@ -170,20 +170,20 @@ class _Files:
 
 
 def _key(ids: Tensor) -> str:
-    """What a prefix is known by: the digest of its token ids, (tokens,) int64, on the CPU."""
+    """Return the key of a prefix: the digest of its token ids, (tokens,) int64, on the CPU."""
     return hashlib.sha256(ids.numpy().tobytes()).hexdigest()
 
 
 def _stack(cache: Any, width: int) -> Tensor | None:
-    """A cache as (layers * 2, batch, heads, width, head width) on the CPU; None if layers are not alike or not full."""
+    """Return a cache as (layers * 2, batch, heads, width, head width) on the CPU; None if not uniform and full."""
     sides = [side.cpu() for pair in full_sides(cache, width) or () for side in pair]
     return torch.stack(sides) if sides and all(side.shape == sides[0].shape for side in sides) else None
 
 
 def _gather(kept: Sequence[Tensor | None], width: int, device: torch.device) -> DynamicCache:
-    """Prefixes (layers * 2, heads, tokens, head width) as one left-padded cache of `width` columns.
+    """Join prefixes (layers * 2, heads, tokens, head width) to one left-padded cache of `width` columns.
 
-    Each is copied once, straight to its place; padding is zero, and masked.
+    Each is copied once, directly into place; padding is zero, and masked.
     """
     like = next(tokens for tokens in kept if tokens is not None)
     sides, heads, _, head = like.shape

@@ -1,4 +1,4 @@
-"""Other libraries' bars and false alarms, kept off the screen while we load something: afterwards all is as it was."""
+"""Silence other libraries' progress bars and irrelevant warnings while something is loaded."""
 
 import logging
 from collections.abc import Iterator
@@ -10,17 +10,17 @@ from transformers.utils import logging as transformers_logging
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Inside, transformers and bitsandbytes report errors alone, and no bar but that of a download is shown.
+    """Inside this context transformers and bitsandbytes log only errors, and only downloads show a progress bar.
 
-    What is left out: "Loading weights", the report on weights that are not read from a file ("newly initialized"),
-    where those that matter are missing we raise an error ourselves, and at the first import of bitsandbytes that a
-    kernel is not installed ("Failed to load CPU gemm_4bit_forward"), which it does without.
+    It hides "Loading weights"; the report on weights that are not in a file ("newly initialized"), since we raise an
+    error ourselves if relevant ones are missing; and the message at the first import of bitsandbytes that an optional
+    kernel is not installed ("Failed to load CPU gemm_4bit_forward"). Former log levels are restored at the end.
     """
     bitsandbytes = logging.getLogger("bitsandbytes")
     levels = transformers_logging.get_verbosity(), bitsandbytes.level
     bars, downloads = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()  # downloads' too
+    transformers_logging.disable_progress_bar()  # also those of downloads
     _show_downloads(downloads)
     bitsandbytes.setLevel(logging.ERROR)
     try:

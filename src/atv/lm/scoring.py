@@ -1,9 +1,9 @@
-"""A task's options: encoded once, told apart by their tokens, and compared. Every judgement of tokens is made here.
+"""A task's options: encoded once, told apart by their tokens, and scored. All judging of tokens is done here.
 
-An option is judged by its tokens up to the first one at which it differs from every other: its score is the
-probability that an answer begins with these. An option that another one continues ("very" beside "very good") differs
-where it ends: its score is the probability of its tokens followed by none with which another option continues. No two
-of these beginnings go together, so the scores add up to 1 at most, and none is favoured for being short or long.
+An option is judged by its tokens up to the first one at which it differs from every other option: its score is the
+probability that an answer begins with these. An option that another one continues ("very" next to "very good") differs
+where it ends: its score is the probability of its tokens, followed by none with which another option continues. These
+events exclude each other, so the scores sum to at most 1, and no option is favoured for being short or long.
 """
 
 import math
@@ -32,22 +32,22 @@ class _Fork:
     """A prefix after which options differ."""
 
     leaves: dict[int, int] = field(default_factory=dict)
-    """Tokens that tell an option apart, and the option."""
+    """Next tokens that identify an option, and its number."""
     forks: dict[int, Prefix] = field(default_factory=dict)
-    """Tokens that several options continue with, and the prefix after which they differ."""
+    """Next tokens shared by several options, and the prefix after which these differ."""
     ends: int | None = None
     """The option that ends here."""
 
 
 class Options:
-    """Options as token ids, and where each of them differs from all others.
+    """Options as token ids, and where each differs from all others.
 
     Args:
         texts: at least one; all different.
         ids: the tokens of each, as they follow a prompt; not empty.
 
     Raises:
-        ATVError: two of them are the same tokens.
+        ATVError: two options have the same tokens.
     """
 
     def __init__(self, texts: Sequence[str], ids: Sequence[Sequence[int]]) -> None:
@@ -57,7 +57,7 @@ class Options:
         ordered = sorted(range(len(self.ids)), key=lambda option: self.ids[option])
         shared: list[Prefix] = [()] * len(self.ids)  # the longest beginning that each shares with another
         self._forks: dict[Prefix, _Fork] = {(): _Fork()}
-        for one, other in pairwise(ordered):  # which shares most with one of its neighbours in order
+        for one, other in pairwise(ordered):  # an option shares most with one of its neighbours in order
             common = _common(self.ids[one], self.ids[other])
             self._forks.setdefault(common, _Fork())
             for option in (one, other):
@@ -72,34 +72,35 @@ class Options:
                 before = next(prefix[:end] for end in reversed(range(len(prefix))) if prefix[:end] in self._forks)
                 self._forks[before].forks[prefix[len(before)]] = prefix
         self.judged = {text: len(prefix) + 1 for text, prefix in zip(self.texts, shared, strict=True)}
-        """How many tokens tell an option apart; one more than it has if another one continues it."""
+        """Number of tokens that identify each option; one more than it has if another option continues it."""
         self.longest = max(map(len, shared))
-        """Tokens of the longest beginning that two share: how many are read behind a prompt, at most."""
+        """Tokens of the longest beginning that two options share: the most that are read after a prompt."""
         self.continued: dict[int, Prefix] = {
             fork.ends: (*fork.leaves, *fork.forks) for fork in self._forks.values() if fork.ends is not None
         }
-        """Options that others continue, by number, and the tokens that these continue with."""
+        """Options that others continue, by number, and the tokens with which these continue."""
 
     @property
     def told_apart(self) -> bool:
-        """The first token alone tells each option from all others: the paper's score is defined."""
+        """Whether first tokens tell all options apart, so that the paper's score is defined."""
         return self.longest == 0
 
     def begins(self, token: int, answer: str) -> bool | None:
-        """The token is the first one of an option; None where first tokens do not tell the options apart."""
+        """Whether `token` is the first one of option `answer`; None if first tokens do not tell the options apart."""
         return token == self.ids[self.texts.index(answer)][0] if self.told_apart else None
 
     def search(self, following: Tensor) -> Generator[Prefix, list[Tensor], int]:
-        """Find the option with the highest score, of equal ones the first; yields prefixes that must be read for it.
+        """Find the option with the highest score (ties: the first), yielding prefixes that must be read.
 
-        A beginning is at least as likely as what continues it, so the likeliest unread prefix is read next, until none
-        is as likely as the best option: hardly any of hundreds of options are read.
+        Send the result of `Continuation.read` for each yielded prefix. A beginning is at least as likely as its
+        continuations, so the likeliest unread prefix is read next until none is as likely as the best option: of
+        hundreds of options hardly any are read.
 
         Args:
-            following: log-probabilities (vocabulary,) of what follows the prompt.
+            following: log-probabilities (vocabulary,) after the prompt.
 
         Returns:
-            The option's number. It takes what `Continuation.read` gives for each prefix.
+            The option's number.
         """
         chosen, best = 0, -math.inf
         unread: list[tuple[float, Prefix, int]] = []  # -log-probability of that many of the prefix's tokens
@@ -126,7 +127,7 @@ class Options:
 
 
 def _added(score: float, following: Tensor, tokens: Mapping[int, Any]) -> list[tuple[float, Any]]:
-    """The score with each of the tokens added, and what stands under the token."""
+    """Return the score with each token's log-probability added, and the token's value in `tokens`."""
     values = following[list(tokens)].tolist() if tokens else []
     return [(score + value, what) for value, what in zip(values, tokens.values(), strict=True)]
 
@@ -141,16 +142,16 @@ def _refuse_equal(texts: Sequence[str], ids: Sequence[Prefix]) -> None:
     equal = [text for text, row in zip(texts, ids, strict=True) if counts[row] > 1]
     if equal:
         raise ATVError(
-            f"{len(equal)} answers have the tokens of another one for this LLM ({', '.join(map(repr, equal[:4]))}): "
-            "nothing that it says tells them apart. Write them differently, or use another LLM."
+            f"{len(equal)} answers have the tokens of another one for this LLM ({', '.join(map(repr, equal[:4]))}), so "
+            "they cannot be told apart. Write them differently, or use another LLM."
         )
 
 
 def task_options(tokenizer: Any, task: Task, render: Renderer) -> Options:
-    """The options of a task as they follow the prompts of a renderer; encoded once for each.
+    """Return the options of a task as they follow a renderer's prompts; encoded once per renderer.
 
     Raises:
-        ATVError: one of its answers is not an option, or two options are the same tokens.
+        ATVError: an answer of the task is not an option, or two options have the same tokens.
     """
     if missing := sorted({row.output for row in (*task.train, *task.valid, *task.test)} - set(task.options)):
         raise ATVError(
@@ -164,12 +165,12 @@ def task_options(tokenizer: Any, task: Task, render: Renderer) -> Options:
 
 
 def option_ids(tokenizer: Any, task: Task, render: Renderer) -> list[Prefix]:
-    """The token ids of a task's options behind the prompts of a renderer: what `findings` asks for."""
+    """Return the token ids of a task's options after a renderer's prompts, as `findings` needs them."""
     return task_options(tokenizer, task, render).ids
 
 
 def longest_answer(tokenizer: Any, task: Task, render: Renderer) -> int:
-    """Tokens of the longest of a task's options behind the prompts of a renderer."""
+    """Return the number of tokens of a task's longest option after a renderer's prompts."""
     return max(map(len, answer_ids(tokenizer, render, task.options)))
 
 
@@ -179,12 +180,12 @@ def _encoded(tokenizer: Any, render: Renderer, texts: tuple[str, ...]) -> Option
 
 
 def training_options(tokenizer: Any, task: Task) -> Options:
-    """The options of a task as they follow the one answer prefix of training, in any template."""
+    """Return the options of a task as they follow the answer prefix of training, in any template."""
     return task_options(tokenizer, task, task.training_renderers()[0])
 
 
 def note_shared(tokenizer: Any, tasks: Sequence[Task]) -> None:
-    """Tell who trains on tasks, once, how answers that begin with one token are judged."""
+    """Log once how answers of the training tasks that begin with the same token are judged."""
     for task in tasks:
         options = training_options(tokenizer, task)
         for line in shared_beginnings(task, partial(option_ids, tokenizer, task), task.renderers("first")):
@@ -195,16 +196,16 @@ def note_shared(tokenizer: Any, tasks: Sequence[Task]) -> None:
         if continued:
             warn_once(
                 f"{task.name}: other answers continue {', '.join(map(repr, continued[:4]))}; validation rows with such "
-                "an answer count as wrong in the accuracy shown while training, which does not see where it ends."
+                "an answer count as wrong in the accuracy shown during training, which ignores where an answer ends."
             )
 
 
 def answers_right(right: Tensor, judged: Tensor) -> Tensor:
-    """Whether the tokens that tell an answer apart are all right; never if it has fewer.
+    """Return whether all tokens that identify an answer are right; false if the answer has fewer.
 
     Args:
         right: (..., answer) bool, for each token of an answer.
-        judged: (...,) int64, how many tokens tell it apart: `Options.judged`.
+        judged: (...,) int64, the number of tokens that identify it: `Options.judged`.
 
     Returns:
         (...,) bool.

@@ -1,9 +1,8 @@
-"""Which tokens of a call of the LLM are edited? The three sources of that answer.
+"""Determine which tokens of an LLM call are edited, from one of three sources.
 
-`Known`: whoever makes the call has a mask (training). `Lengths`: each row is a whole text, and the prompts have known
-lengths (scoring). `Tracked`: any call, `generate` above all, which calls the LLM in several ways: the whole prompt
-first and then one token at a time with a cache; the whole text again at every step without one; several beams or
-returned sequences per prompt.
+`Known`: a given mask (training). `Lengths`: each row is a whole text, with a prompt of known length (scoring).
+`Tracked`: any call, above all those of `generate`, which reads the whole prompt first and then one token at a time with
+a cache; the whole text at every step without one; and several rows per prompt for beams or returned sequences.
 """
 
 from abc import ABC, abstractmethod
@@ -24,61 +23,61 @@ from atv.errors import ATVError
 from atv.lm.calls import having
 
 CACHES = ("past_key_values", "cache_params", "past_buckets_states", "state", "mems")
-"""Names under which LLMs take what they keep of the tokens before; `use_cache` asks for it."""
+"""Names of the arguments by which LLMs take their cache of previous tokens (requested by `use_cache`)."""
 GENERATES = ("generate", "generate_batch", "init_continuous_batching")
-"""Methods of an LLM that decide what its calls read."""
-_GUESSES = "has guessed answer tokens read together with the prompt, whose end cannot be told then"
+"""Methods of an LLM that call it repeatedly."""
+_GUESSES = "makes the LLM read guessed answer tokens together with the prompt, which hides where the prompt ends"
 UNTRACKED = {
     "assistant_model": _GUESSES,
     "prompt_lookup_num_tokens": _GUESSES,
     "assistant_early_exit": _GUESSES,
-    "prefill_chunk_size": "has a prompt read in several calls, whose end cannot be told from the first",
-    "guidance_scale": "has a second prompt read between the steps of the first, and which of them to steer is not said",
+    "prefill_chunk_size": "splits the prompt over several calls, the first of which does not show where it ends",
+    "guidance_scale": "reads a second prompt between the steps of the first, and it is unknown which of them to steer",
 }
-"""Options of `generate` with which an LLM's calls cannot be followed, and what they do."""
+"""Options of `generate` with which its calls cannot be tracked, and the reason."""
 
 _CONTINUING: ContextVar[bool] = ContextVar("atv_continuing", default=False)
 
 
 def continuing() -> AbstractContextManager[None]:
-    """Calls inside read tokens that answer the prompt of the call before, as many at a time as one likes.
+    """Inside this context calls may read several answer tokens at once after a cached prompt.
 
-    Outside `generate` several tokens after a cached prompt are refused: they could as well be another turn.
+    Otherwise, outside `generate`, several tokens after a cached prompt raise ATVError: they could be another turn.
     """
     return having(_CONTINUING, True)
 
 
 def refuse_untracked(llm: Any, method: str, arguments: Mapping[str, Any]) -> None:
-    """Raise ATVError if `generate` was asked for something in which prompts cannot be told from answers.
+    """Raise ATVError if `generate` was called with options that prevent telling prompts from answers.
 
     Args:
-        llm: whose method is called.
+        llm: the LLM whose method is called.
         method: one of `GENERATES`.
-        arguments: of the call, by name.
+        arguments: arguments of the call, by name.
     """
     if method != "generate":
         raise ATVError(
-            f"{method} packs the tokens of many requests into one row, and vectors would be added elsewhere. Steer "
-            "generate instead, with one query for each prompt."
+            f"{method} packs the tokens of many requests into one row, so vectors would be added to wrong tokens. "
+            "Steer generate instead, with one query for each prompt."
         )
     sources = (arguments.get("generation_config"), getattr(llm, "generation_config", None))
     for option, does in UNTRACKED.items():
         values = (arguments.get(option), *(getattr(source, option, None) for source in sources))
         value = next((value for value in values if value is not None), None)
         if value is not None and not (option == "guidance_scale" and value == 1):
-            raise ATVError(f"{option} {does}: vectors would be added elsewhere. Leave it out.")
+            raise ATVError(f"{option} {does}: vectors would be added to wrong tokens. Leave it out.")
 
 
 def _attended(mask: Any, rows: int, start: int, width: int, device: torch.device) -> Tensor:
-    """Which tokens of a call are no padding, (rows, width), from whatever mask it was given.
+    """Return which tokens of a call are not padding, (rows, width), from any kind of mask.
 
     Args:
         mask: None; (rows, tokens read so far or in this call); (rows or 1, 1, width, keys), bool or added to scores,
-            where a token that is no padding sees itself; or several of these by kind of layer.
-        rows: of the call.
-        start: tokens that were read before it.
-        width: tokens that it reads.
-        device: of its tokens.
+            in which tokens other than padding see themselves; or a mapping from kinds of layers to such masks.
+        rows: rows of the call.
+        start: tokens read before the call.
+        width: tokens read by the call.
+        device: device of its tokens.
     """
     if isinstance(mask, Mapping):
         mask = mask.get("full_attention", next(iter(mask.values()), None))
@@ -103,7 +102,7 @@ def _attended(mask: Any, rows: int, start: int, width: int, device: torch.device
 
 
 def _tokens(call: Mapping[str, Any]) -> Tensor:
-    """What a call reads: ids (rows, seq), or embeddings (rows, seq, hidden)."""
+    """Return what a call reads: ids (rows, seq), or embeddings (rows, seq, hidden)."""
     tokens = call["input_ids"] if call.get("input_ids") is not None else call.get("inputs_embeds")
     if tokens is None:
         raise ATVError("The LLM was called with neither input_ids nor inputs_embeds; a steered call needs one.")
@@ -111,19 +110,19 @@ def _tokens(call: Mapping[str, Any]) -> Tensor:
 
 
 def _cache(call: Mapping[str, Any]) -> Any:
-    """The cache that a call was given, under whatever name; None if there is none."""
+    """Return the cache that was passed to a call, under any of its names; None if there is none."""
     arguments = {**call, **call.get("kwargs", {})}
     return next((arguments[name] for name in CACHES if arguments.get(name) is not None), None)
 
 
 def _start(call: Mapping[str, Any]) -> int | None:
-    """How many tokens were read before those of a call; None: some."""
+    """Return how many tokens were read before those of a call; None: an unknown number above 0."""
     cache = _cache(call)
     return 0 if cache is None else _length(cache)
 
 
 def _length(cache: Any) -> int | None:
-    """How many tokens a cache holds; None: some, as a recurrent state, which does not count them."""
+    """Return how many tokens a cache contains; None: an unknown number above 0, as in a recurrent state."""
     count = getattr(cache, "get_seq_length", None)
     try:
         return int(count())  # type: ignore[misc]
@@ -134,41 +133,41 @@ def _length(cache: Any) -> int | None:
 
 @dataclass(frozen=True, eq=False)
 class Span:
-    """One call of the LLM, seen from the prompts in it."""
+    """The edited tokens and the prompt ends in one call of the LLM."""
 
     where: Tensor
     """(rows, seq) bool: the tokens of this call that are edited."""
     ends: Tensor | None = None
-    """(rows,): the column of each row's last prompt token, counted from either end; None if this call holds no end."""
+    """(rows,): the column of each row's last prompt token, from either end; None if no prompt ends in this call."""
 
     @cached_property
     def first(self) -> int:
-        """The first column in which a row is edited; computed once, since it waits for the device."""
+        """The first column in which a row is edited; computed once, since it synchronises with the device."""
         return first_edited(self.where) if self.where.shape[1] > 1 else 0
 
 
 def first_edited(where: Tensor) -> int:
-    """The first column of (rows, seq) in which a row is edited; seq if there is none."""
+    """Return the first column of (rows, seq) in which a row is edited; seq if there is none."""
     columns = where.any(dim=0).nonzero()
     return int(columns[0]) if len(columns) else where.shape[1]
 
 
 class Spans(ABC):
-    """Gives the span of each call of a steered LLM."""
+    """Provides the span of each call of a steered LLM."""
 
     finished = False
-    """Inside `generate`: no later call edits anything."""
+    """Whether, inside `generate`, no later call edits anything."""
 
     @abstractmethod
     def __call__(self, call: Mapping[str, Any]) -> Span | None:
-        """The span of a call that is about to run, from its arguments by name; None: nothing in it is edited."""
+        """Return the span of a call that is about to run, from its arguments by name; None: it edits nothing."""
 
     def generating(self, llm: Any, method: str, arguments: Mapping[str, Any]) -> AbstractContextManager[None]:
-        """Around a call of one of `GENERATES`; ATVError if its calls cannot be followed."""
+        """Return the context for a call of one of `GENERATES`; raise ATVError if its calls cannot be tracked."""
         del llm, arguments
         raise ATVError(
-            f"{method} was called where the edited tokens are given by {type(self).__name__}, which holds for single "
-            "calls of the LLM. Use Tracked for generate."
+            f"{method} was called while the edited tokens are given by {type(self).__name__}, which is valid only for "
+            "single calls of the LLM. Use Tracked for generate."
         )
 
 
@@ -184,38 +183,38 @@ class Known(Spans):
         self._span = Span(where, ends)
 
     def __call__(self, call: Mapping[str, Any]) -> Span | None:
-        """The span that is known."""
+        """Return the given span."""
         del call
         return self._span
 
 
 class Lengths(Spans):
-    """Calls that read whole texts: in each row a prompt, its continuation, and padding on the right.
+    """Calls that read whole texts: each row is a prompt, its continuation, and padding on the right.
 
     Args:
-        lengths: tokens of each row's prompt.
-        positions: the tokens that are edited.
+        lengths: number of tokens of each row's prompt.
+        positions: the edited tokens.
     """
 
     def __init__(self, lengths: Sequence[int], positions: Positions) -> None:
         self._lengths, self._positions = list(lengths), positions
 
     def __call__(self, call: Mapping[str, Any]) -> Span | None:
-        """The span of a call with `input_ids` or `inputs_embeds`, with or without `attention_mask`.
+        """Return the span of a call with `input_ids` or `inputs_embeds`, with or without `attention_mask`.
 
         Raises:
-            ATVError: other rows than lengths, a prompt that is longer than its row, padding on the left, or a cache
-                that holds tokens already.
+            ATVError: the numbers of rows and lengths differ, a prompt is longer than its row, padding is on the left,
+                or the cache already contains tokens.
         """
         tokens = _tokens(call)
         rows, width = tokens.shape[:2]
         if rows != len(self._lengths) or not all(0 < length <= width for length in self._lengths):
             raise ATVError(
-                f"The LLM was called with {rows} rows of {width} tokens and the prompts have {self._lengths[:8]} "
-                "tokens; expected one row per prompt, as long as its prompt at least."
+                f"The LLM was called with {rows} rows of {width} tokens, but the prompts have {self._lengths[:8]} "
+                "tokens; expected one row per prompt, at least as long as the prompt."
             )
         if _start(call):
-            raise ATVError("The LLM was called with a cache that holds tokens; expected calls that read whole texts.")
+            raise ATVError("The LLM was called with a filled cache; expected calls that read whole texts.")
         attended = _attended(call.get("attention_mask"), rows, 0, width, tokens.device).bool()
         if not bool(attended[:, 0].all()):
             raise ATVError("The LLM was called with padding on the left; expected it on the right, after the texts.")
@@ -228,12 +227,12 @@ class Lengths(Spans):
 
 
 class Tracked(Spans):
-    """Follows the calls of one steered context.
+    """Tracks the calls of one steered context.
 
-    Inside `generate` the first call reads the prompt and every other one its answer. Outside, the first call, and any
-    later one that does not continue what was read before, is a new prompt. A call continues if its cache holds the
-    prompt already, or if it reads the same prompt again with more tokens after it. The edit mask of a prompt comes from
-    its padding and from `positions`; columns after the prompt are answer tokens.
+    Inside `generate` the first call reads the prompt and all others its answer. Outside, a call is a new prompt unless
+    it continues the previous one: its cache already contains the prompt, or it reads the same prompt again with more
+    tokens after it. The edit mask of a prompt follows from its padding and `positions`; columns after the prompt are
+    answer tokens.
     """
 
     def __init__(self, queries: int, positions: Positions) -> None:
@@ -247,7 +246,7 @@ class Tracked(Spans):
 
     @contextmanager
     def generating(self, llm: Any, method: str, arguments: Mapping[str, Any]) -> Iterator[None]:
-        """The next call reads a prompt, and those after it inside this context its answer."""
+        """Inside this context the next call reads a prompt, and later calls its answer."""
         refuse_untracked(llm, method, arguments)
         former, self._expected = self._expected, "prompt"
         try:
@@ -256,7 +255,7 @@ class Tracked(Spans):
             self._expected = former
 
     def __call__(self, call: Mapping[str, Any]) -> Span | None:
-        """The span of a call, which either begins a prompt or continues the one before."""
+        """Return the span of a call, which either starts a prompt or continues the previous one."""
         ids, tokens = call.get("input_ids"), _tokens(call)
         rows, width = tokens.shape[:2]
         cache, start = _cache(call), _start(call)
@@ -265,13 +264,13 @@ class Tracked(Spans):
             self._begin(tokens, call.get("attention_mask"), ids, start or 0)
             place = self._start
         self._expected = None if self._expected is None else "answer"
-        # An LLM that is given a cache which its signature does not name ignores it and reads the whole text again.
+        # An LLM whose signature does not name the given cache ignores it and reads the whole text again.
         taken = any(call.get(name) is not None for name in CACHES)
         self.finished = self._expected is not None and taken and not self.positions.answer
         self._cache = None if cache is None else _weak(cache)
         assert self._prompt_mask is not None
         prompt = self._prompt_mask.shape[1]
-        if place >= prompt:  # answer tokens alone: known from shapes, so that a decoding step waits for no device
+        if place >= prompt:  # only answer tokens: known from shapes, so decoding does not synchronise with the device
             answer = torch.ones(rows, width, dtype=torch.bool, device=tokens.device)
             return Span(answer) if self.positions.answer else None
         known = self._prompt_mask[:, place : place + width]  # columns of the prompt in this call
@@ -279,13 +278,13 @@ class Tracked(Spans):
         return Span(where, self._ends(place)) if bool(where.any()) else None
 
     def _ends(self, place: int) -> Tensor:
-        """The column where each row's prompt ends, (rows,), in a call that begins at the prompt's column `place`."""
+        """Return the column where each row's prompt ends, (rows,), in a call that starts at the prompt's `place`."""
         prompt = cast(Tensor, self._prompt_mask)
-        from_end = prompt.flip(-1).int().argmax(-1)  # a prompt's last token is edited wherever vectors are added
+        from_end = prompt.flip(-1).int().argmax(-1)  # a prompt's last token is always edited
         return prompt.shape[1] - 1 - from_end - place
 
     def _continued(self, ids: Tensor | None, rows: int, width: int, cache: Any, start: int | None) -> int | None:
-        """The column of the prompt's text at which this call begins; None: it is a new prompt."""
+        """Return the column of the current prompt's text at which this call starts; None: it is a new prompt."""
         prompt = self._prompt_mask
         if prompt is None or self._expected == "prompt":
             return None
@@ -300,22 +299,22 @@ class Tracked(Spans):
             if width > 1:
                 raise ATVError(
                     f"The LLM was called with {width} tokens after a cached prompt: they may be an answer, another "
-                    "turn or the rest of the prompt, and nothing tells which. Open a new context for another turn, "
-                    "use generate, or read an answer inside atv.lm.spans.continuing()."
+                    "turn or the rest of the prompt. Open a new context for another turn, use generate, or read an "
+                    "answer inside atv.lm.spans.continuing()."
                 )
             return prompt.shape[1] if start is None else start
         return self._read_again(ids, cache, start)
 
     def _read_again(self, ids: Tensor | None, cache: Any, start: int) -> int | None:
-        """As `_continued`, for a call that reads columns of the prompt."""
+        """Like `_continued`, for a call that reads columns of the prompt."""
         if start > self._start:
             if self.positions.prompt_tokens is None:
                 return start
             if self._cache is None or self._cache() is not cache:
-                return None  # another prompt, whose beginning was read before
+                return None  # another prompt with a cached beginning
             raise ATVError(
-                "The LLM's cache was cut back into the prompt: nothing tells whether this call reads the rest of it "
-                "again or another prompt that begins alike. Open a new context for another prompt."
+                "The LLM's cache was cropped to a part of the prompt: this call may read the rest again, or another "
+                "prompt with the same beginning. Open a new context for another prompt."
             )
         seen = self._prompt_ids
         if ids is None or seen is None or start != self._start or ids.shape[1] <= seen.shape[1]:
@@ -332,7 +331,7 @@ class Tracked(Spans):
         if rest or repeats == 0 or groups_differ:
             raise ATVError(
                 f"The LLM was given {rows} rows of prompts and steering was opened with {self.queries} queries; "
-                "expected one query per prompt (beams and returned sequences repeat a prompt's rows by themselves)."
+                "expected one query per prompt (generate repeats rows for beams and returned sequences itself)."
             )
         edited = edit_mask(_attended(mask, rows, start, width, tokens.device), self.positions)
         self._prompt_mask = torch.nn.functional.pad(edited, (start, 0))
@@ -340,7 +339,7 @@ class Tracked(Spans):
 
 
 def _weak(cache: Any) -> ref[Any] | None:
-    """A weak reference; None to what allows none, as a list of tensors."""
+    """Return a weak reference; None if the object does not allow one, such as a list of tensors."""
     try:
         return ref(cache)
     except TypeError:

@@ -1,1 +1,1 @@
-"""The one training loop, and the batches that it is fed."""
+"""The training loop and its batches."""

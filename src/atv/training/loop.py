@@ -1,4 +1,4 @@
-"""Training: transformers' Trainer with the paper's optimiser, a wiring test before it and a whole adapter after it."""
+"""Training with transformers' Trainer, a wiring test before the first step, and an adapter saved at the end."""
 
 import math
 import shutil
@@ -35,24 +35,24 @@ with quiet_libraries():  # the Trainer imports bitsandbytes
 
 RECORD_FILE = "train.json"
 JUDGED = "judged"
-"""In a batch beside what the model takes: how many tokens tell each answer apart, (batch,)."""
+"""Key in a batch, in addition to the model's inputs: the number of tokens that identify each answer, (batch,)."""
 WARM_UP = 0.05
 """Share of the steps in which a linear schedule rises."""
 WEIGHTS_FILE = "model.safetensors"
-"""Of a checkpoint, as the Trainer names it."""
+"""Weights of a checkpoint, as the Trainer names them."""
 ENOUGH_TO_CHOOSE = 100
-"""Fewer validation rows than this tell epochs apart by chance more often than not."""
+"""With fewer validation rows than this, differences between epochs are mostly chance."""
 COMPLETE = "complete"
-"""Empty file in a checkpoint folder whose writing has ended."""
+"""Empty file that marks a completely written checkpoint folder."""
 
 
 def first_step(start: float, steps: int) -> int:
-    """The first of `steps` steps before which that share of them is done."""
+    """Return the first of `steps` steps at which a share of `start` is done."""
     return sum(step / steps < start for step in range(steps))
 
 
 def make_optimizer(model: AdapterModel, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW or the paper's Adam with L2 in the gradient, with the groups and rates that `model` names."""
+    """Return AdamW, or the paper's Adam with an L2 penalty in the gradient, for the model's parameter groups."""
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
     return kind(
         model.parameter_groups(config),
@@ -62,14 +62,14 @@ def make_optimizer(model: AdapterModel, config: TrainConfig) -> torch.optim.Opti
 
 
 class NonFiniteLoss(Exception):
-    """The loss became NaN or infinite; nothing was updated from it."""
+    """The loss became NaN or infinite; no weight was updated with it."""
 
 
 class ATVTrainer(Trainer):
-    """Trainer with the optimiser and rates of a `TrainConfig`, that stops before a non-finite loss does damage.
+    """A Trainer with the optimiser and rates of a `TrainConfig`, which stops before a non-finite loss reaches a weight.
 
-    Its checkpoints hold generator and expansion alone, since the LLM is not a submodule of `ATVModel`. A batch split
-    among processes and accumulation steps gives the loss and the gradient of the whole batch, up to rounding.
+    Its checkpoints contain only generator and expansion, since the LLM is not a submodule of `ATVModel`. A batch split
+    among processes and accumulation steps gives the loss and gradient of the whole batch, up to rounding.
     """
 
     def __init__(self, *args: Any, train_config: TrainConfig, **kwargs: Any) -> None:
@@ -77,7 +77,7 @@ class ATVTrainer(Trainer):
         super().__init__(*args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The one that `make_optimizer` makes."""
+        """Return the optimiser of `make_optimizer`."""
         del model
         if self.optimizer is None:
             self.optimizer = make_optimizer(cast(AdapterModel, self.model), self.train_config)
@@ -86,7 +86,7 @@ class ATVTrainer(Trainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """As the configuration says, for each group from its start; no step after it has a rate of zero."""
+        """Return the configured schedule, which begins at each group's start; no later step has a rate of zero."""
 
         def schedule(start: float) -> Callable[[int], float]:
             first = first_step(start, num_training_steps)
@@ -95,7 +95,7 @@ class ATVTrainer(Trainer):
 
             def share(step: int) -> float:
                 done = step - first
-                if done < 0 or done == steps:  # not yet, or over
+                if done < 0 or done == steps:  # before the start or after the last step
                     return 0.0
                 if self.train_config.lr_schedule == "constant":
                     return 1.0
@@ -115,15 +115,15 @@ class ATVTrainer(Trainer):
 
     @property
     def _split(self) -> bool:
-        """A batch is read in several parts, by several processes or one after the other."""
+        """Whether a batch is read in several parts, by several processes or one after the other."""
         return bool(self.args.world_size * self.args.gradient_accumulation_steps > 1)
 
     def get_batch_samples(self, *args: Any) -> tuple[list[Any], Any]:
-        """The parts of a batch that this process reads; beside them, as "items", the weight of each part's loss.
+        """Return this process's parts of a batch and, as the number of items, the weight of each part's loss.
 
-        The Trainer averages the parts' mean losses, over a process's parts and then over processes. All parts hold
-        as many rows, so that is the batch's mean, but for the rows that fill it up: they add 0 and are counted, and
-        the weight takes that back.
+        The Trainer averages the parts' mean losses, over a process's parts and then over processes. All parts have the
+        same number of rows, so this is the batch's mean, except for padding rows: they add 0 but are counted, which
+        the weight corrects.
         """
         parts, _ = super().get_batch_samples(*args)
         if not self._split:
@@ -136,7 +136,7 @@ class ATVTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The model's loss, weighted; NonFiniteLoss in every process before it can reach a weight in any."""
+        """Return the weighted loss; if it is not finite in one process, raise NonFiniteLoss in all of them."""
         inputs.pop(JUDGED)
         loss, outputs = super().compute_loss(model, inputs, True)
         if num_items_in_batch is not None:
@@ -146,7 +146,7 @@ class ATVTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model: nn.Module, inputs: Any, *_: Any, **__: Any) -> tuple[None, Tensor, Tensor]:
-        """Loss and score of every row, both (rows, prompts), so that their means do not depend on the batches."""
+        """Return loss and score of every row, both (rows, prompts), so that their means do not depend on batching."""
         inputs = self._prepare_inputs(inputs)
         judged = inputs.pop(JUDGED)
         with torch.no_grad():
@@ -156,7 +156,7 @@ class ATVTrainer(Trainer):
         return None, output.losses.view(shape), correct.view(shape)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Weights as safetensors and nothing else: the Trainer's own version also pickles its arguments."""
+        """Save only the weights, as safetensors: the Trainer's own version also pickles its arguments."""
         from safetensors.torch import save_file
 
         if not self.args.should_save:
@@ -171,7 +171,7 @@ class ATVTrainer(Trainer):
 
 @dataclass
 class _JudgedCollator:
-    """A model's batches, and what `ATVTrainer` judges their answers by."""
+    """A model's collator, which also adds the `JUDGED` counts for `ATVTrainer`."""
 
     collate: Collator
 
@@ -180,7 +180,7 @@ class _JudgedCollator:
 
 
 class _Progress(TrainerCallback):
-    """Turns the rows' templates, draws the bar, marks complete checkpoints and finds the best one again."""
+    """Rotates the rows' templates, updates the bar, marks complete checkpoints and stops early."""
 
     def __init__(self, model: AdapterModel, rows: Rows, progress: Bar, epochs: int, config: TrainConfig) -> None:
         self.model, self.rows, self.progress, self.epochs = model, rows, progress, epochs
@@ -188,7 +188,7 @@ class _Progress(TrainerCallback):
         self.start = max(group.get("start", 0.0) for group in model.parameter_groups(config))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The Trainer notes where the best checkpoint was; resumed, it is in the folder as that is named now."""
+        """Point a resumed Trainer to the best checkpoint in its current folder, which may have been moved."""
         del control
         if state.best_global_step is None:
             return
@@ -219,27 +219,27 @@ class _Progress(TrainerCallback):
         self.progress.describe(f"train: epoch {round(state.epoch)}, valid {accuracy:.2f}")
         log.info(f"epoch {round(state.epoch)} of {self.epochs}: valid loss {loss:.4f}, accuracy {accuracy:.3f}")
         found = [entry["eval_choice"] for entry in state.log_history if "eval_choice" in entry]
-        # Epochs before the last group begins to learn do not try anybody's patience.
+        # Epochs before the last group starts training do not count for patience.
         since = len(found) - 1 - max(found.index(max(found)), math.ceil(self.start * self.epochs) - 1)
         if since >= self.patience and len(found) < self.epochs:
-            log.info(f"No better epoch in {since}: stopped.")
+            log.info(f"No improvement in {since} epochs: stopped.")
             control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         del control
-        barrier()  # every process writes its random state
+        barrier()  # every process has written its random state
         if is_main():
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a training left behind."""
+    """The result of a training."""
 
     adapter: Path
     """Folder of the adapter."""
     record: dict[str, Any]
-    """What `train.json` holds: settings, history, seconds, versions."""
+    """The contents of `train.json`: settings, history, seconds, versions."""
 
 
 def train(
@@ -250,29 +250,29 @@ def train(
     force: bool = False,
     store: PrefixStore | None = None,
 ) -> TrainResult:
-    """Train an ATV, or what another method learns, on the training splits of tasks; keep the epoch that validates best.
+    """Train an ATV or another method on the training splits of tasks and keep the epoch with the best validation score.
 
-    Writes `out/adapter` (the adapter), `out/train.json` (settings and history) and, until it is done,
-    `out/checkpoints` and, if main memory is too small, `out/prefixes`. Called again with the same arguments after an
-    interruption it resumes from the last complete epoch and ends with the same weights, bit for bit on a CPU as long as
-    the store keeps every prompt; called again after the end it trains nothing. Where a launcher has started several
-    processes, all of them call it, and share each batch.
+    Writes `out/adapter` (the adapter), `out/train.json` (settings and history) and, while it runs, `out/checkpoints`
+    and, if main memory is too small, `out/prefixes`. Called again with the same arguments after an interruption, it
+    resumes from the last complete epoch and ends with the same weights, bit for bit on a CPU if the store caches every
+    prompt. Called again after the end, it is a no-op. If a launcher has started several processes, all of them call
+    it and share each batch.
 
-    However it ends, `model` then holds the weights of `out/adapter`, read back from there, and is in eval mode.
+    In the end `model` has the weights of `out/adapter`, read back from there, and is in eval mode.
 
     Args:
-        model: made under `set_seed(config.seed)` if the result is to be repeatable.
-        tasks: trained on together, shuffled.
+        model: created under `set_seed(config.seed)` for a reproducible result.
+        tasks: tasks that are trained on together, shuffled.
         out: folder of this training.
-        config: the default is the paper's.
-        force: start over, even if `out` holds a training.
-        store: an empty one with budgets of its own for the prompts' keys and values.
+        config: by default `TrainConfig()`.
+        force: start over, even if `out` contains a training.
+        store: an empty store for the prompts' keys and values; by default one with the default budgets.
 
     Raises:
-        ATVError: `out` holds another training; a prompt is too long; a batch cannot be split among the processes; the
-            wiring self-test failed; a part of the model is not what the configuration makes, so that it cannot be
-            saved; or the loss became NaN or infinite: then `out/adapter` holds the best epoch before it, if there was
-            one.
+        ATVError: `out` contains another training; a prompt is too long; a batch cannot be split among the processes;
+            the wiring self-test failed; a part of the model differs from what the configuration builds, so that it
+            cannot be saved; or the loss became NaN or infinite: then `out/adapter` contains the best epoch before that,
+            if there was one.
     """
     config, out = config or TrainConfig(), local(out)
     config.rows_per_call(world_size())
@@ -281,7 +281,7 @@ def train(
     device = input_device(model.llm)
     if device.type == "cuda" and (device.index or 0) != local_rank():
         raise ATVError(
-            f"The LLM is on {device}; training expects this process's GPU, cuda:{local_rank()}. Choose the GPU with "
+            f"The LLM is on {device}; training expects this process's GPU, cuda:{local_rank()}. Select the GPU with "
             "CUDA_VISIBLE_DEVICES instead."
         )
     train_settings = config.to_dict()
@@ -289,7 +289,7 @@ def train(
     settings = training_settings(model.llm, tasks, model.describe(), train_settings)
     record = former_record(out, settings, force)
     if record is not None and record["finished"]:
-        log.info(f"{out} holds this training already, finished; nothing to do (start over with --force).")
+        log.info(f"{out} holds this training already, finished; nothing to do (--force starts over).")
         model.load_weights(out / "adapter")
         model.eval()
         return TrainResult(out / "adapter", record)
@@ -301,23 +301,23 @@ def train(
         error = 50 / math.sqrt(len(valid))
         log.warning(
             f"{len(valid)} validation rows: accuracy on them has a standard error of about {error:.0f} points, "
-            "too much to tell most epochs apart. More of them would choose better."
+            "too much to tell most epochs apart. Use more of them for a better choice."
         )
     _require_gradient(model, rows[0])
-    barrier()  # nothing is written before everything that can be checked has been, by every process
+    barrier()  # nothing is written before every process has passed all checks
     if record is None:
         record = {"finished": False, "settings": settings} | provenance()
         if is_main():
             _clear(out)
             write_json(out / RECORD_FILE, record)
-    barrier()  # and nothing by another process before what was there has been removed
+    barrier()  # other processes write nothing before old files have been removed
     set_seed(config.seed)
     store = store or PrefixStore()
     _fill(store, model, [*rows.of_epochs(epochs), *valid.of_epochs(1)], out / "prefixes" / str(rank()))
     checkpoints = out / "checkpoints"
     steps = epochs * math.ceil(len(rows) / config.batch_size)
-    # Torch's fused attention is slow in the backward on a CPU: LoRA's whole step takes 1.4 times as long with it. Where
-    # prefixes are stored, what is read again must be what was stored, so that only the steered part has the other one.
+    # Torch's fused attention has a slow backward pass on a CPU: LoRA's whole step takes 1.4 times as long with it. If
+    # prefixes are stored, reading them again must give what was stored, so only the steered part uses the other one.
     attention = grouped() if device.type == "cpu" and model.dependent_tokens is None else nullcontext()
     both = [*rows.rows, *valid.rows]
     with model.in_training(config, store.read, both), bar("train", steps) as progress, attention:
@@ -331,14 +331,14 @@ def train(
     if not finite:
         message = _after_non_finite(trainer, model, record, out)
         shutil.rmtree(out / "prefixes" / str(rank()), ignore_errors=True)
-        barrier()  # the process that fails first must not take the one that writes with it
+        barrier()  # a process that fails first must not end the one that writes
         raise ATVError(message)
     _finish(trainer, model, record, out)
     return TrainResult(out / "adapter", record)
 
 
 def _run(trainer: ATVTrainer, checkpoints: Path) -> bool:
-    """Train, from the last complete checkpoint on if there is one; the model has its best epoch, if there is one.
+    """Train, resuming from the last complete checkpoint if any; the model then has its best epoch, if any.
 
     Returns:
         Whether the loss stayed finite.
@@ -347,7 +347,7 @@ def _run(trainer: ATVTrainer, checkpoints: Path) -> bool:
     if last is not None:
         log.info(f"Resuming from {last}")
     if rank() > 0:
-        torch.manual_seed(trainer.train_config.seed + rank())  # dropout of its own for each process's rows
+        torch.manual_seed(trainer.train_config.seed + rank())  # different dropout in each process
     try:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     except NonFiniteLoss:
@@ -358,7 +358,7 @@ def _run(trainer: ATVTrainer, checkpoints: Path) -> bool:
 
 
 def _require_gradient(model: AdapterModel, row: EncodedRow) -> None:
-    """Raise ATVError if training would change nothing, which libraries that change can bring about silently."""
+    """Raise ATVError if training would change nothing, which a new library version can cause silently."""
     if isinstance(model, ATVModel):
         log.info("Wiring self-test")
         return require_wiring(model)
@@ -366,21 +366,21 @@ def _require_gradient(model: AdapterModel, row: EncodedRow) -> None:
     learned = [p for p in model.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(model(**batch).loss, learned, allow_unused=True)
     if not any(gradient is not None and gradient.any() for gradient in gradients):
-        raise ATVError("No gradient arrives at what is to be learned: it is not wired to this LLM. Training refused.")
+        raise ATVError("No gradient reaches the trained parameters: the method does not work with this LLM.")
     return None
 
 
 def training_settings(
     llm: nn.Module, tasks: Sequence[Task], config: dict[str, Any], train: dict[str, Any]
 ) -> dict[str, Any]:
-    """What decides what is learned: everything that a resumed training must share with the interrupted one.
+    """Return all settings that determine what is learned, which a resumed training must share with the interrupted one.
 
     Args:
         llm: the frozen LLM.
-        tasks: trained on.
+        tasks: the training tasks.
         config: the method's configuration.
-        train: how it is trained. Not how a batch is split: that decides rounding and the draws of dropout, and a
-            training may be resumed with fewer GPUs.
+        train: the training configuration, without the split of a batch: that affects only rounding and dropout masks,
+            and a training may be resumed with fewer GPUs.
     """
     described = {
         task.name: {
@@ -403,7 +403,7 @@ def training_settings(
 
 
 def former_record(out: Path, settings: dict[str, Any], force: bool) -> dict[str, Any] | None:
-    """The record of the training that `out` holds, if it is to be resumed; its settings must be the same."""
+    """Return the record of the training in `out`, if it is to be resumed; its settings must be the same."""
     file = out / RECORD_FILE
     if file.exists() and not force:
         record: dict[str, Any] = read_json(file, "the record of a training")
@@ -427,7 +427,7 @@ def _encoded(model: AdapterModel, tasks: Sequence[Task], split: str) -> list[Enc
 
 
 def _fill(store: PrefixStore, model: AdapterModel, rows: Sequence[EncodedRow], folder: Path) -> None:
-    """Read every prompt up to its first edited token."""
+    """Fill the store with every prompt up to its first edited token."""
     if model.dependent_tokens is None:
         return
     prefixes = {tuple(prompt[: -model.dependent_tokens]) for row in rows for prompt, _ in row.pairs} - {()}
@@ -439,27 +439,27 @@ def _fill(store: PrefixStore, model: AdapterModel, rows: Sequence[EncodedRow], f
 
 
 def _clear(out: Path) -> None:
-    """Remove what a training needs only while it runs."""
+    """Remove the files that a training needs only while it runs."""
     for name in ("checkpoints", "prefixes"):
         shutil.rmtree(out / name, ignore_errors=True)
 
 
 @dataclass
 class _Metrics:
-    """Of validation rows, from what `ATVTrainer.prediction_step` gave: what is said, and what chooses the epoch."""
+    """Validation metrics from the outputs of `ATVTrainer.prediction_step`, and the value that selects the epoch."""
 
     best_epoch: str
 
     def __call__(self, rows: Any) -> dict[str, float]:
-        """Mean loss, share of right answers, and the number of which the highest is kept."""
+        """Return mean loss, share of right answers, and the value whose maximum selects the epoch."""
         loss, accuracy = rows.predictions.mean(dtype=float), rows.label_ids.mean(dtype=float)
-        # Accuracies differ by whole answers: half an answer's worth decides between equal ones alone.
+        # Accuracies differ by whole answers, so adding less than half an answer's worth only breaks ties.
         ties = 1 / (1 + loss) / (2 * rows.label_ids.size)
         return {"loss": loss, "accuracy": accuracy, "choice": -loss if self.best_epoch == "loss" else accuracy + ties}
 
 
 def _some_unused(model: AdapterModel, row: EncodedRow) -> bool:
-    """A trained weight takes no part in the loss; DDP would wait for its gradient unless told to look for such."""
+    """Whether a trained weight does not affect the loss; DDP would wait for its gradient unless it looks for these."""
     device = next(model.parameters()).device
     batch = {name: value.to(device) for name, value in model.collator()([row]).items()}
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -489,7 +489,7 @@ def _trainer(
         eval_strategy="epoch",
         save_strategy="epoch",
         logging_strategy="epoch",
-        save_total_limit=1,  # and the best one
+        save_total_limit=1,  # in addition to the best one
         load_best_model_at_end=True,
         metric_for_best_model="eval_choice",
         greater_is_better=True,
@@ -500,7 +500,7 @@ def _trainer(
         report_to="none",
         use_cpu=next(model.parameters()).device.type == "cpu",
     )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # more of them through processes, never through DataParallel
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs need several processes, never DataParallel
     trainer = ATVTrainer(
         model=model,
         args=arguments,
@@ -518,7 +518,7 @@ def _trainer(
 
 
 def _last_complete(checkpoints: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; a half-written one is removed."""
+    """Return the newest complete checkpoint; remove incomplete ones."""
     if is_main():
         for folder in checkpoints.glob("checkpoint-*"):
             if not (folder / COMPLETE).exists():
@@ -550,7 +550,7 @@ def _save(trainer: ATVTrainer, model: AdapterModel, record: dict[str, Any], out:
 
 
 def _read_back(model: AdapterModel, adapter: Path) -> None:
-    """Let a model have what it has saved; ATVError if that is not what it had, but for rounding to the LLM's dtype."""
+    """Load a model's saved weights; raise ATVError if they changed by more than rounding to the LLM's dtype."""
 
     def sample() -> list[Tensor]:
         tensors = [*model.parameters(), *model.buffers()]
@@ -575,7 +575,7 @@ def _finish(trainer: ATVTrainer, model: AdapterModel, record: dict[str, Any], ou
 
 
 def _after_non_finite(trainer: ATVTrainer, model: AdapterModel, record: dict[str, Any], out: Path) -> str:
-    """Keep the best epoch before the loss became NaN, and say what there is."""
+    """Save the best epoch before the loss became NaN, if any, and return an error message."""
     state = trainer.state
     said = f"The loss became NaN or infinite after step {state.global_step} (epoch {state.epoch:.2f})."
     advice = "Try a lower --lr or --scale, or --max-grad-norm 1; then start over with --force."
