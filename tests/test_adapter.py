@@ -138,6 +138,7 @@ def edit(**changes):
         (edit(format=99), "has format 99; this version reads format 5"),
         (edit(config={"scale": "strong"}), "is damaged"),
         (edit(sha256={"../../etc/passwd": "0"}), "is not inside the folder"),
+        (edit(sha256={"generator/pytorch_model.bin": "0"}), "could run code; expected safetensors"),
         (edit(sha256={}), "lists the weight files"),
         (lambda path: (path / "generator" / "tokenizer.json").unlink(), "tokenizer.json is missing"),
         (change("generator/tokenizer.json"), "tokenizer.json is altered or truncated"),

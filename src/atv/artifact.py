@@ -6,7 +6,7 @@ file. Weights are safetensors, never pickle. The folder is written under a tempo
 
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +23,8 @@ from atv.lm.identity import describe_llm, different_weights
 FORMAT = 5
 CONFIG_FILE = "atv_config.json"
 CARD_FILE = "README.md"
+UNSAFE = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth", ".py")
+"""Endings of files that are unpickled or executed when they are loaded; an adapter has none of them."""
 """The model card: the only file that users may edit."""
 LIBRARIES = ("adaptive-task-vectors", "torch", "transformers", "safetensors")
 
@@ -113,7 +115,7 @@ def locate(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
 
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG_FILE]))
-        files = list(_read_config(folder)["sha256"])  # only these, never a pickle
+        files = _safe_names(folder, _read_config(folder)["sha256"])
         return Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG_FILE, *files]))
     except ATVError:
         raise
@@ -136,6 +138,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
             "again, or use the version that made it."
         )
     return written
+
+
+def _safe_names(folder: Path, names: Iterable[str]) -> list[str]:
+    """Return the names of an adapter's files; ATVError if one could run code when it is loaded."""
+    for name in names:
+        if name.lower().endswith(UNSAFE):
+            raise ATVError(f"{folder / CONFIG_FILE} names the file {name}, which could run code; expected safetensors.")
+    return list(names)
 
 
 def read(folder: Path, method: str | None = None) -> Saved:
@@ -165,6 +175,7 @@ def read(folder: Path, method: str | None = None) -> Saved:
     made_by = str(written.get("method"))
     if method is not None and made_by != method:
         raise ATVError(f"{folder} is an adapter of the method {made_by}; expected one of the method {method}.")
+    _safe_names(folder, digests)
     for name, digest in digests.items():
         file = folder / name
         if not file.resolve().is_relative_to(folder.resolve()):

@@ -60,7 +60,7 @@ class Tasks:
 
     task: list[str] | None = None
     """Task by name; repeatable. Default: all; train leaves out the category Unseen."""
-    data: str | None = option(None)
+    data: str | None = option(None, parser=model)
     """CSV, TSV, JSONL, JSON or Parquet file, folder with one for each split, hub:ORG/NAME[:CONFIG], or folder of
     TASK.json files and templates.json. Default: the built-in tasks."""
     input: str | None = option(None)
