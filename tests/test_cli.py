@@ -169,6 +169,9 @@ def test_reproduce_and_sweep_from_the_command_line(atv, world, tmp_path):
     assert {file.suffix for file in (tmp_path / "r" / "tables").iterdir()} == {".md", ".tex", ".csv"}
     assert json.loads((tmp_path / "r" / "trained/fixed-42/train.json").read_text())["settings"]["train"]["epochs"] == 1
     assert atv(*some)[1] == said
+    seeds = ["--method", "zero-shot", "--seed", "7", "--seed", "7", "--seed", "9", "--out", tmp_path / "seeds"]
+    assert atv("paper", "reproduce", *data, "--profile", "smoke", *seeds)[0] == 0
+    assert sorted(run.name for run in (tmp_path / "seeds" / "runs").iterdir()) == ["zero-shot-7", "zero-shot-9"]
     code, said, err = atv("paper", "sweep", *common, "--trials", "2", "--out", tmp_path / "s")
     assert code == 0, err
     assert "[2 of 2] fixed:" in err
@@ -178,6 +181,19 @@ def test_reproduce_and_sweep_from_the_command_line(atv, world, tmp_path):
         ["Unknown profile 'large'", "ablation, pair, paper, small, smoke"],
     )
     check_refused(*atv("paper", "reproduce", *common, "--config", tmp_path / "no"), ["No file", "a TOML file"])
+
+
+def test_a_table_is_trained_on_and_evaluated(atv, world, tmp_path):
+    rows = [f"the kettle leaks {number},{('yes', 'no')[number % 2]}" for number in range(40)]
+    (tmp_path / "tickets.csv").write_text("\n".join(["body,team", *rows]))
+    table = [*models(world), "--data", tmp_path / "tickets.csv", "--input", "body", "--output", "team"]
+    code, _, err = atv("train", "--method", "fixed", *table, "--epochs", "1", "--out", tmp_path / "out")
+    assert code == 0, err
+    assert "29 training, 3 validation, 8 test rows (test and valid drawn from the training rows, seed 42)" in err
+    code, said, err = atv("eval", *table, "--adapter", tmp_path / "out", "--out", tmp_path / "run")
+    assert code == 0, err
+    assert "atv report" in said
+    check_refused(*atv("eval", *table[:-2], "--method", "zero-shot"), ["--input and --output together"])
 
 
 def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_rows(atv, world, tmp_path):
