@@ -187,8 +187,9 @@ def test_a_table_is_trained_on_and_evaluated(atv, world, tmp_path):
     rows = [f"the kettle leaks {number},{('yes', 'no')[number % 2]}" for number in range(40)]
     (tmp_path / "tickets.csv").write_text("\n".join(["body,team", *rows]))
     table = [*models(world), "--data", tmp_path / "tickets.csv", "--input", "body", "--output", "team"]
-    code, _, err = atv("train", "--method", "fixed", *table, "--epochs", "1", "--out", tmp_path / "out")
+    code, said, err = atv("train", "--method", "fixed", *table, "--epochs", "1", "--out", tmp_path / "out")
     assert code == 0, err
+    assert "tickets.csv --input body --output team" in said
     assert "29 training, 3 validation, 8 test rows (test and valid drawn from the training rows, seed 42)" in err
     code, said, err = atv("eval", *table, "--adapter", tmp_path / "out", "--out", tmp_path / "run")
     assert code == 0, err

@@ -1,5 +1,6 @@
 """`atv train`."""
 
+import shlex
 from pathlib import Path
 
 from atv.cli.loading import frozen_llm, named_tasks
@@ -42,8 +43,9 @@ def train_adapter(given: Train, store: PrefixStore | None = None) -> Path:
     log.info(f"{name}: {rows} training rows of {', '.join(task.name for task in tasks)}")
     store = store or PrefixStore(memory, disk)
     adapter = METHODS[name].fit(llm, tokenizer, tasks, given.out, *settings, force=given.force, store=store)
-    data = f" --data {given.tasks.data}" if given.tasks.data else ""
-    print_lines([f"Adapter: {adapter}", f"Next: atv eval --adapter {adapter} --task {tasks[0].name}{data}"])
+    named = {"data": given.tasks.data, "input": given.tasks.input, "output": given.tasks.output}
+    same = "".join(f" --{option} {shlex.quote(value)}" for option, value in named.items() if value)
+    print_lines([f"Adapter: {adapter}", f"Next: atv eval --adapter {adapter} --task {tasks[0].name}{same}"])
     return adapter
 
 
