@@ -1,4 +1,4 @@
-"""The interface of methods: what the LLM reads and how it is edited meanwhile. Methods know nothing about metrics."""
+"""The interface of methods: what the LLM reads, and which edits apply. Methods know nothing about metrics."""
 
 from abc import ABC
 from collections.abc import Mapping, Sequence
