@@ -68,7 +68,7 @@ def numbers(count: int, rows: int) -> Task:
 
 def measured(llm: nn.Module, tokenizer: Any, task: Task, metric: str) -> None:
     """One evaluation, with answers that are not cached."""
-    for cached in (render._ending, render._following, render.answer_ids, scoring._encoded):
+    for cached in (render._ending, render.following, render.answer_ids, scoring.encoded_options):
         cached.cache_clear()
     evaluate(METHODS["zero-shot"].load(llm, tokenizer, None), [task], [metric], variants="first")
 

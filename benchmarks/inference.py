@@ -128,9 +128,9 @@ def first_token_apart(atv: ATVModel, prompts: Sequence[Sequence[int]], queries: 
 
 def _write(atv: ATVModel, prompts: Sequence[str], queries: Sequence[str] | None = None) -> list[str]:
     """Generate texts of exactly NEW_TOKENS tokens; steered if queries are given."""
-    how = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+    how: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
     if queries is not None:
-        return atv.generate(prompts, queries, **how)
+        return atv.generate(prompts, queries, batch_size=len(prompts), **how)
     inputs = atv.encode_prompts(prompts)
     width = inputs.pop("position_ids").shape[1]
     llm: Any = atv.llm

@@ -19,11 +19,13 @@ def encode_prompt(tokenizer: Any, text: str) -> list[int]:
 
 
 def encode_pair(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-    """Token ids of a prompt, and of the answer: where the whole text, with one space between, departs from it."""
+    """Token ids of a prompt, and of the answer: where the whole text, with one space between, departs from it, and the
+    tokenizer's end token, if it has one.
+    """
     ids, joint = encode_prompt(tokenizer, prompt), encode_prompt(tokenizer, f"{prompt} {answer}")
     assert joint[: len(ids)] == ids, "a token spans the seam"
     assert len(joint) > len(ids)
-    return ids, joint[len(ids) :]
+    return ids, joint[len(ids) :] + [tokenizer.eos_token_id] * (tokenizer.eos_token_id is not None)
 
 
 class Letters:

@@ -16,10 +16,10 @@ from sklearn.metrics import f1_score, precision_score, recall_score
 from transformers import MambaConfig, MambaForCausalLM, set_seed
 
 from atv.data import Example, Task
+from atv.data.task import FEW_OPTIONS
 from atv.errors import ATVError
 from atv.evaluation.measure import Frozen, measure
 from atv.evaluation.metrics import (
-    FEW_OPTIONS,
     ExactMatch,
     Likelihoods,
     TokenF1,
@@ -236,7 +236,7 @@ def says(tokenizer, text, *, end=False):
         ("yes", True, ("yes", "a rather longer answer"), "yes"),  # stops at the end of the text
         ("yes\nand more", False, ("yes", "a rather longer answer"), "yes"),  # at a line break
         ("yes\nand", True, ("yes\nand", "no"), "yes\nand"),  # which an answer of the task has
-        ("yes and on and on", False, ("yes", "no"), "yes"),  # at the end of the longest option
+        ("yes and on and on", False, ("yes", "no"), "yes and"),  # with the longest option and its end
     ],
 )
 def test_where_a_generated_answer_ends(said, end, options, generated):
@@ -252,7 +252,7 @@ def test_a_generated_answer_has_a_most_and_that_is_said(capsys, monkeypatch):
     monkeypatch.setattr("atv.evaluation.requests.MOST_TOKENS", 5)
     assert MOST_TOKENS == 256
     task, tokenizer = labelled(("yes", "a very much longer answer"), rows=4), byte_level_tokenizer()
-    asked = Requests(make_llm(), tokenizer, task, task.training_renderers()[0], {"generate"})
+    asked = Requests.of_task(make_llm(), tokenizer, task, task.training_renderers()[0], {"generate"})
     assert (asked.limit, asked.read_after, asked.options) == (5, 4, None)
     assert "labels: its longest answer has" in capsys.readouterr().err
 
@@ -268,7 +268,7 @@ def test_where_an_answer_is_generated_nothing_is_done_for_each_option(monkeypatc
     llm, calls = make_llm(), []
     llm.register_forward_pre_hook(lambda *_: calls.append(1))
     evaluate(zero_shot(llm), [task], variants="first", batch_size=60)
-    assert len(calls) <= 1 + 3  # the prompts, and at most one more for each further token of "w59"
+    assert len(calls) <= 1 + 4  # the prompts, and at most one more for each further token of "w59" and its end
 
 
 # ---- formulas ----

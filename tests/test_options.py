@@ -18,6 +18,7 @@ from rendering import encode_pair, prompt_text
 from transformers import MambaConfig, MambaForCausalLM, set_seed
 
 from atv.config import ATVConfig, Positions, TrainConfig
+from atv.data import Rendering
 from atv.data.collate import left_padded
 from atv.data.render import plain_prompt
 from atv.evaluation.records import RunWriter
@@ -390,7 +391,7 @@ def test_hundreds_of_options_are_encoded_once_however_many_rows_are_asked(tmp_pa
 
 def test_validation_accuracy_counts_the_tokens_that_tell_an_answer_apart(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("atv.progress._WARNED", set())
-    task = labelled(("1", "2", "3", "10"), rows=8)
+    task = dataclasses.replace(labelled(("1", "2", "3", "10"), rows=8), renderer=Rendering("template", ends=False))
     atv = make_atv(dtype=torch.float32)
     record = train(atv, [task], tmp_path, TrainConfig(epochs=1, batch_size=4)).record
     shown = next(entry["eval_accuracy"] for entry in record["history"] if "eval_accuracy" in entry)
@@ -398,8 +399,8 @@ def test_validation_accuracy_counts_the_tokens_that_tell_an_answer_apart(tmp_pat
     for example, template in itertools.product(task.valid, range(3)):
         prompt, _ = encode_pair(atv.tokenizer, prompt_text(task, example.input, template), example.output)
         read = steered_by_hand(atv, "last")
-        tokens, barred = beginning([tuple(encode_pair(atv.tokenizer, "A:", o)[1]) for o in task.options],
-                                   task.options.index(example.output))  # fmt: skip
+        without_end = [tuple(encode_pair(atv.tokenizer, "A:", option)[1][:-1]) for option in task.options]
+        tokens, barred = beginning(without_end, task.options.index(example.output))
         hits = [int(read(example, prompt, tokens[:place]).argmax()) == token for place, token in enumerate(tokens)]
         right.append(all(hits) and not barred)
     assert shown == pytest.approx(sum(right) / len(right))

@@ -61,7 +61,7 @@ def test_a_sentencepiece_answer_has_one_space_where_encoding_it_alone_would_give
     tokenizer = TOKENIZERS["sentencepiece"]
     _, answer = tokens(Template("{input}", "A:"), tokenizer, "is it?", "positive")
     together = tokenizer("is it?\nA: positive")["input_ids"]
-    assert together[-len(answer) :] == answer
+    assert [*together, tokenizer.eos_token_id][-len(answer) :] == answer
     assert tokenizer.convert_ids_to_tokens(answer)[0].count("▁") == 1
 
 
@@ -99,7 +99,7 @@ class ClosingTokenizer(MergingTokenizer):
 
 def test_an_end_token_after_the_text_is_left_out():
     closed, open_ = (tokens(Template("{input}"), make(), "a:", "y") for make in (ClosingTokenizer, MergingTokenizer))
-    assert closed == open_
+    assert closed == (open_[0], [*open_[1], ClosingTokenizer.eos_token_id])
 
 
 @pytest.mark.parametrize(("query", "answer", "named"), [(" ", "y", "prompt is empty"), ("a", " ", "answer is ' '")])
@@ -249,7 +249,7 @@ def test_a_renderer_of_ones_own_trains_and_evaluates(tmp_path, monkeypatch):
     monkeypatch.setattr(ATVModel, "calibrate", lambda _, rows: trained.extend(rows))
     config = TrainConfig.paper(epochs=1, batch_size=4, learning_rate=5e-3, generator_learning_rate=5e-3)
     result = train(atv, [task], tmp_path / "train", config)
-    assert "Turns" in result.record["settings"]["tasks"]["toy"]["asking"]["renderer"]
+    assert "Turns" in result.record["settings"]["tasks"]["toy"]["asking"]["renderer"]["custom"]
     begins = [TURN, *tokenizer("be brief")["input_ids"], END, TURN]
     assert len(trained) == len(task.train)
     for encoded, row in zip(trained, task.train, strict=True):

@@ -10,22 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import refused
 
-from atv.data import load_table, load_tasks
+from atv.data import Example, load_table, load_tasks
 from atv.data.table import same
 
 LABELS = ("billing", "how to", "007")
-ROWS = [(f"ticket {number}, please", LABELS[number % 3]) for number in range(60)]
+ROWS = [Example(f"ticket {number}, please", LABELS[number % 3]) for number in range(60)]
 
 
 def as_csv(path, rows=ROWS, columns=("input", "output"), **options):
     with path.open("w", encoding=options.pop("encoding", "utf-8"), newline="") as file:
         writer = csv.writer(file, **options)
-        writer.writerows([columns, *rows])
+        writer.writerows([columns, *(row[: len(columns)] for row in rows)])
     return path
 
 
 def as_jsonl(path, rows=ROWS, columns=("input", "output")):
-    path.write_text("".join(json.dumps(dict(zip(columns, row, strict=True))) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(dict(zip(columns, row[: len(columns)], strict=True))) + "\n" for row in rows))
     return path
 
 
@@ -40,7 +40,7 @@ def formats(folder):
     yield as_csv(folder / "bom.csv", encoding="utf-8-sig", lineterminator="\r\n", quoting=csv.QUOTE_ALL)
     yield as_csv(folder / "tabs.tsv", delimiter="\t")
     yield as_jsonl(folder / "lines.jsonl")
-    (folder / "list.json").write_text(json.dumps([{"input": i, "output": o} for i, o in ROWS]))
+    (folder / "list.json").write_text(json.dumps([{"input": i, "output": o} for i, o, _ in ROWS]))
     yield folder / "list.json"
     datasets.Dataset.from_dict(columns).to_parquet(str(folder / "columns.parquet"))
     yield folder / "columns.parquet"
@@ -73,7 +73,7 @@ def test_every_format_gives_the_same_rows_and_the_same_splits(tmp_path):
 def test_columns_are_recognised(tmp_path, columns, rows, expected):
     others = [tuple(f"{cell}{number}" for cell in rows[0]) for number in range(20)]
     task = load_table(as_csv(tmp_path / "t.csv", [*rows, *others], columns))
-    assert expected in everything(task)
+    assert Example(*expected) in everything(task)
 
 
 def test_columns_of_other_names_are_given_and_unknown_ones_are_named(tmp_path):
@@ -93,7 +93,7 @@ def test_the_names_of_classes_are_the_labels():
     rows = {"text": [f"t {n}" for n in range(20)], "label": [n % 2 for n in range(20)]}
     task = load_table(datasets.Dataset.from_dict(rows, features=features))
     assert task.options == ("no", "yes")
-    assert ("t 3", "yes") in everything(task)
+    assert Example("t 3", "yes") in everything(task)
 
 
 def test_the_splits_of_a_folder_and_of_a_file_are_used(tmp_path):
@@ -104,7 +104,7 @@ def test_the_splits_of_a_folder_and_of_a_file_are_used(tmp_path):
     as_jsonl(tmp_path / "validation.jsonl")
     with refused("dev.csv and validation.jsonl"):
         load_table(tmp_path)
-    objects = [{"input": i, "output": o} for i, o in ROWS]
+    objects = [{"input": i, "output": o} for i, o, _ in ROWS]
     whole = tmp_path / "whole.json"
     whole.write_text(json.dumps({"train": objects[:30], "validation": objects[30:40], "test": objects[40:]}))
     assert load_table(whole).valid == tuple(ROWS[30:40])
@@ -172,7 +172,10 @@ def test_rows_are_drawn_by_answer_from_a_sorted_file(tmp_path):
         ("t.jsonl", '{"input": "a", "output": "b"}\n{"input": \n', ["line 2: no JSON"]),
         ("t.jsonl", '{"input": "a", "output": "b"}\n[1]\n', ["line 2", "list"]),
         ("t.jsonl", '{"input": "a", "output": 1.5}\n', ["row 0", "output 1.5"]),
-        ("t.jsonl", '{"messages": []}\n', ["chat messages"]),
+        ("t.jsonl", '{"messages": "hello"}\n', ["row 0", "a list of messages"]),
+        ("t.jsonl", '{"messages": [{"role": "tool", "content": "a"}]}\n', ["messages 0", "role 'tool'"]),
+        ("t.jsonl", '{"messages": [{"role": "user", "content": 7}]}\n', ["messages 0", "content 7"]),
+        ("t.jsonl", '{"messages": [{"role": "assistant", "content": "a"}]}\n', ["row 0", "user, then assistant"]),
         ("t.json", '{"train": 3}', ["a list of objects"]),
         ("t.txt", "a", [".txt", ".parquet"]),
         ("t.csv", "input,output\na,b\n", ["too few"]),

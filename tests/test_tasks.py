@@ -326,9 +326,9 @@ def place(data: Path) -> Path:
 def test_a_task_from_a_folder_has_the_rows_of_its_file_with_answers_stripped(data):
     task = load_task("toy", data)
     assert (task.name, task.templates, task.category) == ("toy", TEMPLATES, "other")
-    assert task.train == (("a", "yes"), ("b", "no"))
-    assert task.valid == (("c", "no"),)
-    assert task.test == ((" d\n", "yes"), ("e", "no"))
+    assert task.train == (Example("a", "yes"), Example("b", "no"))
+    assert task.valid == (Example("c", "no"),)
+    assert task.test == (Example(" d\n", "yes"), Example("e", "no"))
     assert task.options == ("no", "yes")
 
 
@@ -470,7 +470,7 @@ def test_whole_numbers_are_texts_and_a_column_of_a_table_just_works():
     import numpy as np
 
     task = make_task(train=(Example("a", 1), Example(2, np.int64(0))), valid=[("d", "1")], test=examples("e=0", "f=1"))
-    assert task.train == (("a", "1"), ("2", "0"))
+    assert task.train == (Example("a", "1"), Example("2", "0"))
     assert task.valid == (Example("d", "1"),)
     assert task.options == ("0", "1")
     assert isinstance(task.train[1].output, str)
@@ -497,7 +497,7 @@ def test_a_row_that_is_no_pair_is_refused():
 def test_whole_numbers_in_a_file_are_texts(data):
     write(place(data) / "toy.json", TOY | {"valid": [{"input": 7, "output": 1}]})
     task = load_task("toy", data)
-    assert task.valid == (("7", "1"),)
+    assert task.valid == (Example("7", "1"),)
     assert task.options == ("1", "no", "yes")
 
 
@@ -506,7 +506,7 @@ def test_files_that_begin_with_a_byte_order_mark_are_read(data, encoding):
     for file in (place(data) / "toy.json", data / "templates.json"):
         file.write_text(file.read_text(), encoding=encoding)
     task = load_task("toy", data)
-    assert (task.templates, task.train[0]) == (TEMPLATES, ("a", "yes"))
+    assert (task.templates, task.train[0]) == (TEMPLATES, Example("a", "yes"))
 
 
 @pytest.mark.parametrize("written", ["NFC", "NFD"])

@@ -17,7 +17,7 @@ MOST_SEED = 2**32 - 1
 SELF = "self"
 """Name of the generator that is the frozen LLM itself."""
 QUERY_TEMPLATE = "{query}"
-READS = ("query", "prompt")
+READS = ("query", "prompt", "conversation")
 PARAMETRISATIONS = ("calibrated", "paper")
 EMBEDDED_LLM = "embedded:smollm2-135m"
 EMBEDDED_GENERATOR = "embedded:minilm-l6"
@@ -171,9 +171,9 @@ class ATVConfig(Checked):
     pooling: Literal["last", "mean", "cls"] = "mean"
     """How the generator's hidden states are pooled: their mean, the last token's (the paper), or the first's (cls).
     `self` always uses the last token's."""
-    reads: Literal["query", "prompt"] = "prompt"
-    """What the generator reads: the prompt (the query in the first template of its task) or the query alone (the
-    paper). `self` always reads the prompt."""
+    reads: Literal["query", "prompt", "conversation"] = "prompt"
+    """What the generator reads: the prompt (the query in the first template of its task), the query alone (the paper),
+    or all turns of a conversation. `self` always reads the LLM's whole prompt."""
     query_template: str = QUERY_TEMPLATE
     """Template around what the generator reads; must contain {query}. Not for `self`."""
     expansion_rank: int | None = None

@@ -1,6 +1,6 @@
 """THE IDEA, joined: an ATV (`atv.vectors`) steers a frozen LLM (`atv.steer`): loss, generate, save and load."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,18 +11,21 @@ from torch import Tensor, nn
 
 from atv import adapter, artifact
 from atv.config import ENOUGH_TO_TRAIN, ATVConfig, Positions, TrainConfig, random_sizes
-from atv.data import Task
+from atv.data import Task, check_chat_template, query_renderer
 from atv.data.collate import Collator, EncodedRow, like_lengths, pad_id
-from atv.data.render import Prompt
+from atv.data.conversation import example_of, turns_of
+from atv.data.render import Example, Prompt, plain_prompt
 from atv.errors import ATVError, unknown
 from atv.expansion import Expansion, PaperExpansion
 from atv.generator import READ_TOKENS, Generator, Itself, check_queries, load_generator
 from atv.lm.adapter_model import AdapterModel, AnswerLoss, answer_loss
+from atv.lm.ends import end_ids
 from atv.lm.hooks import SITES, base_llm, capture_outputs, input_device, text_config, unregistered
 from atv.lm.identity import describe_llm
 from atv.lm.load import load_llm, load_tokenizer
 from atv.lm.prefix import ReadPrefix, steered_logits
 from atv.lm.spans import Known, Span, Tracked
+from atv.progress import bar
 from atv.steer import EDITS, Edit, VectorEdit, at_ends, steer
 from atv.vector_cache import VectorCache
 from atv.vectors import ATV
@@ -306,7 +309,7 @@ class ATVModel(AdapterModel):
 
     @property
     def reads(self) -> str:
-        """What the generator reads: "query" or "prompt"."""
+        """What the generator reads: "query", "prompt" or "conversation"."""
         return self.config.reads
 
     def encode_query(self, query: str, task: str) -> list[int]:
@@ -359,30 +362,87 @@ class ATVModel(AdapterModel):
         with steer(self.llm, self.edit(vectors, scale), Tracked(prompts, self.positions)):
             yield self
 
-    def generate(
-        self, prompts: Sequence[Prompt | str], queries: Sequence[str] | None = None, **generate_options: Any
-    ) -> list[str]:
-        """Generate answers to prompts, steered.
+    def render(self, queries: Sequence[str | Sequence[Mapping[str, Any]]], task: str | None = None) -> list[Prompt]:
+        """Return the prompts of queries, written as in training.
 
         Args:
-            prompts: what the LLM reads, of any lengths: from a renderer, or strings that are read as they are.
-            queries: what the generator reads, one per prompt; by default each prompt's `query`. For a string that is
-                the string itself, as with `reads = "prompt"` in training.
+            queries: texts, or conversations for a chat: lists of {"role": ..., "content": ...} that end with the user.
+            task: name of a training task, whose first template is used. None: the only one; if there are several, the
+                query alone.
+
+        Raises:
+            ATVError: the task is unknown, a query is empty, or training used a custom renderer or is not recorded.
+        """
+        render = query_renderer(self.training_summary, self.reads, task)
+        examples = [
+            Example(query, "") if isinstance(query, str) else example_of("A query", turns_of("A query", "turn", query))
+            for query in queries
+        ]
+        return [render.prompt(self.tokenizer, example) for example in examples]
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt | str | Sequence[Mapping[str, Any]]],
+        queries: Sequence[str] | None = None,
+        *,
+        task: str | None = None,
+        batch_size: int = 16,
+        progress: bool = False,
+        **generate_options: Any,
+    ) -> list[str]:
+        """Generate answers, steered. An answer ends at any of the LLM's end tokens, or after `max_new_tokens`.
+
+        Args:
+            prompts: queries or conversations, which are written as in training (`render`; an ATV without a training
+                summary reads texts as they are); or prompts that a renderer has made.
+            queries: what the generator reads, one per prompt; by default each prompt's `query`.
+            task: as for `render`.
+            batch_size: prompts per call of the LLM. They are sorted by length, and the answers are in the given order.
+            progress: show a progress bar.
             generate_options: options of transformers' `generate`: `max_new_tokens`, `do_sample`, `num_beams`,
                 `num_return_sequences`, `streamer` and so on, but no assisted decoding.
 
         Returns:
             The new text of each sequence; `num_return_sequences` per prompt, grouped by prompt.
         """
-        if queries is None:
-            queries = prompts if isinstance(prompts, str) else [p if isinstance(p, str) else p.query for p in prompts]
-        if isinstance(prompts, str) or isinstance(queries, str) or len(prompts) != len(queries) or not prompts:
+        if isinstance(prompts, str) or isinstance(queries, str) or not prompts:
             raise ATVError("generate takes a non-empty list of prompts, and as many queries (or none).")
+        if batch_size < 1:
+            raise ATVError(f"batch_size is {batch_size}; expected a whole number from 1.")
+        asked = [self._prompt(prompt, task) for prompt in prompts]
+        if queries is not None:
+            if len(queries) != len(asked):
+                raise ATVError(
+                    f"There are {len(asked)} prompts and {len(queries)} queries; expected as many queries as prompts."
+                )
+            asked = [prompt._replace(query=query) for prompt, query in zip(asked, queries, strict=True)]
+        generate_options.setdefault("pad_token_id", pad_id(self.tokenizer))
+        generate_options.setdefault("eos_token_id", end_ids(self.llm, self.tokenizer))
+        by_length = sorted(range(len(asked)), key=lambda index: len(asked[index].ids))
+        answers: dict[int, list[str]] = {}
+        with bar("generate", len(asked)) if progress else nullcontext() as shown:
+            for start in range(0, len(asked), batch_size):
+                batch = by_length[start : start + batch_size]
+                texts = self._generate([asked[index] for index in batch], generate_options)
+                each = len(texts) // len(batch)
+                answers |= {index: texts[place * each :][:each] for place, index in enumerate(batch)}
+                if shown is not None:
+                    shown.advance(len(batch))
+        return [text for index in range(len(asked)) for text in answers[index]]
+
+    def _prompt(self, prompt: Prompt | str | Sequence[Mapping[str, Any]], task: str | None) -> Prompt:
+        if isinstance(prompt, Prompt):
+            return prompt
+        if isinstance(prompt, str) and not self.training_summary.get("tasks"):
+            return plain_prompt(self.tokenizer, prompt)
+        return self.render([prompt], task)[0]
+
+    def _generate(self, prompts: Sequence[Prompt], options: Mapping[str, Any]) -> list[str]:
+        """Return the new text of each sequence of one batch."""
         inputs = self.encode_prompts(prompts)
         width = inputs.pop("position_ids").shape[1]  # generate counts positions from the mask itself
-        generate_options.setdefault("pad_token_id", pad_id(self.tokenizer))
-        with self.steer(queries), torch.no_grad():
-            output = cast(Any, self.llm).generate(**inputs, **generate_options)
+        with self.steer([prompt.query for prompt in prompts]), torch.no_grad():
+            output = cast(Any, self.llm).generate(**inputs, **options)
         sequences = getattr(output, "sequences", output)
         return cast(list[str], self.tokenizer.batch_decode(sequences[:, width:], skip_special_tokens=True))
 
@@ -460,5 +520,6 @@ class ATVModel(AdapterModel):
         artifact.check_llm(saved, loaded, folder)
         if tokenizer is None:
             tokenizer = load_tokenizer(str(base_llm(loaded).name_or_path))
+        check_chat_template(saved.training, tokenizer)
         named = None if adapter.has_generator(saved) else load_generator(config, loaded, tokenizer)
         return cls(loaded, ATV.of(saved, config, named, folder), tokenizer=tokenizer).eval()

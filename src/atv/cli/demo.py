@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from atv.artifact import read
 from atv.cli.evaluate import evaluate_method
-from atv.cli.generate import prompt_template, prompts_of, unsteered
+from atv.cli.generate import unsteered
 from atv.cli.options import Demo, Evaluate, Tasks, Train
 from atv.cli.output import print_lines, print_table
 from atv.cli.train import train_adapter
@@ -72,11 +71,10 @@ def run_demo(given: Demo) -> None:
 
 
 def _show_queries(adapter: Path) -> None:
-    saved = read(adapter)
     llm, tokenizer = Frozen(EMBEDDED_LLM).load()
     atv = ATVModel.from_pretrained(adapter, llm, tokenizer=tokenizer)
     for task, query in QUERIES:
-        prompts = prompts_of([query], prompt_template(saved, task, None), tokenizer)
+        prompts = atv.render([query], task)
         how: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
         steered, plain = atv.generate(prompts, **how), unsteered(atv, prompts, **how)
         expected = ", ".join(builtin_task(task).options)

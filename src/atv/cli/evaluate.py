@@ -15,7 +15,8 @@ def evaluate_method(given: Evaluate) -> Path:
     saved = artifact.read(artifact.locate(given.adapter)) if given.adapter else None
     name = given.method or (saved.method if saved else "zero-shot")
     out = given.out or DEFAULT_RUNS / name
-    tasks = [task.drawn(given.train_rows, None, given.seed, test=given.test_rows) for task in named_tasks(given.tasks)]
+    tasks = named_tasks(given.tasks, saved.training if saved else None)
+    tasks = [task.drawn(given.train_rows, None, given.seed, test=given.test_rows) for task in tasks]
     for task in tasks:
         task.renderers(given.variants)  # raises before the LLM is loaded
     llm = frozen_llm(given.llm or (saved.base_llm["name"] if saved else EMBEDDED_LLM), given.loading)

@@ -1,4 +1,4 @@
-"""`atv generate`, and prompts for the user's queries."""
+"""`atv generate`, and an adapter with the prompts of the user's queries."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,53 +9,24 @@ from atv import artifact
 from atv.cli.loading import frozen_llm
 from atv.cli.options import Generate, Inspect
 from atv.cli.output import print_lines
-from atv.data import ANSWER_PREFIXES, Example, Prompt, Template, composed
+from atv.data import Example, Prompt, query_renderer
 from atv.data.collate import pad_id
-from atv.data.render import INPUT, query_template, renderer_name
-from atv.errors import ATVError, unknown
+from atv.errors import ATVError
+from atv.lm.ends import end_ids
 from atv.model import ATVModel
-from atv.progress import log
 
 
-def load_adapter(given: Generate | Inspect) -> tuple[ATVModel, Template]:
-    """The adapter on its LLM and the template of the queries; mistakes are reported before the LLM is loaded."""
+def load_adapter(given: Generate | Inspect) -> tuple[ATVModel, list[Prompt]]:
+    """The adapter on its LLM and the queries' prompts; mistakes are reported before the LLM is loaded."""
     for query in given.query:
         if not query.strip():
             raise ATVError("A query is empty; expected some text.")
     folder = artifact.locate(given.adapter)
     saved = artifact.read(folder, ATVModel.method if isinstance(given, Inspect) else None)
-    template = prompt_template(saved, given.task, given.template)
+    render = query_renderer(saved.training, saved.config.get("reads", "query"), given.task, given.template)
     llm, tokenizer = frozen_llm(given.llm or saved.base_llm["name"], given.loading).load()
-    return ATVModel.from_pretrained(folder, llm, tokenizer=tokenizer), template
-
-
-def prompt_template(saved: artifact.Saved, task: str | None, template: str | None) -> Template:
-    """The template of a query: the given one, a trained task's first template, or the bare query.
-
-    In each case with an answer prefix from the adapter's training: that of the task, or of the first task.
-    """
-    trained: dict[str, dict[str, Any]] = saved.training.get("tasks", {})
-    if task is not None and composed(task) not in trained:
-        raise unknown("task", composed(task), trained, "These are the tasks that the adapter was trained on.")
-    if task is None and template is None and len(trained) != 1:
-        names = ", ".join(trained) or "none"
-        log.info(f"No --task or --template: the LLM reads the bare query. Trained tasks: {names}.")
-        template = INPUT
-    asked = next(iter(trained.values()), None) if task is None else trained[composed(task)]
-    if asked is not None and asked["renderer"] != renderer_name(Template):
-        raise ATVError(
-            f"The adapter was trained on prompts rendered by {asked['renderer']}, but this command supports only "
-            "templates. Use ATVModel.generate with prompts of that renderer."
-        )
-    if template is None:
-        template = asked["templates"][0] if asked else INPUT
-    prefix = asked["answer_prefixes"][0] if asked else ANSWER_PREFIXES[0]
-    return Template(template, prefix, query_template(saved.config.get("reads", "query"), template, prefix))
-
-
-def prompts_of(queries: Sequence[str], template: Template, tokenizer: Any) -> list[Prompt]:
-    """The prompts of queries, for the LLM and the generator."""
-    return [template.prompt(tokenizer, Example(query, "")) for query in queries]
+    prompts = [render.prompt(tokenizer, Example(query, "")) for query in given.query]
+    return ATVModel.from_pretrained(folder, llm, tokenizer=tokenizer), prompts
 
 
 def unsteered(atv: ATVModel, prompts: Sequence[Prompt], **options: Any) -> list[str]:
@@ -63,17 +34,17 @@ def unsteered(atv: ATVModel, prompts: Sequence[Prompt], **options: Any) -> list[
     inputs = atv.encode_prompts(prompts)
     width = inputs.pop("position_ids").shape[1]
     llm: Any = atv.llm
-    plain = llm.generate(**inputs, **options, pad_token_id=pad_id(atv.tokenizer))
+    ends = end_ids(llm, atv.tokenizer)
+    plain = llm.generate(**inputs, **options, pad_token_id=pad_id(atv.tokenizer), eos_token_id=ends)
     return atv.tokenizer.batch_decode(plain[:, width:], skip_special_tokens=True)  # type: ignore[no-any-return]
 
 
 def answer(given: Generate) -> None:
     """Print the answer to each query; with --compare also that of the frozen LLM alone."""
-    atv, template = load_adapter(given)
+    atv, prompts = load_adapter(given)
     how: dict[str, Any] = {"max_new_tokens": given.max_new_tokens, "do_sample": given.temperature > 0}
     if given.temperature > 0:
         how["temperature"] = given.temperature
-    prompts = prompts_of(given.query, template, atv.tokenizer)
     set_seed(given.seed)
     steered = [answer.strip() for answer in atv.generate(prompts, **how)]
     if not given.compare:

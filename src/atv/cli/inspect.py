@@ -1,6 +1,6 @@
 """`atv inspect`: what an adapter does for single queries."""
 
-from atv.cli.generate import gate_line, load_adapter, prompts_of
+from atv.cli.generate import gate_line, load_adapter
 from atv.cli.options import Inspect
 from atv.cli.output import print_lines, print_table
 from atv.lm.hooks import decoder_layers
@@ -10,8 +10,7 @@ from atv.report.tables import Table
 
 def inspect_queries(given: Inspect) -> None:
     """For each query, print the tokens that its vector promotes at each layer, read through the LLM's own head."""
-    atv, template = load_adapter(given)
-    prompts = prompts_of(given.query, template, atv.tokenizer)
+    atv, prompts = load_adapter(given)
     read = [prompt.query for prompt in prompts]
     readout = Readout(atv.llm, atv.encode_prompts(prompts[:1]), atv.config.layer_path)
     vectors = (atv.config.scale * atv.task_vectors(read)).cpu()  # (queries, layers, hidden)

@@ -53,8 +53,8 @@ class Loading:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tasks:
-    """Which tasks."""
+class PaperTasks:
+    """Which tasks, asked as in the paper."""
 
     PANEL: ClassVar[str] = DATA
 
@@ -63,12 +63,25 @@ class Tasks:
     data: str | None = option(None, parser=model)
     """CSV, TSV, JSONL, JSON or Parquet file, folder with one for each split, hub:ORG/NAME[:CONFIG], or folder of
     TASK.json files and templates.json. Default: the built-in tasks."""
+    template: list[str] | None = None
+    """Template with {input}, instead of the task's own; repeatable."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tasks(PaperTasks):
+    """Which tasks, and how they are asked."""
+
     input: str | None = option(None)
     """Column of the queries in a table. Default: recognised by its name."""
     output: str | None = option(None)
     """Column of the answers. Default: recognised by its name."""
-    template: list[str] | None = None
-    """Template with {input}, instead of the task's own; repeatable."""
+    format: str | None = option(None)
+    """How prompts are written: chat (the LLM's chat template), template (plain text), or auto: chat if the LLM has a
+    chat template. Default: auto for a table without --template, template for others, or as the adapter was trained."""
+    system: str | None = option(None)
+    """System prompt of a chat."""
+    chat_template_kwargs: str | None = option(None)
+    """Options of the LLM's chat template as JSON, such as '{"enable_thinking": false}'."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,9 +181,9 @@ class Evaluate:
     """Maximum number of test rows per task, drawn once for all methods and seeds (paper: 100)."""
     train_rows: int | None = option(None, panel=DATA)
     """Maximum number of training rows per task for demonstrations, drawn with the seed."""
-    variants: str = option("all", panel=DATA)
-    """all: every template with every answer prefix; diagonal: each template once, each with another prefix; first: only
-    the first template with A:."""
+    variants: str = option("trained", panel=DATA)
+    """trained: every template with the answer prefix of training; all: with every answer prefix; diagonal: each
+    template once, each with another prefix; first: only the first template, with the prefix of training."""
     metric: list[str] | None = option(None, panel=METHOD, also=lambda: listed("Known", METRICS))
     """Metric by name, or your own function as package.module:function; repeatable. Default: option_likelihood for tasks
     with at most 20 options, exact_match for others."""
@@ -305,7 +318,7 @@ class Reproduce:
     llm: str = llm_field()
     """Frozen LLM: Hugging Face id, local folder, or an embedded name."""
     loading: Loading = group(Loading)
-    tasks: Tasks = group(Tasks)
+    tasks: PaperTasks = group(PaperTasks)
     profile: str = profile_field()
     """How much of the paper's protocol is run. On two CPU cores, small takes about two hours, ablation some minutes per
     condition, smoke 3 minutes."""
@@ -331,7 +344,7 @@ class Sweep:
     llm: str = llm_field()
     """Frozen LLM: Hugging Face id, local folder, or an embedded name."""
     loading: Loading = group(Loading)
-    tasks: Tasks = group(Tasks)
+    tasks: PaperTasks = group(PaperTasks)
     train_rows: int | None = option(None, panel=DATA, min=1)
     """Training rows per task, instead of the profile's number."""
     valid_rows: int | None = option(None, panel=DATA, min=1)

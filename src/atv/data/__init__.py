@@ -1,10 +1,13 @@
 """Tasks: data, templates and judging. A task knows no model."""
 
+from atv.data.asked import as_trained, check_chat_template, query_renderer
 from atv.data.audit import findings, long_prompts, refuse_shared_inputs, shared_beginnings
 from atv.data.builtin import BUILTIN, builtin_task
+from atv.data.chat import Chat
 from atv.data.folder import available_tasks, load_task
 from atv.data.load import load_tasks
-from atv.data.render import Example, Prompt, Renderer, Template
+from atv.data.render import Example, Prompt, Renderer, Template, Turn
+from atv.data.rendering import Rendering
 from atv.data.table import load_table
 from atv.data.task import ANSWER_PREFIXES, UNSEEN, Task, Variant, composed
 
@@ -12,20 +15,26 @@ __all__ = [
     "ANSWER_PREFIXES",
     "BUILTIN",
     "UNSEEN",
+    "Chat",
     "Example",
     "Prompt",
     "Renderer",
+    "Rendering",
     "Task",
     "Template",
+    "Turn",
     "Variant",
+    "as_trained",
     "available_tasks",
     "builtin_task",
+    "check_chat_template",
     "composed",
     "findings",
     "load_table",
     "load_task",
     "load_tasks",
     "long_prompts",
+    "query_renderer",
     "refuse_shared_inputs",
     "shared_beginnings",
 ]

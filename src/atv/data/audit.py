@@ -13,9 +13,9 @@ from atv.errors import ATVError
 
 def refuse_shared_inputs(tasks: Sequence[Task]) -> None:
     """Raise ATVError if a training input of one task is a test input of another."""
-    trained = {row.input: task.name for task in reversed(tasks) for row in task.train}
+    trained = {row.asked: task.name for task in reversed(tasks) for row in task.train}
     for task in tasks:
-        shared = [row.input for row in task.test if row.input in trained]
+        shared = [row.asked for row in task.test if row.asked in trained]
         if shared:
             raise ATVError(
                 f"Task {task.name}: {len(shared)} of {len(task.test)} test inputs are training inputs of another task "
@@ -45,7 +45,7 @@ def findings(
 def shared_beginnings(task: Task, encode: Encode, renderers: Mapping[Variant, Renderer] | None = None) -> list[str]:
     """Return a line for each group of options that begin with the same token; arguments as in `findings`."""
     shared: dict[tuple[str, ...], str] = {}
-    for variant, render in (task.renderers() if renderers is None else renderers).items():
+    for variant, render in (task.renderers("all") if renderers is None else renderers).items():
         groups: dict[int, list[str]] = {}
         for option, ids in zip(task.options, encode(render), strict=True):
             groups.setdefault(ids[0], []).append(option)
@@ -62,7 +62,7 @@ def shared_beginnings(task: Task, encode: Encode, renderers: Mapping[Variant, Re
 
 def long_prompts(task: Task, tokenizer: Any, limit: int) -> list[str]:
     """Return a line if test prompts, in any variant, have more than `limit` tokens."""
-    renderers = task.renderers().values()
+    renderers = task.renderers("all").values()
     lengths = [max(len(render.prompt(tokenizer, row).ids) for render in renderers) for row in task.test]
     above = sum(length > limit for length in lengths)
     if not above:

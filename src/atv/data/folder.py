@@ -116,7 +116,7 @@ def _rows(rows: Any, split: str, file: Path) -> tuple[Example, ...]:
     examples = []
     for index, row in enumerate(rows):
         texts = []
-        for key in Example._fields:
+        for key in ("input", "output"):
             value = row.get(key) if isinstance(row, dict) else None
             text = text_of(value)
             if value is None or (text is not None and not text.strip()):

@@ -1,9 +1,12 @@
 """Tasks by what the user names: a table, a folder of task files, or the built-in ones."""
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from atv.data.folder import Known, folder_tasks
+from atv.data.rendering import Format, Rendering
 from atv.data.table import is_table, load_table
 from atv.data.task import Task, composed
 from atv.errors import ATVError, unknown
@@ -17,6 +20,9 @@ def load_tasks(
     *,
     input: str | None = None,
     output: str | None = None,
+    format: Format | None = None,
+    system: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | str | None = None,
 ) -> list[Task]:
     """Tasks by name, each once; all that there are when no name is given.
 
@@ -28,9 +34,18 @@ def load_tasks(
         known: categories and templates of tasks whose folder does not give them.
         input: column of a table's queries; by default recognised.
         output: column of a table's answers; likewise.
+        format: how prompts are written, as in `Rendering`. Default: `auto` for a table, unless templates are given;
+            `template` for other tasks, or `chat` if one of the next two is given.
+        system: system prompt of a chat.
+        chat_template_kwargs: options of the LLM's chat template, as a mapping or JSON; by default those in a table's
+            column of that name.
     """
+    options = chat_template_kwargs if isinstance(chat_template_kwargs, str) else json.dumps(chat_template_kwargs or {})
+    if format is None and (system is not None or options != "{}"):
+        format = "chat"
     if data is not None and is_table(data):
-        task = load_table(data, input=input, output=output, templates=templates)
+        rendering = Rendering(format or ("template" if templates else "auto"), system, options)
+        task = load_table(data, input=input, output=output, templates=templates, rendering=rendering)
         for name in names or ():
             if composed(name) != task.name:
                 raise unknown("task", name, [task.name], f"{data} is one table, and so one task: leave --task out.")
@@ -40,4 +55,9 @@ def load_tasks(
             "--input and --output name columns of a table; expected --data with a CSV, TSV, JSONL, JSON or Parquet "
             f"file, a folder with one for each split, or hub:NAME; found {data or 'the built-in tasks'}."
         )
-    return folder_tasks(names, data, templates, known)
+    tasks = folder_tasks(names, data, templates, known)
+    if format is None:
+        return tasks
+    rendering = Rendering(format, system, options)
+    prefixes: dict[str, Any] = {} if format == "template" else {"answer_prefixes": (None,)}
+    return [replace(task, renderer=rendering, **prefixes) for task in tasks]

@@ -11,10 +11,13 @@ import random
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from atv.data.conversation import example_of, turns_of
 from atv.data.render import INPUT, Example
+from atv.data.rendering import Rendering
 from atv.data.task import SPLITS, Task, composed, text_of
 from atv.errors import ATVError
 from atv.files import local
@@ -29,6 +32,10 @@ SPLIT_NAMES = {name: split for split, names in {
 """Names that files and data sets have for the three splits."""
 COLUMNS = (("instruction", "output"), ("input", "output"), ("prompt", "completion"), ("text", "label"))
 """Columns that are recognised: the query's and the answer's. An instruction is followed by its input, if it has one."""
+MESSAGES = "messages"
+"""Column of a conversation, which is recognised first."""
+KWARGS = "chat_template_kwargs"
+"""Column of the options of the LLM's chat template."""
 DRAWN = {"valid": (0.1, 500), "test": (0.2, 1000)}
 """The share of the training rows that a missing split is drawn from, and how many rows it has at most."""
 SEED = 42
@@ -53,9 +60,17 @@ def is_table(data: Any) -> bool:
 
 
 def load_table(
-    data: Any, *, input: str | None = None, output: str | None = None, templates: Sequence[str] | None = None
+    data: Any,
+    *,
+    input: str | None = None,
+    output: str | None = None,
+    templates: Sequence[str] | None = None,
+    rendering: Rendering | None = None,
 ) -> Task:
     """One task from a table.
+
+    Cells are texts; those of `messages`, or of `prompt` and `completion`, may be lists of messages with role and
+    content, of which the last user's is the query and the assistant's after it the answer.
 
     Rows with an empty cell and repeated inputs are dropped and counted; inputs count as equal if they differ only in
     case, white space or the composition of accents. A training row whose input is among the validation or test rows is
@@ -66,6 +81,8 @@ def load_table(
         input: column of the queries; by default recognised (`COLUMNS`).
         output: column of the answers; likewise.
         templates: with {input}; by default the query alone.
+        rendering: how prompts are written. Default: in the LLM's chat template if it has one, else as plain text. If it
+            has no options of the chat template, those of the column `chat_template_kwargs` are used.
 
     Raises:
         ATVError: it cannot be read, its columns are not recognised, a cell is no text, or too few rows are left.
@@ -95,6 +112,7 @@ def load_table(
         valid=tuple(splits["valid"]),
         test=tuple(splits["test"]),
         answer_prefixes=(None,),
+        renderer=_with_kwargs(name, rendering or Rendering(), loaded),
     )
 
 
@@ -249,15 +267,16 @@ def _columns(name: str, there: Sequence[str], input: str | None, output: str | N
                 raise ATVError(f"{name} has no column {column!r}; found {', '.join(map(repr, there)) or 'none'}.")
         return input, output
     by_name = {column.strip().lower(): column for column in there}
+    if MESSAGES in by_name:
+        return by_name[MESSAGES], by_name[MESSAGES]
     for query, answer in COLUMNS:
         if query in by_name and answer in by_name:
             beside = ["input"] if query == "instruction" and "input" in by_name else []
             return (*(by_name[column] for column in (query, *beside)), by_name[answer])
-    if "messages" in by_name:
-        raise ATVError(f"{name} has chat messages, which are not read yet; expected a query and an answer per row.")
     raise ATVError(
         f"{name} has the columns {', '.join(map(repr, there)) or '(none)'}; expected "
-        f"{', '.join(f'{query} and {answer}' for query, answer in COLUMNS)}. Name yours with --input and --output."
+        f"{', '.join(f'{query} and {answer}' for query, answer in COLUMNS)}, or {MESSAGES}. Name yours with "
+        "--input and --output."
     )
 
 
@@ -267,14 +286,42 @@ def _examples(
     """Rows as examples, without those that have an empty cell."""
     examples = []
     for number, row in enumerate(rows):
-        *query, answer = (_text(f"{where} row {number}", column, row.get(column), classes) for column in columns)
-        if len(query) > 1 and query[0]:  # an instruction is enough: its input may be empty
-            query = ["\n".join(part for part in query if part)]
-        if query[0] and answer:
-            examples.append(Example(query[0], answer))
+        example = _example(f"{where} row {number}", row, columns, classes)
+        if example.input and example.output:
+            examples.append(example)
         else:
             dropped["with an empty cell"] += 1
     return examples
+
+
+def _example(where: str, row: Row, columns: Sequence[str], classes: Mapping[str, list[str]]) -> Example:
+    """A row as an example, whose input or output is empty if the row has none."""
+    cells = {column: row.get(column) for column in columns}
+    if any(isinstance(cell, list) for cell in cells.values()):
+        turns = [turn for column, cell in cells.items() if cell is not None for turn in turns_of(where, column, cell)]
+        return example_of(where, turns)
+    *query, answer = (_text(where, column, row.get(column), classes) for column in columns)
+    if query[0]:  # an instruction is enough: its input may be empty
+        query = ["\n".join(part for part in query if part)]
+    return Example(query[0], answer)
+
+
+def _with_kwargs(name: str, rendering: Rendering, loaded: Loaded) -> Rendering:
+    """The rendering with the options of the chat template that the rows have, which must be the same in all of them."""
+    found = {
+        json.dumps(row.get(KWARGS) or {}, sort_keys=True, default=str)
+        for rows in loaded.splits.values()
+        for row in rows
+    }
+    if rendering.template_kwargs != "{}" or found <= {"{}"}:
+        return rendering
+    if len(found) > 1:
+        raise ATVError(
+            f"{name} has rows with different {KWARGS} ({', '.join(sorted(found)[:3])}); expected the same in all rows, "
+            "since answers are trained and scored alike after every prompt. Split the table, or give "
+            "--chat-template-kwargs."
+        )
+    return replace(rendering, template_kwargs=found.pop())
 
 
 def _text(where: str, column: str, value: Any, classes: Mapping[str, list[str]]) -> str:
@@ -284,8 +331,9 @@ def _text(where: str, column: str, value: Any, classes: Mapping[str, list[str]])
     if column in classes:
         return str(classes[column][value])
     text = text_of(value)
-    if text is None:
-        raise ATVError(f"{where} has {column} {value!r:.80}; expected a text or a whole number.")
+    if text is None or column.strip().lower() == MESSAGES:
+        expected = "a list of messages" if column.strip().lower() == MESSAGES else "a text or a whole number"
+        raise ATVError(f"{where} has {column} {value!r:.80}; expected {expected}.")
     return text.strip()
 
 
@@ -304,7 +352,7 @@ def _apart(found: Mapping[str, list[Example]], dropped: Counter[str]) -> dict[st
     for split in (split for split in reversed(SPLITS) if split in found):
         apart[split] = []
         for example in found[split]:
-            key = same(example.input)
+            key = same(example.asked)
             if key not in seen:
                 seen[key] = split, example.output
                 apart[split].append(example)

@@ -9,15 +9,20 @@ from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any, NamedTuple
 
-from atv.data.render import INPUT, Example, Renderer, RendererFactory, Template, query_template, renderer_name
+from atv.data.render import INPUT, Example, Renderer, RendererFactory, query_template
+from atv.data.rendering import Rendering, described
 from atv.errors import ATVError, unknown
 
 ANSWER_PREFIXES = ("A:", "Answer:", "The answer is")
 """Possible texts before the answer (section 3 of the paper). Training uses the first one, evaluation all of them."""
 UNSEEN = "Unseen"
 """Category of tasks that are not trained on unless they are named; tables exclude them from the mean."""
-VARIANTS = ("all", "diagonal", "first")
+VARIANTS = ("trained", "all", "diagonal", "first")
+FEW_OPTIONS = 20
+"""A task with more different answers is not one of choosing among options."""
 SPLITS = ("train", "valid", "test")
+PLAIN = Rendering("template")
+"""How prompts are written unless a task says otherwise."""
 ENOUGH_TO_JUDGE = 10
 """Fewer test rows than this may all have the same answer by chance; from here on they suggest hidden labels."""
 
@@ -71,7 +76,7 @@ class Task:
     """The possible answers; by default all answers that occur in the task, sorted."""
     answer_prefixes: tuple[str | None, ...] = ANSWER_PREFIXES
     """Texts before the answer, as in `Template`; training uses the first one."""
-    renderer: RendererFactory = Template
+    renderer: RendererFactory = PLAIN
     """Makes a renderer from a template and an answer prefix."""
 
     def __post_init__(self) -> None:
@@ -85,9 +90,9 @@ class Task:
             if not rows:
                 raise ATVError(f"Task {self.name}: the split {split!r} is empty; expected at least one row.")
             for row in rows:
-                if seen.setdefault(row.input, split) != split:
+                if seen.setdefault(row.asked, split) != split:
                     raise ATVError(
-                        f"Task {self.name}: the input {row.input[:60]!r} is in {seen[row.input]} and in {split}; "
+                        f"Task {self.name}: the input {row.input[:60]!r} is in {seen[row.asked]} and in {split}; "
                         "remove it from one of them, or the test measures memory."
                     )
         if len(self.test) >= ENOUGH_TO_JUDGE and len({row.output for row in self.test}) == 1:
@@ -115,14 +120,23 @@ class Task:
                 "some text, or None for no prefix."
             )
 
+    @property
+    def chooses(self) -> bool:
+        """Whether an answer is one of a few options, rather than a text of its own in most rows."""
+        counts = Counter(row.output for split in SPLITS for row in getattr(self, split))
+        repeated = sum(count > 1 for count in counts.values())
+        return len(self.options) <= FEW_OPTIONS and 2 * repeated >= len(counts)
+
     def renderers(self, which: str = "all", reads: str = "query") -> dict[Variant, Renderer]:
         """Return the renderers for evaluation.
 
         Args:
-            which: "all": every template with every answer prefix; "diagonal": every template once, each with the next
-                prefix; "first": the first template with the prefix of training.
-            reads: what the generator reads, as in `ATVConfig.reads`: "query", or "prompt", which is the query in the
-                first template with the prefix of training, whatever the LLM reads.
+            which: "trained": every template with the answer prefix of training; "all": every template with every
+                answer prefix (the paper); "diagonal": every template once, each with the next prefix; "first": the
+                first template with the prefix of training.
+            reads: what the generator reads, as in `ATVConfig.reads`: "query"; "prompt", which is the query in the
+                first template with the prefix of training, whatever the LLM reads; or "conversation", which is all of
+                a chat's turns.
         """
         if which not in VARIANTS:
             raise unknown("variants", which, VARIANTS)
@@ -131,15 +145,15 @@ class Task:
             variants = [Variant(0, prefixes[0])]
         elif which == "diagonal":
             variants = [Variant(template, prefixes[template % len(prefixes)]) for template in templates]
+        elif which == "trained":
+            variants = [Variant(template, prefixes[0]) for template in templates]
         else:
             variants = [Variant(template, prefix) for template in templates for prefix in prefixes]
         return {variant: self._renderer(variant, reads) for variant in variants}
 
     def training_renderers(self, reads: str = "query") -> tuple[Renderer, ...]:
         """Return the renderers for training: every template with the first answer prefix; `reads` as in `renderers`."""
-        return tuple(
-            self._renderer(Variant(template, self.answer_prefixes[0]), reads) for template in range(len(self.templates))
-        )
+        return tuple(self.renderers("trained", reads).values())
 
     def _renderer(self, variant: Variant, reads: str) -> Renderer:
         query = query_template(reads, self.templates[0], self.answer_prefixes[0])
@@ -152,11 +166,12 @@ class Task:
         return made
 
     def asking(self) -> dict[str, Any]:
-        """Return templates, answer prefixes and the renderer's name as a JSON-ready dictionary."""
+        """Return templates, answer prefixes, renderer, and the options if it `chooses`, as a JSON-ready dictionary."""
         return {
             "templates": list(self.templates),
             "answer_prefixes": list(self.answer_prefixes),
-            "renderer": renderer_name(self.renderer),
+            "renderer": described(self.renderer),
+            "options": list(self.options) if self.chooses else None,
         }
 
     def majority(self) -> float:
@@ -207,14 +222,14 @@ def _checked(rows: Iterable[object], where: str) -> tuple[Example, ...]:
     """Return rows as pairs of strings; ATVError names the first invalid one."""
     checked = []
     for index, row in enumerate(rows):
-        if not isinstance(row, Sequence) or isinstance(row, str) or len(row) != 2:
+        if not isinstance(row, Example) and (not isinstance(row, Sequence) or isinstance(row, str) or len(row) != 2):
             raise ATVError(f"{where} row {index} is {row!r}; expected an input and an output, as Example makes them.")
         texts = []
-        for key, value in zip(Example._fields, row, strict=True):
+        for key, value in zip(("input", "output"), row[:2], strict=True):
             if (text := text_of(value)) is None:
                 raise not_text(f"{where} row {index}", key, value)
             texts.append(text)
-        checked.append(Example(*texts))
+        checked.append(Example(texts[0], texts[1], row.turns if isinstance(row, Example) else ()))
     return tuple(checked)
 
 

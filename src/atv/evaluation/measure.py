@@ -10,7 +10,7 @@ from accelerate.utils import set_seed  # transformers' own imports peft, which t
 from torch import nn
 
 from atv import artifact
-from atv.data import Task
+from atv.data import Task, check_chat_template
 from atv.errors import ATVError, unknown
 from atv.evaluation.records import RunWriter
 from atv.evaluation.run import evaluate, metrics_of
@@ -58,7 +58,7 @@ def measure(
     adapter: Path | None = None,
     shots: int | None = None,
     seed: int = 42,
-    variants: str = "all",
+    variants: str = "trained",
     batch_size: int = 16,
     force: bool = False,
 ) -> bool:
@@ -88,8 +88,7 @@ def measure(
         raise ATVError(f"The method {name} has no adapter; found --adapter {adapter}: leave it out.")
     shots = method_class.wanted_shots(shots)
     folder = artifact.locate(adapter) if adapter is not None else None
-    if folder is not None:
-        artifact.read(folder, trained)  # refuses another method's adapter before a run is made
+    saved = None if folder is None else artifact.read(folder, trained)  # refuses another method's adapter before a run
     judged = metrics_of(method_class, tasks, metrics)  # refuses metrics that cannot be computed, before loading
     settings = {
         "method": name,
@@ -109,6 +108,8 @@ def measure(
     if run.finished:
         return False
     llm, tokenizer = frozen.load()
+    if saved is not None:
+        check_chat_template(saved.training, tokenizer)
     set_seed(seed)
     method = method_class.load(llm, tokenizer, folder, shots=shots or None, seed=seed)
     run.describe(method=method.describe(), device=str(input_device(llm)))

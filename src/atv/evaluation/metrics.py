@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from atv.lm.scoring import Options
 
 Need = Literal["next_token", "loglikelihood", "generate"]
-FEW_OPTIONS = 20
-"""By default, up to this many options are scored one by one; with more, an answer is generated instead."""
 GENERATED = "generated"
 """Key of the generated answer in rows, however many metrics judge it."""
 
@@ -283,5 +281,5 @@ def _as_metric(name: str, found: Any) -> Metric:
 
 
 def default_metric(task: Task) -> str:
-    """A task's default metric: its options' likelihood if there are few, else exact match."""
-    return OptionLikelihood.name if len(task.options) <= FEW_OPTIONS else ExactMatch.name
+    """A task's default metric: the likelihood of its options if it `chooses` among a few, else exact match."""
+    return OptionLikelihood.name if task.chooses else ExactMatch.name

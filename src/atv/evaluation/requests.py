@@ -1,7 +1,7 @@
 """Requests to an LLM about a task's prompts, in one pass over the prompts for all metrics."""
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -10,7 +10,7 @@ from atv.data.render import answer_ids
 from atv.errors import ATVError
 from atv.evaluation.metrics import Likelihoods, Need, NextToken
 from atv.lm.continuation import Continuation
-from atv.lm.hooks import base_llm
+from atv.lm.ends import end_ids
 from atv.lm.scoring import Options, longest_answer, task_options
 from atv.methods.base import Choice
 from atv.progress import warn_once
@@ -20,37 +20,53 @@ MOST_TOKENS = 256
 
 
 class Requests:
-    """The requests about one task in one variant.
+    """The requests about prompts with the same options or the same kind of answers.
 
-    An answer is generated greedily. It ends at an end-of-text token, at a line break unless one of the task's answers
-    contains one, or at the length of the task's longest answer (at most `MOST_TOKENS` tokens).
+    An answer is generated greedily. It ends at an end token of the LLM, at a line break unless answers may contain one,
+    or at the most tokens.
 
     Args:
-        llm: the LLM, which knows its end-of-text tokens.
+        llm: the LLM, which knows its end tokens.
         tokenizer: the LLM's.
-        task: the task.
         render: renders the prompts.
         needs: the needs of all metrics.
-
-    Raises:
-        ATVError: options are needed, but an answer is not an option or two options have the same tokens.
+        options: the options, if they are needed.
+        limit: most tokens of a generated answer.
+        lines: whether answers may contain line breaks.
     """
 
-    def __init__(self, llm: nn.Module, tokenizer: Any, task: Task, render: Renderer, needs: Collection[Need]) -> None:
+    def __init__(
+        self,
+        llm: nn.Module,
+        tokenizer: Any,
+        render: Renderer,
+        needs: Collection[Need],
+        *,
+        options: Options | None,
+        limit: int,
+        lines: bool,
+    ) -> None:
         self.llm, self.tokenizer, self.render, self.needs = llm, tokenizer, render, frozenset(needs)
+        self.options, self._lines = options, lines
+        self.limit = limit if "generate" in self.needs else 1
+        self._ends = frozenset(end_ids(llm, tokenizer))
+
+    @classmethod
+    def of_task(cls, llm: nn.Module, tokenizer: Any, task: Task, render: Renderer, needs: Collection[Need]) -> Self:
+        """Return the requests about a task in one variant; answers are as long as its longest, at most `MOST_TOKENS`.
+
+        Raises:
+            ATVError: options are needed, but an answer is not an option or two options have the same tokens.
+        """
         # If answers are only generated, options are not encoded.
-        options = self.needs & {"next_token", "loglikelihood"}
-        self.options: Options | None = task_options(tokenizer, task, render) if options else None
-        self._lines = any("\n" in option for option in task.options)
-        self._ends = _end_ids(llm, tokenizer)
-        self.limit = 1
-        if "generate" in self.needs:
-            longest = longest_answer(tokenizer, task, render)
-            self.limit = min(longest, MOST_TOKENS)
-            if longest > MOST_TOKENS:
-                warn_once(
-                    f"{task.name}: its longest answer has {longest} tokens, and generated ones end after {MOST_TOKENS}."
-                )
+        options = task_options(tokenizer, task, render) if {"next_token", "loglikelihood"} & {*needs} else None
+        longest = longest_answer(tokenizer, task, render) if "generate" in needs else 1
+        if longest > MOST_TOKENS:
+            warn_once(
+                f"{task.name}: its longest answer has {longest} tokens, and generated ones end after {MOST_TOKENS}."
+            )
+        lines = any("\n" in option for option in task.options)
+        return cls(llm, tokenizer, render, needs, options=options, limit=min(longest, MOST_TOKENS), lines=lines)
 
     @property
     def read_after(self) -> int:
@@ -115,10 +131,3 @@ class Requests:
     def _text(self, tokens: Sequence[int]) -> str:
         text: str = self.tokenizer.decode([token for token in tokens if token not in self._ends])
         return (text if self._lines else text.partition("\n")[0]).strip()
-
-
-def _end_ids(llm: nn.Module, tokenizer: Any) -> set[int]:
-    """The tokens that end a text."""
-    known = getattr(getattr(base_llm(llm), "generation_config", None), "eos_token_id", None)
-    ids = {*known} if isinstance(known, list | tuple) else {known}
-    return {int(token) for token in ids | {tokenizer.eos_token_id} if token is not None}

@@ -70,7 +70,7 @@ def evaluate(
     metrics: Metrics | None = None,
     out: RunWriter | None = None,
     *,
-    variants: str = "all",
+    variants: str = "trained",
     batch_size: int = 16,
 ) -> list[dict[str, Any]]:
     """Evaluate every test example of every task in every variant and score the answers.
@@ -165,7 +165,7 @@ def _ask(
     """
     if len(asked) == len(task.test):
         return
-    requests = Requests(method.llm, method.tokenizer, task, render, {metric.needs for metric in metrics})
+    requests = Requests.of_task(method.llm, method.tokenizer, task, render, {metric.needs for metric in metrics})
     began = time.perf_counter()
     chosen = method.choose(task, task.test, render)
     if chosen is not None:
@@ -181,7 +181,6 @@ def _ask(
     encoded = [prompt.ids for prompt in prompts]
     seconds_before = time.perf_counter() - began
     _check_lengths(method, task, encoded, requests.read_after)
-    device = input_device(method.llm)
     by_length = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))  # less padding
     began = time.perf_counter()
     shared = SharedPrefix(method.llm, encoded, method.edited_tokens)
@@ -192,19 +191,7 @@ def _ask(
         if not next(mine) or asked >= set(batch):
             continue
         began = time.perf_counter()
-        inputs, past = shared.inputs([encoded[index] for index in batch], pad_id(method.tokenizer))
-        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-        with steered(method, [prompts[index] for index in batch]), shared.attention():
-            output = call_llm(
-                method.llm,
-                keep=1,
-                input_ids=inputs["input_ids"][:, shared.length :],
-                attention_mask=inputs["attention_mask"],
-                position_ids=inputs["position_ids"][:, shared.length :],
-                past_key_values=past,
-                use_cache=past is not None or requests.continues,
-            )
-            found = requests.outputs(inputs, output)
+        found = read_batch(method, requests, shared, [prompts[index] for index in batch])
         seconds = (time.perf_counter() - began) / len(batch) + shared_seconds
         append(
             [
@@ -222,6 +209,32 @@ def _ask(
                 if index not in asked
             ]
         )
+
+
+def read_batch(
+    method: Method, requests: Requests, shared: SharedPrefix, prompts: Sequence[Prompt]
+) -> list[dict[Need, Any]]:
+    """Let the LLM read a batch of prompts, with the method's edits, and return what the requests need of each.
+
+    Args:
+        method: the method.
+        requests: what is asked.
+        shared: made of all prompts, these among them.
+        prompts: the batch.
+    """
+    inputs, past = shared.inputs([prompt.ids for prompt in prompts], pad_id(method.tokenizer))
+    inputs = {name: tensor.to(input_device(method.llm)) for name, tensor in inputs.items()}
+    with steered(method, prompts), shared.attention():
+        output = call_llm(
+            method.llm,
+            keep=1,
+            input_ids=inputs["input_ids"][:, shared.length :],
+            attention_mask=inputs["attention_mask"],
+            position_ids=inputs["position_ids"][:, shared.length :],
+            past_key_values=past,
+            use_cache=past is not None or requests.continues,
+        )
+        return requests.outputs(inputs, output)
 
 
 def steered(method: Method, prompts: Sequence[Prompt]) -> AbstractContextManager[None]:

@@ -159,7 +159,7 @@ def task_options(tokenizer: Any, task: Task, render: Renderer) -> Options:
             "name every answer that occurs, or leave options out."
         )
     try:
-        return _encoded(tokenizer, render, task.options)
+        return encoded_options(tokenizer, render, task.options)
     except ATVError as error:
         raise ATVError(f"Task {task.name}: {error}") from None
 
@@ -175,7 +175,8 @@ def longest_answer(tokenizer: Any, task: Task, render: Renderer) -> int:
 
 
 @lru_cache(maxsize=256)
-def _encoded(tokenizer: Any, render: Renderer, texts: tuple[str, ...]) -> Options:
+def encoded_options(tokenizer: Any, render: Renderer, texts: tuple[str, ...]) -> Options:
+    """Return options as they follow a renderer's prompts; ATVError if two of them have the same tokens."""
     return Options(texts, answer_ids(tokenizer, render, texts))
 
 

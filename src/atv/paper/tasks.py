@@ -2,18 +2,23 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
-from atv.data import Task, load_tasks
+from atv.data import Rendering, Task, load_tasks
 from atv.data.audit import listed
 from atv.data.folder import Known
 from atv.progress import warn_once
 
 YES_NO = ("Yes", "No")
 TRUE_FALSE = ("True", "False")
+
+
+RENDERING = Rendering("template", ends=False)
+"""The paper's prompts are plain templates, and its answers have no end: one token is judged."""
 
 
 class PaperTask(NamedTuple):
@@ -65,12 +70,12 @@ def paper_templates() -> dict[str, list[str]]:
 def load_paper_tasks(
     names: Sequence[str] | None = None, data: str | Path | None = None, templates: Sequence[str] | None = None
 ) -> list[Task]:
-    """Load tasks; the paper's tasks get its categories and templates unless their folder has others.
+    """Load tasks, rendered as in the paper; its tasks get its categories and templates unless their folder has others.
 
     Otherwise like `atv.data.load_tasks`. Warns about answers that the paper's task does not have.
     """
     known = {name: Known(task.category, paper_templates()[name]) for name, task in PAPER.items()}
-    tasks = load_tasks(names, data, templates, known)
+    tasks = [replace(task, renderer=RENDERING) for task in load_tasks(names, data, templates, known)]
     for task in tasks:
         theirs = PAPER[task.name].options if task.name in PAPER else None
         others = [option for option in task.options if theirs is not None and option not in theirs]

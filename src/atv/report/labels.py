@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
+from atv.data.task import FEW_OPTIONS
 from atv.errors import ATVError
-from atv.evaluation.metrics import FEW_OPTIONS, GENERATED
+from atv.evaluation.metrics import GENERATED
 from atv.report.statistics import Row, score_names
 from atv.report.tables import Table
 
@@ -57,7 +58,7 @@ def label_table(rows: Sequence[Row], score: str | None = None) -> Table:
         macro = precision_recall_fscore_support(targets, found, labels=labels, average="macro", zero_division=0)
         lines.append([task, name, "macro", *(f"{100 * value:.1f}" for value in macro[:3]), str(len(some))])
         lines += [
-            [task, name, label, *(f"{100 * value:.1f}" for value in values), str(count)]
+            [task, name, label, *(f"{100 * value:.1f}" for value in values), str(int(count))]
             for label, *values, count in zip(labels, *each, strict=True)
         ]
     note = (

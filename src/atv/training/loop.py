@@ -15,6 +15,7 @@ from torch.utils.data import Sampler
 from atv.config import TrainConfig
 from atv.data import Task
 from atv.data.collate import IGNORED, Collator, EncodedRow
+from atv.data.rendering import chat_template_digest
 from atv.doctor import require_wiring
 from atv.errors import ATVError
 from atv.files import follow_umask, local, occupied, read_json, same_settings, write_json
@@ -538,6 +539,7 @@ def _save(trainer: ATVTrainer, model: AdapterModel, record: dict[str, Any], out:
     settings = record["settings"]
     model.training_summary = {
         "tasks": {name: task["asking"] for name, task in settings["tasks"].items()},
+        "chat_template": chat_template_digest(model.tokenizer),
         "train": settings["train"],
         "best_step": record["best_step"],
         "best_eval_accuracy": record["best_eval_accuracy"],

@@ -34,7 +34,7 @@ def analyse_adapter(given: Analysis) -> None:
         artifact.read(library, Elicit.name)
     named = frozen_llm(given.llm or saved.base_llm["name"], given.loading)
     how = {"rows": given.rows, "query": given.query, "seed": given.seed}
-    write_analysis(named, named_tasks(given.tasks), folder, library, given.out, **how)
+    write_analysis(named, named_tasks(given.tasks, saved.training), folder, library, given.out, **how)
     print_lines([f"Next: atv report {given.out} --out report.html"])
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from atv import artifact
 from atv.cli.loading import frozen_llm
-from atv.cli.options import Reproduce, Tasks
+from atv.cli.options import PaperTasks, Reproduce
 from atv.cli.output import print_lines, print_table
 from atv.cli.paper.analysis import require_packages, write_analysis
 from atv.data import Task
@@ -40,7 +40,7 @@ def chosen_profile(name: str) -> Profile:
     return PROFILES[name]
 
 
-def paper_tasks(given: Tasks) -> list[Task]:
+def paper_tasks(given: PaperTasks) -> list[Task]:
     """The tasks given by the options; the paper's tasks get its categories and templates."""
     return load_paper_tasks(given.task, given.data, given.template)
 

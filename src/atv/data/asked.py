@@ -1,0 +1,87 @@
+"""How an adapter's training asked its LLM, so that evaluation and use ask alike.
+
+An adapter records its tasks by name, each with templates, answer prefixes and rendering (`Task.asking`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from atv.data.render import INPUT, Renderer, query_template
+from atv.data.rendering import chat_template_digest, described, recorded
+from atv.data.task import Task, composed
+from atv.errors import ATVError, unknown
+from atv.progress import log
+
+Training = Mapping[str, Any]
+"""The training summary of an adapter."""
+
+
+def as_trained(task: Task, training: Training) -> Task:
+    """Return a task asked as in an adapter's training.
+
+    A task that it was trained on gets the templates, answer prefixes and rendering of training; any other one gets the
+    rendering, if all training tasks share it.
+    """
+    tasks: Mapping[str, Any] = training.get("tasks", {})
+    asked = tasks.get(task.name)
+    if asked is not None:
+        if "custom" in asked["renderer"]:
+            same = described(task.renderer) == asked["renderer"]
+            return task if same else replace(task, renderer=recorded(asked["renderer"]))
+        return replace(
+            task,
+            templates=tuple(asked["templates"]),
+            answer_prefixes=tuple(asked["answer_prefixes"]),
+            renderer=recorded(asked["renderer"]),
+        )
+    formats = [each["renderer"] for each in tasks.values()]
+    if not formats or "custom" in formats[0] or any(other != formats[0] for other in formats):
+        return task
+    rendering = recorded(formats[0])
+    prefixes = task.answer_prefixes if rendering.format == "template" else (None,)
+    return replace(task, renderer=rendering, answer_prefixes=prefixes)
+
+
+def query_renderer(training: Training, reads: str, task: str | None = None, template: str | None = None) -> Renderer:
+    """Return the renderer of a user's queries, as in an adapter's training.
+
+    Args:
+        training: the adapter's training summary.
+        reads: what the generator reads, as in `ATVConfig.reads`.
+        task: name of a training task, whose first template is used. None: the only one; if there are several, the
+            query alone.
+        template: used instead of the task's.
+
+    Raises:
+        ATVError: the task is unknown, the training rendered its prompts with a custom renderer, or the adapter does not
+            say how it was trained.
+    """
+    tasks: Mapping[str, Any] = training.get("tasks", {})
+    if not tasks:
+        raise ATVError(
+            "The adapter does not say on which tasks it was trained, and so not how to write a prompt for a query. "
+            "Give prompts that a renderer has made (atv.data.Template, atv.data.Chat)."
+        )
+    if task is not None and composed(task) not in tasks:
+        raise unknown("task", composed(task), tasks, "These are the tasks that the adapter was trained on.")
+    if task is None and template is None and len(tasks) > 1:
+        log.info(f"No task or template is named: the LLM reads the query alone. Trained tasks: {', '.join(tasks)}.")
+        template = INPUT
+    asked = next(iter(tasks.values())) if task is None else tasks[composed(task)]
+    text = asked["templates"][0] if template is None else template
+    prefix = asked["answer_prefixes"][0]
+    return recorded(asked["renderer"])(text, prefix, query_template(reads, text, prefix))
+
+
+def check_chat_template(training: Training, tokenizer: Any) -> None:
+    """Raise ATVError if an adapter was trained with another chat template than the tokenizer has."""
+    made, found = training.get("chat_template"), chat_template_digest(tokenizer)
+    used = any(asked["renderer"].get("format", "chat") != "template" for asked in training.get("tasks", {}).values())
+    if used and made != found:
+        has = {True: "none", False: "another one"}
+        raise ATVError(
+            f"The adapter was trained with {'no' if made is None else 'a'} chat template, and the LLM's tokenizer now "
+            f"has {has[found is None]}: prompts would not be those of training. Load the LLM's revision of training, "
+            "or train the adapter again."
+        )

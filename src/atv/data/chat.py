@@ -1,0 +1,151 @@
+"""Render examples with an LLM's own chat template."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import takewhile
+from typing import Any
+
+from atv.data.render import CONVERSATION, INPUT, Example, Prompt, Turn, following, require_answer, require_input
+from atv.errors import ATVError
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation in the LLM's chat template: system message, earlier turns, the query, and the answer's beginning.
+
+    The ids of a prompt are those of `tokenizer.apply_chat_template` with a generation prompt. The ids of an answer are
+    those that the chat template adds for an assistant's message after it, up to the token that ends the turn.
+    Demonstrations are earlier turns.
+
+    Raises:
+        ATVError: `text` or `query` has no {input}.
+    """
+
+    text: str = INPUT
+    """What the user's turn says, with {input} where the query goes."""
+    system: str | None = None
+    """System message of conversations that do not begin with one. None: what the chat template does without."""
+    template_kwargs: str = "{}"
+    """JSON object of options of the chat template, such as {"enable_thinking": false}."""
+    query: str = INPUT
+    """The generator's input, with {input} where the query goes (`query_template`)."""
+
+    def __post_init__(self) -> None:
+        """Validate the fields."""
+        require_input(self.text, self.query)
+
+    def messages(self, example: Example, shots: Sequence[Example] = ()) -> list[dict[str, str]]:
+        """Return the messages up to the query; raise ATVError if it is blank."""
+        if not self._said(example).strip():
+            raise ATVError(f"A query is empty ({example.input!r}); expected some text.")
+        return [{"role": role, "content": content} for role, content in self._turns(example, shots)]
+
+    def prompt(self, tokenizer: Any, example: Example, shots: Sequence[Example] = ()) -> Prompt:
+        """Return the conversation up to where the answer begins; raise ATVError if the chat template refuses it."""
+        ids = self._rendered(tokenizer, self.messages(example, shots), add_generation_prompt=True)
+        return Prompt(list(ids), self._read(example), len(shots))
+
+    def answer(self, tokenizer: Any, prompt: Prompt, text: str) -> list[int]:
+        """Return the token ids of the answer and the end of its turn, after any of these prompts."""
+        del prompt
+        require_answer(text)
+        return list(_answer(tokenizer, self, text))
+
+    def end(self, tokenizer: Any) -> int:
+        """Return the token that ends an answer; the answer's own last one if nothing else does."""
+        return _answer(tokenizer, self, "a")[-1]
+
+    def _turns(self, example: Example, shots: Sequence[Example]) -> list[Turn]:
+        own = list(example.turns)
+        system = [own.pop(0)] if own and own[0].role == "system" else []
+        if not system and self.system is not None:
+            system = [Turn("system", self.system)]
+        shown = [
+            turn
+            for shot in shots
+            for turn in (
+                *(turn for turn in shot.turns if turn.role != "system"),
+                Turn("user", self._said(shot)),
+                Turn("assistant", shot.output),
+            )
+        ]
+        return [*system, *shown, *own, Turn("user", self._said(example))]
+
+    def _said(self, example: Example) -> str:
+        return self.text.replace(INPUT, example.input)
+
+    def _read(self, example: Example) -> str:
+        if self.query != CONVERSATION:
+            return self.query.replace(INPUT, example.input)
+        return "\n".join(f"{role}: {content}" for role, content in self._turns(example, ()))
+
+    def _rendered(self, tokenizer: Any, messages: list[dict[str, str]], **how: Any) -> Any:
+        """Return the token ids of a conversation, or its text with `tokenize = False`."""
+        if not has_chat_template(tokenizer):
+            raise ATVError(
+                f"This LLM's tokenizer ({tokenizer.name_or_path}) has no chat template; use plain templates (--format "
+                "template), or an LLM that is trained for chat."
+            )
+        options = json.loads(self.template_kwargs)
+        try:
+            return tokenizer.apply_chat_template(messages, return_dict=False, **options | how)
+        except Exception as error:  # the chat template is a program of the LLM's authors and may raise anything
+            roles = ", ".join(message["role"] for message in messages)
+            raise ATVError(
+                f"The LLM's chat template refuses a conversation of the turns {roles}: {' '.join(str(error).split())}"
+            ) from error
+
+
+def has_chat_template(tokenizer: Any) -> bool:
+    """Whether a tokenizer has a chat template."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+@lru_cache(maxsize=2**14)
+def _answer(tokenizer: Any, chat: Chat, text: str) -> tuple[int, ...]:
+    """Return the ids of an answer and its end."""
+    added, (after, end) = _added(tokenizer, chat, text), _end(tokenizer, chat)
+    return (*added[: len(added) - after], *end)
+
+
+@lru_cache(maxsize=64)
+def _end(tokenizer: Any, chat: Chat) -> tuple[int, tuple[int, ...]]:
+    """Return the number of tokens after an answer that do not belong to it, and those that end it in their place.
+
+    The chat template writes the same tokens after any text. The first control token among them ends the turn and
+    belongs to the answer; what follows (a line break, say) separates it from the next turn. If there is none, the
+    tokenizer's end-of-text token takes their place.
+    """
+    one, other = (_added(tokenizer, chat, text)[::-1] for text in ("a", "b"))
+    after = [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))][::-1]
+    control = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
+    place = next((place for place, token in enumerate(after, 1) if token in control), None)
+    if place is not None:
+        return len(after) - place, ()
+    return len(after), () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+
+
+def _added(tokenizer: Any, chat: Chat, text: str) -> list[int]:
+    """Return the ids that an assistant's message adds after a prompt that asks for it.
+
+    They are cut off the ids of the whole conversation. If a token spans the place where the answer begins, the LLM
+    never reads that token at inference: then the text is encoded as it follows a neutral ending (`following`).
+    """
+    asked = chat.messages(Example("a", ""))
+    said = [*asked, {"role": "assistant", "content": text}]
+    before, whole = chat._rendered(tokenizer, asked, add_generation_prompt=True), chat._rendered(tokenizer, said)
+    if whole[: len(before)] == before and len(whole) > len(before):
+        return list(whole[len(before) :])
+    prompt, all_of_it = (
+        chat._rendered(tokenizer, asked, tokenize=False, add_generation_prompt=True),
+        chat._rendered(tokenizer, said, tokenize=False),
+    )
+    if not all_of_it.startswith(prompt) or len(all_of_it) == len(prompt):
+        raise ATVError(
+            f"The LLM's chat template does not begin the answer {text[:60]!r} where it asks for one: {prompt[-60:]!r} "
+            "is followed by something else in a finished conversation. Options of the chat template may change that "
+            "(--chat-template-kwargs), or use --format template."
+        )
+    return list(following(tokenizer, "", all_of_it[len(prompt) :]))
