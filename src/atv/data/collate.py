@@ -92,6 +92,14 @@ class EncodedRow:
     pairs: list[tuple[list[int], list[int]]]
     judged: int = 1
     """How many of the answer's first tokens must be right for the answer to count as right (`Options.judged`)."""
+    task: str = ""
+    """Name of its task."""
+    answer: str = ""
+    """The answer as text."""
+    cut: bool = False
+    """Whether a query was cut to fit the LLM's context."""
+    weight: float = 1.0
+    """Factor of its loss in training (`TrainConfig.class_weights`)."""
 
 
 @dataclass

@@ -14,7 +14,7 @@ from transformers.utils.generic import ModelOutput
 from atv.config import Positions, TrainConfig
 from atv.data import Task
 from atv.data.collate import IGNORED, Collator, EncodedRow, Row, left_padded, pad_id
-from atv.data.render import Prompt, plain_prompt
+from atv.data.render import Prompt, fitting, plain_prompt
 from atv.errors import ATVError
 from atv.lm.hooks import base_llm, input_device, keep_differentiable, uncompiled, unregistered
 from atv.lm.load import context_length, load_tokenizer
@@ -88,6 +88,9 @@ class AdapterModel(nn.Module, ABC):
     """Number of a prompt's last tokens whose states depend on what is learned; None: all may. The tokens before them
     are read once for the whole training."""
 
+    writes = True
+    """Whether answers are the LLM's tokens, rather than the classes of a model without an LLM."""
+
     @property
     def reads(self) -> str:
         """What the generator reads, as in `Task.renderers`: "query" or "prompt"."""
@@ -133,7 +136,7 @@ class AdapterModel(nn.Module, ABC):
             labels: (batch, answer), answer tokens, -100 where there is none.
 
         Returns:
-            `loss`, `losses` and `right`; in training only `loss` is used.
+            `loss`, `losses` and `right`; in training only `loss` is used, or `losses` with class weights.
         """
 
     @abstractmethod
@@ -191,14 +194,25 @@ class AdapterModel(nn.Module, ABC):
         return [0]
 
     def encode_row(self, row: Row) -> EncodedRow:
-        """Encode a training row; raise ATVError if a prompt and its answer exceed the LLM's context."""
-        prompts = [render.prompt(self.tokenizer, row.example) for render in row.renderers]
-        pairs = []
-        for render, prompt in zip(row.renderers, prompts, strict=True):
-            answer = render.answer(self.tokenizer, prompt, row.example.output)
+        """Encode a training row. A query that does not fit the LLM's context is cut at its end (`EncodedRow.cut`).
+
+        Raises:
+            TooLong: the answer and what stands around the query leave it no room.
+        """
+        prompts, pairs, cut, limit = [], [], False, context_length(self.llm)
+        for render in row.renderers:
+            whole = render.prompt(self.tokenizer, row.example)
+            answer = render.answer(self.tokenizer, whole, row.example.output)
+            room = None if limit is None else limit - len(answer)
+            prompt = (
+                whole if room is None or len(whole.ids) <= room else fitting(render, self.tokenizer, row.example, room)
+            )
             self._check_length(prompt, len(answer))
+            cut = cut or prompt is not whole
+            prompts.append(prompt)
             pairs.append((prompt.ids, answer))
-        return EncodedRow(self.encode_query(prompts[0].query, row.task), pairs)
+        query = self.encode_query(prompts[0].query, row.task)
+        return EncodedRow(query, pairs, task=row.task, answer=row.example.output, cut=cut)
 
     def encode_prompts(self, prompts: Sequence[Prompt | str]) -> dict[str, Tensor]:
         """Return left-padded model inputs on the LLM's device: `input_ids`, `attention_mask`, `position_ids`.

@@ -187,7 +187,7 @@ def training_options(tokenizer: Any, task: Task) -> Options:
 
 def note_shared(tokenizer: Any, tasks: Sequence[Task]) -> None:
     """Log once how answers of the training tasks that begin with the same token are judged."""
-    for task in tasks:
+    for task in (task for task in tasks if task.chooses):
         options = training_options(tokenizer, task)
         for line in shared_beginnings(task, partial(option_ids, tokenizer, task), task.renderers("first")):
             warn_once(line)

@@ -92,6 +92,8 @@ class EncoderModel(AdapterModel):
         self.register_buffer("known", torch.tensor(known), persistent=False)
         self.to(input_device(llm))
 
+    writes = False
+
     @classmethod
     def of(cls, llm: nn.Module, config: EncoderConfig, tokenizer: Any, tasks: Sequence[Task]) -> Self:
         """An untrained model for the answers of the tasks."""
@@ -130,7 +132,8 @@ class EncoderModel(AdapterModel):
     def encode_row(self, row: Row) -> EncodedRow:
         """A row with its query's length and the index of its answer; there is no prompt."""
         query = self.encode_query(row.example.input, row.task)
-        return EncodedRow(query, [([0] * len(query), [self.all_answers.index(row.example.output)])])
+        pairs = [([0] * len(query), [self.all_answers.index(row.example.output)])]
+        return EncodedRow(query, pairs, task=row.task, answer=row.example.output)
 
     def collator(self) -> Collator:
         """A collator that makes `forward`'s batches from `encode_row`'s rows."""
