@@ -5,7 +5,7 @@ from atv.report.comparison import all_tables, comparison_tables
 from atv.report.experiments import FOLDER as EXPERIMENTS
 from atv.report.experiments import experiment_tables, find_experiments, load_experiment, report_tables
 from atv.report.formats import FORMATS, check_format, markdown, write_tables
-from atv.report.labels import label_table
+from atv.report.classification import label_table
 from atv.report.page import write_page, write_plots
 from atv.report.tables import score_table
 
