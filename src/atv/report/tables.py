@@ -135,7 +135,9 @@ def prefix_table(rows: Sequence[dict[str, Any]]) -> Table | None:
             continue
         for row in scored(asked, name):
             prefixes[row["answer_prefix"]] = None
-            cells.setdefault((task, label(row), name), {}).setdefault(row["answer_prefix"], []).append(row["scores"][name])
+            cells.setdefault((task, label(row), name), {}).setdefault(row["answer_prefix"], []).append(
+                row["scores"][name]
+            )
     if not cells:
         return None
     lines = []
