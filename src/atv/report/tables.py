@@ -134,10 +134,9 @@ def prefix_table(rows: Sequence[dict[str, Any]]) -> Table | None:
         if name is None or len({row["answer_prefix"] for row in asked}) < 2:
             continue
         for row in scored(asked, name):
-            prefixes[row["answer_prefix"]] = None
-            cells.setdefault((task, label(row), name), {}).setdefault(row["answer_prefix"], []).append(
-                row["scores"][name]
-            )
+            prefix = row["answer_prefix"]
+            prefixes[prefix] = None
+            cells.setdefault((task, label(row), name), {}).setdefault(prefix, []).append(row["scores"][name])
     if not cells:
         return None
     lines = []
