@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from atv.data import Example, Task
+from atv.data.task import FEW_OPTIONS
 from atv.errors import ATVError, unknown
 
 if TYPE_CHECKING:
