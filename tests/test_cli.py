@@ -79,7 +79,7 @@ def test_train_eval_report_generate_on_ones_own_models_and_data(atv, world, tmp_
     assert code == 0
     assert "nothing to do" in err
 
-    data = ["--data", world / "data", "--dtype", "float32"]
+    data = ["--data", world / "data", "--dtype", "float32", "--variants", "all"]
     for method, extra in (("zero-shot", ["--llm", world / "llm"]), ("atv", ["--adapter", out])):
         code, _, err = atv("eval", "--method", method, *data, *extra, "--out", tmp_path / method)
         assert code == 0, err
