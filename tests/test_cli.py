@@ -79,7 +79,7 @@ def test_train_eval_report_generate_on_ones_own_models_and_data(atv, world, tmp_
     assert code == 0
     assert "nothing to do" in err
 
-    data = ["--data", world / "data", "--dtype", "float32"]
+    data = ["--data", world / "data", "--dtype", "float32", "--variants", "all"]
     for method, extra in (("zero-shot", ["--llm", world / "llm"]), ("atv", ["--adapter", out])):
         code, _, err = atv("eval", "--method", method, *data, *extra, "--out", tmp_path / method)
         assert code == 0, err
@@ -99,7 +99,9 @@ def test_train_eval_report_generate_on_ones_own_models_and_data(atv, world, tmp_
     assert code == 0, err
     assert "atv minus" in said
     assert f"Written to {tmp_path / 'tables-1-scores-per-task.csv'}" in said
-    assert len(list(tmp_path.glob("tables-*.csv"))) == 4  # per task, in-domain by both accuracies, comparison
+    assert len(list(tmp_path.glob("tables-*.csv"))) == 10
+    # per task, by prefix, in-domain by both scores, comparison, classification and its labels, confusions, reliability
+    # and mistakes
     check_refused(*atv("report", tmp_path, "--out", tmp_path / "table.txt"), ["'.txt'", ".md, .tex, .csv or .html"])
 
     calls = []

@@ -320,6 +320,71 @@ def test_likelihood_per_byte_counts_utf_8_and_ties_go_to_the_first():
     assert Likelihoods(["ab", "ab cd"], [-4.0, -5.0], sums=False).best_per_byte() == "ab"
 
 
+@pytest.mark.parametrize(
+    ("text", "target", "valid", "fields"),
+    [
+        ('{"name": "Ada", "born": 1815}', '{"born": 1815.0, "name": "Ada"}', 1, 1),
+        ('{"name": "Ada", "born": 1816, "more": 0}', '{"name": "Ada", "born": 1815}', 1, 1 / 2),
+        ('{"a": [1, {"b": null}]}', '{"a": [1, {"b": null}], "c": 2, "d": "3"}', 1, 1 / 3),
+        ('{"a": [1, {"b": 0}]}', '{"a": [1, {"b": null}]}', 1, 0),
+        ('{"a": [true]}', '{"a": [1]}', 1, 0),  # in Python True == 1
+        ('{"a": 9007199254740993}', '{"a": 9007199254740992}', 1, 0),  # equal as floats
+        ('```json\n{"a": 1}\n```', '{"a": 1}', 1, 1),
+        ("```\n[1, 2]\n```", "[1, 2]", 1, 1),
+        ('Sure: {"a": 1}', '{"a": 1}', 0, 0),
+        ('{"a": 1', '{"a": 1}', 0, 0),
+        ('[{"a": 1}]', '{"a": 1}', 1, 0),
+        ("{}", "{}", 1, 1),
+        ("[]", "{}", 1, 0),
+        ("null", "null", 1, 1),
+        ("", "null", 0, 0),
+        ("NaN", "1", 0, 0),  # Python's parser takes it
+        ("[" * 100_000, "1", 0, 0),
+        ('{"a": 1}', "free text", 1, None),
+        ("free text", "free text", 0, None),
+    ],
+)
+def test_json_is_compared_by_its_top_level_fields(text, target, valid, fields):
+    found = load_metric("json")(Example("q", target), text)
+    assert found == {"json_valid": valid, "json_fields": fields if fields is None else pytest.approx(fields)}
+
+
+# ---- probabilities of options ----
+
+
+def test_probabilities_are_the_softmax_of_log_likelihoods():
+    values = torch.tensor([-4.5, -6.25, -4.0, -700.0], dtype=torch.float64)
+    found = Likelihoods(["a", "b", "c", "d"], values.tolist()).probabilities()
+    assert list(found) == ["a", "b", "c", "d"]
+    assert list(found.values()) == pytest.approx(values.softmax(-1).tolist(), rel=1e-5)
+    assert Likelihoods(["a", "b"], [-900.0, -math.inf]).probabilities() == {"a": 1, "b": 0}
+
+
+def test_there_are_no_probabilities_of_many_options_or_where_none_has_a_score():
+    for count, known in ((FEW_OPTIONS, True), (FEW_OPTIONS + 1, False)):
+        found = Likelihoods([str(number) for number in range(count)], [-1.0] * count).probabilities()
+        assert (found is not None) is known
+    for values in ([-math.inf] * 2, [math.nan, -1.0], [-1.0, math.nan]):
+        assert Likelihoods(["a", "b"], values).probabilities() is None
+
+
+def test_rows_have_the_options_probabilities_and_the_query_where_a_score_is_0():
+    llm, task = make_llm(), labelled(("yes", "no", "very"), rows=24)
+    rows = evaluate(zero_shot(llm), [task], ["option_likelihood", "exact_match"], variants="first")
+    assert {row["query"] == "" for row in rows} == {False}  # a random LLM generates no answer: exact_match is 0
+    rows = evaluate(zero_shot(llm), [task], ["option_likelihood"], variants="first")
+    assert len({row["scores"]["option_likelihood"] for row in rows}) == 2
+    for row in rows:
+        wrong = 0.0 in row["scores"].values()
+        assert row["query"] == (task.test[row["example"]].input if wrong else "")
+        assert list(row["probabilities"]) == list(task.options)
+        assert math.fsum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+        best = max(row["probabilities"], key=row["probabilities"].get)
+        assert best == row["outputs"]["option_likelihood"]
+    for metric in ("first_token", "exact_match"):
+        assert {row["probabilities"] for row in evaluate(zero_shot(llm), [task], [metric], variants="first")} == {None}
+
+
 # ---- defaults, and labels that begin alike ----
 
 
@@ -447,6 +512,8 @@ def test_answers_without_the_llm_are_scored_by_the_same_metrics(task):
         assert row["scores"] == dict.fromkeys(row["scores"], float(row["target"] == "yes"))
         assert set(row["outputs"].values()) == {"yes"}
         assert row["prompt_tokens"] == 7
+        yes, no = math.exp(-0.1), math.exp(-3.0)
+        assert row["probabilities"] == pytest.approx({"yes": yes / (yes + no), "no": no / (yes + no)}, rel=1e-5)
         assert len(row["scores"]) == 6
 
 

@@ -93,6 +93,8 @@ TEXT = st.text(max_size=12) | st.sampled_from(["\n", "a\r\nb", "\u2028", "\x85",
             prompt_tokens=st.integers(0, 9999),
             demonstrations=st.integers(0, 16),
             seconds=st.floats(0, 100),
+            probabilities=st.none() | st.dictionaries(TEXT, st.floats(0, 1)),
+            query=TEXT,
         ),
         max_size=4,
     )
@@ -113,6 +115,17 @@ def test_a_line_that_is_no_prediction_is_named(folder, line):
         file.write(line + "\n")
     with refused("predictions.jsonl line 2", line[:10], "a row with all of its fields"):
         read_rows(folder)
+
+
+def test_rows_of_earlier_versions_get_the_defaults_of_what_they_lack(folder):
+    fresh(folder, rows=2)
+    file = folder / "predictions.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for name in ("probabilities", "query"):
+        del rows[0][name]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_rows(folder) == [asdict(prediction(index)) for index in range(2)]
+    assert RunWriter(folder, SETTINGS).rows == [asdict(prediction(index)) for index in range(2)]
 
 
 def test_a_run_goes_on_where_it_stopped(folder):

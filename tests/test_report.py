@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atv.cli.output import print_table
-from atv.report import markdown, score_table
+from atv.report import all_tables, markdown, score_table
 from atv.report.formats import comma_separated, latex
-from atv.report.tables import marked, number
+from atv.report.tables import marked, number, prefix_table
 
 CATEGORY = {"sentiment": "NLU", "outlook": "Unseen", "topic": "NLU"}
 
@@ -175,6 +175,29 @@ def test_a_table_as_markdown_is_this_text():
         "differ, is the answer. Tokens: prompt tokens per query. Seconds per query include everything that the method "
         "and the metrics do for it.\n"
     )
+
+
+def with_prefix(rows, *prefixes):
+    return [part | {"answer_prefix": prefix} for part, prefix in zip(rows, prefixes, strict=True)]
+
+
+def test_a_prefix_that_fails_is_seen_beside_the_mean_over_all():
+    rows = [
+        *with_prefix(rows_of("atv", "sentiment", "xxx-", "xxxx"), "A:", "A:", "A:", "So:"),
+        *with_prefix(rows_of("zero-shot", "sentiment", "x-", "xx"), "A:", None),
+        *with_prefix(rows_of("atv", "topic", "xx", "xx"), "A:", "A:"),  # one prefix: nothing to tell apart
+    ]
+    table = prefix_table(rows)
+    assert table.columns == ["task", "method", "score", "A:", "So:", "no prefix", "all"]
+    assert table.rows == [
+        ["sentiment", "atv", "first_token", "100.0", "0.0", "–", "75.0"],
+        ["sentiment", "zero-shot", "first_token", "100.0", "–", "0.0", "50.0"],
+    ]
+    assert "first_token: the most likely next token" in table.note
+    assert [each.title for each in all_tables(rows[:4])] == ["Scores per task", "Scores by answer prefix"]
+    table = prefix_table([*rows[:2], untold(rows[3])])
+    assert table.rows == [["sentiment", "atv", "first_token_among_options", "100.0", "100.0", "100.0"]]
+    assert prefix_table(rows[6:]) is None
 
 
 UNTOLD = [untold(part) for part in rows_of("zero-shot", "sentiment", "xx--", "x---", tokens=21)]

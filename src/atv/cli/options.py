@@ -282,6 +282,9 @@ class Report:
 
     runs: list[Path] = option(argument=True)
     """Folders of runs, or folders that contain runs at any depth."""
+    details: bool = option(False, flags=["--details"])
+    """For tasks answered by choosing an option: also print each label's precision and recall, confusion matrices,
+    calibration and the most confident mistakes. Files written with --out always have these tables."""
     out: Path | None = out_field(None)
     """Write the tables to this file: .md, .tex (for booktabs), .csv (one file per table), or .html (one page with
     plots)."""
@@ -393,5 +396,8 @@ class Theory:
     """Also check the theorems on this LLM's weights and hidden states. Default: only random ones."""
     seed: int = seed_field(DATA)
     """Seed of random matrices, prefixes and starting points."""
+    details: bool = option(False, flags=["--details"])
+    """For tasks answered by choosing an option: also print each label's precision and recall, confusion matrices,
+    calibration and the most confident mistakes. Files written with --out always have these tables."""
     out: Path | None = out_field(None)
     """Write the tables to this file: .md, .tex, or .csv, one file per table."""

@@ -5,6 +5,7 @@ defined for an example.
 """
 
 import importlib
+import json
 import math
 import os
 import re
@@ -17,6 +18,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from atv.data import Example, Task
+from atv.data.task import FEW_OPTIONS
 from atv.errors import ATVError, unknown
 
 if TYPE_CHECKING:
@@ -63,6 +65,18 @@ class Likelihoods(NamedTuple):
             return self.best()
         sizes = [len(option.encode()) for option in self.options]
         return self._highest([value / size for value, size in zip(self.values, sizes, strict=True)])
+
+    def probabilities(self) -> dict[str, float] | None:
+        """Probability of each option among the options: the softmax of `values`, to six significant digits.
+
+        None for more than `FEW_OPTIONS` options, which would make records large, and if no option has a finite value.
+        """
+        highest = max(self.values)
+        shares = [math.exp(value - highest) for value in self.values]
+        total = math.fsum(shares)
+        if len(self.options) > FEW_OPTIONS or not math.isfinite(total):
+            return None
+        return {option: float(f"{share / total:.6g}") for option, share in zip(self.options, shares, strict=True)}
 
     def _highest(self, values: Sequence[float]) -> str:
         return self.options[max(range(len(values)), key=values.__getitem__)]
@@ -177,6 +191,64 @@ class RougeL:
         return {"rouge_l": float(self._scorer.score(example.output, output)["rougeL"].fmeasure)}
 
 
+class JSONMatch:
+    """The generated answer as JSON, compared with the answer's top-level fields.
+
+    The text may be a Markdown code block (three backticks, optionally followed by `json`). Numbers are compared by
+    value, so 1 equals 1.0; the order of fields does not matter.
+    """
+
+    name = "json"
+    needs: Need = "generate"
+
+    def __call__(self, example: Example, output: str) -> dict[str, float | None]:
+        """`json_valid` and `json_fields`."""
+        found, expected = _read_json(output), _read_json(example.output)
+        return {"json_valid": float(found is not None), "json_fields": _shared_fields(found, expected)}
+
+
+class _JSON(NamedTuple):
+    """A parsed text, to tell the value null from a text that is not JSON."""
+
+    value: Any
+
+
+def _read_json(text: str) -> _JSON | None:
+    """The value of a text or of the code block that it is; None if it is not JSON."""
+    fenced = re.fullmatch(r"```(?:json)?\s*(.*)```", text.strip(), flags=re.DOTALL | re.IGNORECASE)
+    try:
+        return _JSON(json.loads(fenced[1] if fenced else text, parse_constant=_not_json))
+    except (ValueError, RecursionError):  # the latter: brackets nested deeper than the parser's stack
+        return None
+
+
+def _not_json(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")  # Python's parser takes NaN and Infinity
+
+
+def _shared_fields(found: _JSON | None, expected: _JSON | None) -> float | None:
+    """Share of the expected top-level fields with equal values; for values without fields, whether they are equal."""
+    if expected is None:
+        return None
+    if found is None:
+        return 0.0
+    fields = expected.value
+    if not isinstance(fields, dict) or not fields:
+        return float(_same(found.value, fields))
+    if not isinstance(found.value, dict):
+        return 0.0
+    return sum(key in found.value and _same(found.value[key], value) for key, value in fields.items()) / len(fields)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two JSON values are equal. In Python True equals 1, in JSON it does not."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
+
+
 class UserMetric:
     """A user-defined metric: a function of an example and the generated answer.
 
@@ -220,7 +292,7 @@ class UserMetric:
 
 
 METRICS: dict[str, Callable[[], Metric]] = {
-    each.name: each for each in (FirstToken, OptionLikelihood, ExactMatch, TokenF1, RougeL)
+    each.name: each for each in (FirstToken, OptionLikelihood, ExactMatch, TokenF1, RougeL, JSONMatch)
 }
 """Constructors of the built-in metrics."""
 
@@ -233,6 +305,8 @@ SCORES = {
     "exact_match": "the generated answer is the answer",
     "token_f1": "F1 of the words that the generated answer and the answer share",
     "rouge_l": "ROUGE-L F-measure of the generated answer",
+    "json_valid": "the generated answer is JSON",
+    "json_fields": "share of the answer's top-level JSON fields that the generated answer has with the same value",
 }
 """Descriptions of these metrics' scores."""
 

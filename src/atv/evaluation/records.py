@@ -6,7 +6,7 @@ computed from rows. The analysis of an adapter's vectors is a separate file, `an
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +49,16 @@ class Row:
     among its rows."""
     demonstrations: int = 0
     """Number of demonstrations in the prompt, without those that did not fit the LLM's context."""
+    probabilities: dict[str, float] | None = None
+    """Probability of each of the task's options, as in `Likelihoods.probabilities`. None: options were not scored as a
+    whole, or there are more than `FEW_OPTIONS`."""
+    query: str = ""
+    """The example's input, if one of the scores is 0; otherwise empty, to keep records small."""
 
 
-_FIELDS = {each.name for each in fields(Row)}
+_DEFAULTS = {each.name: each.default for each in fields(Row) if each.default is not MISSING}
+"""Fields that rows of earlier versions may lack."""
+_FIELDS = {each.name for each in fields(Row)} - _DEFAULTS.keys()
 
 
 class RunWriter:
@@ -161,7 +168,10 @@ def row_key(row: dict[str, Any]) -> Key:
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run. A truncated last line is skipped; any other damage raises ATVError."""
+    """The rows of a run. A truncated last line is skipped; any other damage raises ATVError.
+
+    Fields that earlier versions did not record have their default.
+    """
     rows = _read_file(folder / ROWS_FILE)
     for file in _others_files(folder):
         there = {row_key(row) for row in rows}
@@ -185,12 +195,12 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
             continue
         if not _whole(row):
             raise ATVError(f"{path} line {number} is {line[:60]!r}; expected a row with all of its fields.")
-        rows.append(row)
+        rows.append(row | {name: default for name, default in _DEFAULTS.items() if name not in row})
     return rows
 
 
 def _whole(row: Any) -> bool:
-    """Whether it has all fields, and its scores and outputs are objects."""
+    """Whether it has all fields without a default, and its scores and outputs are objects."""
     if not isinstance(row, dict) or not row.keys() >= _FIELDS:
         return False
     return isinstance(row["scores"], dict) and isinstance(row["outputs"], dict)

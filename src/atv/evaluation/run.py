@@ -289,6 +289,7 @@ def _row(
     texts: dict[str, str] = {}
     for need, output in outputs.items():
         texts |= {GENERATED: output} if need == "generate" else output.texts()
+    likelihoods = outputs.get("loglikelihood")
     return Row(
         task=task.name,
         category=task.category,
@@ -299,5 +300,7 @@ def _row(
         target=example.output,
         scores=scores,
         outputs=texts,
+        probabilities=None if likelihoods is None else likelihoods.probabilities(),
+        query=example.input if 0 in scores.values() else "",
         **costs,
     )

@@ -1,11 +1,11 @@
 """Reports: pure functions of recorded rows. Nothing here imports torch."""
 
 from atv.report.analysis import analysis_tables
+from atv.report.classification import classification_details, classification_tables, classified, label_table
 from atv.report.comparison import all_tables, comparison_tables
 from atv.report.experiments import FOLDER as EXPERIMENTS
 from atv.report.experiments import experiment_tables, find_experiments, load_experiment, report_tables
 from atv.report.formats import FORMATS, check_format, markdown, write_tables
-from atv.report.labels import label_table
 from atv.report.page import write_page, write_plots
 from atv.report.tables import score_table
 
@@ -15,6 +15,9 @@ __all__ = [
     "all_tables",
     "analysis_tables",
     "check_format",
+    "classification_details",
+    "classification_tables",
+    "classified",
     "comparison_tables",
     "experiment_tables",
     "find_experiments",

@@ -8,7 +8,7 @@ from atv.data import UNSEEN
 from atv.errors import ATVError
 from atv.methods import METHODS
 from atv.report.statistics import RESAMPLES, Row, Score, Scores, paired, score_names, scored, scores, tasks_of
-from atv.report.tables import MISSING, Table, footnote, marked, meaning, score_table, undefined
+from atv.report.tables import MISSING, Table, footnote, marked, meaning, prefix_table, score_table, undefined
 
 ATV = "atv"
 PUBLISHED = "paper, "
@@ -52,9 +52,11 @@ class Published(Protocol):
 
 
 def all_tables(rows: Sequence[Row], beside: Published | None = None) -> list[Table]:
-    """The table per task and, with several methods, the comparison tables."""
+    """The table per task, by answer prefix if there are several, and, with several methods, the comparison tables."""
     several = len({row["method"] for row in rows}) > 1
-    return [score_table(rows), *(comparison_tables(rows, beside) if several else ())]
+    by_prefix = prefix_table(rows)
+    first = [score_table(rows)] if by_prefix is None else [score_table(rows), by_prefix]
+    return [*first, *(comparison_tables(rows, beside) if several else ())]
 
 
 def comparison_tables(rows: Sequence[Row], beside: Published | None = None) -> list[Table]:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from atv.report.analysis_plots import map_plot, norms_plot
+from atv.report.classification_plots import confusion_plot, reliability_plot
 from atv.report.comparison import ATV, PUBLISHED
 from atv.report.figure import (
     COLOURS,
@@ -42,7 +43,7 @@ def draw(table: Table, name: str) -> list[Plot]:
     """Make the plots of a table, without the paper's rows, which are from other LLMs.
 
     Args:
-        table: from `paper_tables` or `analysis_tables`.
+        table: with names of plots, from this package.
         name: name of the plot in the page, which makes the ids inside its SVG unique.
     """
     from matplotlib import rc_context  # here, so that tables do not need matplotlib
@@ -161,6 +162,8 @@ _KINDS: dict[str, Callable[[Table], Drawn]] = {
     "differences": _differences,
     "norms": norms_plot,
     "map": map_plot,
+    "confusion": confusion_plot,
+    "reliability": reliability_plot,
 }
 
 

@@ -1,6 +1,6 @@
 """Tables from recorded rows."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -87,8 +87,7 @@ def score_table(rows: Sequence[dict[str, Any]]) -> Table:
     Args:
         rows: from `load_runs`, from any number of runs.
     """
-    several = len({row["llm"] for row in rows}) > 1
-    labels = [f"{row['method']}, {row['llm']}" if several else str(row["method"]) for row in rows]
+    labels = list(map(labeller(rows), rows))
     cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for label, row in zip(labels, rows, strict=True):
         cells.setdefault((row["task"], label), []).append(row)
@@ -118,6 +117,46 @@ def score_table(rows: Sequence[dict[str, Any]]) -> Table:
     some = [f"{name} was not asked for in {', '.join(t for t in seen if t not in asked[name])}" for name in partial]
     where = [f"{'; '.join(some)}: means are without these."] if some else []
     return Table("Scores per task", columns, lines, note, footnote=" ".join([footnote(rows), *where]).strip())
+
+
+def prefix_table(rows: Sequence[dict[str, Any]]) -> Table | None:
+    """Each task's score by answer prefix, one row per task and method; None if no task was asked with several.
+
+    Args:
+        rows: from `load_runs`. The score is the first one that is defined for the task.
+    """
+    names, label = score_names(rows), labeller(rows)
+    cells: dict[tuple[str, str, str], dict[str | None, list[float]]] = {}
+    prefixes: dict[str | None, None] = {}
+    for task in dict.fromkeys(row["task"] for row in rows):
+        asked = [row for row in rows if row["task"] == task]
+        name = next((name for name in names if scored(asked, name) and not undefined(asked, name)), None)
+        if name is None or len({row["answer_prefix"] for row in asked}) < 2:
+            continue
+        for row in scored(asked, name):
+            prefix = row["answer_prefix"]
+            prefixes[prefix] = None
+            cells.setdefault((task, label(row), name), {}).setdefault(prefix, []).append(row["scores"][name])
+    if not cells:
+        return None
+    lines = []
+    for key, found in cells.items():
+        means = [f"{100 * fmean(found[prefix]):.1f}" if prefix in found else MISSING for prefix in prefixes]
+        everything = [value for values in found.values() for value in values]
+        lines.append([*key, *means, f"{100 * fmean(everything):.1f}"])
+    note = (
+        f"In percent. {meaning(dict.fromkeys(score for *_, score in cells))} A column is the mean over the rows, "
+        "templates and seeds with that answer prefix, the last one over all of them. A method may be weak with a "
+        "prefix that it was not trained on, which the mean over all hides."
+    )
+    columns = ["no prefix" if prefix is None else " ".join(prefix.split()) for prefix in prefixes]
+    return Table("Scores by answer prefix", ["task", "method", "score", *columns, "all"], lines, note)
+
+
+def labeller(rows: Iterable[Mapping[str, Any]]) -> Callable[[Mapping[str, Any]], str]:
+    """Names of rows' methods; they include the LLM if the rows are of several."""
+    several = len({row["llm"] for row in rows}) > 1
+    return lambda row: f"{row['method']}, {row['llm']}" if several else str(row["method"])
 
 
 def number(cell: str) -> float | None:
