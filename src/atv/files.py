@@ -51,12 +51,18 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write `data` atomically: a kill leaves either the old file or the new one."""
+    with replace_file(path) as part:
+        part.write_bytes(data)
+
+
+@contextmanager
+def replace_file(path: Path) -> Iterator[Path]:
+    """Yield the path of a file to write; at the end it replaces `path`, unless there was an exception."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{uuid4().hex[:8]}.part")
     try:
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
+        yield part
+        with part.open("r+b") as file:  # Windows cannot flush a read-only handle
             os.fsync(file.fileno())
         os.replace(part, path)
     finally:

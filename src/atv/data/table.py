@@ -1,16 +1,14 @@
 """Tasks from tables: CSV, TSV, JSON lines, JSON and Parquet files, a folder with one of these per split, the hub.
 
-The columns are recognised by name or given. Text files are read with the standard library, because a value must stay
-the text that it is: libraries that guess types make 1 of "01" and a missing value of "None". Parquet files, data sets
-of the hub and `datasets` objects carry types of their own.
+The columns are recognised by name or given. `atv.data.rows` reads text files. Parquet files, data sets of the hub and
+`datasets` objects carry types and names of classes of their own.
 """
 
-import csv
 import json
 import random
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +16,7 @@ from typing import Any, NamedTuple
 from atv.data.conversation import example_of, turns_of
 from atv.data.render import INPUT, Example
 from atv.data.rendering import Rendering
+from atv.data.rows import SUFFIXES, Row, load_json, objects, read_rows, suffix_of
 from atv.data.task import SPLITS, Task, composed, text_of
 from atv.errors import ATVError
 from atv.files import local
@@ -25,7 +24,6 @@ from atv.progress import log
 
 HUB = "hub:"
 """Begins the name of a data set of the hub: hub:ORG/NAME or hub:ORG/NAME:CONFIG."""
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 SPLIT_NAMES = {name: split for split, names in {
     "train": ("train", "training"), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)
 }.items() for name in names}  # fmt: skip
@@ -40,8 +38,6 @@ DRAWN = {"valid": (0.1, 500), "test": (0.2, 1000)}
 """The share of the training rows that a missing split is drawn from, and how many rows it has at most."""
 SEED = 42
 """Of these draws. The same for every command, since rows that one of them trains on must not be tested by another."""
-
-Row = Mapping[str, Any]
 
 
 class Loaded(NamedTuple):
@@ -170,57 +166,13 @@ def _load_hub(name: str, config: str | None) -> Any:
 
 
 def _read_file(file: Path) -> Loaded:
-    suffix = file.suffix.lower()
+    suffix = suffix_of(file, SUFFIXES)
     if suffix == ".parquet":
         made = _datasets(str(file)).Dataset
         return _from_datasets(str(file), made.from_parquet(str(file), keep_in_memory=True))
-    try:
-        # utf-8-sig: a byte order mark is no part of the first column's name
-        with file.open(encoding="utf-8-sig", newline="") as text:
-            if suffix in (".csv", ".tsv"):
-                return Loaded({"train": _csv_rows(file, text)}, {})
-            if suffix == ".jsonl":
-                return Loaded(
-                    {"train": [_object(file, number, line) for number, line in enumerate(text, 1) if line.strip()]}, {}
-                )
-            if suffix == ".json":
-                return Loaded(_json_splits(file, json.load(text)), {})
-    except UnicodeDecodeError as error:
-        raise ATVError(f"{file} is not UTF-8 at byte {error.start}; save it as UTF-8.") from error
-    except json.JSONDecodeError as error:
-        raise ATVError(f"{file}, line {error.lineno}: no JSON: {error.msg}.") from error
-    except OSError as error:
-        raise ATVError(f"{file} cannot be read: {error.strerror}.") from error
-    raise ATVError(f"{file} has the ending {suffix!r}; expected one of {', '.join(SUFFIXES)}.")
-
-
-def _csv_rows(file: Path, text: Iterable[str]) -> list[Row]:
-    csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(text, delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True)
-    rows: list[Row] = []
-    try:
-        if len(set(reader.fieldnames or ())) < len(reader.fieldnames or ()):
-            raise ATVError(f"{file} has two columns of one name; found {reader.fieldnames}.")
-        for row in reader:
-            if None in row:
-                raise ATVError(
-                    f"{file}, line {reader.line_num}: {len(row) - 1 + len(row[None])} cells, and the first line names "
-                    f"{len(row) - 1} columns. Put cells with a comma, a tab or a line break in double quotes."
-                )
-            rows.append(row)
-    except csv.Error as error:
-        raise ATVError(f"{file}, line {reader.line_num}: {error}.") from error
-    return rows
-
-
-def _object(file: Path, number: int, line: str) -> Row:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ATVError(f"{file}, line {number}: no JSON: {error.msg}.") from error
-    if not isinstance(row, dict):
-        raise ATVError(f"{file}, line {number}: a JSON {type(row).__name__}; expected an object for each row.")
-    return row
+    if suffix == ".json":
+        return Loaded(_json_splits(file, load_json(file)), {})
+    return Loaded({"train": list(read_rows(file))}, {})
 
 
 def _json_splits(file: Path, found: Any) -> dict[str, list[Row]]:
@@ -228,12 +180,8 @@ def _json_splits(file: Path, found: Any) -> dict[str, list[Row]]:
     splits = {"train": found}
     if isinstance(found, dict):
         splits = {SPLIT_NAMES[key]: rows for key, rows in found.items() if key in SPLIT_NAMES}
-    for rows in splits.values():
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise ATVError(
-                f"{file}: expected a list of objects, or an object with such a list for train, valid and test."
-            )
-    return splits
+    also = ", or an object with such a list for train, valid and test"
+    return {split: objects(rows, str(file), also) for split, rows in splits.items()}
 
 
 def _from_datasets(name: str, data: Any) -> Loaded:
