@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 from forks import ended, forked
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from refusals import refused
 
@@ -101,8 +101,9 @@ def test_every_format_gives_the_same_rows_in_every_format(tmp_path):
 CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(CELLS, CELLS), max_size=12), st.sampled_from([".csv", ".tsv"]))
+@example([("a\r\nb", "c\rd"), ('"', "\t,")], ".csv")
 def test_text_comes_through_as_it_is(tmp_path_factory, rows, suffix):
     folder = tmp_path_factory.mktemp("text")
     source = csv_file(folder / "a.csv", rows, quoting=csv.QUOTE_ALL)
@@ -120,7 +121,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.dictionaries(st.sampled_from(["a", "b"]), JSON), max_size=8), st.lists(JSON, min_size=8, max_size=8))
 def test_values_of_json_come_through_json_lines_and_any_column_fits_into_parquet(tmp_path_factory, rows, answers):
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -467,6 +468,7 @@ def test_processes_divide_the_rows_and_another_number_of_them_resumes(tmp_path, 
 
 # ---- memory and kills ----
 
+COLUMN = ["answer"]
 MEASURED = """
 import re, sys
 from pathlib import Path
@@ -500,21 +502,28 @@ def test_killed_at_any_moment_every_row_is_there_once_and_hardly_any_is_asked_tw
     csv_file(source, ((n, f"ticket {n}") for n in range(6_000)))
     batch_size, draw, kills = 64, random.Random(0), 0
 
-    def answer(asked):
+    def answer(asked, batches=10**6):
         with calls.open("ab", buffering=0) as log:
             for start in range(0, len(asked), batch_size):
                 batch = asked[start : start + batch_size]
                 log.write("".join(f"{number}\n" for number, _ in batch).encode())
+                if start // batch_size == batches:
+                    os.kill(os.getpid(), signal.SIGKILL)
                 yield [(number, {"answer": row["input"].upper()}) for number, row in batch]
 
-    for _ in range(30):
-        child = forked(lambda: predicted(source, out, answer, ["answer"]))
-        time.sleep(draw.uniform(0.01, 0.15))
-        os.kill(child, signal.SIGKILL)
+    for attempt in range(30):
+        if attempt % 2:  # in a batch of the first chunk that it asks for
+            child = forked(
+                lambda attempt=attempt: predicted(source, out, lambda rows: answer(rows, attempt % 6), COLUMN)
+            )
+        else:
+            child = forked(lambda: predicted(source, out, answer, COLUMN))
+            time.sleep(draw.uniform(0.01, 0.15))
+            os.kill(child, signal.SIGKILL)
         if ended(child) == 0:
             break
         kills += 1
-    assert predicted(source, out, answer, ["answer"]) >= 0
+    assert predicted(source, out, answer, COLUMN) >= 0
     assert kills >= 3
     assert read_csv(out) == [
         ["id", "input", "answer"],
@@ -523,7 +532,7 @@ def test_killed_at_any_moment_every_row_is_there_once_and_hardly_any_is_asked_tw
     times = Counter(calls.read_text().split())
     assert len(times) == 6_000
     assert times.total() - 6_000 <= kills * batch_size
-    assert predicted(source, out, nothing, ["answer"]) == 0
+    assert predicted(source, out, nothing, COLUMN) == 0
     assert {file.name for file in tmp_path.iterdir()} == {"a.csv", "b.csv", "b.csv.json", "calls"}
 
 
