@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from atv.config import TrainConfig
 from atv.data.collate import EncodedRow
 from atv.model import ATVModel
-from atv.training.loop import make_optimizer
+from atv.training.trainer import make_optimizer
 from benchmarks.common import clock
 from benchmarks.reference import update
 

@@ -147,14 +147,14 @@ def test_a_saved_one_answers_the_same_and_tied_weights_are_kept_once(name, tmp_p
 def test_a_training_that_was_interrupted_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     whole = fit(tmp_path / "whole")
 
-    class Interrupted(training._Progress):
+    class Interrupted(training.Progress):
         def on_save(self, args, state, control, **about):
             super().on_save(args, state, control, **about)
             if round(state.epoch) == 2:
                 raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_Progress", Interrupted)
+        patch.setattr(training, "Progress", Interrupted)
         with pytest.raises(KeyboardInterrupt):
             fit(tmp_path / "parts")
     parts = load_file(fit(tmp_path / "parts") / "model.safetensors")

@@ -242,14 +242,14 @@ def test_it_learns_a_toy_task(method, rate, tmp_path):
 def test_an_interrupted_training_goes_on_to_the_same_weights(method, tmp_path, monkeypatch):
     whole = fit(method, tmp_path / "whole")
 
-    class Interrupted(training._Progress):
+    class Interrupted(training.Progress):
         def on_save(self, args, state, control, **about):
             super().on_save(args, state, control, **about)
             if round(state.epoch) == 2:
                 raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_Progress", Interrupted)
+        patch.setattr(training, "Progress", Interrupted)
         with pytest.raises(KeyboardInterrupt):
             fit(method, tmp_path / "parts")
     parts = fit(method, tmp_path / "parts")

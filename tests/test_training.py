@@ -33,8 +33,10 @@ from atv.methods.peft_model import PEFTModel
 from atv.methods.prefix_tuning import PrefixTuning
 from atv.model import ATVModel
 from atv.training import loop as training
+from atv.training import record as records
 from atv.training.batches import PADDING, Batches, Rows, training_rows
 from atv.training.loop import train
+from atv.training.trainer import ValidationMetrics
 
 
 def test_it_learns_a_toy_task(tmp_path):
@@ -173,7 +175,7 @@ def test_the_best_epoch_is_kept_not_the_last(tmp_path):
 
 
 def test_checkpoints_hold_safetensors_and_no_llm(tmp_path, monkeypatch):
-    monkeypatch.setattr(training.shutil, "rmtree", lambda *a, **k: None)
+    monkeypatch.setattr(records.shutil, "rmtree", lambda *a, **k: None)
     train(tiny(), [toy_task()], tmp_path / "out", quick(epochs=1))
     folder = tmp_path / "out" / "checkpoints" / "checkpoint-2"
     assert not (folder / "training_args.bin").exists()
@@ -439,7 +441,7 @@ def test_half_an_answer_never_outweighs_one_and_equal_accuracies_go_by_loss(epoc
     choices = []
     for right, loss in epochs:
         rows = SimpleNamespace(predictions=np.full((7, 1), loss), label_ids=np.arange(7)[:, None] < right)
-        choices.append(training._Metrics("accuracy")(rows)["choice"])
+        choices.append(ValidationMetrics("accuracy")(rows)["choice"])
     best = choices.index(max(choices))
     expected = min(range(len(epochs)), key=lambda i: (-epochs[i][0], epochs[i][1]))
     assert epochs[best][0] == epochs[expected][0]
@@ -467,9 +469,9 @@ class Stopped(Exception):
 
 def stopped_after_its_last_checkpoint(out, monkeypatch):
     """Leaves a best epoch that is not the last one: the second of four."""
-    measure, validated = training._Metrics.__call__, []
+    measure, validated = ValidationMetrics.__call__, []
 
-    class Interrupted(training._Progress):
+    class Interrupted(training.Progress):
         def on_save(self, args, state, control, **about):
             super().on_save(args, state, control, **about)
             if round(state.epoch) == 4:
@@ -480,8 +482,8 @@ def stopped_after_its_last_checkpoint(out, monkeypatch):
         return measure(self, rows) | {"choice": float(len(validated) == 2)}
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_Progress", Interrupted)
-        patch.setattr(training._Metrics, "__call__", best_is_the_second)
+        patch.setattr(training, "Progress", Interrupted)
+        patch.setattr(ValidationMetrics, "__call__", best_is_the_second)
         with pytest.raises(Stopped):
             train(tiny(), [toy_task(rows=27)], out, quick(epochs=4))
 

@@ -18,6 +18,7 @@ from atv.lm.scoring import note_shared
 from atv.processes import barrier, is_main
 from atv.progress import log
 from atv.provenance import provenance
+from atv.training.record import RECORD_FILE, former_record, training_settings
 
 BEST = "best"
 """Instead of a number: the value that does best on validation rows."""
@@ -59,13 +60,9 @@ def learn_once(
     Raises:
         ATVError: `out` holds another training.
     """
-    from atv.training import (
-        loop as training,  # here: the Trainer imports peft and bitsandbytes, seconds that evaluation need not wait
-    )
-
     note_shared(tokenizer, tasks)
-    settings = training.training_settings(llm, tasks, config.to_dict(), train)
-    record = training.former_record(out, settings, force)
+    settings = training_settings(llm, tasks, config.to_dict(), train)
+    record = former_record(out, settings, force)
     adapter, parts = out / "adapter", out / "parts"
     if record is not None and record["finished"]:
         log.info(f"{out} holds this training already, finished; nothing to do (start over with --force).")
@@ -75,7 +72,7 @@ def learn_once(
         record = dict[str, Any](finished=False, settings=settings, seconds=0.0) | provenance()
         if is_main():
             shutil.rmtree(parts, ignore_errors=True)
-            write_json(out / training.RECORD_FILE, record)
+            write_json(out / RECORD_FILE, record)
     barrier()
     began = time.perf_counter()
 
@@ -85,7 +82,7 @@ def learn_once(
         record.update(found, seconds=record["seconds"] + now - began)
         began = now
         if is_main():
-            write_json(out / training.RECORD_FILE, record)
+            write_json(out / RECORD_FILE, record)
 
     if is_main() or together:
         learn(adapter, parts, keep)

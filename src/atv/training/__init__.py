@@ -1,1 +1,1 @@
-"""The training loop and its batches."""
+"""The training loop: `loop` runs it, `trainer` does the steps, `record` and `saving` write what is kept."""

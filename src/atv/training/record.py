@@ -1,0 +1,76 @@
+"""What a training is recorded as, so that it can be resumed, skipped or refused."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+
+from atv.data import Task
+from atv.errors import ATVError
+from atv.files import occupied, read_json, same_settings
+from atv.lm.hooks import base_llm, quantization
+
+RECORD_FILE = "train.json"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """The result of a training."""
+
+    adapter: Path
+    """Folder of the adapter."""
+    record: dict[str, Any]
+    """The contents of `train.json`: settings, history, seconds, versions."""
+
+
+def training_settings(
+    llm: nn.Module, tasks: Sequence[Task], config: dict[str, Any], train: dict[str, Any]
+) -> dict[str, Any]:
+    """Return all settings that determine what is learned, which a resumed training must share with the interrupted one.
+
+    Args:
+        llm: the frozen LLM.
+        tasks: the training tasks.
+        config: the method's configuration.
+        train: the training configuration, without the split of a batch: that affects only rounding and dropout masks,
+            and a training may be resumed with fewer GPUs.
+    """
+    described = {
+        task.name: {
+            "train": len(task.train),
+            "valid": len(task.valid),
+            "asking": task.asking(),
+            "digest": task.digest("train", "valid"),
+        }
+        for task in tasks
+    }
+    return {
+        "llm": cast(Any, llm).name_or_path,
+        "revision": getattr(base_llm(llm).config, "_commit_hash", None),
+        "dtype": str(next(llm.parameters()).dtype),
+        "quantization": quantization(llm),
+        "config": config,
+        "train": train,
+        "tasks": described,
+    }
+
+
+def former_record(out: Path, settings: dict[str, Any], force: bool) -> dict[str, Any] | None:
+    """Return the record of the training in `out`, if it is to be resumed; its settings must be the same."""
+    file = out / RECORD_FILE
+    if file.exists() and not force:
+        record: dict[str, Any] = read_json(file, "the record of a training")
+        same_settings(record.get("settings", {}), settings, out)
+        return record
+    if occupied(out) and not file.exists():
+        raise ATVError(f"{out} exists and is not a training; choose a new folder, so that nothing there is lost.")
+    return None
+
+
+def clear(out: Path) -> None:
+    """Remove the files that a training needs only while it runs."""
+    for name in ("checkpoints", "prefixes"):
+        shutil.rmtree(out / name, ignore_errors=True)

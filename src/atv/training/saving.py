@@ -1,0 +1,86 @@
+"""Checkpoints while a training runs, and the adapter at its end."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atv.data.rendering import chat_template_digest
+from atv.errors import ATVError
+from atv.files import write_json
+from atv.lm.adapter_model import AdapterModel
+from atv.processes import barrier, is_main
+from atv.training.record import RECORD_FILE, clear
+from atv.training.trainer import COMPLETE, ATVTrainer
+
+
+def last_complete(checkpoints: Path) -> Path | None:
+    """Return the newest complete checkpoint; remove incomplete ones."""
+    if is_main():
+        for folder in checkpoints.glob("checkpoint-*"):
+            if not (folder / COMPLETE).exists():
+                shutil.rmtree(folder)
+    barrier()
+    complete = checkpoints.glob("checkpoint-*")
+    return max(complete, key=lambda folder: int(folder.name.split("-")[1]), default=None)
+
+
+def _save(trainer: ATVTrainer, model: AdapterModel, record: dict[str, Any], out: Path) -> None:
+    state = trainer.state
+    history = [entry for entry in state.log_history if "eval_loss" in entry or "loss" in entry]
+    best = int(Path(state.best_model_checkpoint).name.split("-")[1]) if state.best_model_checkpoint else None
+    kept = next((entry for entry in history if "eval_loss" in entry and entry["step"] == best), {})
+    record |= {"history": history, "best_step": best}
+    record |= {f"best_eval_{name}": kept.get(f"eval_{name}") for name in ("accuracy", "loss")}
+    settings = record["settings"]
+    model.training_summary = {
+        "tasks": {name: task["asking"] for name, task in settings["tasks"].items()},
+        "chat_template": chat_template_digest(model.tokenizer),
+        "train": settings["train"],
+        "best_step": record["best_step"],
+        "best_eval_accuracy": record["best_eval_accuracy"],
+        "best_eval_loss": record["best_eval_loss"],
+    }
+    if is_main():
+        model.save_pretrained(out / "adapter")
+    barrier()
+    _read_back(model, out / "adapter")
+
+
+def _read_back(model: AdapterModel, adapter: Path) -> None:
+    """Load a model's saved weights; raise ATVError if they changed by more than rounding to the LLM's dtype."""
+
+    def sample() -> list[Tensor]:
+        tensors = [*model.parameters(), *model.buffers()]
+        return [t.detach().flatten()[:: max(1, t.numel() // 1000)].float().cpu().clone() for t in tensors]
+
+    had = sample()
+    model.load_weights(adapter)
+    for before, after in zip(had, sample(), strict=True):
+        if not torch.isclose(before, after, rtol=2**-7, atol=2**-23, equal_nan=True).all():
+            raise ATVError(f"{adapter} does not hold the weights that were saved there: the disk may be faulty.")
+
+
+def finish(trainer: ATVTrainer, model: AdapterModel, record: dict[str, Any], out: Path) -> None:
+    """Write the adapter, mark the record as finished and remove what only a running training needs."""
+    _save(trainer, model, record, out)
+    runtime = [entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry]
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    record |= {"finished": True, "seconds": runtime[-1] if runtime else None, "trainable_parameters": parameters}
+    if is_main():
+        write_json(out / RECORD_FILE, record)
+        clear(out)
+    barrier()
+
+
+def after_non_finite(trainer: ATVTrainer, model: AdapterModel, record: dict[str, Any], out: Path) -> str:
+    """Save the best epoch before the loss became NaN, if any, and return an error message."""
+    state = trainer.state
+    said = f"The loss became NaN or infinite after step {state.global_step} (epoch {state.epoch:.2f})."
+    advice = "Try a lower --lr or --scale, or --max-grad-norm 1; then start over with --force."
+    if state.best_model_checkpoint is None:
+        return f"{said} No epoch had been completed, so there is no adapter to keep. {advice}"
+    _save(trainer, model, record, out)
+    return f"{said} {out / 'adapter'} holds the best epoch before that. {advice}"

@@ -1,0 +1,300 @@
+"""transformers' Trainer as this project uses it: optimiser, rates, batches, progress, and the choice of the epoch."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+
+from atv.config import TrainConfig
+from atv.data.collate import IGNORED, Collator, EncodedRow
+from atv.errors import ATVError
+from atv.files import follow_umask
+from atv.lm.adapter_model import AdapterModel
+from atv.lm.quiet import quiet_libraries
+from atv.lm.scoring import answers_right
+from atv.processes import barrier, is_main, world_size
+from atv.progress import Bar, log
+from atv.training.batches import Batches, Rows
+
+with quiet_libraries():  # the Trainer imports bitsandbytes
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+JUDGED = "judged"
+"""Key in a batch, in addition to the model's inputs: the number of tokens that identify each answer, (batch,)."""
+WARM_UP = 0.05
+"""Share of the steps in which a linear schedule rises."""
+WEIGHTS_FILE = "model.safetensors"
+"""Weights of a checkpoint, as the Trainer names them."""
+COMPLETE = "complete"
+"""Empty file that marks a completely written checkpoint folder."""
+
+
+def first_step(start: float, steps: int) -> int:
+    """Return the first of `steps` steps at which a share of `start` is done."""
+    return sum(step / steps < start for step in range(steps))
+
+
+def make_optimizer(model: AdapterModel, config: TrainConfig) -> torch.optim.Optimizer:
+    """Return AdamW, or the paper's Adam with an L2 penalty in the gradient, for the model's parameter groups."""
+    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+    return kind(
+        model.parameter_groups(config),
+        weight_decay=config.weight_decay,
+        fused=True,  # one pass over memory instead of one per term: several times faster on a CPU
+    )
+
+
+class NonFiniteLoss(Exception):
+    """The loss became NaN or infinite; no weight was updated with it."""
+
+
+class ATVTrainer(Trainer):
+    """A Trainer with the optimiser and rates of a `TrainConfig`, which stops before a non-finite loss reaches a weight.
+
+    Its checkpoints contain only generator and expansion, since the LLM is not a submodule of `ATVModel`. A batch split
+    among processes and accumulation steps gives the loss and gradient of the whole batch, up to rounding.
+    """
+
+    def __init__(self, *args: Any, train_config: TrainConfig, **kwargs: Any) -> None:
+        self.train_config = train_config
+        super().__init__(*args, **kwargs)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Return the optimiser of `make_optimizer`."""
+        del model
+        if self.optimizer is None:
+            self.optimizer = make_optimizer(cast(AdapterModel, self.model), self.train_config)
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Return the configured schedule, which begins at each group's start; no later step has a rate of zero."""
+
+        def schedule(start: float) -> Callable[[int], float]:
+            first = first_step(start, num_training_steps)
+            steps = num_training_steps - first
+            rising = math.floor(WARM_UP * steps)
+
+            def share(step: int) -> float:
+                done = step - first
+                if done < 0 or done == steps:  # before the start or after the last step
+                    return 0.0
+                if self.train_config.lr_schedule == "constant":
+                    return 1.0
+                return (done + 1) / (rising + 1) if done < rising else (steps - done) / (steps - rising)
+
+            return share
+
+        if self.lr_scheduler is None:
+            trained = optimizer or self.create_optimizer()
+            shares = [schedule(group.get("start", 0.0)) for group in trained.param_groups]
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trained, shares)
+        return cast(torch.optim.lr_scheduler.LRScheduler, self.lr_scheduler)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        rows, config = train_dataset or cast(Rows, self.train_dataset), self.train_config
+        return Batches(rows, config.batch_size, config.seed, fill=self._split)
+
+    @property
+    def _split(self) -> bool:
+        """Whether a batch is read in several parts, by several processes or one after the other."""
+        return bool(self.args.world_size * self.args.gradient_accumulation_steps > 1)
+
+    def get_batch_samples(self, *args: Any) -> tuple[list[Any], Any]:
+        """Return this process's parts of a batch and, as the number of items, the weight of each part's loss.
+
+        The Trainer averages the parts' mean losses, over a process's parts and then over processes. All parts have the
+        same number of rows, so this is the batch's mean, except for padding rows: they add 0 but are counted, which
+        the weight corrects.
+        """
+        parts, _ = super().get_batch_samples(*args)
+        if not self._split:
+            return parts, None
+        labelled = torch.cat([(part["labels"] != IGNORED).any(1) for part in parts])
+        counts = torch.stack([labelled.new_ones(len(labelled), dtype=torch.long).sum(), labelled.sum()])
+        read, real = self.accelerator.reduce(counts.to(self.args.device), "sum").tolist()
+        return parts, read / real
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the weighted loss; if it is not finite in one process, raise NonFiniteLoss in all of them."""
+        inputs.pop(JUDGED)
+        loss, outputs = super().compute_loss(model, inputs, True)
+        if num_items_in_batch is not None:
+            loss = loss * num_items_in_batch
+        if not math.isfinite(self.accelerator.reduce(loss.detach(), "sum").item()):
+            raise NonFiniteLoss
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *_: Any, **__: Any) -> tuple[None, Tensor, Tensor]:
+        """Return loss and score of every row, both (rows, prompts), so that their means do not depend on batching."""
+        inputs = self._prepare_inputs(inputs)
+        judged = inputs.pop(JUDGED)
+        with torch.no_grad():
+            output = model(**inputs)
+        shape = (len(inputs["query_input_ids"]), -1)
+        correct = answers_right(output.right, judged.to(output.right.device))
+        return None, output.losses.view(shape), correct.view(shape)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Save only the weights, as safetensors: the Trainer's own version also pickles its arguments."""
+        from safetensors.torch import save_file
+
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or cast(str, self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = state_dict or cast(AdapterModel, self.model).state_dict()
+        tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        follow_umask(folder)
+
+
+@dataclass
+class JudgedCollator:
+    """A model's collator, which also adds the `JUDGED` counts for `ATVTrainer`."""
+
+    collate: Collator
+
+    def __call__(self, rows: Sequence[EncodedRow]) -> dict[str, Tensor]:
+        """Return the tensors of one batch."""
+        return self.collate(rows) | {JUDGED: torch.tensor([row.judged for row in rows for _ in row.pairs])}
+
+
+class Progress(TrainerCallback):
+    """Rotates the rows' templates, updates the bar, marks complete checkpoints and stops early."""
+
+    def __init__(self, model: AdapterModel, rows: Rows, progress: Bar, epochs: int, config: TrainConfig) -> None:
+        self.model, self.rows, self.progress, self.epochs = model, rows, progress, epochs
+        self.patience = config.patience_of(epochs)
+        self.start = max(group.get("start", 0.0) for group in model.parameter_groups(config))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Point a resumed Trainer to the best checkpoint in its current folder, which may have been moved."""
+        del control
+        if state.best_global_step is None:
+            return
+        best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
+        if not (best / WEIGHTS_FILE).is_file():
+            raise ATVError(
+                f"{best / WEIGHTS_FILE}, the best epoch so far, is missing: the training cannot be resumed. Restore "
+                "it, or start over with --force."
+            )
+        state.best_model_checkpoint = str(best)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Tell the rows their epoch."""
+        del args, control
+        self.rows.epoch = round(state.epoch or 0)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Tell the model the share of the steps that are done."""
+        del args, control
+        self.model.reach(state.global_step / state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Advance the bar."""
+        del args, control
+        self.progress.reach(state.global_step)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **about: Any) -> None:
+        """Log the epoch's validation scores; stop if no epoch was better for long enough."""
+        del args
+        metrics = about["metrics"]
+        accuracy, loss = metrics["eval_accuracy"], metrics["eval_loss"]
+        self.progress.describe(f"train: epoch {round(state.epoch)}, valid {accuracy:.2f}")
+        log.info(f"epoch {round(state.epoch)} of {self.epochs}: valid loss {loss:.4f}, accuracy {accuracy:.3f}")
+        found = [entry["eval_choice"] for entry in state.log_history if "eval_choice" in entry]
+        # Epochs before the last group starts training do not count for patience.
+        since = len(found) - 1 - max(found.index(max(found)), math.ceil(self.start * self.epochs) - 1)
+        if since >= self.patience and len(found) < self.epochs:
+            log.info(f"No improvement in {since} epochs: stopped.")
+            control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Mark the checkpoint as complete."""
+        del control
+        barrier()  # every process has written its random state
+        if is_main():
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+
+@dataclass
+class ValidationMetrics:
+    """Validation metrics from the outputs of `ATVTrainer.prediction_step`, and the value that selects the epoch."""
+
+    best_epoch: str
+
+    def __call__(self, rows: Any) -> dict[str, float]:
+        """Return mean loss, share of right answers, and the value whose maximum selects the epoch."""
+        loss, accuracy = rows.predictions.mean(dtype=float), rows.label_ids.mean(dtype=float)
+        # Accuracies differ by whole answers, so adding less than half an answer's worth only breaks ties.
+        ties = 1 / (1 + loss) / (2 * rows.label_ids.size)
+        return {"loss": loss, "accuracy": accuracy, "choice": -loss if self.best_epoch == "loss" else accuracy + ties}
+
+
+def _some_unused(model: AdapterModel, row: EncodedRow) -> bool:
+    """Whether a trained weight does not affect the loss; DDP would wait for its gradient unless it looks for these."""
+    device = next(model.parameters()).device
+    batch = {name: value.to(device) for name, value in model.collator()([row]).items()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return any(g is None for g in torch.autograd.grad(model(**batch).loss, trained, allow_unused=True))
+
+
+def make_trainer(
+    model: AdapterModel,
+    rows: Rows,
+    valid: Rows,
+    config: TrainConfig,
+    epochs: int,
+    checkpoints: Path,
+    progress: Progress,
+) -> ATVTrainer:
+    """Return a trainer of `model`, which validates and saves to `checkpoints` after each epoch."""
+    rows_per_call = config.rows_per_call(world_size())
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=rows_per_call,
+        per_device_eval_batch_size=rows_per_call,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        ddp_find_unused_parameters=world_size() > 1 and _some_unused(model, rows[0]),
+        learning_rate=config.learning_rate,
+        max_grad_norm=config.max_grad_norm or 0.0,
+        seed=config.seed,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        logging_strategy="epoch",
+        save_total_limit=1,  # in addition to the best one
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_choice",
+        greater_is_better=True,
+        label_names=["labels"],
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+        report_to="none",
+        use_cpu=next(model.parameters()).device.type == "cpu",
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs need several processes, never DataParallel
+    trainer = ATVTrainer(
+        model=model,
+        args=arguments,
+        data_collator=JudgedCollator(model.collator()),
+        train_dataset=rows,
+        eval_dataset=valid,
+        compute_metrics=ValidationMetrics(config.best_epoch),
+        callbacks=[progress],
+        train_config=config,
+    )
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    return trainer
