@@ -53,7 +53,9 @@ def test_the_training_of_the_paper():
         "patience": 15,
         "bf16": False,
         "templates_per_row": 3,
+        "class_weights": "none",
         "seed": 42,
+        "report_to": "none",
     }
 
 
@@ -152,7 +154,7 @@ def test_zero_and_whole_numbers_are_rates(value):
         (
             TrainConfig,
             "lr",
-            ("option 'lr'", "known: adaptive_dropout, batch_size, best_epoch, bf16, epochs", "weight_decay"),
+            ("option 'lr'", "known: adaptive_dropout, batch_size, best_epoch, bf16, class_weights", "weight_decay"),
         ),
         (TrainConfig, "epoch", ("option 'epoch'", "Did you mean 'epochs'?")),
     ],

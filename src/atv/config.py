@@ -1,5 +1,6 @@
 """Configuration dataclasses: the shape of an ATV, which is saved with it, and how it is trained."""
 
+import json
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -50,6 +51,8 @@ PAPER_TRAINING: dict[str, Any] = {
 }
 """Options in which the paper's training differs from the defaults."""
 BEST_EPOCH = ("accuracy", "loss")
+CLASS_WEIGHTS = ("none", "balanced")
+REPORT_TO = ("none", "tensorboard", "wandb", "trackio")
 ENOUGH_TO_TRAIN = 200
 """Training rows per task from which a trained generator is more accurate than a frozen one (docs/lab-notes.md)."""
 
@@ -133,6 +136,10 @@ class Checked:
     def to_dict(self) -> dict[str, Any]:
         """Return a plain dictionary that can be written as JSON."""
         return asdict(self)  # type: ignore[call-overload,no-any-return]
+
+    def to_json_string(self) -> str:
+        """Return the same as JSON; transformers' reports to TensorBoard read a model's configuration so."""
+        return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -320,8 +327,14 @@ class TrainConfig(Checked):
     """Weight decay of all trained parameters."""
     max_grad_norm: float | None = 1.0
     """Clip the gradient to this norm; none: no clipping (the paper)."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """balanced: weight the loss of each training row by rows / (answers x rows with its answer), within its task, so
+    that a rare answer counts as much as a frequent one. The validation loss is not weighted."""
     seed: int = 42
     """Seed of initialisation, shuffling and dropout."""
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    """Also send losses and validation scores to this tracker, whose package must be installed. TensorBoard's files are
+    in the folder `logs` of the output."""
 
     @classmethod
     def paper(cls, **options: Any) -> Self:
@@ -340,7 +353,12 @@ class TrainConfig(Checked):
         if self.seed > MOST_SEED:
             raise ATVError(f"seed is {self.seed}; expected a whole number from 0 to {MOST_SEED}.")
         self._check_rates()
-        choices = {"lr_schedule": ("linear", "constant"), "optimizer": ("adamw", "adam"), "best_epoch": BEST_EPOCH}
+        choices: dict[str, tuple[str, ...]] = {
+            "lr_schedule": ("linear", "constant"),
+            "optimizer": ("adamw", "adam"),
+            "best_epoch": BEST_EPOCH,
+        }
+        choices |= {"class_weights": CLASS_WEIGHTS, "report_to": REPORT_TO}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise unknown(name, getattr(self, name), known)
@@ -356,6 +374,18 @@ class TrainConfig(Checked):
             value = getattr(self, name)
             if not _is_finite(value) or not 0 <= value < 1:
                 raise ATVError(f"{name} is {value!r}; expected a share from 0 to less than 1.")
+
+    def learned_with(self) -> dict[str, Any]:
+        """Return the options that affect what is learned, which a resumed training must share.
+
+        The split of a batch affects only rounding and dropout masks, and a training may be resumed with fewer GPUs.
+        Class weights are left out if there are none, as in records from before there were any.
+        """
+        values = self.to_dict()
+        del values["gradient_accumulation_steps"], values["report_to"]
+        if self.class_weights == "none":
+            del values["class_weights"]
+        return values
 
     def patience_of(self, epochs: int) -> int:
         """Return the patience of a training of `epochs` epochs."""

@@ -92,6 +92,8 @@ class EncodedRow:
     pairs: list[tuple[list[int], list[int]]]
     judged: int = 1
     """How many of the answer's first tokens must be right for the answer to count as right (`Options.judged`)."""
+    weight: float = 1.0
+    """Factor of its loss in training (`TrainConfig.class_weights`)."""
 
 
 @dataclass

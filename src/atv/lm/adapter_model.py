@@ -133,7 +133,7 @@ class AdapterModel(nn.Module, ABC):
             labels: (batch, answer), answer tokens, -100 where there is none.
 
         Returns:
-            `loss`, `losses` and `right`; in training only `loss` is used.
+            `loss`, `losses` and `right`; in training only `loss` is used, or `losses` with class weights.
         """
 
     @abstractmethod

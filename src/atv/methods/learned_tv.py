@@ -74,8 +74,6 @@ class LearnedTV(Fixed):
         """Train a vector at each candidate layer, as `fixed` does, and keep the best."""
         layers = layers_to_try(config.layer, config.candidates, llm)
         train_fixed = super().fit
-        settings = train.to_dict()
-        del settings["gradient_accumulation_steps"]  # affects only rounding
 
         def learn(folder: Path, parts: Path, keep: Callable[..., None]) -> None:
             shared = store or PrefixStore()
@@ -100,7 +98,7 @@ class LearnedTV(Fixed):
             barrier()
             keep(layer=best, **{key: found[best].get(key) for key in ("history", "trainable_parameters")})
 
-        return learn_once(llm, tokenizer, tasks, out, config, settings, learn, force=force, together=True)
+        return learn_once(llm, tokenizer, tasks, out, config, train.learned_with(), learn, force=force, together=True)
 
 
 def validation(record: dict[str, Any]) -> tuple[float, float]:

@@ -147,7 +147,7 @@ def _open(
     learned: dict[str, Any] = {}
     for job, of in settings.items():
         rows = {} if job.condition.train_rows is None else {"train_rows": job.condition.train_rows}
-        learned[f"{job.name}-{job.seed}"] = {"config": of.config.to_dict(), "train": of.train.to_dict()} | rows
+        learned[f"{job.name}-{job.seed}"] = {"config": of.config.to_dict(), "train": of.train.learned_with()} | rows
     file = out / RECORD_FILE
     if file.exists() and not force:
         former = read_json(file, "the record of a reproduction")

@@ -1,6 +1,7 @@
 """The data of a training step: encoded rows, their templates, and their order."""
 
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import replace
@@ -9,7 +10,12 @@ from torch.utils.data import Dataset, Sampler
 
 from atv.data import Task
 from atv.data.collate import IGNORED, EncodedRow, Row
+from atv.progress import warn_once
 
+FEW_OPTIONS = 20
+"""With more options than this, unequal frequencies are the rule."""
+IMBALANCED = 5
+"""From this ratio of the frequencies of two answers on, the rare one may hardly be learned."""
 PADDING = -1
 """Row number of a padding row, which does not count."""
 
@@ -43,6 +49,23 @@ class Rows(Dataset[EncodedRow]):
         asked = copy(self)
         for asked.epoch in range(epochs):
             yield from (asked[index] for index in range(len(self)))
+
+
+def balanced_weights(answers: Sequence[str]) -> dict[str, float]:
+    """Return the weight of each answer: rows / (answers x rows with it), so that the mean over all rows is 1."""
+    counts = Counter(answers)
+    return {answer: len(answers) / (len(counts) * count) for answer, count in counts.items()}
+
+
+def note_imbalance(task: Task) -> None:
+    """Log a warning if a task with few options has training answers of very different frequency."""
+    counts = Counter(row.output for row in task.train).most_common()
+    (most, often), (least, rarely) = counts[0], counts[-1]
+    if len(task.options) <= FEW_OPTIONS and often > IMBALANCED * rarely:
+        warn_once(
+            f"{task.name}: {often} training rows have the answer {most!r} and {rarely} have {least!r}. If rare answers "
+            "matter as much as frequent ones, train with --class-weights balanced."
+        )
 
 
 def training_rows(task: Task, split: str = "train", reads: str = "query") -> list[Row]:

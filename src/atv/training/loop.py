@@ -25,13 +25,13 @@ from atv.model import ATVModel
 from atv.processes import barrier, is_main, local_rank, rank, world_size
 from atv.progress import bar, log
 from atv.provenance import provenance
-from atv.training.batches import Rows, training_rows
-from atv.training.record import RECORD_FILE, TrainResult, clear, former_record, training_settings
+from atv.training.batches import Rows, balanced_weights, note_imbalance, training_rows
+from atv.training.record import LOGS, RECORD_FILE, TrainResult, clear, former_record, training_settings
 from atv.training.saving import after_non_finite, finish, last_complete
-from atv.training.trainer import ATVTrainer, NonFiniteLoss, Progress, make_trainer
+from atv.training.trainer import ATVTrainer, NonFiniteLoss, Progress, make_trainer, require_tracker
 
 with quiet_libraries():
-    from transformers import set_seed
+    from transformers import TrainerCallback, set_seed
 
 ENOUGH_TO_CHOOSE = 100
 """With fewer validation rows than this, differences between epochs are mostly chance."""
@@ -44,6 +44,7 @@ def train(
     config: TrainConfig | None = None,
     force: bool = False,
     store: PrefixStore | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainResult:
     """Train an ATV or another method on the training splits of tasks and keep the epoch with the best validation score.
 
@@ -62,12 +63,14 @@ def train(
         config: by default `TrainConfig()`.
         force: start over, even if `out` contains a training.
         store: an empty store for the prompts' keys and values; by default one with the default budgets.
+        callbacks: transformers' callbacks, called after those of this training. They see `eval_loss`, `eval_accuracy`
+            and `eval_choice`, whose maximum selects the epoch. They are no part of what a resumed training must share.
 
     Raises:
-        ATVError: `out` contains another training; a prompt is too long; a batch cannot be split among the processes;
-            the wiring self-test failed; a part of the model differs from what the configuration builds, so that it
-            cannot be saved; or the loss became NaN or infinite: then `out/adapter` contains the best epoch before that,
-            if there was one.
+        ATVError: `out` contains another training; the package of `config.report_to` is missing; a prompt is too long;
+            a batch cannot be split among the processes; the wiring self-test failed; a part of the model differs from
+            what the configuration builds, so that it cannot be saved; or the loss became NaN or infinite: then
+            `out/adapter` contains the best epoch before that, if there was one.
     """
     config, out = config or TrainConfig(), local(out)
     config.rows_per_call(world_size())
@@ -79,18 +82,20 @@ def train(
             f"The LLM is on {device}; training expects this process's GPU, cuda:{local_rank()}. Select the GPU with "
             "CUDA_VISIBLE_DEVICES instead."
         )
-    train_settings = config.to_dict()
-    del train_settings["gradient_accumulation_steps"]
-    settings = training_settings(model.llm, tasks, model.describe(), train_settings)
+    require_tracker(config.report_to)
+    settings = training_settings(model.llm, tasks, model.describe(), config.learned_with())
     record = former_record(out, settings, force)
     if record is not None and record["finished"]:
         log.info(f"{out} holds this training already, finished; nothing to do (--force starts over).")
         model.load_weights(out / "adapter")
         model.eval()
         return TrainResult(out / "adapter", record)
-    rows = Rows(_encoded(model, tasks, "train"), config.templates_per_row)
+    rows = Rows(_encoded(model, tasks, "train", config.class_weights == "balanced"), config.templates_per_row)
     epochs = config.epochs_of(len(rows))
     note_shared(model.tokenizer, tasks)
+    if config.class_weights == "none":
+        for task in tasks:
+            note_imbalance(task)
     valid = Rows(_encoded(model, tasks, "valid"), config.templates_per_row)
     if len(valid) < ENOUGH_TO_CHOOSE:
         error = 50 / math.sqrt(len(valid))
@@ -104,6 +109,7 @@ def train(
         record = {"finished": False, "settings": settings} | provenance()
         if is_main():
             clear(out)
+            shutil.rmtree(out / LOGS, ignore_errors=True)
             write_json(out / RECORD_FILE, record)
     barrier()  # other processes write nothing before old files have been removed
     set_seed(config.seed)
@@ -118,7 +124,7 @@ def train(
     with model.in_training(config, store.read, both), bar("train", steps) as progress, attention:
         model.calibrate(rows.rows)
         said = Progress(model, rows, progress, epochs, config)
-        trainer = make_trainer(model, rows, valid, config, epochs, checkpoints, said)
+        trainer = make_trainer(model, rows, valid, config, epochs, checkpoints, [said, *callbacks])
         finite = _run(trainer, checkpoints)
         if trainer.state.best_model_checkpoint is not None:
             model.eval()
@@ -165,13 +171,17 @@ def _require_gradient(model: AdapterModel, row: EncodedRow) -> None:
     return None
 
 
-def _encoded(model: AdapterModel, tasks: Sequence[Task], split: str) -> list[EncodedRow]:
+def _encoded(model: AdapterModel, tasks: Sequence[Task], split: str, balanced: bool = False) -> list[EncodedRow]:
+    """A split's rows; `balanced`: with weights by how frequent their answers are in it."""
+    weights = {task.name: balanced_weights([row.output for row in getattr(task, split)]) for task in tasks}
     judged = {task.name: training_options(model.tokenizer, task).judged for task in tasks}
     rows = [row for task in tasks for row in training_rows(task, split, model.reads)]
     encoded = []
     with bar(f"tokenise {split}", len(rows)) if len(rows) >= 2000 else nullcontext() as progress:
         for row in rows:
-            encoded.append(replace(model.encode_row(row), judged=judged[row.task][row.example.output]))
+            answer = row.example.output
+            weight = weights[row.task][answer] if balanced else 1.0
+            encoded.append(replace(model.encode_row(row), judged=judged[row.task][answer], weight=weight))
             if progress is not None:
                 progress.advance()
     return encoded

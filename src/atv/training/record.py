@@ -14,6 +14,8 @@ from atv.files import occupied, read_json, same_settings
 from atv.lm.hooks import base_llm, quantization
 
 RECORD_FILE = "train.json"
+LOGS = "logs"
+"""Folder of TensorBoard's files."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,7 @@ def training_settings(
         llm: the frozen LLM.
         tasks: the training tasks.
         config: the method's configuration.
-        train: the training configuration, without the split of a batch: that affects only rounding and dropout masks,
-            and a training may be resumed with fewer GPUs.
+        train: the training configuration: `TrainConfig.learned_with()`.
     """
     described = {
         task.name: {

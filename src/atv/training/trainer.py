@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,16 +21,23 @@ from atv.lm.scoring import answers_right
 from atv.processes import barrier, is_main, world_size
 from atv.progress import Bar, log
 from atv.training.batches import Batches, Rows
+from atv.training.record import LOGS
 
 with quiet_libraries():  # the Trainer imports bitsandbytes
     from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers.integrations.integration_utils import TensorBoardCallback
+    from transformers.trainer_callback import PrinterCallback
 
 JUDGED = "judged"
 """Key in a batch, in addition to the model's inputs: the number of tokens that identify each answer, (batch,)."""
+WEIGHTS = "weights"
+"""Another such key: the factor of each row's loss, (batch,) float32."""
 WARM_UP = 0.05
 """Share of the steps in which a linear schedule rises."""
 WEIGHTS_FILE = "model.safetensors"
 """Weights of a checkpoint, as the Trainer names them."""
+TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX")}
+"""Packages that a tracker may come from, if not only one of its name."""
 COMPLETE = "complete"
 """Empty file that marks a completely written checkpoint folder."""
 
@@ -126,7 +134,10 @@ class ATVTrainer(Trainer):
     ) -> Any:
         """Return the weighted loss; if it is not finite in one process, raise NonFiniteLoss in all of them."""
         inputs.pop(JUDGED)
+        weights = inputs.pop(WEIGHTS)
         loss, outputs = super().compute_loss(model, inputs, True)
+        if self.train_config.class_weights == "balanced":
+            loss = (outputs.losses * weights.to(outputs.losses.device)).mean()
         if num_items_in_batch is not None:
             loss = loss * num_items_in_batch
         if not math.isfinite(self.accelerator.reduce(loss.detach(), "sum").item()):
@@ -136,7 +147,7 @@ class ATVTrainer(Trainer):
     def prediction_step(self, model: nn.Module, inputs: Any, *_: Any, **__: Any) -> tuple[None, Tensor, Tensor]:
         """Return loss and score of every row, both (rows, prompts), so that their means do not depend on batching."""
         inputs = self._prepare_inputs(inputs)
-        judged = inputs.pop(JUDGED)
+        judged, _ = inputs.pop(JUDGED), inputs.pop(WEIGHTS)  # the validation loss is not weighted
         with torch.no_grad():
             output = model(**inputs)
         shape = (len(inputs["query_input_ids"]), -1)
@@ -159,13 +170,17 @@ class ATVTrainer(Trainer):
 
 @dataclass
 class JudgedCollator:
-    """A model's collator, which also adds the `JUDGED` counts for `ATVTrainer`."""
+    """A model's collator, which also adds `JUDGED` and `WEIGHTS` for `ATVTrainer`."""
 
     collate: Collator
 
     def __call__(self, rows: Sequence[EncodedRow]) -> dict[str, Tensor]:
         """Return the tensors of one batch."""
-        return self.collate(rows) | {JUDGED: torch.tensor([row.judged for row in rows for _ in row.pairs])}
+        each = [row for row in rows for _ in row.pairs]
+        return self.collate(rows) | {
+            JUDGED: torch.tensor([row.judged for row in each]),
+            WEIGHTS: torch.tensor([row.weight for row in each]),
+        }
 
 
 class Progress(TrainerCallback):
@@ -255,7 +270,7 @@ def make_trainer(
     config: TrainConfig,
     epochs: int,
     checkpoints: Path,
-    progress: Progress,
+    callbacks: Sequence[TrainerCallback],
 ) -> ATVTrainer:
     """Return a trainer of `model`, which validates and saves to `checkpoints` after each epoch."""
     rows_per_call = config.rows_per_call(world_size())
@@ -280,7 +295,8 @@ def make_trainer(
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         disable_tqdm=True,
-        report_to="none",
+        report_to=config.report_to,
+        run_name=checkpoints.parent.name,
         use_cpu=next(model.parameters()).device.type == "cpu",
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs need several processes, never DataParallel
@@ -291,10 +307,17 @@ def make_trainer(
         train_dataset=rows,
         eval_dataset=valid,
         compute_metrics=ValidationMetrics(config.best_epoch),
-        callbacks=[progress],
+        callbacks=list(callbacks),
         train_config=config,
     )
-    from transformers.trainer_callback import PrinterCallback
-
     trainer.remove_callback(PrinterCallback)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(checkpoints.parent / LOGS)  # its default, in `checkpoints`, would be removed
     return trainer
+
+
+def require_tracker(name: str) -> None:
+    """Raise ATVError if the package of a tracker is not installed."""
+    if name != "none" and not any(find_spec(package) for package in TRACKERS.get(name, (name,))):
+        raise ATVError(f"report_to is {name!r}, and the package {name} is not installed: pip install {name}")
