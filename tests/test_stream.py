@@ -8,6 +8,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -464,6 +465,27 @@ def test_processes_divide_the_rows_and_another_number_of_them_resumes(tmp_path, 
     assert [row[2] for row in read_csv(out)[1:]] == [text.upper() for _, text in ROWS]
     assert not partial_files(out)
     assert not together(monkeypatch, 2, *[lambda: predicted(source, out, nothing)] * 2)
+
+
+def test_two_real_processes_wait_for_each_other(tmp_path):
+    if not pytest.importorskip("torch.distributed").is_available():
+        pytest.skip("torch was built without torch.distributed")
+    source, out = csv_file(tmp_path / "a.csv", ROWS), tmp_path / "b.csv"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+
+    def work(rank):
+        def start():
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            assert predicted(source, out) == (CHUNK, len(ROWS) - CHUNK)[rank]
+            assert predicted(source, out, nothing) == 0
+
+        return start
+
+    assert [ended(child) for child in [forked(work(0)), forked(work(1))]] == [0, 0]
+    assert [row[2] for row in read_csv(out)[1:]] == [text.upper() for _, text in ROWS]
 
 
 # ---- memory and kills ----

@@ -106,7 +106,10 @@ def inspect(given: options.Inspect) -> None:
 
 @command(app, "doctor")
 def doctor(given: options.Doctor) -> None:
-    """Check that steering works correctly on a model: gradient, positions, scale 0, batch, padding, cache."""
+    """Check that steering works correctly on a model: gradient, positions, scale 0, batch, padding, cache.
+
+    With --data or --task, say too whether the generator can read the queries.
+    """
     from atv.cli.doctor import examine
 
     if not examine(given):

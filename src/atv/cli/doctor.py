@@ -2,10 +2,11 @@
 
 from accelerate.utils import set_seed  # transformers' own imports peft, which takes seconds
 
-from atv.cli.loading import frozen_llm
+from atv.cli.loading import frozen_llm, named_tasks
 from atv.cli.options import Doctor
 from atv.cli.output import output, print_lines
 from atv.config import ATVConfig
+from atv.data import unread_queries
 from atv.doctor import check_wiring, model_summary
 from atv.model import ATVModel
 
@@ -23,6 +24,9 @@ def examine(given: Doctor) -> bool:
     set_seed(0)
     atv = ATVModel(llm, config, tokenizer=tokenizer)
     print_lines([model_summary(atv)])
+    if (given.tasks.data is not None or given.tasks.task) and atv.generator.tokenizer is not None:
+        for task in named_tasks(given.tasks):
+            print_lines(unread_queries(task, atv.generator.tokenizer))
     checks = check_wiring(atv)
     for check in checks:
         mark = "[green]ok    [/green]" if check.passed else "[red]FAILED[/red]"

@@ -263,6 +263,7 @@ class Doctor:
     """Name of the list of decoder layers, if it is not found automatically."""
     pooling: str = option("mean", panel=METHOD)
     """mean, last or cls; always last for self."""
+    tasks: Tasks = group(Tasks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,6 +275,8 @@ class ListTasks:
     """Look for problems that make results misleading or need explanation."""
     llm: str | None = option(None, panel=MODEL, parser=model)
     """With --audit: also check first answer tokens and lengths for this LLM."""
+    generator: str | None = option(None, panel=MODEL, parser=model)
+    """With --audit: check whether this generator can read the queries. Default: the one of atv train."""
 
 
 @dataclass(frozen=True, kw_only=True)

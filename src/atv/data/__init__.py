@@ -1,7 +1,7 @@
 """Tasks: data, templates and judging. A task knows no model."""
 
 from atv.data.asked import as_trained, check_chat_template, query_renderer
-from atv.data.audit import findings, long_prompts, refuse_shared_inputs, shared_beginnings
+from atv.data.audit import findings, long_prompts, refuse_shared_inputs, shared_beginnings, unread_queries
 from atv.data.builtin import BUILTIN, builtin_task
 from atv.data.chat import Chat
 from atv.data.folder import available_tasks, load_task
@@ -37,4 +37,5 @@ __all__ = [
     "query_renderer",
     "refuse_shared_inputs",
     "shared_beginnings",
+    "unread_queries",
 ]

@@ -3,12 +3,17 @@
 A `Task` validates itself: no input in two splits, no constant test answer. Checks that need several tasks are here.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from atv.data.render import Renderer
-from atv.data.task import Task, Variant
+from atv.data.table import same
+from atv.data.task import SPLITS, Task, Variant
 from atv.errors import ATVError
+
+UNREAD = 0.05
+"""From this share of unknown tokens, or of queries that look alike, on a generator is said not to read the queries."""
 
 
 def refuse_shared_inputs(tasks: Sequence[Task]) -> None:
@@ -70,6 +75,42 @@ def long_prompts(task: Task, tokenizer: Any, limit: int) -> list[str]:
     return [
         f"{task.name}: {above} of {len(lengths)} test rows make a prompt of more than {limit} tokens (up to "
         f"{max(lengths)}); eval refuses them."
+    ]
+
+
+class Unread(NamedTuple):
+    """What a generator's tokenizer cannot read of some queries."""
+
+    unknown: float
+    """Share of their tokens that are the unknown token, from 0 to 1."""
+    alike: float
+    """Share of the distinct queries that have the same tokens as another one, from 0 to 1."""
+
+
+def unread(tokenizer: Any, queries: Sequence[str]) -> Unread:
+    """Measure what a tokenizer cannot read, on queries without special tokens.
+
+    Queries that differ only in case, white space or the composition of accents count once.
+    """
+    distinct = list({same(query): query for query in queries}.values())
+    if not distinct:
+        return Unread(0.0, 0.0)
+    encoded = tokenizer(distinct, add_special_tokens=False, verbose=False)["input_ids"]
+    unknown = sum(token == tokenizer.unk_token_id for ids in encoded for token in ids)
+    times = Counter(map(tuple, encoded))
+    alike = sum(count for count in times.values() if count > 1)
+    return Unread(unknown / max(1, sum(map(len, encoded))), alike / len(distinct))
+
+
+def unread_queries(task: Task, tokenizer: Any, splits: Sequence[str] = SPLITS) -> list[str]:
+    """Return a line if a generator's tokenizer cannot read much of a task's queries, which all get one vector then."""
+    found = unread(tokenizer, [row.input for split in splits for row in getattr(task, split)])
+    if max(found) <= UNREAD:
+        return []
+    return [
+        f"{task.name}: {100 * found.unknown:.0f}% of the tokens that the generator reads of the queries are its "
+        f"unknown token, and {100 * found.alike:.0f}% of the queries look like another one to it, so that they get the "
+        "same vector. Use the generator self, or a multilingual encoder."
     ]
 
 

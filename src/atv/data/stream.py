@@ -60,7 +60,8 @@ def predict_stream(
         out: CSV, TSV, JSONL or Parquet file, or `-`, which is not resumed.
         columns: names of the new columns.
         answer: takes at most `CHUNK` consecutive rows of those not yet answered, each with its number from 0. Yields,
-            in any order and in batches, for each row its number and its new columns, as values that JSON has.
+            in any order and in batches, for each row its number and its new columns, as values that JSON has. It is
+            called only if a row has no answer, so it may load a model when it is first called.
         settings: everything else that affects the answers: adapter, LLM, options. A resumed call must have the same.
         force: start over, also if `out` is something else.
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 
 from atv.config import TrainConfig
-from atv.data import Task
+from atv.data import Task, unread_queries
 from atv.data.collate import EncodedRow
 from atv.data.render import TooLong
 from atv.doctor import require_wiring
 from atv.errors import ATVError
 from atv.files import local, write_json
+from atv.generator import Generator
 from atv.lm.adapter_model import AdapterModel
 from atv.lm.attention import grouped
 from atv.lm.hooks import input_device
@@ -24,7 +25,7 @@ from atv.lm.quiet import quiet_libraries
 from atv.lm.scoring import note_shared, training_options
 from atv.model import ATVModel
 from atv.processes import barrier, is_main, local_rank, rank, world_size
-from atv.progress import bar, log
+from atv.progress import bar, log, warn_once
 from atv.provenance import provenance
 from atv.training.batches import Rows, balanced_weights, note_imbalance, training_rows
 from atv.training.calibration import answer_facts
@@ -95,6 +96,7 @@ def train(
     rows = Rows(_encoded(model, tasks, "train", config.class_weights == "balanced"), config.templates_per_row)
     epochs = config.epochs_of(len(rows))
     note_shared(model.tokenizer, tasks)
+    _note_unread(model, tasks)
     if config.class_weights == "none":
         for task in tasks:
             note_imbalance(task)
@@ -204,6 +206,15 @@ def _note_long(split: str, skipped: int, cut: int, rows: int) -> None:
         log.warning(f"{split}: the queries of {cut} of {rows} rows are cut at their end to fit the LLM's context.")
     if skipped:
         log.warning(f"{split}: {skipped} of {rows} rows are left out: their answers do not fit the LLM's context.")
+
+
+def _note_unread(model: AdapterModel, tasks: Sequence[Task]) -> None:
+    """Log once what a model's generator, if it has one of its own, cannot read of the queries."""
+    generator = getattr(model, "generator", None)
+    if isinstance(generator, Generator) and generator.tokenizer not in (None, model.tokenizer):
+        for task in tasks:
+            for line in unread_queries(task, generator.tokenizer, ("train", "valid")):
+                warn_once(line)
 
 
 def _fill(store: PrefixStore, model: AdapterModel, rows: Sequence[EncodedRow], folder: Path) -> None:
