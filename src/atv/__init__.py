@@ -21,6 +21,7 @@ _HOME = {
     "load_llm": "atv.lm.load",
     "load_runs": "atv.evaluation.records",
     "load_tasks": "atv.data",
+    "predict": "atv.evaluation.predict",
     "train": "atv.training.loop",
     "unsteered": "atv.lm.calls",
 }
@@ -37,6 +38,7 @@ __all__ = [
     "load_llm",
     "load_runs",
     "load_tasks",
+    "predict",
     "train",
     "unsteered",
 ]
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from atv.data import Example, Task, load_tasks
     from atv.doctor import check_wiring
     from atv.errors import ATVError
+    from atv.evaluation.predict import predict
     from atv.evaluation.records import load_runs
     from atv.evaluation.run import evaluate
     from atv.lm.calls import unsteered

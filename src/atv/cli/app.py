@@ -96,6 +96,18 @@ def generate(given: options.Generate) -> None:
     answer(given)
 
 
+@command(app, "predict")
+def predict(given: options.Predict) -> None:
+    """Answer every row of a file with an adapter. After an interruption, the same command resumes.
+
+    The rows are written with all their columns and new ones: answer and, for a task with options, the probability of
+    each option, calibrated on the validation rows of training.
+    """
+    from atv.cli.predict import predict_file
+
+    predict_file(given)
+
+
 @command(app, "inspect")
 def inspect(given: options.Inspect) -> None:
     """Show the tokens that an adapter's vectors promote at each layer for queries, and the gate's value."""

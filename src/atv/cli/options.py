@@ -230,6 +230,33 @@ class Generate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Predict:
+    """Of `atv predict`."""
+
+    file: str = option(argument=True, parser=model)
+    """CSV, TSV, JSONL, JSON or Parquet file, or - for JSON lines from standard input."""
+    adapter: Path = adapter_field()
+    """Folder written by atv train."""
+    llm: str | None = adapters_llm_field()
+    """Frozen LLM. Default: the adapter's."""
+    loading: Loading = group(Loading)
+    input: str | None = option(None, panel=DATA)
+    """Column of the queries. Default: recognised by its name."""
+    task: str | None = option(None, panel=DATA)
+    """Training task whose template and options are used. Default: the only one."""
+    template: str | None = option(None, panel=DATA)
+    """The LLM's prompt, with {input} where the query goes, instead of the task's first template."""
+    max_new_tokens: int | None = option(None, panel=OUTPUT, min=1)
+    """Maximum number of tokens of a generated answer. Default: twice those of the longest answer in training."""
+    batch_size: int = option(16, panel=OUTPUT, min=1)
+    """Prompts per call of the LLM."""
+    out: str = option(panel=OUTPUT, parser=model)
+    """CSV, TSV, JSONL or Parquet file to write, or - for JSON lines on standard output. All columns are kept."""
+    force: bool = force_field()
+    """Start over, and replace the file if it is there."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Inspect:
     """Of `atv inspect`."""
 

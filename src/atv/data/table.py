@@ -98,7 +98,7 @@ def load_table(
     named = zip(("training", "validation", "test"), SPLITS, strict=True)
     sizes = ", ".join(f"{len(splits[split])} {said}" for said, split in named)
     said = f" ({' and '.join(sorted(drawn))} drawn from the training rows, seed {SEED})" if drawn else ""
-    log.info(f"{name}: {sizes} rows{said}; {' and '.join(columns[:-1])} to {columns[-1]}")
+    log.info(f"{name}: {sizes} rows{said}; {' and '.join(dict.fromkeys(columns))}")
     if dropped:
         log.warning(f"{name}: dropped {', '.join(f'{count} {why}' for why, count in dropped.items())}")
     return Task(
@@ -244,14 +244,63 @@ def _examples(
 
 def _example(where: str, row: Row, columns: Sequence[str], classes: Mapping[str, list[str]]) -> Example:
     """A row as an example, whose input or output is empty if the row has none."""
-    cells = {column: row.get(column) for column in columns}
-    if any(isinstance(cell, list) for cell in cells.values()):
-        turns = [turn for column, cell in cells.items() if cell is not None for turn in turns_of(where, column, cell)]
-        return example_of(where, turns)
+    if any(isinstance(row.get(column), list) for column in columns):
+        return _conversation(where, row, columns)
     *query, answer = (_text(where, column, row.get(column), classes) for column in columns)
-    if query[0]:  # an instruction is enough: its input may be empty
-        query = ["\n".join(part for part in query if part)]
-    return Example(query[0], answer)
+    return Example(_joined(query), answer)
+
+
+def _joined(query: Sequence[str]) -> str:
+    """An instruction and its input, which may be empty."""
+    return "\n".join(part for part in query if part) if query[0] else ""
+
+
+def _conversation(where: str, row: Row, columns: Sequence[str]) -> Example:
+    cells = {column: row.get(column) for column in columns}
+    return example_of(
+        where, [t for column, cell in cells.items() if cell is not None for t in turns_of(where, column, cell)]
+    )
+
+
+def query_columns(name: str, there: Sequence[str], input: str | None = None) -> tuple[str, ...]:
+    """The columns that make a query, of a table whose answers are not known.
+
+    Args:
+        name: of the table in errors.
+        there: its columns.
+        input: the column; by default recognised.
+
+    Raises:
+        ATVError: it is not there, or none is recognised.
+    """
+    if input is not None:
+        return _columns(name, there, input, input)[:1]
+    by_name = {column.strip().lower(): column for column in there}
+    both = [query for query, answer in COLUMNS if query in by_name and answer in by_name]
+    for query in (*[MESSAGES] * (MESSAGES in by_name), *both, *(query for query, _ in COLUMNS)):
+        if query in by_name:
+            beside = ["input"] if query == "instruction" and "input" in by_name else []
+            return tuple(by_name[column] for column in (query, *beside))
+    raise ATVError(
+        f"{name} has the columns {', '.join(map(repr, there)) or '(none)'}; expected {MESSAGES}, "
+        f"{', '.join(query for query, _ in COLUMNS)}. Name yours with --input."
+    )
+
+
+def query_of(where: str, row: Row, columns: Sequence[str]) -> Example:
+    """A row's query as an example without an answer; the input is empty if the row has none.
+
+    Args:
+        where: names the row in errors.
+        row: the row.
+        columns: from `query_columns`.
+
+    Raises:
+        ATVError: a cell is neither a text, a whole number nor a list of messages.
+    """
+    if any(isinstance(row.get(column), list) for column in columns):
+        return _conversation(where, row, columns)._replace(output="")
+    return Example(_joined([_text(where, column, row.get(column), {}) for column in columns]), "")
 
 
 def _with_kwargs(name: str, rendering: Rendering, loaded: Loaded) -> Rendering:

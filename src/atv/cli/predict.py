@@ -1,0 +1,74 @@
+"""`atv predict`."""
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+from atv import artifact
+from atv.cli.loading import frozen_llm
+from atv.cli.options import Predict
+from atv.cli.output import print_lines
+from atv.data import check_chat_template, query_renderer
+from atv.data.rows import Row
+from atv.data.stream import STANDARD, predict_stream
+from atv.data.table import query_columns
+from atv.errors import ATVError
+from atv.evaluation.predict import Predictor, RowAnswers, answer_columns, trained_task
+from atv.methods import METHODS
+
+
+class _Lazy:
+    """Answers rows; the LLM is loaded when the first ones come, since a finished file needs none."""
+
+    def __init__(self, given: Predict, folder: Any, saved: artifact.Saved) -> None:
+        self.given, self.folder, self.saved = given, folder, saved
+        self.llm = frozen_llm(given.llm or saved.base_llm["name"], given.loading)
+        self.columns: tuple[str, ...] = ()
+
+    @cached_property
+    def answers(self) -> RowAnswers:
+        llm, tokenizer = self.llm.load()
+        check_chat_template(self.saved.training, tokenizer)
+        method = METHODS[self.saved.method].load(llm, tokenizer, self.folder)
+        given = self.given
+        predictor = Predictor(
+            method,
+            self.saved.training,
+            task=given.task,
+            template=given.template,
+            max_new_tokens=given.max_new_tokens,
+            batch_size=given.batch_size,
+        )
+        return RowAnswers(predictor, self.columns)
+
+    def __call__(self, rows: list[tuple[int, Row]]) -> Iterator[list[tuple[int, Row]]]:
+        if not self.columns:
+            self.columns = query_columns(self.given.file, list(rows[0][1]), self.given.input)
+        yield from self.answers(rows)
+
+    def report(self) -> None:
+        if "answers" in vars(self):
+            self.answers.report()
+
+
+def predict_file(given: Predict) -> None:
+    """Answer the rows of a file. Everything that can be checked without a model is checked before one is loaded."""
+    folder = artifact.locate(given.adapter)
+    saved = artifact.read(folder)
+    if saved.method not in METHODS:
+        raise ATVError(f"{folder} is an adapter of the method {saved.method}, which is not known here.")
+    query_renderer(saved.training, saved.config.get("reads", "query"), given.task, given.template)
+    answers = _Lazy(given, folder, saved)
+    settings = {
+        "adapter": artifact.identity(folder),
+        **answers.llm.described(),
+        "column": given.input,
+        "task": given.task,
+        "template": given.template,
+        "max_new_tokens": given.max_new_tokens,
+    }
+    columns = answer_columns(trained_task(saved.training, given.task).get("options"))
+    asked = predict_stream(given.file, given.out, columns, answers, settings, given.force)
+    answers.report()
+    if str(given.out) != STANDARD:
+        print_lines([f"Answers: {given.out} ({asked} rows answered now)"])

@@ -1,0 +1,211 @@
+"""Predictions for rows without answers: asked as in training, with calibrated probabilities, from file to file."""
+
+import csv
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from chat_templates import chat_tokenizer
+from conftest import byte_level_tokenizer, make_atv, make_generator, make_llm, toy_task
+from labels import steered_by_hand
+from refusals import refused
+from rendering import encode_pair, prompt_text
+
+from atv import ATVConfig, ATVModel, Example, TrainConfig, predict, train
+from atv.data import Rendering, load_tasks
+from atv.evaluation.predict import Predictor, loaded_method
+from atv.evaluation.run import evaluate
+from atv.methods.atv import ATVMethod
+from atv.training.calibration import best_temperature
+
+
+def trained(folder, task=None, **options):
+    """A tiny ATV that has learned a task a little."""
+    atv = make_atv(dtype=torch.float32, scale=0.5, **options)
+    config = TrainConfig.paper(epochs=2, batch_size=4, learning_rate=5e-3, generator_learning_rate=5e-3)
+    train(atv, [task or toy_task()], folder, config)
+    return atv
+
+
+QUERIES = ["the harbour quiet 90", "the harbour leaks 91", "a harbour of another kind", "leaks leaks leaks"]
+
+
+def test_probabilities_are_those_of_the_options_as_a_whole(tmp_path):
+    task, atv = toy_task(), trained(tmp_path)
+    read = steered_by_hand(atv, "last")
+    about = atv.training_summary["tasks"]["toy"]
+    assert about["options"] == ["no", "yes"]
+    assert about["answer_tokens"] == max(len(encode_pair(atv.tokenizer, "A:", o)[1]) for o in ("no", "yes"))
+    rows = predict(atv, QUERIES, batch_size=3)
+    for query, row in zip(QUERIES, rows, strict=True):
+        scores = []
+        for option in ("no", "yes"):  # by a plain pass for each token
+            prompt, ids = encode_pair(atv.tokenizer, prompt_text(task, query), option)
+            chances = [read(Example(query, ""), prompt, ids[:place]).log_softmax(-1) for place in range(len(ids))]
+            total = sum(chance[token].item() for chance, token in zip(chances, ids, strict=True))
+            scores.append(total / about["temperature"])
+        largest = max(scores)
+        weights = [math.exp(score - largest) for score in scores]
+        expected = [weight / sum(weights) for weight in weights]
+        assert [row["p(no)"], row["p(yes)"]] == pytest.approx(expected, rel=1e-3)
+        assert row["answer"] == ("no", "yes")[expected.index(max(expected))]
+        assert row["input"] == query
+    assert len({row["p(no)"] for row in rows}) == len(rows)
+
+
+def test_answers_are_those_of_evaluation(tmp_path):
+    atv, task = trained(tmp_path), toy_task()
+    found = evaluate(ATVMethod(atv), [task], ["option_likelihood"], variants="first")
+    rows = predict(atv, [row.input for row in task.test])
+    assert [row["answer"] for row in rows] == [row["outputs"]["option_likelihood"] for row in found]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_temperature_makes_the_answers_likeliest(seed):
+    draw = torch.Generator().manual_seed(seed)
+    scores = 5 * torch.randn(60, 4, generator=draw, dtype=torch.float64)
+    right = torch.where(torch.rand(60, generator=draw) < 0.6, scores.argmax(1), torch.randint(4, (60,), generator=draw))
+    found = best_temperature(scores, right)
+
+    def loss(temperature):
+        return torch.nn.functional.cross_entropy(scores / temperature, right).item()
+
+    assert loss(found) <= min(loss(0.05 * 1.01**step) for step in range(600)) + 1e-6
+    assert 0.05 < found < 20
+
+
+def test_generated_answers_of_a_chat(tmp_path):
+    """A chat whose answers are texts of their own: they are generated in the chat template, to the end of the turn."""
+    rows = [{"messages": [
+        {"role": "system", "content": "You help."},
+        {"role": "user", "content": f"is it {n}?"},
+        {"role": "assistant", "content": f"yes {n}"},
+    ]} for n in range(60)]  # fmt: skip
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (task,) = load_tasks(data=tmp_path / "chat.jsonl")
+    assert not task.chooses
+    config = ATVConfig(generator="self", scale=0.5)
+    atv = ATVModel(make_llm(dtype=torch.float32), config, tokenizer=chat_tokenizer("chatml"))
+    train(atv, [task], tmp_path / "run", TrainConfig(epochs=1, batch_size=8))
+    conversation = rows[0]["messages"][:2]
+    found = predict(atv, [{"messages": conversation, "id": 7}], max_new_tokens=5)
+    assert list(found[0]) == ["messages", "id", "answer"]
+    ids = atv.tokenizer.apply_chat_template(conversation, add_generation_prompt=True)["input_ids"]
+    end = atv.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    with torch.no_grad(), atv.steer(["x"]):
+        out = atv.llm.generate(torch.tensor([ids]), max_new_tokens=5, do_sample=False, eos_token_id=end, pad_token_id=0)
+    new = [token for token in out[0, len(ids) :].tolist() if token != end]
+    assert found[0]["answer"] == atv.tokenizer.decode(new).strip()
+    assert atv.generate([conversation], max_new_tokens=5, do_sample=False) == [
+        atv.tokenizer.decode(new, skip_special_tokens=True)
+    ]
+
+
+def test_a_row_without_an_answer_is_counted_and_the_others_are_answered(tmp_path, caplog):
+    import logging
+
+    atv = trained(tmp_path)
+    atv.llm.config.max_position_embeddings = 40
+    with caplog.at_level(logging.WARNING, "atv"):
+        rows = predict(
+            atv, [{"input": "the harbour leaks"}, {"input": None}, {"input": 1.5}, {"input": "leaks " * 400}]
+        )
+    assert [row["answer"] is None for row in rows] == [False, True, True, False]
+    assert rows[1]["p(no)"] is None
+    said = " ".join(record.getMessage() for record in caplog.records)
+    assert "1 row has no answer: The query is empty." in said
+    assert "row 2 has input 1.5" in said
+
+
+def test_what_is_refused(tmp_path):
+    atv = trained(tmp_path)
+    with refused("answer", "the name of a new one"):
+        predict(atv, [{"input": "a", "answer": "b"}])
+    with refused("expected messages, instruction", "--input"):
+        predict(atv, [{"body": "a"}])
+    with refused("task 'other'"):
+        predict(atv, ["a"], task="other")
+    untrained = make_atv(dtype=torch.float32)
+    with refused("does not say on which tasks it was trained"):
+        predict(untrained, ["a"])
+    assert predict(atv, []) == []
+
+
+def test_without_a_task_among_several_the_query_alone_is_asked(tmp_path):
+    atv = make_atv(dtype=torch.float32, scale=0.5)
+    other = replace(toy_task(), name="other", train=tuple(Example(f"o {r.input}", r.output) for r in toy_task().train),
+                    valid=tuple(Example(f"o {r.input}", r.output) for r in toy_task().valid),
+                    test=tuple(Example(f"o {r.input}", r.output) for r in toy_task().test))  # fmt: skip
+    train(atv, [toy_task(), other], tmp_path, TrainConfig(epochs=1, batch_size=8))
+    assert list(predict(atv, ["leaks"])[0]) == ["input", "answer"]
+    assert list(predict(atv, ["leaks"], task="other")[0]) == ["input", "answer", "p(no)", "p(yes)"]
+    predictor = Predictor(*loaded_method(atv))
+    assert predictor.render.text == "{input}"
+    assert predictor.render.answer_prefix == "A:"
+
+
+# ---- an adapter's rendering ----
+
+
+def test_an_adapter_is_refused_if_the_chat_template_has_changed(tmp_path):
+    task = replace(toy_task(), renderer=Rendering("chat"), answer_prefixes=(None,))
+    llm = make_llm(dtype=torch.float32)
+    config = ATVConfig(generator="self")
+    atv = ATVModel(llm, config, tokenizer=chat_tokenizer("chatml"))
+    train(atv, [task], tmp_path, TrainConfig(epochs=1, batch_size=8))
+    again = ATVModel.from_pretrained(tmp_path, llm, tokenizer=chat_tokenizer("chatml"))
+    assert again.render(["leaks"])[0].ids == list(
+        again.tokenizer.apply_chat_template(
+            [{"role": "user", "content": task.templates[0].replace("{input}", "leaks")}], add_generation_prompt=True
+        )["input_ids"]
+    )
+    for tokenizer, words in ((chat_tokenizer("granite"), "another one"), (byte_level_tokenizer(), "has none")):
+        with refused("trained with a chat template", words):
+            ATVModel.from_pretrained(tmp_path, llm, tokenizer=tokenizer)
+
+
+# ---- the command ----
+
+
+def test_the_command_keeps_all_columns_and_resumes(tmp_path, monkeypatch, capsys):
+    import sys
+
+    from atv.cli import main
+
+    make_llm(dtype=torch.float32).save_pretrained(tmp_path / "llm")
+    byte_level_tokenizer().save_pretrained(tmp_path / "llm")
+    make_generator(ATVConfig()).save(tmp_path / "generator")
+    lines = [(n, f"the harbour {'quiet' if n % 2 else 'leaks'} {n}", "yes" if n % 2 else "no") for n in range(40)]
+    with (tmp_path / "t.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("id", "text", "label"), *lines])
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["atv", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as stop:
+            return stop.code or 0, *capsys.readouterr()
+        return 0, *capsys.readouterr()
+
+    how = ("--generator", tmp_path / "generator", "--epochs", 1, "--batch-size", 8, "--dtype", "float32")
+    code, _, err = run(
+        "train", "--data", tmp_path / "t.csv", "--llm", tmp_path / "llm", *how, "--out", tmp_path / "run"
+    )
+    assert code == 0, err
+    use = ("predict", tmp_path / "t.csv", "--adapter", tmp_path / "run", "--dtype", "float32")
+    code, said, err = run(*use, "--out", tmp_path / "out.csv")
+    assert code == 0, err
+    assert "40 rows answered now" in said
+    with (tmp_path / "out.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["id", "text", "label", "answer", "p(no)", "p(yes)"]
+    assert [(int(row["id"]), row["text"], row["label"]) for row in rows] == lines
+    assert all(float(row["p(no)"]) + float(row["p(yes)"]) == pytest.approx(1, abs=1e-4) for row in rows)
+    assert run(*use, "--out", tmp_path / "out.csv")[1].strip().endswith("(0 rows answered now)")
+    code, _, err = run(*use, "--input", "body", "--out", tmp_path / "b.csv")
+    assert (code, "no column 'body'" in err) == (2, True), err
+    code, said, err = run(*use, "--out", "-")
+    assert code == 0, err
+    assert [json.loads(line)["answer"] for line in said.splitlines()] == [row["answer"] for row in rows]
