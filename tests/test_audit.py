@@ -102,7 +102,8 @@ def test_test_rows_with_too_long_a_prompt_are_counted_in_their_longest_variant()
     longest = max(len(prompt_text(task, "a longer one", *variant)) for variant in task.renderers())
     assert long_prompts(task, Letters(), longest) == []
     assert long_prompts(task, Letters(), longest - 1) == [
-        f"toy: 1 of 2 test rows make a prompt of more than {longest - 1} tokens (up to {longest}); eval refuses them."
+        f"toy: 1 of 2 test rows make a prompt of more than {longest - 1} tokens (up to {longest}); eval cuts their "
+        "queries to fit."
     ]
     assert "2 of 2 test rows" in long_prompts(task, Letters(), 1)[0]
 

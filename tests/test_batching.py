@@ -60,7 +60,7 @@ def test_a_collated_batch_written_out(positions):
     assert batch["edit_mask"].int().tolist() == expected[positions]
 
 
-def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers():
+def test_a_prompt_whose_template_is_longer_than_the_context_is_refused_with_both_numbers():
     atv = make_atv(dtype=torch.float32)
-    with pytest.raises(ATVError, match=r"has \d+ tokens and the LLM's context is 256"):
+    with pytest.raises(ATVError, match=r"has \d+ tokens and there is room for 25\d"):
         atv.encode_row(row_of("q", ("the harbour " * 200,), "yes"))

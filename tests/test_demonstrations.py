@@ -203,13 +203,16 @@ def test_icl_looks_again_where_the_most_characters_are_not_the_most_tokens():
 
 
 @pytest.mark.parametrize("name", ["icl", "bm25"])
-def test_a_query_is_never_dropped_and_one_too_long_is_refused(name, tmp_path):
-    task = toy_task()
-    longest = max(len(byte_level_tokenizer()(prompt_text(task, row.input))["input_ids"]) for row in task.test)
+def test_a_query_is_never_dropped_and_one_too_long_is_cut_at_its_end(name, tmp_path, capsys):
+    task, tokenizer = toy_task(), byte_level_tokenizer()
+    longest = max(len(tokenizer(prompt_text(task, row.input))["input_ids"]) for row in task.test)
     rows, _ = asked(load(name, roomy_llm(longest)), [task], tmp_path / "just")
     assert {row["demonstrations"] for row in rows} == {0}
-    with refused(f"the LLM's context is {longest - 1}"):
-        asked(load(name, roomy_llm(longest - 1)), [task], tmp_path / "over")
+    assert "are cut" not in capsys.readouterr().err
+    rows, _ = asked(load(name, roomy_llm(longest - 1)), [task], tmp_path / "over")
+    assert max(row["prompt_tokens"] for row in rows) <= longest - 1
+    assert len(rows) == len(task.test)
+    assert f"context of {longest - 1} tokens" in capsys.readouterr().err
 
 
 def test_fewer_training_rows_than_shots_are_all_shown(tmp_path, capsys):

@@ -74,7 +74,7 @@ def long_prompts(task: Task, tokenizer: Any, limit: int) -> list[str]:
         return []
     return [
         f"{task.name}: {above} of {len(lengths)} test rows make a prompt of more than {limit} tokens (up to "
-        f"{max(lengths)}); eval refuses them."
+        f"{max(lengths)}); eval cuts their queries to fit."
     ]
 
 

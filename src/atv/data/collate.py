@@ -4,7 +4,7 @@ Prompts are padded on the left and answers on the right, so that the last prompt
 row. Position ids are always explicit. The mask of the tokens that receive a vector is computed only here.
 """
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,3 +140,41 @@ class Collator:
             "edit_mask": torch.cat([edit_mask(prompt_mask, self.positions), steered], dim=1),
             "labels": labels,
         }
+
+
+def split_by_length(batch: Mapping[str, Tensor], tokens: int) -> list[tuple[float, dict[str, Tensor]]]:
+    """Split a batch into parts of answers of like lengths, so that the logits of a part need little memory.
+
+    The mean of the parts' losses, weighted with their shares, is the loss of the batch up to rounding.
+
+    Args:
+        batch: from a `Collator`, possibly with further tensors of one value per prompt.
+        tokens: most answer tokens of a part, padding included; a row with more is a part of its own.
+
+    Returns:
+        Parts, each with its share of the rows; the batch itself if it is small enough.
+    """
+    labels = batch["labels"]
+    if labels.numel() <= tokens:
+        return [(1.0, dict(batch))]
+    queries = len(batch["query_input_ids"])
+    prompts = len(labels) // queries
+    lengths = (labels != IGNORED).sum(1).view(queries, prompts).amax(1).clamp(min=1).tolist()
+    groups: list[list[int]] = []
+    for row in sorted(range(queries), key=lambda row: lengths[row]):
+        if groups and (len(groups[-1]) + 1) * prompts * lengths[row] <= tokens:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    parts = []
+    for rows in groups:
+        each = [row * prompts + place for row in rows for place in range(prompts)]
+        longest = max(lengths[row] for row in rows)
+        part = {name: tensor[rows if name.startswith("query_") else each] for name, tensor in batch.items()}
+        end = part["input_ids"].shape[1] - (labels.shape[1] - longest)
+        start = int(part["attention_mask"].any(0).int().argmax())
+        for name in ("input_ids", "attention_mask", "position_ids", "edit_mask"):
+            part[name] = part[name][:, start:end]
+        part["labels"] = part["labels"][:, :longest]
+        parts.append((len(rows) / queries, part))
+    return parts

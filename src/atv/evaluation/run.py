@@ -12,6 +12,7 @@ import torch
 
 from atv.data import Prompt, Renderer, Task, Variant, findings, refuse_shared_inputs
 from atv.data.collate import pad_id
+from atv.data.render import TooLong, fitting
 from atv.errors import ATVError
 from atv.evaluation.metrics import GENERATED, ExactMatch, Metric, Need, default_metric, load_metric
 from atv.evaluation.records import Row, RunWriter, row_key
@@ -96,7 +97,8 @@ def evaluate(
     Raises:
         ATVError: Before evaluation starts: a metric cannot be computed for this method; a task's training inputs are
             test inputs of another; or two of a task's options have the same tokens and a metric compares options.
-            Before a task and variant is evaluated: a prompt is longer than the LLM's context.
+            Before a task and variant is evaluated: what stands around a query does not fit the LLM's context. (A query
+            that does not fit is cut at its end, and logged.)
     """
     if batch_size < 1:
         raise ATVError(f"batch_size is {batch_size}; expected a whole number from 1.")
@@ -177,10 +179,9 @@ def _ask(
                 append([_row_of(requests, metrics, task, variant, index, chosen[index], seconds) for index in batch])
         return
     began = time.perf_counter()
-    prompts = method.prompts(task, task.test, render)
+    prompts = _fitting(method, task, render, method.prompts(task, task.test, render), requests.read_after)
     encoded = [prompt.ids for prompt in prompts]
     seconds_before = time.perf_counter() - began
-    _check_lengths(method, task, encoded, requests.read_after)
     by_length = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))  # less padding
     began = time.perf_counter()
     shared = SharedPrefix(method.llm, encoded, method.edited_tokens)
@@ -243,15 +244,32 @@ def steered(method: Method, prompts: Sequence[Prompt]) -> AbstractContextManager
     return nullcontext() if edit is None else steer(method.llm, edit, Tracked(len(prompts), edit.positions))
 
 
-def _check_lengths(method: Method, task: Task, encoded: Sequence[Sequence[int]], read_after: int) -> None:
+def _fitting(
+    method: Method, task: Task, render: Renderer, prompts: Sequence[Prompt], read_after: int
+) -> Sequence[Prompt]:
+    """The prompts; where one does not fit the LLM's context, its query is cut at its end, and how many is logged.
+
+    Raises:
+        ATVError: what stands around a query does not fit either.
+    """
     limit = context_length(method.llm)
-    for index, ids in enumerate(encoded):
-        if limit is not None and len(ids) + read_after > limit:
-            more = f", {read_after} of an answer are read after it," if read_after else ""
+    if limit is None:
+        return prompts
+    room, fitted = limit - read_after, list(prompts)
+    long = [index for index, prompt in enumerate(prompts) if len(prompt.ids) > room]
+    for index in long:
+        try:
+            fitted[index] = fitting(render, method.tokenizer, task.test[index], room)._replace(task=task.name)
+        except TooLong as error:
             raise ATVError(
-                f"Task {task.name}: test row {index} makes a prompt of {len(ids)} tokens{more} and the LLM's context "
-                f"is {limit}; shorten or drop the row."
-            )
+                f"Task {task.name}, test row {index}: {error} {read_after} tokens are read after it."
+            ) from None
+    if long:
+        log.warning(
+            f"{task.name}: the queries of {len(long)} of {len(prompts)} test rows are cut at their end to fit the "
+            f"LLM's context of {limit} tokens, the first of them row {long[0]}."
+        )
+    return fitted
 
 
 def _row_of(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from atv.config import TrainConfig
-from atv.data.collate import IGNORED, Collator, EncodedRow
+from atv.data.collate import IGNORED, Collator, EncodedRow, split_by_length
 from atv.errors import ATVError
 from atv.files import follow_umask
 from atv.lm.adapter_model import AdapterModel
@@ -32,6 +32,8 @@ JUDGED = "judged"
 """Key in a batch, in addition to the model's inputs: the number of tokens that identify each answer, (batch,)."""
 WEIGHTS = "weights"
 """Another such key: the factor of each row's loss, (batch,) float32."""
+ANSWER_TOKENS = 2048
+"""Most answer tokens whose logits are in memory at once, padding included: 0.4 GB for 50,000 tokens in float32."""
 WARM_UP = 0.05
 """Share of the steps in which a linear schedule rises."""
 WEIGHTS_FILE = "model.safetensors"
@@ -70,6 +72,7 @@ class ATVTrainer(Trainer):
 
     def __init__(self, *args: Any, train_config: TrainConfig, **kwargs: Any) -> None:
         self.train_config = train_config
+        self._share = 1.0
         super().__init__(*args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -129,6 +132,18 @@ class ATVTrainer(Trainer):
         read, real = self.accelerator.reduce(counts.to(self.args.device), "sum").tolist()
         return parts, read / real
 
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Return the loss of a batch after its backward pass; long answers are read in parts of like lengths.
+
+        Several processes must make as many backward passes each, so they split batches only as configured.
+        """
+        parts = [(1.0, inputs)] if self._split else split_by_length(inputs, ANSWER_TOKENS)
+        losses = []
+        for self._share, part in parts:
+            losses.append(super().training_step(model, part, num_items_in_batch))
+        self._share = 1.0
+        return torch.stack(losses).sum()
+
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -138,6 +153,7 @@ class ATVTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, True)
         if self.train_config.class_weights == "balanced":
             loss = (outputs.losses * weights.to(outputs.losses.device)).mean()
+        loss = loss * self._share
         if num_items_in_batch is not None:
             loss = loss * num_items_in_batch
         if not math.isfinite(self.accelerator.reduce(loss.detach(), "sum").item()):
