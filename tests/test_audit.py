@@ -246,7 +246,7 @@ def test_the_audit_reads_with_the_given_generator_or_the_default_one(tmp_path, t
 
 def test_doctor_says_it_for_given_tasks(thai_table, capsys, monkeypatch):
     from atv.cli import doctor
-    from atv.cli.options import Doctor, Tasks
+    from atv.cli.options import Doctor
 
     class Loaded:
         def load(self):
@@ -260,7 +260,7 @@ def test_doctor_says_it_for_given_tasks(thai_table, capsys, monkeypatch):
     monkeypatch.setattr(doctor, "frozen_llm", lambda *_: Loaded())
     monkeypatch.setattr(doctor, "ATVModel", small_atv)
     monkeypatch.setattr(doctor, "check_wiring", lambda atv: [])
-    doctor.examine(Doctor(tasks=Tasks(data=str(thai_table))))
+    doctor.examine(Doctor(data=str(thai_table)))
     assert "thai: 100% of the tokens that the generator reads" in capsys.readouterr().out
     doctor.examine(Doctor())
     assert "tokens that the generator reads" not in capsys.readouterr().out

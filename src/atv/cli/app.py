@@ -120,7 +120,7 @@ def inspect(given: options.Inspect) -> None:
 def doctor(given: options.Doctor) -> None:
     """Check that steering works correctly on a model: gradient, positions, scale 0, batch, padding, cache.
 
-    With --data or --task, say too whether the generator can read the queries.
+    With --data, say too whether the generator can read the queries.
     """
     from atv.cli.doctor import examine
 

@@ -2,11 +2,11 @@
 
 from accelerate.utils import set_seed  # transformers' own imports peft, which takes seconds
 
-from atv.cli.loading import frozen_llm, named_tasks
+from atv.cli.loading import frozen_llm
 from atv.cli.options import Doctor
 from atv.cli.output import output, print_lines
 from atv.config import ATVConfig
-from atv.data import unread_queries
+from atv.data import load_tasks, unread_queries
 from atv.doctor import check_wiring, model_summary
 from atv.model import ATVModel
 
@@ -24,8 +24,8 @@ def examine(given: Doctor) -> bool:
     set_seed(0)
     atv = ATVModel(llm, config, tokenizer=tokenizer)
     print_lines([model_summary(atv)])
-    if (given.tasks.data is not None or given.tasks.task) and atv.generator.tokenizer is not None:
-        for task in named_tasks(given.tasks):
+    if given.data is not None and atv.generator.tokenizer is not None:
+        for task in load_tasks(data=given.data, input=given.input, output=given.output):
             print_lines(unread_queries(task, atv.generator.tokenizer))
     checks = check_wiring(atv)
     for check in checks:

@@ -290,7 +290,12 @@ class Doctor:
     """Name of the list of decoder layers, if it is not found automatically."""
     pooling: str = option("mean", panel=METHOD)
     """mean, last or cls; always last for self."""
-    tasks: Tasks = group(Tasks)
+    data: str | None = option(None, panel=DATA, parser=model)
+    """Say too whether the generator can read the queries of this data, which is given as for train."""
+    input: str | None = option(None, panel=DATA)
+    """Column of the queries in a table. Default: recognised by its name."""
+    output: str | None = option(None, panel=DATA)
+    """Column of the answers. Default: recognised by its name."""
 
 
 @dataclass(frozen=True, kw_only=True)
