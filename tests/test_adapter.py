@@ -27,7 +27,7 @@ QUERIES = ["the kettle leaks", "a quiet harbour"]
 
 def saved(tmp_path, **options):
     atv = make_atv(dtype=torch.float32, **options)
-    atv.training_summary = {"tasks": {"toy": ["{input}"]}}
+    atv.training_summary = {"tasks": {"toy": toy_task().asking()}}
     atv.save_pretrained(tmp_path / "adapter")
     return atv, tmp_path / "adapter"
 
@@ -295,7 +295,15 @@ def test_an_adapter_that_diverged_is_not_saved(tmp_path):
 
 @pytest.mark.parametrize(
     ("part", "value"),
-    [("base_llm", {}), ("base_llm", {"name": 3}), ("training", {"tasks": 3}), ("generator", None)],
+    [
+        ("base_llm", {}),
+        ("base_llm", {"name": 3}),
+        ("training", {"tasks": 3}),
+        ("training", {"tasks": {"toy": ["{input}"]}}),
+        ("training", {"tasks": {"toy": toy_task().asking() | {"renderer": "atv.data.render.Template"}}}),
+        ("training", {"tasks": {"toy": toy_task().asking() | {"templates": None}}}),
+        ("generator", None),
+    ],
 )
 def test_a_configuration_with_parts_of_another_type_is_named(tmp_path, part, value):
     _, path = saved(tmp_path)

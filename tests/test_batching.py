@@ -1,11 +1,14 @@
 """Tokens to tensors: padding, positions, labels."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from conftest import make_atv
+from conftest import make_atv, toy_task
 from hypothesis import given
 from hypothesis import strategies as st
-from rendering import row_of
+from refusals import refused
+from rendering import encode_pair, encode_prompt, row_of
 
 from atv.config import Positions
 from atv.data.collate import (
@@ -16,7 +19,8 @@ from atv.data.collate import (
     pad,
     position_ids,
 )
-from atv.errors import ATVError
+from atv.data.render import Example
+from atv.training.batches import training_rows
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.sampled_from(["left", "right"]), st.integers(1, 12))
@@ -60,7 +64,30 @@ def test_a_collated_batch_written_out(positions):
     assert batch["edit_mask"].int().tolist() == expected[positions]
 
 
-def test_a_prompt_whose_template_is_longer_than_the_context_is_refused_with_both_numbers():
+def test_a_prompt_whose_query_cannot_be_cut_is_refused_with_both_numbers():
     atv = make_atv(dtype=torch.float32)
-    with pytest.raises(ATVError, match=r"has \d+ tokens and there is room for 25\d"):
-        atv.encode_row(row_of("q", ("the harbour " * 200,), "yes"))
+    row = row_of("q", ("the harbour " * 200,), "yes")
+    ids, answer = row.renderers[0].prompt(atv.tokenizer, row.example).ids, encode_pair(atv.tokenizer, "q", "yes")[1]
+    with refused(f"has {len(ids)} tokens", f"room for {256 - len(answer)}"):
+        atv.encode_row(row)
+    with refused(f"has {len(ids)} tokens", "the LLM's context is 256"):
+        atv.encode_prompts(["the harbour " * 200])
+
+
+@pytest.mark.parametrize("query", ["the harbour leaks " * 100, "x" * 900, "leaks " * 40 + "é" * 300])
+def test_a_training_query_that_is_too_long_is_cut_at_its_end(query):
+    """The prompt is that of a beginning of the query; what stands around it and the answer stay whole."""
+    atv = make_atv(dtype=torch.float32)
+    task = replace(toy_task(), train=(Example(query, "yes"),), templates=("Say: {input}!",))
+    (row,) = training_rows(task)
+    made = atv.encode_row(row)
+    ((ids, answer),) = made.pairs
+    assert made.cut
+    assert answer == encode_pair(atv.tokenizer, "Say: x!\nA:", "yes")[1]
+    assert 256 - 10 < len(ids) + len(answer) <= 256
+    kept = atv.tokenizer.decode(ids).removeprefix("Say: ").removesuffix("!\nA:")
+    assert query.startswith(kept)
+    assert ids == encode_prompt(atv.tokenizer, f"Say: {kept}!\nA:")
+    assert made.query == atv.generator.encode([kept])[0]
+    short = atv.encode_row(replace(row, example=Example("x", "yes")))
+    assert not short.cut

@@ -57,6 +57,13 @@ def models(world):
     return ["--llm", world / "llm", "--dtype", "float32"]
 
 
+def trained_on_toy(**options):
+    """An ATV that says that it was trained on the task of `world`; its generator reads the query alone."""
+    model = make_atv(dtype=torch.float32, **options)
+    model.training_summary = {"tasks": {"toy": toy_task().asking()}}
+    return model
+
+
 def train_options(world):
     return [*models(world), "--generator", world / "generator", "--data", world / "data", "--pooling", "mean",
             "--scale", "0.5", "--epochs", "2", "--batch-size", "4", "--lr", "5e-3"]  # fmt: skip
@@ -363,7 +370,7 @@ def test_ctrl_c_is_one_line_that_says_how_to_resume(world, tmp_path, command):
     """Sent as a terminal sends it, while the command does its work."""
     program = [sys.executable, "-c", SLOWLY, command]
     if command == "generate":
-        make_atv(dtype=torch.float32).save_pretrained(tmp_path / "adapter")
+        trained_on_toy().save_pretrained(tmp_path / "adapter")
         program[2] = SLOWLY.replace(
             "from atv.cli", "import atv.model; atv.model.ATVModel.generate = wait; from atv.cli"
         )
@@ -503,7 +510,8 @@ def check_refused(code, said, err, named):
         (lambda rows: rows | {"test": [r | {"output": "yes", "input": f"{i}"} for i, r in enumerate(rows["test"] * 2)]},
          ["all 16 test answers are 'yes'"]),
         (lambda rows: rows | {"test": rows["test"] + rows["train"][:1]}, ["is in train and in test"]),
-        (lambda rows: rows | {"train": [{"input": "harbour " * 300, "output": "yes"}]}, ["the LLM's context is 256"]),
+        (lambda rows: rows | {"train": [{"input": "a harbour", "output": "yes " * 300}]},
+         ["All 1 train rows are too long for the LLM's context"]),
     ],
 )  # fmt: skip
 def test_wrong_data_is_one_line_and_exit_code_2(atv, world, tmp_path, change, named):
@@ -511,6 +519,16 @@ def test_wrong_data_is_one_line_and_exit_code_2(atv, world, tmp_path, change, na
     code, said, err = atv("train", *train_options(world), "--data", data, "--out", tmp_path / "out")
     check_refused(code, said, err, named)
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_that_do_not_fit_the_context_are_cut_or_left_out_and_counted(atv, world, tmp_path):
+    long = [{"input": "harbour " * 300, "output": "yes"}, {"input": "a harbour", "output": "yes " * 300}]
+    data = task_file(world, tmp_path / "data", lambda rows: rows | {"train": rows["train"] + long})
+    code, _, err = atv("train", *train_options(world), "--data", data, "--out", tmp_path / "out")
+    assert code == 0, err
+    said = " ".join(err.split())
+    assert "train: the queries of 1 of 10 rows are cut at their end to fit the LLM's context." in said
+    assert "train: 1 of 10 rows are left out: their answers do not fit the LLM's context." in said
 
 
 def test_unseen_tasks_are_not_trained_on_unless_they_are_named(atv, world, tmp_path):
@@ -532,7 +550,9 @@ def test_wrong_use_of_eval_generate_and_report_is_one_line(atv, world, tmp_path)
     check_refused(*atv("eval", "--adapter", tmp_path), ["No adapter at"])
     check_refused(*atv("generate", "--adapter", tmp_path, " "), ["query is empty"])
     check_refused(*atv("report", tmp_path), ["is not a run"])
-    make_atv(dtype=torch.float32).save_pretrained(tmp_path / "adapter")
+    make_atv(dtype=torch.float32).save_pretrained(tmp_path / "untrained")
+    check_refused(*atv("generate", "--adapter", tmp_path / "untrained", "q"), ["does not say on which tasks"])
+    trained_on_toy().save_pretrained(tmp_path / "adapter")
     make_llm("qwen2", torch.float32).save_pretrained(tmp_path / "qwen2")
     byte_level_tokenizer().save_pretrained(tmp_path / "qwen2")
     check_refused(
@@ -661,7 +681,7 @@ def test_clipping_can_be_switched_off():
 
 
 def test_inspect_shows_what_the_vectors_of_a_query_promote(atv, world, tmp_path):
-    model = make_atv(dtype=torch.float32, scale=2.0)
+    model = trained_on_toy(scale=2.0)
     model.save_pretrained(tmp_path / "adapter")
     ask = ["inspect", "--adapter", tmp_path / "adapter", *models(world)]
     code, said, err = atv(*ask, "the harbour leaks", "a quiet harbour")

@@ -6,7 +6,7 @@ file. Weights are safetensors, never pickle. The folder is written under a tempo
 
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,9 +23,9 @@ from atv.lm.identity import describe_llm, different_weights
 FORMAT = 5
 CONFIG_FILE = "atv_config.json"
 CARD_FILE = "README.md"
+"""The model card: the only file that users may edit."""
 UNSAFE = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth", ".py")
 """Endings of files that are unpickled or executed when they are loaded; an adapter has none of them."""
-"""The model card: the only file that users may edit."""
 LIBRARIES = ("adaptive-task-vectors", "torch", "transformers", "safetensors")
 
 
@@ -162,9 +162,11 @@ def read(folder: Path, method: str | None = None) -> Saved:
         name = base["name"]
     except (KeyError, TypeError, ValueError) as error:
         raise ATVError(f"{folder / CONFIG_FILE} is damaged: {error!r}. Restore it or train again.") from error
+    tasks = training.get("tasks", {})
     for key, value, kind in (
         ("base_llm.name", name, str),
-        ("training.tasks", training.get("tasks", {}), dict),
+        ("training.tasks", tasks, dict),
+        *(_asking_parts(tasks) if isinstance(tasks, dict) else ()),
         ("generator", written.get("generator", {}), dict),
     ):
         if not isinstance(value, kind):
@@ -185,6 +187,16 @@ def read(folder: Path, method: str | None = None) -> Saved:
             raise ATVError(f"{file} is {state}: it is not the file that was saved. Restore it or train again.")
     weights = frozenset(name for name in digests if name.endswith(".safetensors"))
     return Saved(made_by, config, base, training, weights, written)
+
+
+def _asking_parts(tasks: Mapping[str, Any]) -> Iterator[tuple[str, Any, type]]:
+    """Yield the parts of the records of training tasks (`Task.asking`): name, value and expected type."""
+    for task, asked in tasks.items():
+        where = f"training.tasks.{task}"
+        yield where, asked, dict
+        if isinstance(asked, dict):  # otherwise refused already
+            for key, kind in (("templates", list), ("answer_prefixes", list), ("renderer", dict)):
+                yield f"{where}.{key}", asked.get(key), kind
 
 
 def load_tensors(file: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:

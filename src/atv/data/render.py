@@ -6,6 +6,7 @@ them and is saved with an adapter. A custom renderer is a class with the two met
 `dataclasses.replace(task, renderer=...)`, and all training and evaluation uses it.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -252,20 +253,25 @@ def fitting(render: Renderer, tokenizer: Any, example: Example, room: int | None
         TooLong: what stands around the query leaves it no room.
     """
     prompt = render.prompt(tokenizer, example)
-    kept = len(example.input)
-    while room is not None and len(prompt.ids) > room:
-        # Characters per token vary along a text, so this may take several steps; each cuts at least one character.
-        above = len(prompt.ids) - room
-        share = kept / max(1, len(prompt.ids))
-        kept = min(kept - 1, int(kept - above * min(share, 1.0)))
-        cut = example.input[: max(kept, 0)].rstrip()
-        if not cut:
-            raise TooLong(
-                f"A prompt has {len(prompt.ids)} tokens and there is room for {room}; what stands around the query "
-                f"{example.input[:60]!r} is too long. Shorten it."
-            )
-        prompt = render.prompt(tokenizer, example._replace(input=cut))
-    return prompt
+    if room is None or len(prompt.ids) <= room:
+        return prompt
+
+    def cut_to(length: int) -> Prompt | None:
+        text = example.input[:length].rstrip()
+        return render.prompt(tokenizer, example._replace(input=text)) if text else None
+
+    def too_long(length: int) -> bool:
+        cut = cut_to(length)
+        return cut is not None and len(cut.ids) > room
+
+    # Characters per token vary along a text: the length is searched for.
+    cut = cut_to(bisect_left(range(1, len(example.input)), True, key=too_long))
+    if cut is None:
+        raise TooLong(
+            f"A prompt has {len(prompt.ids)} tokens and there is room for {room}; what stands around the query "
+            f"{example.input[:60]!r} is too long. Shorten it."
+        )
+    return cut
 
 
 def plain_prompt(tokenizer: Any, text: str) -> Prompt:
