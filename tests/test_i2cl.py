@@ -195,7 +195,7 @@ def fitted(out, llm=None, train=None, **options):
 
 def test_it_learns_and_is_used_on_known_and_unknown_tasks(tmp_path):
     llm = make_llm(dtype=torch.float32)
-    adapter = fitted(tmp_path / "out", llm)
+    adapter = fitted(tmp_path / "out", llm, quick(epochs=16))
     history = [
         e["eval_loss"] for e in json.loads((tmp_path / "out/train.json").read_text())["history"] if "eval_loss" in e
     ]

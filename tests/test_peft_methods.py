@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from importlib.util import find_spec
 from itertools import product
 
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
 
 from atv.config import TrainConfig
+from atv.data import Rendering
 from atv.data.collate import left_padded
 from atv.errors import ATVError
 from atv.evaluation.records import RunWriter
@@ -280,7 +282,7 @@ def test_a_saved_adapter_answers_the_same_and_peft_reads_it(method, tmp_path):
 
 @BOTH
 def test_evaluation_asks_through_the_adapter(method, tmp_path):
-    task = toy_task(rows=30)
+    task = replace(toy_task(rows=30), renderer=Rendering("template", ends=False))  # first tokens alone are judged
     adapter = fit(method, tmp_path / "out", task=task, epochs=10, learning_rate=0.05 if method is LoRA else 0.5)
     loaded = METHODS[method.name].load(make_llm(dtype=torch.float32), byte_level_tokenizer(), adapter)
     rows = answers(loaded, task, tmp_path / "run")
@@ -291,7 +293,8 @@ def test_evaluation_asks_through_the_adapter(method, tmp_path):
         text = prompt_text(task, task.test[row["example"]].input, row["template"], row["answer_prefix"])
         likeliest = read(loaded.llm, [loaded.tokenizer(text)["input_ids"]])[0, -1].argmax()
         assert row["outputs"]["first_token"] == loaded.tokenizer.decode([likeliest])
-    assert loaded.describe()["training"]["tasks"] == {"toy": task.asking()}
+    (asked,) = loaded.describe()["training"]["tasks"].items()
+    assert asked == ("toy", task.asking() | {key: asked[1][key] for key in ("answer_tokens", "temperature")})
 
 
 @BOTH

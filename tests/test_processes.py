@@ -135,7 +135,7 @@ def evaluated(out):
     llm, tokenizer = make_llm(), byte_level_tokenizer()
     tasks = [toy_task("second", 33), toy_task("first", 33).drawn(None, None, 42, test=5)]
     run = RunWriter(out, {"tasks": [task.name for task in tasks]})
-    evaluate(METHODS["zero-shot"].load(llm, tokenizer, None), tasks, ["first_token"], run, batch_size=4)
+    evaluate(METHODS["zero-shot"].load(llm, tokenizer, None), tasks, ["first_token"], run, variants="all", batch_size=4)
     assert [answer(row) for row in run.rows] == [answer(row) for row in read_rows(out)]
 
 

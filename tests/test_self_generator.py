@@ -1,5 +1,7 @@
 """The LLM as its own generator: the state is that of a plain, unsteered call, and of no second one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import PAPER_FORM, byte_level_tokenizer, make_llm, pairwise, toy_task
@@ -11,6 +13,7 @@ from transformers import StaticCache, set_seed
 
 from atv import vectors
 from atv.config import ATVConfig, TrainConfig
+from atv.data import Rendering
 from atv.data.collate import pad
 from atv.doctor import check_wiring, model_summary
 from atv.evaluation.records import RunWriter
@@ -225,7 +228,8 @@ def test_the_wiring_is_right(name):
 
 
 def test_training_learns_without_a_pass_of_its_own(tmp_path, monkeypatch):
-    atv, task = made(dtype=torch.float32, scale=0.5), toy_task(rows=24)
+    atv = made(dtype=torch.float32, scale=0.5)
+    task = replace(toy_task(rows=24), renderer=Rendering("template", ends=False))  # `last` hardly reaches the end
     frozen = {name: p.clone() for name, p in atv.llm.named_parameters()}
     monkeypatch.setattr("atv.training.loop.require_wiring", lambda atv: None)
     monkeypatch.setattr(type(atv.generator), "states", None)  # whoever reads anything apart fails
