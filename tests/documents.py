@@ -162,6 +162,9 @@ def _check_command(words: list[str], block: Block, run: bool, monkeypatch: Any) 
             except SystemExit as stop:
                 code = stop.code
             assert not code, f"{where}: exit code {code}"
+    elif words[0] == "echo":  # a text given to a command of ours
+        assert words[2:4] == ["|", "atv"], where
+        _check_atv(words[4:], where)
     elif words[0] == "torchrun":
         _check_atv(words[words.index("atv") + 1 :], where)
     elif words[:2] == ["python", "-m"]:

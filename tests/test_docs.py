@@ -115,6 +115,7 @@ BROKEN = {
     "an unknown method": "```sh\natv eval --method lore\n```",
     "an unknown profile": "```sh\natv paper reproduce --profile large\n```",
     "a command that fails": "```sh\natv tasks --data nowhere\n```",
+    "behind a pipe": "```sh\necho text | atv train --sale 1\n```",
     "behind a launcher": "```sh\ntorchrun --nproc-per-node 2 -m atv train --sale 1\n```",
     "an unknown target": "```sh\nmake dmeo\n```",
     "an unknown extra": '```sh\npip install -e ".[plots]"\n```',
