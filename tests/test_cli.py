@@ -352,7 +352,8 @@ def test_theory_writes_nothing_without_out(atv, tmp_path, monkeypatch):
 
 
 SLOWLY = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
 import atv.evaluation.run, atv.training.loop
 def wait(*args, **kwargs):
     print("waiting", flush=True)

@@ -339,18 +339,17 @@ def test_where_first_tokens_differ_one_pass_and_the_first_tokens_decide(tmp_path
         assert row["scores"]["first_token"] == (int(logits.argmax()) == first[row["target"]])
 
 
-def test_a_prompt_that_fits_without_an_options_beginning_is_refused(tmp_path):
+def test_a_query_is_cut_where_a_prompt_fits_without_an_options_beginning(tmp_path, capsys):
     llm, task = make_llm(), labelled(LABELS["classes"], rows=6)
     method = METHODS["zero-shot"].load(llm, byte_level_tokenizer(), None)
     longest = max(len(prompt.ids) for prompt in method.prompts(task, task.test, task.training_renderers()[0]))
     behind = training_options(method.tokenizer, task).longest
     llm.config.max_position_embeddings = longest + behind
-    run(method, task, tmp_path / "fits")
+    assert max(row["prompt_tokens"] for row in run(method, task, tmp_path / "fits")) == longest
+    assert "are cut" not in capsys.readouterr().err
     llm.config.max_position_embeddings -= 1
-    with refused(
-        f"prompt of {longest} tokens, {behind} of an answer are read after it", f"context is {longest + behind - 1}"
-    ):
-        run(method, task, tmp_path / "long")
+    assert max(row["prompt_tokens"] for row in run(method, task, tmp_path / "long")) == longest - 1
+    assert f"context of {longest + behind - 1} tokens" in capsys.readouterr().err
     shown = METHODS["icl"].load(llm, method.tokenizer, None, shots=16)
     llm.config.max_position_embeddings = 3 * longest
     for prompt in shown.prompts(task, task.test, task.training_renderers()[0]):

@@ -524,13 +524,14 @@ def test_killed_at_any_moment_every_row_is_there_once_and_hardly_any_is_asked_tw
     csv_file(source, ((n, f"ticket {n}") for n in range(6_000)))
     batch_size, draw, kills = 64, random.Random(0), 0
 
-    def answer(asked, batches=10**6):
+    def answer(asked, batches=10**6, pause=0.0):
         with calls.open("ab", buffering=0) as log:
             for start in range(0, len(asked), batch_size):
                 batch = asked[start : start + batch_size]
                 log.write("".join(f"{number}\n" for number, _ in batch).encode())
                 if start // batch_size == batches:
                     os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(pause)
                 yield [(number, {"answer": row["input"].upper()}) for number, row in batch]
 
     for attempt in range(30):
@@ -539,8 +540,8 @@ def test_killed_at_any_moment_every_row_is_there_once_and_hardly_any_is_asked_tw
                 lambda attempt=attempt: predicted(source, out, lambda rows: answer(rows, attempt % 6), COLUMN)
             )
         else:
-            child = forked(lambda: predicted(source, out, answer, COLUMN))
-            time.sleep(draw.uniform(0.01, 0.15))
+            child = forked(lambda: predicted(source, out, lambda rows: answer(rows, pause=0.01), COLUMN))
+            time.sleep(draw.uniform(0.01, 0.15))  # less than the 94 batches take
             os.kill(child, signal.SIGKILL)
         if ended(child) == 0:
             break

@@ -186,7 +186,7 @@ class Evaluate:
     template once, each with another prefix; first: only the first template, with the prefix of training."""
     metric: list[str] | None = option(None, panel=METHOD, also=lambda: listed("Known", METRICS))
     """Metric by name, or your own function as package.module:function; repeatable. Default: option_likelihood for tasks
-    with at most 20 options, exact_match for others."""
+    whose answers are chosen among at most 20, exact_match for others."""
     method: str | None = option(None, panel=METHOD, also=lambda: listed("Known", METHODS))
     """Method to evaluate. Default: the adapter's method or, without an adapter, zero-shot."""
     adapter: Path | None = option(None, panel=METHOD)
