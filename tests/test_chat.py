@@ -25,13 +25,14 @@ def messages_of(example: Example, answer: bool = False) -> list[dict[str, str]]:
     return [*said, {"role": "assistant", "content": example.output}] if answer else said
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize(
-    "turns", [(), HISTORY, (Turn("system", "You help."), *HISTORY)], ids=["one", "three", "system"]
-)
+SYSTEM = (Turn("system", "You help."), *HISTORY)
+CONVERSATIONS = [
+    (name, turns) for name, family in FAMILIES.items() for turns in ((), HISTORY, *([SYSTEM] if family.system else []))
+]
+
+
+@pytest.mark.parametrize(("name", "turns"), CONVERSATIONS)
 def test_prompt_and_answer_are_those_of_the_chat_template(name: str, turns: tuple[Turn, ...]) -> None:
-    if turns[:1] == (Turn("system", "You help."),) and not FAMILIES[name].system:
-        pytest.skip("this family has no system message")
     tokenizer, example = chat_tokenizer(name), EXAMPLE._replace(turns=turns)
     prompt = Chat().prompt(tokenizer, example)
     expected = tokenizer.apply_chat_template(messages_of(example), add_generation_prompt=True)["input_ids"]
