@@ -69,11 +69,20 @@ def test_the_temperature_makes_the_answers_likeliest(seed):
     right = torch.where(torch.rand(60, generator=draw) < 0.6, scores.argmax(1), torch.randint(4, (60,), generator=draw))
     found = best_temperature(scores, right)
 
+    targets = torch.full((60, 4), 1 / 64, dtype=torch.float64)  # (0 + 1) / (60 + 4), and (60 + 1) / (60 + 4)
+    targets[range(60), right] = 61 / 64
+
     def loss(temperature):
-        return torch.nn.functional.cross_entropy(scores / temperature, right).item()
+        return -(targets * (scores / temperature).log_softmax(1)).sum(1).mean().item()
 
     assert loss(found) <= min(loss(0.05 * 1.01**step) for step in range(600)) + 1e-6
     assert 0.05 < found < 20
+
+
+def test_rows_that_are_all_right_do_not_make_it_certain():
+    scores = torch.tensor([[0.0, -4.0], [-4.0, 0.0]], dtype=torch.float64).repeat(20, 1)
+    chance = (scores / best_temperature(scores, scores.argmax(1))).softmax(1).amax(1)
+    assert chance.tolist() == pytest.approx([41 / 42] * 40, abs=1e-3)
 
 
 def test_generated_answers_of_a_chat(tmp_path):

@@ -38,15 +38,21 @@ def option_scores(model: AdapterModel, task: Task, rows: Sequence[EncodedRow]) -
 
 
 def best_temperature(scores: Tensor, right: Tensor) -> float:
-    """Return the temperature T that minimises the mean of -log softmax(scores / T)[right].
+    """Return the temperature T at which softmax(scores / T) fits the answers best, by cross-entropy.
+
+    Each option counts as if it were right once more in all rows together, as in Platt's scaling: otherwise rows that
+    are all answered right would make the temperature as low as it can be.
 
     Args:
         scores: log-probabilities of options, (rows, options), float64.
         right: number of each row's answer, (rows,), int64.
     """
+    rows, options = scores.shape
+    smoothing = options / (rows + options)
 
     def loss(log_temperature: float) -> float:
-        return float(torch.nn.functional.cross_entropy(scores / torch.tensor(log_temperature).exp(), right))
+        wide = scores / torch.tensor(log_temperature).exp()
+        return float(torch.nn.functional.cross_entropy(wide, right, label_smoothing=smoothing))
 
     low, high = (float(torch.tensor(bound).log()) for bound in BOUNDS)
     return float(torch.tensor(minimize_scalar(loss, bounds=(low, high), method="bounded").x).exp())
