@@ -195,7 +195,7 @@ def _arrow(file: Path) -> tuple[Any, Any]:
 
 
 class RowFile:
-    """A file of rows that is read several times and must stay as it is meanwhile. Iterating yields its rows.
+    """A file of rows that is read several times and must not change between reads. Iterating yields its rows.
 
     Args:
         path: CSV, TSV, JSONL, JSON (a list of objects) or Parquet, by its ending. The file is read once, so that every

@@ -290,7 +290,7 @@ def _only_one(out: Path) -> Iterator[None]:
 
 
 def _clear_or_refuse(out: Path, settings: dict[str, Any], force: bool) -> None:
-    """Leave beside `out` only what a call with these settings goes on from; raise ATVError if that would lose anything.
+    """Keep beside `out` only what a call with these settings can resume; raise ATVError if that would lose anything.
 
     Afterwards `out` exists only if it is complete.
     """
