@@ -175,6 +175,21 @@ def test_an_adapter_is_refused_if_the_chat_template_has_changed(tmp_path):
             ATVModel.from_pretrained(tmp_path, llm, tokenizer=tokenizer)
 
 
+def test_the_chat_template_is_checked_for_every_method(tmp_path):
+    task = replace(toy_task(), renderer=Rendering("chat"), answer_prefixes=(None,))
+    atv = ATVModel(make_llm(dtype=torch.float32), ATVConfig(generator="self"), tokenizer=chat_tokenizer("chatml"))
+    train(atv, [task], tmp_path, TrainConfig(epochs=1, batch_size=8))
+    method = ATVMethod(atv)
+    method.tokenizer = chat_tokenizer("granite")
+    with refused("trained with a chat template", "another one"):
+        Predictor(method, atv.training_summary)
+
+
+def test_a_tasks_name_may_be_written_with_combining_accents(tmp_path):
+    atv = trained(tmp_path, replace(toy_task(), name="caf\u00e9"))
+    assert "p(yes)" in predict(atv, ["leaks"], task="cafe\u0301")[0]
+
+
 # ---- the command ----
 
 

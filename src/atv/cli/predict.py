@@ -8,12 +8,12 @@ from atv import artifact
 from atv.cli.loading import frozen_llm
 from atv.cli.options import Predict
 from atv.cli.output import print_lines
-from atv.data import check_chat_template, query_renderer
+from atv.data import query_renderer, trained_task
 from atv.data.rows import Row
 from atv.data.stream import STANDARD, predict_stream
 from atv.data.table import query_columns
 from atv.errors import ATVError
-from atv.evaluation.predict import Predictor, RowAnswers, answer_columns, trained_task
+from atv.evaluation.predict import Predictor, RowAnswers, answer_columns
 from atv.methods import METHODS
 
 
@@ -28,7 +28,6 @@ class _Lazy:
     @cached_property
     def answers(self) -> RowAnswers:
         llm, tokenizer = self.llm.load()
-        check_chat_template(self.saved.training, tokenizer)
         method = METHODS[self.saved.method].load(llm, tokenizer, self.folder)
         given = self.given
         predictor = Predictor(
@@ -67,7 +66,7 @@ def predict_file(given: Predict) -> None:
         "template": given.template,
         "max_new_tokens": given.max_new_tokens,
     }
-    columns = answer_columns(trained_task(saved.training, given.task).get("options"))
+    columns = answer_columns(trained_task(saved.training, given.task)[1].get("options"))
     asked = predict_stream(given.file, given.out, columns, answers, settings, given.force)
     answers.report()
     if str(given.out) != STANDARD:

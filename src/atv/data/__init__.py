@@ -1,6 +1,6 @@
 """Tasks: data, templates and judging. A task knows no model."""
 
-from atv.data.asked import as_trained, check_chat_template, query_renderer
+from atv.data.asked import as_trained, check_chat_template, query_renderer, trained_task
 from atv.data.audit import findings, long_prompts, refuse_shared_inputs, shared_beginnings, unread_queries
 from atv.data.builtin import BUILTIN, builtin_task
 from atv.data.chat import Chat
@@ -37,5 +37,6 @@ __all__ = [
     "query_renderer",
     "refuse_shared_inputs",
     "shared_beginnings",
+    "trained_task",
     "unread_queries",
 ]

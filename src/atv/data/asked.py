@@ -63,15 +63,34 @@ def query_renderer(training: Training, reads: str, task: str | None = None, temp
             "The adapter does not say on which tasks it was trained, and so not how to write a prompt for a query. "
             "Give prompts that a renderer has made (atv.data.Template, atv.data.Chat)."
         )
-    if task is not None and composed(task) not in tasks:
-        raise unknown("task", composed(task), tasks, "These are the tasks that the adapter was trained on.")
-    if task is None and template is None and len(tasks) > 1:
-        log.info(f"No task or template is named: the LLM reads the query alone. Trained tasks: {', '.join(tasks)}.")
-        template = INPUT
-    asked = next(iter(tasks.values())) if task is None else tasks[composed(task)]
+    _, asked = trained_task(training, task)
+    if not asked:  # several tasks: any of them says how prompts are written around the query
+        asked = next(iter(tasks.values()))
+        if template is None:
+            log.info(f"No task or template is named: the LLM reads the query alone. Trained tasks: {', '.join(tasks)}.")
+            template = INPUT
     text = asked["templates"][0] if template is None else template
     prefix = asked["answer_prefixes"][0]
     return recorded(asked["renderer"])(text, prefix, query_template(reads, text, prefix))
+
+
+def trained_task(training: Training, task: str | None = None) -> tuple[str, Mapping[str, Any]]:
+    """Return the name of a training task and what the adapter records of it.
+
+    Args:
+        training: the adapter's training summary.
+        task: its name. None: the only one; if there are several, both are empty.
+
+    Raises:
+        ATVError: the task is unknown.
+    """
+    tasks: Mapping[str, Any] = training.get("tasks", {})
+    if task is None:
+        return next(iter(tasks.items())) if len(tasks) == 1 else ("", {})
+    name = composed(task)
+    if name not in tasks:
+        raise unknown("task", name, tasks, "These are the tasks that the adapter was trained on.")
+    return name, tasks[name]
 
 
 def check_chat_template(training: Training, tokenizer: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from atv import artifact
-from atv.data import Example, Prompt, query_renderer
+from atv.data import Example, Prompt, check_chat_template, query_renderer, trained_task
 from atv.data.render import fitting
 from atv.data.table import query_columns, query_of
 from atv.errors import ATVError
@@ -61,7 +61,8 @@ class Predictor:
         batch_size: prompts per call of the LLM.
 
     Raises:
-        ATVError: the task is unknown, or the method does not answer single queries with the LLM.
+        ATVError: the task is unknown, the LLM's chat template is not that of training, or the method does not answer
+            single queries with the LLM.
     """
 
     def __init__(
@@ -79,11 +80,10 @@ class Predictor:
                 f"The method {method.name} does not answer single queries with the LLM; expected a method that is "
                 "trained and steers or adapts the LLM, such as atv, fixed or lora."
             )
+        check_chat_template(training, method.tokenizer)
         self.method, self.batch_size = method, batch_size
         self.render = query_renderer(training, method.reads, task, template)
-        trained: Mapping[str, Any] = training.get("tasks", {})
-        self.task = task or (next(iter(trained)) if len(trained) == 1 else "")
-        asked = trained_task(training, task)
+        self.task, asked = trained_task(training, task)
         options: Sequence[str] | None = asked.get("options")
         self.temperature = float(asked.get("temperature") or 1.0)
         self.requests = Requests(
@@ -151,15 +151,6 @@ class Predictor:
 def answer_columns(options: Sequence[str] | None) -> list[str]:
     """Return the names of the columns with an answer and the probability of each option."""
     return [ANSWER, *(f"p({option})" for option in options or ())]
-
-
-def trained_task(training: Mapping[str, Any], task: str | None) -> Mapping[str, Any]:
-    """Return what an adapter records of a training task: the named one, or the only one; empty if there are several."""
-    tasks: Mapping[str, Any] = training.get("tasks", {})
-    if task is None:
-        return next(iter(tasks.values())) if len(tasks) == 1 else {}
-    found: Mapping[str, Any] = tasks.get(task, {})
-    return found
 
 
 class RowAnswers:
