@@ -16,6 +16,7 @@ _HOME = {
     "Example": "atv.data",
     "Task": "atv.data",
     "TrainConfig": "atv.config",
+    "ValidationMetric": "atv.evaluation.validation",
     "check_wiring": "atv.doctor",
     "evaluate": "atv.evaluation.run",
     "load_llm": "atv.lm.load",
@@ -33,6 +34,7 @@ __all__ = [
     "Example",
     "Task",
     "TrainConfig",
+    "ValidationMetric",
     "check_wiring",
     "evaluate",
     "load_llm",
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from atv.evaluation.predict import predict
     from atv.evaluation.records import load_runs
     from atv.evaluation.run import evaluate
+    from atv.evaluation.validation import ValidationMetric
     from atv.lm.calls import unsteered
     from atv.lm.load import load_llm
     from atv.model import ATVModel

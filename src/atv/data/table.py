@@ -109,6 +109,7 @@ def load_table(
         test=tuple(splits["test"]),
         answer_prefixes=(None,),
         renderer=_with_kwargs(name, rendering or Rendering(), loaded),
+        prepared={"drawn": {split: len(splits[split]) for split in drawn}, "dropped": dict(dropped)},
     )
 
 

@@ -4,7 +4,7 @@ import hashlib
 import random
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -78,6 +78,9 @@ class Task:
     """Texts before the answer, as in `Template`; training uses the first one."""
     renderer: RendererFactory = PLAIN
     """Makes a renderer from a template and an answer prefix."""
+    prepared: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """What was done to the rows when they were loaded: "drawn" (rows of each drawn split) and "dropped" (rows by
+    reason). Recorded by trainings."""
 
     def __post_init__(self) -> None:
         """Validate the data: scores measured on invalid data would be meaningless."""

@@ -2,10 +2,12 @@
 
 import math
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,7 +33,14 @@ from atv.training.batches import Rows, balanced_weights, note_imbalance, trainin
 from atv.training.calibration import answer_facts
 from atv.training.record import LOGS, RECORD_FILE, TrainResult, clear, former_record, training_settings
 from atv.training.saving import after_non_finite, finish, last_complete
-from atv.training.trainer import ATVTrainer, NonFiniteLoss, Progress, make_trainer, require_tracker
+from atv.training.trainer import (
+    ATVTrainer,
+    NonFiniteLoss,
+    Progress,
+    ValidationScore,
+    make_trainer,
+    require_tracker,
+)
 
 with quiet_libraries():
     from transformers import TrainerCallback, set_seed
@@ -48,6 +57,7 @@ def train(
     force: bool = False,
     store: PrefixStore | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    metric: ValidationScore | None = None,
 ) -> TrainResult:
     """Train an ATV or another method on the training splits of tasks and keep the epoch with the best validation score.
 
@@ -68,39 +78,39 @@ def train(
         store: an empty store for the prompts' keys and values; by default one with the default budgets.
         callbacks: transformers' callbacks, called after those of this training. They see `eval_loss`, `eval_accuracy`
             and `eval_choice`, whose maximum selects the epoch. They are no part of what a resumed training must share.
+        metric: selects the epoch instead of `config.best_epoch`: a function of the model, in eval mode, whose maximum
+            is the best epoch (ties: the lowest validation loss), such as `ValidationMetric(tasks, "rouge_l")`. Its
+            `name` is recorded, its values are in the history as `eval_metric`. For one process.
 
     Raises:
-        ATVError: `out` contains another training; the package of `config.report_to` is missing; a prompt is too long;
-            a batch cannot be split among the processes; the wiring self-test failed; a part of the model differs from
-            what the configuration builds, so that it cannot be saved; or the loss became NaN or infinite: then
-            `out/adapter` contains the best epoch before that, if there was one.
+        ATVError: `out` contains another training; several processes are given a metric; the package of
+            `config.report_to` is missing; a prompt is too long; a batch cannot be split among the processes; the wiring
+            self-test failed; a part of the model differs from what the configuration builds, so that it cannot be
+            saved; or the loss became NaN or infinite: then `out/adapter` contains the best epoch before that, if there
+            was one.
     """
     config, out = config or TrainConfig(), local(out)
-    config.rows_per_call(world_size())
     model.settle(tasks)
-    model.require_savable()
+    _require_possible(model, config, metric)
     device = input_device(model.llm)
-    if device.type == "cuda" and (device.index or 0) != local_rank():
-        raise ATVError(
-            f"The LLM is on {device}; training expects this process's GPU, cuda:{local_rank()}. Select the GPU with "
-            "CUDA_VISIBLE_DEVICES instead."
-        )
-    require_tracker(config.report_to)
     settings = training_settings(model.llm, tasks, model.describe(), config.learned_with())
+    if metric is not None:
+        settings["metric"] = getattr(metric, "name", getattr(metric, "__name__", type(metric).__name__))
     record = former_record(out, settings, force)
     if record is not None and record["finished"]:
         log.info(f"{out} holds this training already, finished; nothing to do (--force starts over).")
         model.load_weights(out / "adapter")
         model.eval()
         return TrainResult(out / "adapter", record)
-    rows = Rows(_encoded(model, tasks, "train", config.class_weights == "balanced"), config.templates_per_row)
+    data = {task.name: dict(task.prepared) for task in tasks}
+    rows = Rows(_encoded(model, tasks, "train", data, config.class_weights == "balanced"), config.templates_per_row)
     epochs = config.epochs_of(len(rows))
     note_shared(model.tokenizer, tasks)
     _note_unread(model, tasks)
     if config.class_weights == "none":
         for task in tasks:
             note_imbalance(task)
-    valid = Rows(_encoded(model, tasks, "valid"), config.templates_per_row)
+    valid = Rows(_encoded(model, tasks, "valid", data), config.templates_per_row)
     if len(valid) < ENOUGH_TO_CHOOSE:
         error = 50 / math.sqrt(len(valid))
         log.warning(
@@ -110,7 +120,7 @@ def train(
     _require_gradient(model, rows[0])
     barrier()  # nothing is written before every process has passed all checks
     if record is None:
-        record = {"finished": False, "settings": settings} | provenance()
+        record = {"finished": False, "settings": settings, "data": data} | provenance()
         if is_main():
             clear(out)
             shutil.rmtree(out / LOGS, ignore_errors=True)
@@ -128,7 +138,7 @@ def train(
     with model.in_training(config, store.read, both), bar("train", steps) as progress, attention:
         model.calibrate(rows.rows)
         said = Progress(model, rows, progress, epochs, config)
-        trainer = make_trainer(model, rows, valid, config, epochs, checkpoints, [said, *callbacks])
+        trainer = make_trainer(model, rows, valid, config, epochs, checkpoints, [said, *callbacks], metric)
         finite = _run(trainer, checkpoints)
         if trainer.state.best_model_checkpoint is not None:
             model.eval()
@@ -141,6 +151,21 @@ def train(
         raise ATVError(message)
     finish(trainer, model, record, out, found)
     return TrainResult(out / "adapter", record)
+
+
+def _require_possible(model: AdapterModel, config: TrainConfig, metric: ValidationScore | None) -> None:
+    """Raise ATVError if the model cannot be trained so, by what can be checked without reading a row."""
+    config.rows_per_call(world_size())
+    if metric is not None and world_size() > 1:
+        raise ATVError(f"metric selects the epoch in one process only; found {world_size()} of them. Leave it out.")
+    model.require_savable()
+    device = input_device(model.llm)
+    if device.type == "cuda" and (device.index or 0) != local_rank():
+        raise ATVError(
+            f"The LLM is on {device}; training expects this process's GPU, cuda:{local_rank()}. Select the GPU with "
+            "CUDA_VISIBLE_DEVICES instead."
+        )
+    require_tracker(config.report_to)
 
 
 def _run(trainer: ATVTrainer, checkpoints: Path) -> bool:
@@ -176,25 +201,31 @@ def _require_gradient(model: AdapterModel, row: EncodedRow) -> None:
     return None
 
 
-def _encoded(model: AdapterModel, tasks: Sequence[Task], split: str, balanced: bool = False) -> list[EncodedRow]:
-    """A split's rows; `balanced`: with weights by how frequent their answers are in it."""
+def _encoded(
+    model: AdapterModel, tasks: Sequence[Task], split: str, data: dict[str, dict[str, Any]], balanced: bool = False
+) -> list[EncodedRow]:
+    """A split's rows, and what became of too long ones in `data`; `balanced`: with weights by their answers' counts."""
     weights = {task.name: balanced_weights([row.output for row in getattr(task, split)]) for task in tasks}
     judged = {task.name: training_options(model.tokenizer, task).judged for task in tasks if task.chooses}
     rows = [row for task in tasks for row in training_rows(task, split, model.reads)]
-    encoded, skipped = list[EncodedRow](), 0
+    encoded, skipped, cut = list[EncodedRow](), Counter[str](), Counter[str]()
     with bar(f"tokenise {split}", len(rows)) if len(rows) >= 2000 else nullcontext() as progress:
         for row in rows:
             answer = row.example.output
             try:
                 made = model.encode_row(row)
             except TooLong:
-                skipped += 1
+                skipped[row.task] += 1
                 continue
+            cut[row.task] += made.cut
             right = judged[row.task][answer] if row.task in judged else len(made.pairs[0][1])
             encoded.append(replace(made, judged=right, weight=weights[row.task][answer] if balanced else 1.0))
             if progress is not None:
                 progress.advance()
-    _note_long(split, skipped, sum(row.cut for row in encoded), len(rows))
+    for name, record in data.items():
+        found = {"cut": cut[name], "left_out": skipped[name]}
+        record |= {split: {what: count for what, count in found.items() if count}}
+    _note_long(split, skipped.total(), cut.total(), len(rows))
     if not encoded:
         raise ATVError(f"All {len(rows)} {split} rows are too long for the LLM's context; shorten their answers.")
     return encoded

@@ -40,6 +40,8 @@ WEIGHTS_FILE = "model.safetensors"
 """Weights of a checkpoint, as the Trainer names them."""
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX")}
 """Packages that a tracker may come from, if not only one of its name."""
+ValidationScore = Callable[[AdapterModel], float]
+"""A user's score of a model in eval mode on validation rows; higher is better."""
 COMPLETE = "complete"
 """Empty file that marks a completely written checkpoint folder."""
 
@@ -70,8 +72,10 @@ class ATVTrainer(Trainer):
     among processes and accumulation steps gives the loss and gradient of the whole batch, up to rounding.
     """
 
-    def __init__(self, *args: Any, train_config: TrainConfig, **kwargs: Any) -> None:
-        self.train_config = train_config
+    def __init__(
+        self, *args: Any, train_config: TrainConfig, metric: ValidationScore | None = None, **kwargs: Any
+    ) -> None:
+        self.train_config, self.metric = train_config, metric
         self._share = 1.0
         super().__init__(*args, **kwargs)
 
@@ -170,6 +174,17 @@ class ATVTrainer(Trainer):
         correct = answers_right(output.right, judged.to(output.right.device))
         return None, output.losses.view(shape), correct.view(shape)
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Return losses and scores of the validation rows; a user's metric takes the place of the epoch's choice."""
+        output = super().evaluation_loop(*args, **kwargs)
+        if self.metric is not None:
+            score = float(self.metric(cast(AdapterModel, self.model)))
+            if not math.isfinite(score):
+                raise ATVError(f"The metric that selects the epoch is {score}; expected a finite number.")
+            metrics = cast(dict[str, float], output.metrics)
+            metrics |= {"eval_metric": score, "eval_choice": score + 1e-9 / (1 + metrics["eval_loss"])}
+        return output
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Save only the weights, as safetensors: the Trainer's own version also pickles its arguments."""
         from safetensors.torch import save_file
@@ -241,7 +256,8 @@ class Progress(TrainerCallback):
         metrics = about["metrics"]
         accuracy, loss = metrics["eval_accuracy"], metrics["eval_loss"]
         self.progress.describe(f"train: epoch {round(state.epoch)}, valid {accuracy:.2f}")
-        log.info(f"epoch {round(state.epoch)} of {self.epochs}: valid loss {loss:.4f}, accuracy {accuracy:.3f}")
+        also = f", metric {metrics['eval_metric']:.3f}" if "eval_metric" in metrics else ""
+        log.info(f"epoch {round(state.epoch)} of {self.epochs}: valid loss {loss:.4f}, accuracy {accuracy:.3f}{also}")
         found = [entry["eval_choice"] for entry in state.log_history if "eval_choice" in entry]
         # Epochs before the last group starts training do not count for patience.
         since = len(found) - 1 - max(found.index(max(found)), math.ceil(self.start * self.epochs) - 1)
@@ -287,6 +303,7 @@ def make_trainer(
     epochs: int,
     checkpoints: Path,
     callbacks: Sequence[TrainerCallback],
+    metric: ValidationScore | None = None,
 ) -> ATVTrainer:
     """Return a trainer of `model`, which validates and saves to `checkpoints` after each epoch."""
     rows_per_call = config.rows_per_call(world_size())
@@ -325,6 +342,7 @@ def make_trainer(
         compute_metrics=ValidationMetrics(config.best_epoch),
         callbacks=list(callbacks),
         train_config=config,
+        metric=metric,
     )
     trainer.remove_callback(PrinterCallback)
     for callback in trainer.callback_handler.callbacks:
