@@ -1,11 +1,13 @@
 """Tiny random models of real architectures, tokenizers trained in memory, toy tasks. No network."""
 
 import copy
+import gc
 import itertools
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only wait for each other
 
 import pytest
 import torch
@@ -29,12 +31,15 @@ from transformers import (
 
 from atv.config import ATVConfig, Positions
 from atv.data import Example, Task
+from atv.doctor import require_wiring
 from atv.generator import Generator
 from atv.lm.spans import Known
 from atv.model import ATVModel
 from atv.steer import AddVectors, steer
 
-torch.set_num_threads(1)  # tiny models: more threads only wait for each other
+WIRING_TESTED: set[str] = set()
+"""Configurations whose wiring self-test has passed in this process."""
+torch.set_num_threads(1)  # where torch was imported before
 
 
 def pytest_addoption(parser):
@@ -50,6 +55,26 @@ def pytest_collection_modifyitems(config, items):
         left_out = [item for item in items if item.get_closest_marker("exhaustive")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
+
+
+def pytest_collection_finish(session):
+    """Leave what is imported to the end of the process out of garbage collections: each training makes a full one."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _wiring_tested_once_per_configuration(monkeypatch):
+    """Each training begins with the wiring self-test, which takes longer than most trainings of these tests."""
+    from atv.training import loop
+
+    def once(model):
+        key = repr((type(model.llm), model.llm.dtype, model.config))
+        if key not in WIRING_TESTED:
+            require_wiring(model)
+            WIRING_TESTED.add(key)
+
+    monkeypatch.setattr(loop, "require_wiring", once)
 
 
 def pairwise(first, second, third):

@@ -245,7 +245,7 @@ def test_in_use_the_generator_reads_what_it_read_in_training(reads):
 # ---- the defaults ----
 
 
-def word_task(rows: int = 60) -> Task:
+def word_task(rows: int = 150) -> Task:
     """Which of two words is somewhere among others decides the answer."""
     draw = random.Random(0)
     others = [

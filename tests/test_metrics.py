@@ -99,8 +99,12 @@ def plainly(llm):
 # ---- option_likelihood ----
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "gpt_neox", "gemma3", "opt", "peft"])
-@pytest.mark.parametrize("at_once", [512, 1])
+@pytest.mark.parametrize(
+    ("name", "at_once"),
+    [(name, 512) for name in ("llama", "mistral", "gpt2", "gpt_neox", "gemma3", "opt", "peft")]
+    + [("llama", 1), ("mistral", 1)]
+    + [pytest.param(name, 1, marks=pytest.mark.exhaustive) for name in ("gpt2", "gpt_neox", "gemma3", "opt", "peft")],
+)
 def test_option_likelihood_is_that_of_a_pass_per_token_without_a_cache(name, at_once, tmp_path, monkeypatch):
     monkeypatch.setattr(continuation, "SCORED_TOKENS", at_once)
     llm = make_llm(name)
@@ -115,7 +119,7 @@ def test_an_llm_without_a_cache_of_keys_reads_the_prompts_again(tmp_path, monkey
 
 
 @pytest.mark.parametrize("positions", ["last", "last:3", "answer", "all"])
-@pytest.mark.parametrize("name", ["llama", "mistral"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("mistral", marks=pytest.mark.exhaustive)])
 def test_whole_options_are_steered_as_answers_are(name, positions, tmp_path, monkeypatch):
     atv = make_atv(name, positions=positions, scale=2.0)
     scored(ATVMethod(atv), labelled(SOME, rows=6), tmp_path, monkeypatch, steered_by_hand(atv, positions), batch_size=4)

@@ -4,8 +4,11 @@
 """
 
 import logging
-from collections.abc import Iterator
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from statistics import fmean
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -71,3 +74,36 @@ def bar(description: str, total: int) -> Iterator[Bar]:
     )
     with Progress(*columns, console=console, disable=not log.isEnabledFor(logging.INFO)) as progress:
         yield Bar(progress, progress.add_task(description, total=total))
+
+
+class Steps:
+    """Logs which of several steps begins, and about how long those that are left take.
+
+    Args:
+        kinds: the kind of each step, in any order. A step is expected to take as long as those of its kind did.
+    """
+
+    def __init__(self, kinds: Sequence[str]) -> None:
+        self._left, self._count = Counter(kinds), len(kinds)
+        self._seconds: dict[str, list[float]] = {}
+        self._kind, self._began = "", 0.0
+
+    def begin(self, kind: str, what: str) -> None:
+        """Log that a step of this kind begins."""
+        place = self._count - self._left.total() + 1
+        log.info(f"[{place} of {self._count}] {what}{self._rest()}")
+        self._kind, self._began = kind, time.perf_counter()
+
+    def end(self, new: bool = True) -> None:
+        """Count the step as done; its time counts unless it was done before."""
+        self._left[self._kind] -= 1
+        if new:
+            self._seconds.setdefault(self._kind, []).append(time.perf_counter() - self._began)
+
+    def _rest(self) -> str:
+        if not self._seconds:
+            return ""
+        of_all = fmean(second for seconds in self._seconds.values() for second in seconds)
+        known = {kind: fmean(seconds) for kind, seconds in self._seconds.items()}
+        minutes = sum(count * known.get(kind, of_all) for kind, count in self._left.items()) / 60
+        return f"; about {minutes:.0f} min left" if minutes >= 1 else "; less than a minute left"

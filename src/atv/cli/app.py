@@ -88,6 +88,17 @@ def evaluate(given: options.Evaluate) -> None:
     evaluate_method(given)
 
 
+@command(app, "compare", table="compare")
+def compare(given: options.Compare) -> None:
+    """Compare methods on your own data sets with several seeds: one table, one plot, paired differences.
+
+    After an interruption, the same command resumes. More methods, seeds or training rows can be added later.
+    """
+    from atv.cli.compare import compare_methods
+
+    compare_methods(given)
+
+
 @command(app, "generate")
 def generate(given: options.Generate) -> None:
     """Answer queries with an adapter."""

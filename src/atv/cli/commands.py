@@ -20,7 +20,7 @@ TABLES: dict[str, str] = {}
 """The commands that take a TOML file, with the tables of their options."""
 DECIDE = ("generator", "parametrisation")
 """Settings that affect other settings' defaults, which the help must show."""
-RESUMED = ("demo", "train", "eval", "predict", "reproduce", "sweep", "prepare")
+RESUMED = ("demo", "train", "eval", "compare", "predict", "reproduce", "sweep", "prepare")
 """Commands that can be resumed after an interruption."""
 
 

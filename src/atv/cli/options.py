@@ -257,6 +257,49 @@ class Predict:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Of `atv compare`."""
+
+    data: list[str] = option(panel=DATA, parser=model)
+    """Data set, as for train; repeatable. A method is trained on each of them alone, and each is a column of the
+    table."""
+    input: str | None = option(None, panel=DATA)
+    """Column of the queries in tables. Default: recognised by its name."""
+    output: str | None = option(None, panel=DATA)
+    """Column of the answers. Default: recognised by its name."""
+    task: list[str] | None = option(None, panel=DATA)
+    """Task of a folder with several, by name; repeatable. Default: all."""
+    format: str | None = option(None, panel=DATA)
+    """How prompts are written, as for train."""
+    system: str | None = option(None, panel=DATA)
+    """System prompt of a chat."""
+    train_rows: list[int] | None = option(None, panel=DATA, min=1)
+    """Number of training rows per data set, drawn with the seed; repeatable, for a learning curve. Default: all."""
+    valid_rows: int | None = option(None, panel=DATA, min=1)
+    """Maximum number of validation rows per data set, drawn with the seed."""
+    test_rows: int | None = option(None, panel=DATA, min=1)
+    """Maximum number of test rows per data set, the same for all methods and seeds."""
+    llm: str = llm_field()
+    """Frozen LLM: Hugging Face id, local folder, or an embedded name."""
+    loading: Loading = group(Loading)
+    method: list[str] | None = option(None, panel=METHOD, also=lambda: listed("Known", METHODS))
+    """Method; repeatable. Default: zero-shot, probe, lora, fixed and atv."""
+    metric: list[str] | None = option(None, panel=METHOD, also=lambda: listed("Known", METRICS))
+    """Metric, as for eval; repeatable. Default: that of each data set."""
+    shots: int | None = option(None, panel=METHOD)
+    """Number of demonstrations, for methods that use them. Default: 16."""
+    seeds: int = option(3, panel=METHOD, min=1)
+    """Number of seeds: 42, 43, 44, ..."""
+    batch_size: int = option(16, panel=METHOD, min=1)
+    """Prompts per call of the LLM in evaluation."""
+    out: Path = out_field(DEFAULT_RUNS / "compare")
+    """Folder for adapters, runs and the report."""
+    force: bool = force_field()
+    """Start over, even if the folder contains results."""
+    file: FromFile = group(FromFile)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Inspect:
     """Of `atv inspect`."""
 

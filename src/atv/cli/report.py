@@ -9,6 +9,7 @@ from atv.evaluation.records import load_analyses
 from atv.report import (
     FORMATS,
     analysis_tables,
+    answer,
     check_format,
     classification_details,
     classification_tables,
@@ -51,5 +52,9 @@ def show_tables(given: Report, command: str, beside: Published | None = None) ->
         return
     tables += details + [table for some in found for table in some]
     made_by = shlex.join(["atv", *command.split(), *map(str, given.runs), "--out", str(out)])
-    written = write_tables(tables, out) if out.suffix in FORMATS else write_page(rows, tables, out, made_by, analyses)
+    alike = len({row["llm"] for row in rows}) == 1 and len({row["method"] for row in rows}) > 1
+    said = answer(rows) if alike else ""
+    written = (
+        write_tables(tables, out) if out.suffix in FORMATS else write_page(rows, tables, out, made_by, analyses, said)
+    )
     print_lines([*hints, *(f"Written to {path}" for path in written)])

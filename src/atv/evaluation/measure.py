@@ -1,4 +1,4 @@
-"""Measuring one method on tasks, as a run that can be resumed."""
+"""Training and measuring one method on tasks, in folders that can be resumed."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,9 +14,12 @@ from atv.data import Task, check_chat_template
 from atv.errors import ATVError, unknown
 from atv.evaluation.records import RunWriter
 from atv.evaluation.run import evaluate, metrics_of
+from atv.files import read_json
 from atv.lm.hooks import input_device
 from atv.lm.load import load_llm, load_tokenizer, parse_dtype
+from atv.lm.prefix_store import PrefixStore
 from atv.methods import METHODS
+from atv.methods.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -114,4 +117,32 @@ def measure(
     method = method_class.load(llm, tokenizer, folder, shots=shots or None, seed=seed)
     run.describe(method=method.describe(), device=str(input_device(llm)))
     evaluate(method, tasks, metrics, run, variants=variants, batch_size=batch_size)
+    return True
+
+
+def learn(
+    name: str,
+    frozen: Frozen,
+    tasks: Sequence[Task],
+    out: Path,
+    settings: Settings,
+    store: PrefixStore,
+    force: bool = False,
+) -> bool:
+    """Train a method on tasks; false if `out` holds this training already, finished.
+
+    Args:
+        name: name of a trained method.
+        frozen: the LLM, which is not loaded if there is nothing to do.
+        tasks: trained on together.
+        out: the folder of the training.
+        settings: of the method and its training.
+        store: cached prompt prefixes, which several trainings may share.
+        force: start over.
+    """
+    record = out / "train.json"
+    if record.exists() and not force and read_json(record, "the record of a training")["finished"]:
+        return False
+    llm, tokenizer = frozen.load()
+    METHODS[name].fit(llm, tokenizer, tasks, out, *settings, force=force, store=store)
     return True

@@ -4,7 +4,6 @@ An unmodified method is a condition; together they make the paper's tables. Expe
 settings.
 """
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from atv.data import UNSEEN, Task
 from atv.errors import ATVError
-from atv.evaluation.measure import Frozen, measure
+from atv.evaluation.measure import Frozen, learn, measure
 from atv.evaluation.metrics import FirstToken
 from atv.files import occupied, read_json, same_settings, write_json
 from atv.lm.prefix_store import PrefixStore
@@ -21,7 +20,7 @@ from atv.methods.settings import Settings, Tables
 from atv.paper.experiments import Condition, condition_settings
 from atv.paper.profiles import IN_TABLES, Profile
 from atv.processes import barrier, is_main
-from atv.progress import log
+from atv.progress import Steps
 from atv.provenance import provenance
 
 RECORD_FILE = "reproduce.json"
@@ -78,19 +77,21 @@ def reproduce(
     tables = (profile.tables(), given or {})
     settings = {job: condition_settings(job.condition, tables, job.seed) for job in jobs if job.kind == "train"}
     _open(profile, frozen, tasks, settings, batch_size, out, force)
-    clock = _Clock(jobs, {job: _work(job, profile, tasks, settings.get(job)) for job in jobs})
+    steps = Steps([f"{job.kind} {job.name}" for job in jobs])
     for seed in profile.seeds:
         store = PrefixStore()  # prompts shared by several trainings are read once
         for job in (job for job in jobs if job.seed == seed):
-            clock.begin(job)
+            steps.begin(f"{job.kind} {job.name}", f"{job.kind} {job.name}, seed {seed}")
             rows = job.condition.train_rows or profile.train_rows
             drawn = [task.drawn(rows, profile.valid_rows, seed) for task in tasks]
             if job.kind == "train":
-                new = _train(job, frozen, drawn, out, settings[job], store, force)
+                seen = [task for task in drawn if task.category != UNSEEN]
+                name = str(job.condition.trained_as)
+                new = learn(name, frozen, seen, out / job.folder, settings[job], store, force)
             else:
                 store = PrefixStore()  # frees its memory
                 new = _measure(job, profile, frozen, drawn, out, batch_size, force)
-            clock.end(job, new)
+            steps.end(new)
     return [out / job.folder for job in jobs if job.kind == "measure"]
 
 
@@ -167,21 +168,6 @@ def _open(
     barrier()
 
 
-def _train(
-    job: Job, frozen: Frozen, tasks: Sequence[Task], out: Path, settings: Settings, store: PrefixStore, force: bool
-) -> bool:
-    """Train a condition's method on the tasks that are not Unseen; false if already done."""
-    folder = out / job.folder
-    record = folder / "train.json"
-    if record.exists() and not force and read_json(record, "the record of a training")["finished"]:
-        return False
-    llm, tokenizer = frozen.load()
-    seen = [task for task in tasks if task.category != UNSEEN]
-    method = METHODS[str(job.condition.trained_as)]
-    method.fit(llm, tokenizer, seen, folder, *settings, force=force, store=store)
-    return True
-
-
 def _measure(
     job: Job, profile: Profile, frozen: Frozen, tasks: Sequence[Task], out: Path, batch_size: int, force: bool
 ) -> bool:
@@ -201,45 +187,3 @@ def _measure(
         batch_size=batch_size,
         force=force,
     )
-
-
-def _work(job: Job, profile: Profile, tasks: Sequence[Task], settings: Settings | None) -> float:
-    """A rough estimate of a job's work, in prompt characters that the LLM reads, to estimate the time left."""
-    length = {task.name: _length(task) for task in tasks}
-    asked = job.condition
-    if settings is not None:
-        seen = [task for task in tasks if task.category != UNSEEN]
-        rows = asked.train_rows or profile.train_rows
-        once = sum(length[task.name] * min(rows, len(task.train)) for task in seen)
-        if METHODS[str(asked.trained_as)].train_defaults is None:
-            return once * profile.shots / 4
-        reads_once = "positions" in settings.config.to_dict()
-        epochs = settings.train.epochs_of(sum(min(rows, len(task.train)) for task in seen))
-        return once * epochs * settings.train.templates_per_row * (1.5 if reads_once else 5)
-    shots = asked.shots or profile.shots
-    shown = shots if asked.method == "bm25" else 1 if METHODS[asked.method].shots else 0  # icl's are read once
-    once = sum(length[task.name] * len(task.test) * len(task.renderers(profile.variants)) for task in tasks)
-    return once * (1 + shown)
-
-
-class _Clock:
-    """Logs which job begins and estimates the remaining time from the work done since the start."""
-
-    def __init__(self, jobs: Sequence[Job], work: Mapping[Job, float]) -> None:
-        self.work, self.left, self.count, self.place = work, sum(work.values()), len(jobs), 0
-        self.done, self.seconds, self.began = 0.0, 0.0, 0.0
-
-    def begin(self, job: Job) -> None:
-        self.place += 1
-        rest = ""
-        if self.done:
-            minutes = self.left * self.seconds / self.done / 60
-            rest = f"; about {minutes:.0f} min left" if minutes >= 1 else "; less than a minute left"
-        log.info(f"[{self.place} of {self.count}] {job.kind} {job.name}, seed {job.seed}{rest}")
-        self.began = time.perf_counter()
-
-    def end(self, job: Job, new: bool) -> None:
-        self.left -= self.work[job]
-        if new:
-            self.done += self.work[job]
-            self.seconds += time.perf_counter() - self.began

@@ -2,6 +2,7 @@
 
 from atv.report.analysis import analysis_tables
 from atv.report.classification import classification_details, classification_tables, classified, label_table
+from atv.report.compare import answer, compare_tables, load_comparison
 from atv.report.comparison import all_tables, comparison_tables
 from atv.report.experiments import FOLDER as EXPERIMENTS
 from atv.report.experiments import experiment_tables, find_experiments, load_experiment, report_tables
@@ -14,14 +15,17 @@ __all__ = [
     "FORMATS",
     "all_tables",
     "analysis_tables",
+    "answer",
     "check_format",
     "classification_details",
     "classification_tables",
     "classified",
+    "compare_tables",
     "comparison_tables",
     "experiment_tables",
     "find_experiments",
     "label_table",
+    "load_comparison",
     "load_experiment",
     "markdown",
     "report_tables",

@@ -197,6 +197,16 @@ def comparison_table(rows: Sequence[Row], reference: str = ATV) -> Table:
     return Table(title, columns, lines, note, plots=("differences",), runs=runs_of(rows), footnote=footnote(rows))
 
 
+def told_apart(lines: Iterable[Sequence[str]]) -> str:
+    """From which methods the reference of a comparison table differs, by the intervals of these rows of it."""
+    sides: dict[str, list[str]] = {"above": [], "below": [], "not told apart from": []}
+    for _, _, other, _, low, high, *_ in lines:
+        if low != MISSING:
+            side = "above" if float(low) > 0 else "below" if float(high) < 0 else "not told apart from"
+            sides[side].append(other)
+    return "; ".join(f"{side} {', '.join(others)}" for side, others in sides.items() if others)
+
+
 def _of(rows: Sequence[Row], unseen: bool) -> list[Row]:
     return [row for row in rows if (row["category"] == UNSEEN) == unseen]
 

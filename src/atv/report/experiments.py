@@ -23,7 +23,7 @@ from atv.report.comparison import (
     summarised,
 )
 from atv.report.statistics import Row, score_names, scored, scores, tasks_of
-from atv.report.tables import Table, footnote, marked, meaning
+from atv.report.tables import MISSING, Table, footnote, marked, meaning
 
 FOLDER = "experiments"
 """Subfolder of a reproduction's folder with one record per experiment."""
@@ -106,7 +106,10 @@ def _overview(found: Found, rows: Sequence[Row]) -> Table:
             left, judged = left_out(rows, name)
             averages = scores(defined(scored(own, name), left), name, judged)
             values |= {column_of("in-domain", name): averages.in_domain, column_of("unseen", name): averages.unseen}
-        costs = [_mean(found.trained.get(label, ()), "trainable_parameters"), _mean(found.trained[label], "seconds")]
+        costs = [
+            mean_of(found.trained.get(label, ()), "trainable_parameters"),
+            mean_of(found.trained[label], "seconds"),
+        ]
         cells = {column: shown(values[column], column) for column in columns}
         cells |= {column: marked(cells[column]) for column in without}
         lines.append([label, *costs, *cells.values()])
@@ -126,6 +129,7 @@ def _overview(found: Found, rows: Sequence[Row]) -> Table:
     )
 
 
-def _mean(records: Sequence[Mapping[str, Any]], key: str) -> str:
+def mean_of(records: Sequence[Mapping[str, Any]], key: str) -> str:
+    """The mean of a value of training records, without decimals; a dash if none has it."""
     values = [record[key] for record in records if record.get(key) is not None]
-    return f"{fmean(values):,.0f}".replace(",", "") if values else "–"
+    return f"{fmean(values):.0f}" if values else MISSING

@@ -27,6 +27,7 @@ def write_page(
     out: Path,
     command: str,
     analyses: Sequence[Mapping[str, Any]] = (),
+    answer: str = "",
 ) -> list[Path]:
     """Write a page of tables with plots, which are also written to a folder next to it; returns the files.
 
@@ -36,6 +37,7 @@ def write_page(
         out: file of the page.
         command: the command line that the user typed.
         analyses: from `load_analyses`.
+        answer: the result in words, shown first.
     """
     folder = out.with_name(f"{out.stem}_plots")
     drawn = _drawn(tables)
@@ -54,6 +56,7 @@ def write_page(
         sections=sections,
         made_of=_made_of(len(rows), len(runs), len(analyses)),
         command=command,
+        answer=answer,
         shared=shared,
         each=each,
         runs={fact["folder"]: f"run-{index}" for index, fact in enumerate(facts, 1)},

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from atv.report.analysis_plots import map_plot, norms_plot
 from atv.report.classification_plots import confusion_plot, reliability_plot
-from atv.report.comparison import ATV, PUBLISHED
+from atv.report.comparison import ATV, PUBLISHED, told_apart
 from atv.report.figure import (
     COLOURS,
     FILES,
@@ -141,25 +141,42 @@ def _differences(table: Table) -> Drawn:
         name_lines(axes, others)
     add_legend(figure, panels[0], kinds)
     groups = dict.fromkeys((row[0], row[1]) for row in rows)
-    text = " ".join(_reading(group, [row for row in rows if (row[0], row[1]) == group]) for group in groups)
+    text = " ".join(
+        f"{', '.join(group)}: {told_apart(row for row in rows if (row[0], row[1]) == group)}." for group in groups
+    )
     numbers = Table(table.title, table.columns[:6], rows, "")
     return figure, f"{reference} by the 95% intervals, each taken alone. {text}", numbers
 
 
-def _reading(group: tuple[str, str], rows: Sequence[list[str]]) -> str:
-    """Describe from which methods the reference differs."""
-    sides: dict[str, list[str]] = {"above": [], "below": [], "not told apart from": []}
-    for _, _, other, _, low, high in rows:
-        side = "above" if float(low) > 0 else "below" if float(high) < 0 else "not told apart from"
-        sides[side].append(other)
-    found = "; ".join(f"{side} {', '.join(others)}" for side, others in sides.items() if others)
-    return f"{', '.join(group)}: {found}."
+def _curve(table: Table) -> Drawn:
+    """Each method's score against the number of training rows, with its spread over seeds."""
+    rows = [row for row in table.rows if any(number(cell) is not None for cell in row[1:])]
+    if not rows:
+        return None
+    figure, (axes,) = new_figure([2.4], legend=len(rows))
+    places = range(len(table.columns) - 1)
+    for index, (method, *cells) in enumerate(rows):
+        known = [(place, cell) for place, cell in zip(places, cells, strict=True) if number(cell) is not None]
+        at, values = [place for place, _ in known], [number(cell) or 0.0 for _, cell in known]
+        spread = [float(cell.partition(" ± ")[2] or 0) for _, cell in known]
+        axes.errorbar(at, values, spread, label=method, **mark(index) | {"linestyle": "-", "linewidth": 1})
+    axes.set_xticks(places, table.columns[1:])
+    axes.set(xlabel="training rows of a data set", ylabel=f"{table.title.partition(': ')[2]}, %")
+    axes.grid(axis="y", color=INK, alpha=0.15, linewidth=0.6)
+    names = [row[0] for row in rows]
+    add_legend(figure, axes, names)
+    text = "In percent, by training rows: " + "; ".join(
+        f"{method} " + ", ".join(f"{cell} with {column}" for cell, column in zip(cells, table.columns[1:], strict=True))
+        for method, *cells in rows
+    )
+    return figure, f"{text}.", Table(table.title, table.columns, rows, "", text=1)
 
 
 _KINDS: dict[str, Callable[[Table], Drawn]] = {
     "scores": _scores,
     "cost": _cost,
     "differences": _differences,
+    "curve": _curve,
     "norms": norms_plot,
     "map": map_plot,
     "confusion": confusion_plot,

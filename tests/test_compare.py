@@ -1,0 +1,209 @@
+"""`atv compare`: every cell is made once, resumed after a kill, and reported with the numbers of the rows."""
+
+import json
+import os
+import re
+import signal
+import sys
+from functools import partial
+from statistics import fmean, stdev
+
+import pytest
+import torch
+from conftest import byte_level_tokenizer, make_atv, make_llm, toy_task
+from forks import ended, forked
+from refusals import refused
+
+from atv.cli import main
+from atv.evaluation.compare import RECORD_FILE, Cell, Plan, cells_of, compare
+from atv.evaluation.measure import Frozen
+from atv.evaluation.records import RunWriter, load_runs
+from atv.report import answer, compare_tables, load_comparison
+from atv.report.compare import CONSTANT, Comparison
+from atv.report.tables import number
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """An LLM and a generator in folders, and two data sets."""
+    folder = tmp_path_factory.mktemp("models")
+    make_llm(dtype=torch.float32).save_pretrained(folder / "llm")
+    byte_level_tokenizer().save_pretrained(folder / "llm")
+    make_atv().generator.save(folder / "generator")
+    for name in ("harbours", "kettles"):
+        rows = [row for split in ("train", "valid", "test") for row in getattr(toy_task(rows=60), split)]
+        lines = [{"text": row.input.replace("harbour", name), "label": row.output} for row in rows]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    quick = "[all]\nepochs = 1\nbatch_size = 4\n"
+    (folder / "quick.toml").write_text(f'{quick}[atv]\ngenerator = "{folder / "generator"}"\n')
+    return folder
+
+
+GIVEN = {"all": {"epochs": 1, "batch_size": 4}}
+
+
+def tasks():
+    from dataclasses import replace
+
+    kettles = replace(toy_task("kettles", 36), templates=("{input}\nyes or no?",))
+    return [replace(toy_task("harbours", 36), templates=("{input}\nyes or no?",)), kettles]
+
+
+def made(world, out, **options):
+    plan = Plan(**{"methods": ("zero-shot", "fixed"), "seeds": (1, 2), "test_rows": 6} | options)
+    frozen = Frozen(str(world / "llm"), dtype="float32")
+    return compare(plan, frozen, tasks(), out, given=GIVEN, batch_size=2)
+
+
+def test_cells_of_a_plan():
+    plan = Plan(("zero-shot", "icl", "fixed", "icl+atv"), (1, 2), (10, None))
+    cells = cells_of(plan, tasks())
+    assert [cell for cell in cells if cell.method == "zero-shot"] == [
+        Cell("zero-shot", name, 10, 1) for name in ("harbours", "kettles")
+    ]
+    assert len([cell for cell in cells if cell.method == "icl"]) == 2 * 2 * 2
+    assert Cell("icl+atv", "kettles", None, 2).trained == "trained/kettles/atv-all-2"
+    assert len({cell.run for cell in cells}) == len(cells)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"methods": ("lorra",)}, ["method 'lorra'", "Did you mean 'lora'?"]),
+        ({"methods": ("atv", "atv")}, ["A method is given twice"]),
+        ({"methods": ("atv",), "seeds": ()}, ["No seed is given"]),
+        ({"methods": ("atv",), "shots": 4}, ["has demonstrations"]),
+    ],
+)
+def test_plans_that_cannot_be_meant_are_refused(options, named):
+    with refused(*named):
+        Plan(**options)
+
+
+def test_it_is_resumed_after_a_kill_and_added_to(world, tmp_path, monkeypatch):
+    whole = load_runs(made(world, tmp_path / "whole"))
+    out, append = tmp_path / "killed", RunWriter.append
+
+    def die_in_the_third_run():
+        calls = []
+
+        def dying(run, rows):
+            append(run, rows)
+            calls.append(run.folder)
+            if len(set(calls)) == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        RunWriter.append = dying
+        made(world, out)
+
+    assert ended(forked(partial(die_in_the_third_run))) == -signal.SIGKILL
+    before = {file: file.stat().st_mtime_ns for file in out.rglob("train.json")}
+    assert before
+    resumed = load_runs(made(world, out))
+
+    def clean(rows):
+        return [{key: value for key, value in row.items() if key not in ("run", "seconds")} for row in rows]
+
+    assert clean(resumed) == clean(whole)
+    assert all(file.stat().st_mtime_ns == then for file, then in before.items())  # nothing was trained twice
+    monkeypatch.setattr(Frozen, "load", lambda _: pytest.fail("The LLM was loaded, and there was nothing to do."))
+    made(world, out)
+    with refused("made with other settings", "test_rows"):
+        made(world, out, test_rows=5)
+    monkeypatch.undo()
+    assert len(load_runs(made(world, out, methods=("zero-shot", "icl", "fixed"), seeds=(1, 2, 3)))) == 6 * 2 * (1 + 6)
+
+
+def test_the_tables_are_what_the_rows_say(world, tmp_path):
+    made(world, tmp_path, train_rows=(4, 8), seeds=(1, 2))
+    found = load_comparison(tmp_path / RECORD_FILE)
+    assert list(found.rows) == [4, 8]
+    tables = {table.title: table for table in compare_tables(found, "fixed")}
+    key = "option_likelihood"
+
+    def mean(method, task, rows, seed):
+        place = f"{rows}-{seed}" if method != "zero-shot" else "4-1"
+        folder = tmp_path / "runs" / task / f"{method}-{place}"
+        lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+        return 100 * fmean(line["scores"][key] for line in lines)
+
+    shown = {row[0]: row for row in tables[f"Scores: {key}"].rows}
+    assert tables[f"Scores: {key}"].columns == ["method", "tokens", "s/query", "harbours", "kettles", "Avg"]
+    for method in ("zero-shot", "fixed"):
+        by_seed = [[mean(method, task, 8, seed) for task in ("harbours", "kettles")] for seed in (1, 2)]
+        averages = [fmean(values) for values in by_seed]
+        assert shown[method][-1] == f"{fmean(averages):.1f} ± {stdev(averages):.1f}"
+        assert number(shown[method][3]) == pytest.approx(fmean(values[0] for values in by_seed), abs=0.05)
+    lines = (tmp_path / "runs" / "kettles" / "zero-shot-4-1" / "predictions.jsonl").read_text().splitlines()
+    targets = [json.loads(line)["target"] for line in lines]
+    most = 100 * max(map(targets.count, targets)) / len(targets)
+    assert number(shown[CONSTANT][4]) == pytest.approx(most, abs=0.05)
+    curve = {row[0]: row[1:] for row in tables[f"By training rows: {key}"].rows}
+    few = fmean(mean("fixed", task, 4, seed) for task in ("harbours", "kettles") for seed in (1, 2))
+    assert number(curve["fixed"][0]) == pytest.approx(few, abs=0.05)
+    assert curve["zero-shot"][0] == curve["zero-shot"][1]
+    differences = [row for row in tables["fixed against each other method"].rows if row[0] == key]
+    assert [row[1:3] for row in differences] == [[name, "zero-shot"] for name in ("all 2", "harbours", "kettles")]
+    expected = fmean(
+        mean("fixed", task, 8, seed) - mean("zero-shot", task, 8, seed)
+        for task in ("harbours", "kettles")
+        for seed in (1, 2)
+    )
+    assert float(differences[0][3]) == pytest.approx(expected, abs=0.006)
+    cost = {row[0]: row[1:] for row in tables["Cost"].rows}
+    assert cost["zero-shot"][:2] == ["–", "–"]
+    assert cost["fixed"][0] == "96"  # one vector of 32 numbers for each of 3 layers
+
+
+def rows_of(method, marks, task="films", seed=1):
+    return [
+        {"method": method, "task": task, "category": task, "seed": seed, "llm": "l", "run": method, "template": 0,
+         "answer_prefix": None, "example": i, "target": "ab"[i % 2], "scores": {"exact_match": float(mark == "x")},
+         "prompt_tokens": 1, "seconds": 0.1}
+        for i, mark in enumerate(marks)
+    ]  # fmt: skip
+
+
+def test_the_answer_in_words():
+    rows = rows_of("atv", "x" * 30 + "-" * 10) + rows_of("lora", "x" * 31 + "-" * 9) + rows_of("zero-shot", "-" * 40)
+    assert answer(rows, " with 90 training rows") == (
+        "lora scores best on films with 90 training rows: 77.5% (exact_match); always giving the most frequent answer "
+        "scores 50.0%. By the 95% intervals, atv, which scores 75.0%, is above zero-shot; not told apart from lora."
+    )
+    assert answer(rows_of("lora", "x-")).startswith("lora scores best on films: 50.0%")
+    assert answer([]) == ""
+    assert compare_tables(Comparison({None: rows_of("lora", "x-")}, {None: {}}))[-1].title == "Cost"
+
+
+def test_the_command_prints_and_writes_the_report(world, tmp_path, monkeypatch, capsys):
+    def run(*more):
+        arguments = ["--data", world / "harbours.jsonl", "--data", world / "kettles.jsonl", "--method", "zero-shot"]
+        arguments += ["--method", "fixed", "--method", "atv", "--seeds", 2, "--test-rows", 6, "--train-rows", 8]
+        arguments += ["--llm", world / "llm", "--dtype", "float32", "--config", world / "quick.toml"]
+        monkeypatch.setattr(sys, "argv", ["atv", "compare", *map(str, [*arguments, "--out", tmp_path / "out", *more])])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return stop.value.code, *capsys.readouterr()
+
+    code, said, err = run()
+    assert code == 0, err
+    assert "[1 of 18] " not in said
+    assert re.search(r"\[16 of 18\] train atv on kettles, 8 rows, seed 43; (about|less than)", err), err
+    assert "by the 95% intervals, atv" in said.lower()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.index('class="answer"') < page.index("<figure") < page.index("<table")
+    assert {"report.md", "report.tex", "report.html"} <= {file.name for file in (tmp_path / "out").iterdir()}
+    assert "harbours" in (tmp_path / "out" / "report.md").read_text()
+    code, again, _ = run()
+    assert (code, again) == (0, said)
+    code, _, err = run("--data", world / "kettles.jsonl")
+    assert code == 2
+    assert "Two data sets have one name; found harbours, kettles, kettles" in err
+
+
+def test_several_processes_are_refused(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("atv.cli.compare.world_size", lambda: 2)
+    monkeypatch.setattr(sys, "argv", ["atv", "compare", "--data", str(world / "kettles.jsonl")])
+    with pytest.raises(SystemExit):
+        main()
+    assert "atv compare runs in one process; found 2" in capsys.readouterr().err
