@@ -302,7 +302,8 @@ class TrainConfig(Checked):
     )
     """Peak learning rate of the generator. Default: 5e-5, or 1e-3 for one that starts from random weights."""
     best_epoch: Literal["accuracy", "loss"] = "accuracy"
-    """Keep the epoch with the best validation accuracy (ties: the lowest loss), or with the lowest validation loss."""
+    """Keep the epoch with the best validation accuracy (ties: the lowest loss), or with the lowest validation loss, as
+    always with a teacher."""
     patience: int | None = None
     """Stop after this many epochs without improvement. Default: a third of the epochs, at least 5."""
     gradient_accumulation_steps: int = 1

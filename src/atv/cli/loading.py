@@ -1,12 +1,15 @@
 """Loading the frozen LLM and the tasks given by a command's options."""
 
+import random
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, cast
 
 from atv.cli.options import Loading, Tasks
-from atv.data import Task, as_trained, load_tasks
-from atv.data.rendering import Format
+from atv.data import Example, Task, as_trained, load_tasks
+from atv.data.rendering import Format, Rendering
+from atv.data.table import Queries, is_table, load_queries, load_table
+from atv.errors import ATVError
 from atv.evaluation.measure import Frozen
 
 
@@ -35,3 +38,29 @@ def named_tasks(given: Tasks, training: Mapping[str, Any] | None = None) -> list
     )
     own = given.template or given.format or given.system or given.chat_template_kwargs
     return tasks if own or training is None else [as_trained(task, training) for task in tasks]
+
+
+def taught_queries(given: Tasks, shots: int, seed: int) -> tuple[Queries, Rendering, list[Example]]:
+    """The queries of the table that the options name, how the student is asked, and drawn demonstrations.
+
+    Args:
+        given: the options.
+        shots: number of demonstrations, which are training rows with their answers and no longer among the queries.
+        seed: seed of the draw.
+    """
+    if given.data is None or not is_table(given.data) or given.task or given.template:
+        raise ATVError(
+            "A teacher answers the queries of one table; expected --data with a CSV, TSV, JSONL, JSON or Parquet file, "
+            f"a folder with one for each split, or hub:NAME, and neither --task nor --template; found {given.data}."
+        )
+    student = Rendering(cast(Format, given.format or "auto"), given.system, given.chat_template_kwargs or "{}")
+    queries = load_queries(given.data, input=given.input)
+    if not shots:
+        return queries, student, []
+    rows = load_table(given.data, input=given.input, output=given.output).train
+    if shots >= len(rows):
+        raise ATVError(f"--teacher-shots is {shots}, and {given.data} has {len(rows)} training rows; give fewer.")
+    shown = random.Random(f"{seed} shots").sample(rows, shots)
+    taken = {example.asked for example in shown}
+    splits = {split: tuple(row for row in some if row.asked not in taken) for split, some in queries.splits.items()}
+    return queries._replace(splits=splits), student, shown

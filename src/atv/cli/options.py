@@ -150,6 +150,13 @@ class Train:
     """Maximum number of training rows per task, drawn with the seed (paper: 90)."""
     valid_rows: int | None = option(None, panel=DATA)
     """Maximum number of validation rows per task, drawn with the seed."""
+    teacher_system: Path | None = option(None, panel=DATA)
+    """Distil a prompt: text file with a system prompt. The LLM with it answers the queries of --data, whose own answers
+    are not read, and the method learns to make the LLM answer so without it."""
+    teacher_shots: int | None = option(None, panel=DATA, min=1)
+    """Distil demonstrations: that many rows of --data with their answers, which the teacher reads before each query."""
+    teacher_tokens: int = option(64, panel=DATA, min=1)
+    """Maximum number of tokens of a teacher's answer."""
     method: str = option("atv", panel=METHOD, also=lambda: listed("Known", TRAINED))
     """How the LLM is adapted. This panel and the next show the options of one method: atv train --method NAME --help
     shows those of another, with its defaults."""

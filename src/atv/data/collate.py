@@ -13,6 +13,7 @@ from torch import Tensor
 
 from atv.config import Positions
 from atv.data.render import Example, Renderer
+from atv.data.taught import Taught
 
 IGNORED = -100
 """Label where there is no answer token (the index that torch's cross-entropy ignores)."""
@@ -100,6 +101,8 @@ class EncodedRow:
     """Whether a query was cut to fit the LLM's context."""
     weight: float = 1.0
     """Factor of its loss in training (`TrainConfig.class_weights`)."""
+    taught: Taught | None = None
+    """A teacher's answer, which is that of all pairs. None: the answer was given."""
 
 
 @dataclass
@@ -148,7 +151,7 @@ def split_by_length(batch: Mapping[str, Tensor], tokens: int) -> list[tuple[floa
     The mean of the parts' losses, weighted with their shares, is the loss of the batch up to rounding.
 
     Args:
-        batch: from a `Collator`, possibly with further tensors of one value per prompt.
+        batch: from a `Collator`, possibly with further tensors of one value per prompt, and those of `stacked`.
         tokens: most answer tokens of a part, padding included; a row with more is a part of its own.
 
     Returns:
@@ -175,6 +178,8 @@ def split_by_length(batch: Mapping[str, Tensor], tokens: int) -> list[tuple[floa
         start = int(part["attention_mask"].any(0).int().argmax())
         for name in ("input_ids", "attention_mask", "position_ids", "edit_mask"):
             part[name] = part[name][:, start:end]
-        part["labels"] = part["labels"][:, :longest]
+        for name in ("labels", "soft_ids", "soft_probabilities"):
+            if name in part:
+                part[name] = part[name][:, :longest]
         parts.append((len(rows) / queries, part))
     return parts

@@ -113,6 +113,53 @@ def load_table(
     )
 
 
+class Queries(NamedTuple):
+    """The queries of a table, whose answers are not read."""
+
+    name: str
+    splits: dict[str, tuple[Example, ...]]
+    """Examples without an answer, by split: train, valid and test."""
+    prepared: dict[str, Any]
+    """As in `Task.prepared`."""
+
+    def drawn(self, train: int | None, valid: int | None, seed: int) -> "Queries":
+        """At most that many training and validation queries, drawn at random; None keeps a split unchanged."""
+        draw, kept = random.Random(f"{seed} {self.name}"), dict(self.splits)
+        for split, count in (("train", train), ("valid", valid)):
+            if count is not None and count < len(kept[split]):
+                kept[split] = tuple(draw.sample(kept[split], count))
+        return self._replace(splits=kept)
+
+
+def load_queries(data: Any, *, input: str | None = None) -> Queries:
+    """The queries of a table: like `load_table`, but answers are neither needed nor read.
+
+    Args:
+        data: as for `load_table`.
+        input: column of the queries; by default recognised.
+
+    Raises:
+        ATVError: it cannot be read, no column of queries is recognised, a cell is no text, or too few rows are left.
+    """
+    name, loaded = _read(data)
+    dropped: Counter[str] = Counter()
+    rows = next(iter(loaded.splits.values()), [])
+    columns = query_columns(name, list(dict.fromkeys(key for row in rows[:100] for key in row)), input)
+    found: dict[str, list[Example]] = {}
+    for split, some in loaded.splits.items():
+        examples = [query_of(f"{name}: {split} row {number}", row, columns) for number, row in enumerate(some)]
+        found[split] = [example for example in examples if example.input]
+        dropped["with an empty cell"] += len(examples) - len(found[split])
+    splits = _apart(found, dropped)
+    drawn = [split for split in ("test", "valid") if split not in splits]
+    for split in drawn:
+        splits[split] = _draw(name, splits, split)
+    sizes = ", ".join(f"{len(splits[split])} {split}" for split in SPLITS)
+    log.info(f"{name}: {sizes} queries; {' and '.join(columns)}")
+    prepared = {"drawn": {split: len(splits[split]) for split in drawn}, "dropped": dict(+dropped)}
+    return Queries(name, {split: tuple(splits[split]) for split in SPLITS}, prepared)
+
+
 # ---- reading ----
 
 

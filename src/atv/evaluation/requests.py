@@ -1,9 +1,9 @@
 """Requests to an LLM about a task's prompts, in one pass over the prompts for all metrics."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Self
 
-from torch import Tensor, nn
+from torch import nn
 
 from atv.data import Renderer, Task
 from atv.data.render import answer_ids
@@ -83,14 +83,12 @@ class Requests:
         """Whether tokens may be read after the prompts, so that their keys and values are needed."""
         return self.read_after > 0
 
-    def outputs(self, inputs: Mapping[str, Tensor], output: Any) -> list[dict[Need, Any]]:
+    def outputs(self, behind: Continuation) -> list[dict[Need, Any]]:
         """The metrics' inputs for each prompt of a batch. Call it inside the context that steers the LLM.
 
         Args:
-            inputs: inputs of the call that read the prompts, all columns, as for `Continuation`.
-            output: output of that call, with a cache if `continues`.
+            behind: the batch as it was read, with a cache if `continues`.
         """
-        behind = Continuation(self.llm, inputs, output)
         found: list[dict[Need, Any]] = [{} for _ in behind.logits]
         if self.options is not None and "next_token" in self.needs:
             best = behind.likeliest([self.options] * len(found))

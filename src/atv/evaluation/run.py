@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from itertools import cycle
@@ -17,6 +17,7 @@ from atv.errors import ATVError
 from atv.evaluation.metrics import GENERATED, ExactMatch, Metric, Need, default_metric, load_metric
 from atv.evaluation.records import Row, RunWriter, row_key
 from atv.evaluation.requests import Requests
+from atv.lm.continuation import Continuation
 from atv.lm.hooks import input_device
 from atv.lm.load import context_length
 from atv.lm.prefix import SharedPrefix, call_llm
@@ -223,6 +224,22 @@ def read_batch(
         shared: made of all prompts, these among them.
         prompts: the batch.
     """
+    with reading(method, shared, prompts, requests.continues) as behind:
+        return requests.outputs(behind)
+
+
+@contextmanager
+def reading(
+    method: Method, shared: SharedPrefix, prompts: Sequence[Prompt], continues: bool = True
+) -> Iterator[Continuation]:
+    """Let the LLM read a batch of prompts, with the method's edits; inside the context it can be continued.
+
+    Args:
+        method: the method.
+        shared: made of all prompts, these among them.
+        prompts: the batch.
+        continues: whether tokens may be read after the prompts, so that their keys and values are needed.
+    """
     inputs, past = shared.inputs([prompt.ids for prompt in prompts], pad_id(method.tokenizer))
     inputs = {name: tensor.to(input_device(method.llm)) for name, tensor in inputs.items()}
     with steered(method, prompts), shared.attention():
@@ -233,9 +250,9 @@ def read_batch(
             attention_mask=inputs["attention_mask"],
             position_ids=inputs["position_ids"][:, shared.length :],
             past_key_values=past,
-            use_cache=past is not None or requests.continues,
+            use_cache=past is not None or continues,
         )
-        return requests.outputs(inputs, output)
+        yield Continuation(method.llm, inputs, output)
 
 
 def steered(method: Method, prompts: Sequence[Prompt]) -> AbstractContextManager[None]:

@@ -31,6 +31,8 @@ class AnswerLoss(ModelOutput):
     """(batch,) float32: each row's own loss, 0 for a row without labels."""
     right: Tensor | None = None
     """(batch, answer) bool: the token is the most likely one, over the whole vocabulary; false without a label."""
+    logits: Tensor | None = None
+    """(batch, answer, vocabulary), of the columns that predict the answer's tokens."""
 
 
 def answer_loss(logits: Tensor, labels: Tensor) -> AnswerLoss:
@@ -46,7 +48,7 @@ def answer_loss(logits: Tensor, labels: Tensor) -> AnswerLoss:
         wide.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
     ).view_as(labels)  # (batch, answer), 0 where ignored
     losses = token_loss.sum(1) / (labels != IGNORED).sum(1).clamp(min=1)  # (batch,)
-    return AnswerLoss(loss=losses.mean(), losses=losses, right=logits.argmax(-1) == labels)
+    return AnswerLoss(loss=losses.mean(), losses=losses, right=logits.argmax(-1) == labels, logits=logits)
 
 
 def plain_loss(
@@ -136,7 +138,8 @@ class AdapterModel(nn.Module, ABC):
             labels: (batch, answer), answer tokens, -100 where there is none.
 
         Returns:
-            `loss`, `losses` and `right`; in training only `loss` is used, or `losses` with class weights.
+            `loss`, `losses`, `right` and `logits`; training uses `loss`, `losses` with class weights, or `logits` with
+            a teacher.
         """
 
     @abstractmethod

@@ -167,21 +167,32 @@ class Continuation:
             added.append(own)
         return torch.stack(added, dim=1).cpu()
 
-    def greedy(self, limit: int, ended: Callable[[Sequence[int]], bool]) -> list[list[int]]:
+    def greedy(
+        self,
+        limit: int,
+        ended: Callable[[Sequence[int]], bool],
+        see: Callable[[Tensor], None] | None = None,
+    ) -> list[list[int]]:
         """Decode greedily.
 
         Args:
             limit: most tokens per row, at least 1.
             ended: called with a row's tokens after each new one; true ends the row.
+            see: called with the logits of each step, (batch, vocabulary); those of a row that has ended mean nothing.
 
         Returns:
             The tokens of each row, including the one at which it ended.
         """
         steps = self._steps()
-        found: list[list[int]] = [[token] for token in next(steps).argmax(-1).tolist()]
+        logits = next(steps)
+        if see is not None:
+            see(logits)
+        found: list[list[int]] = [[token] for token in logits.argmax(-1).tolist()]
         more = [not ended(tokens) for tokens in found]
         while any(more) and max(map(len, found)) < limit:
             logits = steps.send(([tokens[-1] if on else 0 for tokens, on in zip(found, more, strict=True)], more))
+            if see is not None:
+                see(logits)
             for row, token in enumerate(logits.argmax(-1).tolist()):
                 if more[row]:
                     found[row].append(token)

@@ -208,6 +208,7 @@ def _encoded(
     weights = {task.name: balanced_weights([row.output for row in getattr(task, split)]) for task in tasks}
     judged = {task.name: training_options(model.tokenizer, task).judged for task in tasks if task.chooses}
     rows = [row for task in tasks for row in training_rows(task, split, model.reads)]
+    taught = {task.name: task.taught for task in tasks}
     encoded, skipped, cut = list[EncodedRow](), Counter[str](), Counter[str]()
     with bar(f"tokenise {split}", len(rows)) if len(rows) >= 2000 else nullcontext() as progress:
         for row in rows:
@@ -219,7 +220,11 @@ def _encoded(
                 continue
             cut[row.task] += made.cut
             right = judged[row.task][answer] if row.task in judged else len(made.pairs[0][1])
-            encoded.append(replace(made, judged=right, weight=weights[row.task][answer] if balanced else 1.0))
+            made = replace(made, judged=right, weight=weights[row.task][answer] if balanced else 1.0)
+            lesson = taught[row.task].get(row.example)
+            if lesson is not None:
+                made = replace(made, pairs=[(prompt, lesson.ids) for prompt, _ in made.pairs], taught=lesson)
+            encoded.append(made)
             if progress is not None:
                 progress.advance()
     for name, record in data.items():

@@ -13,6 +13,7 @@ from torch.utils.data import Sampler
 
 from atv.config import TrainConfig
 from atv.data.collate import IGNORED, Collator, EncodedRow, split_by_length
+from atv.data.taught import divergence, stacked
 from atv.errors import ATVError
 from atv.files import follow_umask
 from atv.lm.adapter_model import AdapterModel
@@ -30,6 +31,8 @@ with quiet_libraries():  # the Trainer imports bitsandbytes
 
 JUDGED = "judged"
 """Key in a batch, in addition to the model's inputs: the number of tokens that identify each answer, (batch,)."""
+SOFT = ("soft_ids", "soft_probabilities")
+"""Two more keys: the distributions of a teacher (`atv.data.taught.stacked`), if the batch has one."""
 WEIGHTS = "weights"
 """Another such key: the factor of each row's loss, (batch,) float32."""
 ANSWER_TOKENS = 2048
@@ -153,9 +156,11 @@ class ATVTrainer(Trainer):
     ) -> Any:
         """Return the weighted loss; if it is not finite in one process, raise NonFiniteLoss in all of them."""
         inputs.pop(JUDGED)
-        weights = inputs.pop(WEIGHTS)
+        weights, soft = inputs.pop(WEIGHTS), _soft(inputs)
         loss, outputs = super().compute_loss(model, inputs, True)
-        if self.train_config.class_weights == "balanced":
+        if soft is not None:
+            loss = row_divergence(outputs.logits, *soft).mean()
+        elif self.train_config.class_weights == "balanced":
             loss = (outputs.losses * weights.to(outputs.losses.device)).mean()
         loss = loss * self._share
         if num_items_in_batch is not None:
@@ -168,9 +173,13 @@ class ATVTrainer(Trainer):
         """Return loss and score of every row, both (rows, prompts), so that their means do not depend on batching."""
         inputs = self._prepare_inputs(inputs)
         judged, _ = inputs.pop(JUDGED), inputs.pop(WEIGHTS)  # the validation loss is not weighted
+        soft = _soft(inputs)
         with torch.no_grad():
             output = model(**inputs)
         shape = (len(inputs["query_input_ids"]), -1)
+        if soft is not None:  # the score is the share of the teacher's tokens that are the model's too
+            agreed = output.right.sum(1) / (inputs["labels"] != IGNORED).sum(1).to(output.right.device)
+            return None, row_divergence(output.logits, *soft).view(shape), agreed.view(shape)
         correct = answers_right(output.right, judged.to(output.right.device))
         return None, output.losses.view(shape), correct.view(shape)
 
@@ -199,19 +208,39 @@ class ATVTrainer(Trainer):
         follow_umask(folder)
 
 
+def _soft(inputs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """Take a teacher's distributions out of a batch; None if there are none."""
+    found = [inputs.pop(name, None) for name in SOFT]
+    return None if found[0] is None else (found[0], found[1])
+
+
+def row_divergence(logits: Tensor, ids: Tensor, probabilities: Tensor) -> Tensor:
+    """Return the mean divergence from a teacher over each row's answer tokens, (batch,) float32 (`divergence`)."""
+    found = divergence(logits, ids.to(logits.device), probabilities.to(logits.device))  # (batch, answer)
+    return found.sum(1) / (probabilities.sum(-1) > 0).sum(1).clamp(min=1).to(found.device)
+
+
 @dataclass
 class JudgedCollator:
-    """A model's collator, which also adds `JUDGED` and `WEIGHTS` for `ATVTrainer`."""
+    """A model's collator, which also adds `JUDGED`, `WEIGHTS` and, with a teacher, `SOFT` for `ATVTrainer`."""
 
     collate: Collator
 
     def __call__(self, rows: Sequence[EncodedRow]) -> dict[str, Tensor]:
         """Return the tensors of one batch."""
         each = [row for row in rows for _ in row.pairs]
-        return self.collate(rows) | {
-            JUDGED: torch.tensor([row.judged for row in each]),
-            WEIGHTS: torch.tensor([row.weight for row in each]),
-        }
+        taught = [row.taught for row in each if row.taught is not None]
+        if taught and len(taught) < len(each):
+            raise ATVError("Some rows have a teacher's answer and some a given one; train on tasks of one kind.")
+        soft = stacked(taught) if taught else {}
+        return (
+            self.collate(rows)
+            | soft
+            | {
+                JUDGED: torch.tensor([row.judged for row in each]),
+                WEIGHTS: torch.tensor([row.weight for row in each]),
+            }
+        )
 
 
 class Progress(TrainerCallback):
@@ -339,7 +368,7 @@ def make_trainer(
         data_collator=JudgedCollator(model.collator()),
         train_dataset=rows,
         eval_dataset=valid,
-        compute_metrics=ValidationMetrics(config.best_epoch),
+        compute_metrics=ValidationMetrics("loss" if rows.rows[0].taught is not None else config.best_epoch),
         callbacks=list(callbacks),
         train_config=config,
         metric=metric,

@@ -1,0 +1,232 @@
+"""Prompt distillation: the teacher, the loss and what is recovered, each beside passes of the plain LLM."""
+
+import itertools
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from chat_templates import chat_tokenizer
+from conftest import SIZES, make_generator
+from hypothesis import given
+from hypothesis import strategies as st
+from refusals import refused
+from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
+from atv.cli import main
+from atv.config import ATVConfig, TrainConfig
+from atv.data import Example, Rendering
+from atv.data.chat import Chat
+from atv.data.table import Queries, load_queries
+from atv.data.taught import divergence
+from atv.evaluation.distil import agreement, distilled
+from atv.lm.ends import end_ids
+from atv.lm.teacher import LIKELIEST, ask_teacher, taught_task
+from atv.methods.atv import ATVMethod
+from atv.methods.fixed import FixedModel
+from atv.methods.zero_shot import ZeroShot
+from atv.model import ATVModel
+from atv.training.loop import train
+
+SYSTEM = "You are the harbour office. Answer in one word."
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return chat_tokenizer("chatml")
+
+
+@pytest.fixture(scope="module")
+def llm(tokenizer):
+    set_seed(1)
+    sizes = SIZES | {"vocab_size": len(tokenizer), "max_position_embeddings": 2048}
+    return LlamaForCausalLM(LlamaConfig(**sizes)).double().eval()
+
+
+def queries(count=30):
+    every = [Example(f"Is the boat {number} in the harbour?", "") for number in range(count)]
+    third = count // 3
+    parts = (every[:third], every[third : 2 * third], every[2 * third :])
+    return Queries("boats", dict(zip(("train", "valid", "test"), map(tuple, parts), strict=True)), {})
+
+
+def taught(llm, tokenizer, **options):
+    return taught_task(llm, tokenizer, queries(), Rendering(), **{"system": SYSTEM, "limit": 6} | options)
+
+
+# ---- the divergence ----
+
+
+@given(st.integers(1, 20), st.integers(0, 2**31))
+def test_the_divergence_is_the_sum_over_the_likeliest_and_all_others_as_one(k, seed):
+    draw = torch.Generator().manual_seed(seed)
+    teacher, own = torch.randn(2, 20, generator=draw, dtype=torch.float64)
+    p, q = teacher.softmax(-1), own.softmax(-1)
+    best = p.topk(k)
+    expected = sum(float(p[i] * (p[i] / q[i]).log()) for i in best.indices)
+    rest_p, rest_q = float(1 - best.values.sum()), float(1 - q[best.indices].sum())
+    expected += rest_p * torch.tensor(rest_p / rest_q).log().item() if k < 20 else 0
+    found = divergence(own, best.indices, best.values.float())
+    assert found.item() == pytest.approx(expected, abs=1e-4)
+    assert divergence(teacher, best.indices, best.values.float()).item() == pytest.approx(0, abs=1e-4)
+
+
+# ---- the teacher ----
+
+
+def test_the_teacher_answers_and_is_as_sure_as_the_llm_with_the_system_prompt(llm, tokenizer):
+    """Beside a loop that reads the whole prompt again for every token."""
+    render, ends = Chat(system=SYSTEM), end_ids(llm, tokenizer)
+    asked = [render.prompt(tokenizer, example).ids for example in queries().splits["test"]]
+    for prompt, answer in zip(asked, ask_teacher(llm, tokenizer, asked, 6, batch_size=4), strict=True):
+        ids = list(prompt)
+        for step, token in enumerate(answer.ids):
+            with torch.no_grad():
+                shares = llm(torch.tensor([ids])).logits[0, -1].softmax(-1)
+            best = shares.topk(LIKELIEST)
+            assert token == best.indices[0] == answer.likeliest[step, 0]
+            torch.testing.assert_close(answer.probabilities[step].double(), best.values, atol=1e-6, rtol=0)
+            torch.testing.assert_close(shares[answer.likeliest[step]], best.values, atol=1e-6, rtol=0)
+            ids.append(token)
+        assert len(answer.ids) == 6 or answer.ids[-1] in ends
+        assert not set(answer.ids[:-1]) & set(ends)
+
+
+def test_the_same_teacher_is_asked_once(llm, tokenizer, tmp_path, monkeypatch):
+    first = taught(llm, tokenizer, cache=tmp_path)
+    monkeypatch.setattr("atv.lm.teacher.ask_teacher", lambda *_: pytest.fail("asked again"))
+    again = taught(llm, tokenizer, cache=tmp_path)
+    assert again == first
+    for example, lesson in first.taught.items():
+        assert again.taught[example].ids == lesson.ids
+        assert torch.equal(again.taught[example].likeliest, lesson.likeliest)
+        assert torch.equal(again.taught[example].probabilities, lesson.probabilities)
+    monkeypatch.undo()
+    other = taught(llm, tokenizer, cache=tmp_path, system="Say nothing.")
+    assert {lesson.ids[0] for lesson in other.taught.values()} != {lesson.ids[0] for lesson in first.taught.values()}
+
+
+def test_demonstrations_teach_too(llm, tokenizer):
+    shots = [Example("Is the tide high?", "no"), Example("Is it dark?", "yes")]
+    task = taught(llm, tokenizer, system=None, shots=shots)
+    (example, lesson), *_ = task.taught.items()
+    prompt = Chat().prompt(tokenizer, example, shots).ids
+    with torch.no_grad():
+        assert llm(torch.tensor([prompt])).logits[0, -1].argmax() == lesson.ids[0]
+    assert task.prepared["teacher"]["shots"] == 2
+
+
+def test_teachers_that_cannot_be_are_refused(llm, tokenizer):
+    with refused("would read what the student reads"):
+        taught(llm, tokenizer, system=None)
+    with refused("The teacher's longest prompt has", "context is 2048"):
+        taught(llm, tokenizer, limit=2048)
+
+
+# ---- the student ----
+
+
+def test_the_loss_of_a_step_is_the_divergence_from_the_teacher(llm, tokenizer, tmp_path):
+    """Beside a pass of the plain LLM over prompt and answer: an untrained fixed vector changes nothing."""
+    task = taught(llm, tokenizer)
+    model = FixedModel(llm, tokenizer=tokenizer)
+    config = TrainConfig(epochs=1, batch_size=100, learning_rate=0.0)
+    record = train(model, [task], tmp_path / "out", config).record
+    (loss,) = [entry["loss"] for entry in record["history"] if "loss" in entry]
+    (valid,) = [entry["eval_loss"] for entry in record["history"] if "eval_loss" in entry]
+
+    def away(example):
+        lesson, prompt = task.taught[example], Chat().prompt(tokenizer, example).ids
+        with torch.no_grad():
+            logits = llm(torch.tensor([[*prompt, *lesson.ids]])).logits[0, len(prompt) - 1 : -1]
+        return divergence(logits, lesson.likeliest, lesson.probabilities).mean().item()
+
+    assert loss == pytest.approx(sum(map(away, task.train)) / len(task.train), rel=1e-3)
+    assert valid == pytest.approx(sum(map(away, task.valid)) / len(task.valid), rel=1e-3)
+    found = agreement(ZeroShot(llm, tokenizer), task, batch_size=4)
+    assert found.divergences == pytest.approx([away(example) for example in task.test], rel=1e-4)
+
+
+@pytest.mark.parametrize("positions", ["last", "answer"])
+def test_a_student_learns_what_its_teacher_says(llm, tokenizer, tmp_path, positions):
+    """Of the queries that it is trained on: answers of random weights have nothing in common to learn."""
+    task, epochs = taught(llm, tokenizer), itertools.count()
+    config = ATVConfig(positions=positions, gate=0.0, train_generator=False)
+    model = ATVModel(llm, config, tokenizer=tokenizer, generator=make_generator(config))
+    how = TrainConfig(epochs=60, batch_size=10, adaptive_dropout=0.0, state_dropout=0.0)
+    train(model, [task], tmp_path / "out", how, metric=lambda _: next(epochs))  # the last epoch is kept
+    found = distilled(ATVMethod(model), replace(task, train=task.test, test=task.train))
+    assert found["recovered"] > {"last": 0.05, "answer": 0.4}[positions]
+    assert found["recovered_low"] <= found["recovered"] <= found["recovered_high"]
+    assert found["agreement"] > found["agreement_without"]
+    assert found["prompt_tokens"] < found["prompt_tokens_teacher"] - 10
+
+
+def test_given_and_taught_answers_are_not_mixed(llm, tokenizer, tmp_path):
+    task = taught(llm, tokenizer)
+    some = dict(list(task.taught.items())[:5])
+    with refused("Some rows have a teacher's answer and some a given one"):
+        train(
+            FixedModel(llm, tokenizer=tokenizer), [replace(task, taught=some)], tmp_path / "out", TrainConfig(epochs=1)
+        )
+
+
+# ---- the command ----
+
+
+def test_queries_of_a_table_need_no_answers(tmp_path):
+    file = tmp_path / "asked.jsonl"
+    rows = [{"prompt": f"Is boat {number} here?"} for number in range(40)] + [
+        {"prompt": "is BOAT 3 here?"},
+        {"prompt": ""},
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = load_queries(file)
+    assert {split: len(rows) for split, rows in found.splits.items()} == {"train": 29, "valid": 3, "test": 8}
+    assert found.prepared["dropped"] == {"with an empty cell": 1, "repeated": 1}
+    drawn = found.drawn(5, None, 1)
+    assert set(drawn.splits["train"]) < set(found.splits["train"])
+    assert len(drawn.splits["train"]) == 5
+    assert drawn.splits["valid"] == found.splits["valid"]
+
+
+def test_the_command_distils_a_system_prompt_from_queries_alone(tmp_path, monkeypatch, capsys, tokenizer):
+    set_seed(1)
+    sizes = SIZES | {"vocab_size": len(tokenizer), "max_position_embeddings": 2048}
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path / "llm")
+    tokenizer.save_pretrained(tmp_path / "llm")
+    (tmp_path / "system.txt").write_text(SYSTEM)
+    rows = [{"prompt": f"Is boat {number} here?", "label": "yn"[number % 2]} for number in range(40)]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def run(*more):
+        arguments = ["train", "--llm", tmp_path / "llm", "--dtype", "float32", "--data", tmp_path / "asked.jsonl"]
+        arguments += ["--method", "fixed", "--epochs", 2, "--teacher-tokens", 4, "--out", tmp_path / "out", *more]
+        monkeypatch.setattr(sys, "argv", ["atv", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return stop.value.code, *capsys.readouterr()
+
+    code, said, err = run("--teacher-system", tmp_path / "system.txt")
+    assert code == 0, err
+    found = json.loads((tmp_path / "out" / "distil.json").read_text())
+    assert f"fixed recovers {100 * found['recovered']:.0f}% of the teacher on 8 held-out queries" in said
+    assert json.loads((tmp_path / "out" / "train.json").read_text())["data"]["asked"]["teacher"]["system"] == SYSTEM
+    code, again, err = run("--teacher-system", tmp_path / "system.txt")
+    assert (code, again) == (0, said), err
+    assert "The teacher's answers are in" in err
+    for more, named in (
+        (["--teacher-system", tmp_path / "nothing.txt"], "nothing.txt cannot be read"),
+        (
+            ["--teacher-system", tmp_path / "system.txt", "--method", "encoder"],
+            "method that a teacher can train 'encoder'",
+        ),
+        (["--teacher-system", tmp_path / "system.txt", "--task", "x"], "the queries of one table"),
+        (["--teacher-shots", 99, "--input", "prompt", "--output", "label"], "--teacher-shots is 99"),
+    ):
+        code, _, err = run(*more)
+        assert code == 2
+        assert named in err, err
+    code, said, err = run("--teacher-shots", 2, "--input", "prompt", "--output", "label", "--force")
+    assert code == 0, err
