@@ -12,7 +12,7 @@ from atv.config import ATVConfig, TrainConfig
 from atv.data import Example, Task
 from atv.evaluation.run import steered
 from atv.expansion import Expansion
-from atv.gate import Gate
+from atv.gate import STRENGTHS, Gate
 from atv.methods.atv import ATVMethod
 from atv.model import ATVModel
 from atv.training.batches import training_rows
@@ -131,33 +131,22 @@ def test_the_gate_is_open_among_the_training_queries_and_closed_far_from_them():
     assert gate(-centre + 0.3 * torch.randn(50, 16)).max() == 0
 
 
-def test_the_gate_is_closed_where_the_validation_rows_nearest_to_a_query_were_harmed():
-    torch.manual_seed(0)
-    gate, states, gains, asked = Gate(6), torch.randn(40, 6), torch.randn(40), torch.randn(30, 6)
-    gate.judge(states, gains)
-    found = gate(asked)
-    assert 0 < found.mean() < 1
-    for state, share in zip(asked.numpy(), found, strict=True):
-        cosines = [float(state @ o / np.linalg.norm(state) / np.linalg.norm(o)) for o in states.numpy()]
-        nearest = np.argsort(cosines)[-16:]
-        assert share.item() == float(gains.numpy()[nearest].mean() >= 0)
-    few = Gate(6)
-    few.judge(states[:3], torch.tensor([-1.0, -1.0, 3.0]))
-    assert few(asked).min() == 1
-
-
-def test_what_the_own_part_gains_is_the_rise_of_the_right_answers_probability():
+def test_the_strength_is_that_with_the_lowest_loss_on_validation_rows():
+    """Beside a loop that reads each validation prompt alone."""
     atv = calibrated(dtype=torch.float32).eval()
     rows = rows_of(atv, 20)
     atv.calibrate(rows)
+    torch.manual_seed(0)
+    with torch.no_grad():  # so strong that full strength is not best
+        atv.expansion.map.weight.copy_(3 * torch.randn_like(atv.expansion.map.weight))
     atv.set_gate(rows[:12], valid := rows[12:])
-    assert len(valid) == len(atv.expansion.gate.gains) == 8
-    for row, state, gain in zip(valid, atv.expansion.gate.judged, atv.expansion.gate.gains, strict=True):
-        read = atv.generator(torch.tensor([row.query]), torch.ones(1, len(row.query), dtype=torch.long))
-        torch.testing.assert_close(state, torch.nn.functional.normalize(read, dim=-1)[0])
-        (prompt, answer), likely = row.pairs[0], []
-        for share in (0.0, 1.0):
+    losses = {}
+    for share in STRENGTHS:
+        each = []
+        for row in valid:
+            read = atv.generator(torch.tensor([row.query]), torch.ones(1, len(row.query), dtype=torch.long))
             vectors = atv.expansion(read, torch.tensor([share]))
+            (prompt, answer) = row.pairs[0]
             with torch.no_grad():
                 with atv.steer([""], vectors=vectors):
                     read_prompt = atv.llm(torch.tensor([prompt]), use_cache=True)
@@ -166,9 +155,11 @@ def test_what_the_own_part_gains_is_the_rise_of_the_right_answers_probability():
                     cached = read_prompt.past_key_values
                     logits.append(atv.llm(torch.tensor([answer[:-1]]), past_key_values=cached).logits[0])
             at = torch.cat(logits).double().log_softmax(-1)
-            likely.append(at[range(len(answer)), answer].mean().exp())
-        assert abs(likely[1] - likely[0]) > 1e-7
-        assert gain.item() == pytest.approx((likely[1] - likely[0]).item(), rel=1e-3, abs=1e-9)
+            each.append(-at[range(len(answer)), answer].mean().item())
+        losses[share] = sum(each)
+    assert len({round(loss, 4) for loss in losses.values()}) == len(STRENGTHS)
+    assert atv.expansion.gate.strength == min(losses, key=losses.get) == 0.25
+    assert atv.gate(["the harbour quiet 3"]).max() <= atv.expansion.gate.strength
 
 
 def test_the_same_query_twice_in_training_does_not_make_the_gate_strict():
@@ -211,7 +202,7 @@ def test_an_adapter_holds_calibration_and_gate(tmp_path, options):
     loaded = ATVModel.from_pretrained(tmp_path / "a", make_llm(dtype=torch.float32), tokenizer=atv.tokenizer)
     queries = ["the harbour quiet 3", "something else"]
     assert torch.allclose(loaded.task_vectors(queries), atv.task_vectors(queries), atol=1e-6)
-    for kept in ("references", "judged", "gains"):
+    for kept in ("references", "limits", "strength"):
         assert torch.equal(getattr(loaded.expansion.gate, kept), getattr(atv.expansion.gate, kept))
     other = make_atv(dtype=torch.float32, parametrisation="calibrated", **options)
     other.load_weights(tmp_path / "a")
@@ -281,7 +272,7 @@ def test_with_the_defaults_alone_it_learns_on_any_llm(name, tmp_path):
     right = 0
     for row in task.test:
         prompt = prompt_text(task, row.input)
-        with torch.no_grad(), atv.steer([row.input]):
+        with torch.no_grad(), atv.steer([prompt]):  # what the generator reads in training
             token = atv.llm(**atv.encode_prompts([prompt])).logits[0, -1].argmax()
         right += int(token == encode_pair(atv.tokenizer, prompt, row.output)[1][0])
     assert right >= 0.95 * len(task.test)

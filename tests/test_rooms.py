@@ -32,7 +32,7 @@ WITHIN = {
     "expansion": {"gate"},
     "adapter": {"artifact", "expansion", "generator"},
     "vectors": {"adapter", "artifact", "expansion", "generator", "vector_cache"},
-    "model": {"adapter", "artifact", "expansion", "generator", "steer", "vector_cache", "vectors"},
+    "model": {"adapter", "artifact", "expansion", "gate", "generator", "steer", "vector_cache", "vectors"},
     "doctor": {"model", "steer"},
     "__main__": {"cli"},
 }

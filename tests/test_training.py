@@ -395,7 +395,7 @@ def test_by_default_it_is_adamw_with_a_falling_rate_and_clipped_gradients_as_a_l
             with torch.no_grad():
                 for place, g in zip(now, gradients, strict=True):
                     p = learned[place]
-                    rate = share * (0.02 if p.shape == (3, 32) else 10 * 0.02 / 24)  # b, and W of a state of 24 numbers
+                    rate = share * (0.02 if p.shape == (3, 32) else 3 * 0.02 / 24)  # b, and W of a state of 24 numbers
                     rate = 0.001 * (24 - step) / 12 if p in read else rate
                     done[place] += 1
                     g = g * min(1.0, 1.0 / norm.item())

@@ -1,7 +1,7 @@
 """The gate scales a query's own part of its vectors down where that part is unreliable.
 
-Two questions decide. Is the query near the training queries? And did the own part of the most similar validation rows
-make the right answer more likely than the common vector alone?
+Its strength is one number for all queries, chosen on validation rows after training. It also fades the own part out for
+queries that are far from the training queries.
 """
 
 from collections.abc import Iterator
@@ -14,21 +14,18 @@ from torch import Tensor, nn
 NEAREST = 3
 """Number of nearest training queries that a query is compared with."""
 MOST = 4096
-"""Most training queries, and most validation rows, that are kept."""
-LIKE_IT = 16
-"""Number of nearest validation rows that a query is judged by."""
+"""Most training queries that are kept."""
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Strengths of the own part that are tried on validation rows."""
 
 
 class Gate(nn.Module):
-    """A factor from 1 (keep the query's own part) to 0 (drop it); 1 everywhere before `fit` and `judge`.
+    """A factor from 1 (keep the query's own part) to 0 (drop it); 1 everywhere before `fit`.
 
     A query's nearness is the mean cosine between its state and those of the nearest training queries. States are not
     centred, since cosines of centred states say little if all training queries are of one kind. The gate begins to
     close at the nearness that a share of the training queries fall below (each compared with the others), and is
-    fully closed as far below that point as that point is below their median.
-
-    It is also closed where the own part hurt the validation rows that are nearest by the same measure: where it made
-    the right answer less likely on average.
+    fully closed as far below that point as that point is below their median. Where it is open, it is `strength`.
 
     Args:
         state_size: width of the states.
@@ -38,16 +35,13 @@ class Gate(nn.Module):
         super().__init__()
         self.register_buffer("references", torch.empty(0, state_size))
         self.register_buffer("limits", torch.zeros(2))
-        self.register_buffer("judged", torch.empty(0, state_size))
-        self.register_buffer("gains", torch.empty(0))
+        self.register_buffer("strength", torch.ones(()))
         self._set: float | None = None
 
     references: Tensor
     """(kept, state), of norm 1."""
-    judged: Tensor
-    """(validation rows, state), of norm 1."""
-    gains: Tensor
-    """(validation rows,), how much the own part raised the probability of the right answer."""
+    strength: Tensor
+    """(), the factor of queries near the training queries."""
     limits: Tensor
     """(2,), the nearness at which the gate is closed and the one at which it is open."""
 
@@ -75,23 +69,6 @@ class Gate(nn.Module):
         finally:
             self._set = None
 
-    @torch.no_grad()
-    def judge(self, states: Tensor, gains: Tensor) -> None:
-        """Store the effect of the own part on validation rows.
-
-        Args:
-            states: (rows, state), as the generator returns them.
-            gains: (rows,), the probability of the right answer with the own part minus that without it.
-        """
-        every = -(-len(states) // MOST)
-        self.judged = nn.functional.normalize(states[::every], dim=-1)
-        self.gains = gains[::every].to(states)
-
-    def gain(self, states: Tensor) -> Tensor:
-        """Return the mean gain of the nearest validation rows: (batch, state) to (batch,)."""
-        cosines = nn.functional.normalize(states, dim=-1) @ self.judged.T  # (batch, rows)
-        return self.gains[cosines.topk(min(LIKE_IT, len(self.gains)), dim=1).indices].mean(1)
-
     def nearness(self, states: Tensor, leave_out: int = 0) -> Tensor:
         """Return the mean cosine to the nearest references after the first `leave_out`: (batch, state) to (batch,)."""
         cosines = nn.functional.normalize(states, dim=-1) @ self.references.T  # (batch, kept)
@@ -106,14 +83,11 @@ class Gate(nn.Module):
         if len(self.references):
             closed, opened = self.limits
             share = ((self.nearness(states) - closed) / (opened - closed).clamp(min=1e-6)).clamp(0, 1)
-        if len(self.gains):
-            share = share * (self.gain(states) >= 0)
-        return share
+        return share * self.strength
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-        """Resize the buffers to the number of saved rows before loading."""
-        for name in ("references", "judged", "gains"):
-            saved = state_dict.get(f"{prefix}{name}")
-            if saved is not None:
-                setattr(self, name, getattr(self, name).new_empty(saved.shape))
+        """Resize the references to the number of saved rows before loading."""
+        saved = state_dict.get(f"{prefix}references")
+        if saved is not None:
+            self.references = self.references.new_empty(saved.shape)
         super()._load_from_state_dict(state_dict, prefix, *others)

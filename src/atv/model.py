@@ -17,6 +17,7 @@ from atv.data.conversation import example_of, turns_of
 from atv.data.render import Example, Prompt, plain_prompt
 from atv.errors import ATVError, unknown
 from atv.expansion import Expansion, PaperExpansion
+from atv.gate import STRENGTHS
 from atv.generator import READ_TOKENS, Generator, Itself, check_queries, load_generator
 from atv.lm.adapter_model import AdapterModel, AnswerLoss, answer_loss
 from atv.lm.ends import end_ids
@@ -25,7 +26,7 @@ from atv.lm.identity import describe_llm
 from atv.lm.load import load_llm, load_tokenizer
 from atv.lm.prefix import ReadPrefix, steered_logits
 from atv.lm.spans import Known, Span, Tracked
-from atv.progress import bar
+from atv.progress import bar, log
 from atv.steer import EDITS, Edit, VectorEdit, at_ends, steer
 from atv.vector_cache import VectorCache
 from atv.vectors import ATV
@@ -188,34 +189,33 @@ class ATVModel(AdapterModel):
 
     @torch.no_grad()
     def set_gate(self, rows: Sequence[EncodedRow], valid: Sequence[EncodedRow]) -> None:
-        """Fit the gate to training rows and to the effect of the query's own part on validation rows, after training.
+        """Fit the gate to training rows, and choose the strength of the query's own part on validation rows.
 
         Args:
             rows: from `encode_row`.
-            valid: from `encode_row`; only each row's first prompt is used.
+            valid: from `encode_row`; only each row's first prompt is used. The strength with their lowest loss is kept.
         """
         if not isinstance(self.expansion, Expansion) or not self.config.gate or self.expansion.map is None:
             return
         gate = self.expansion.gate
-        with gate.set_to(0.0):  # the common vector alone
-            common = self._answers_likely(valid)
-        with gate.set_to(1.0):
-            own = self._answers_likely(valid)
+        losses = {}
+        for strength in STRENGTHS:
+            with gate.set_to(strength):
+                losses[strength] = self._mean_loss(valid)
+        best = min(losses, key=lambda strength: losses[strength])
+        log.info(
+            f"Strength of the query's own part: {best} (validation loss {losses[best]:.4f}; {losses[1.0]:.4f} at 1)"
+        )
+        gate.strength.fill_(best)
         gate.fit(self._row_states(rows), self.config.gate)
-        gate.judge(self._states_of(valid), own - common)
 
-    def _answers_likely(self, rows: Sequence[EncodedRow]) -> Tensor:
-        """Return the probability of the answer to each row's first prompt, (rows,), as geometric mean over tokens."""
+    def _mean_loss(self, rows: Sequence[EncodedRow]) -> float:
+        """Return the mean loss of the rows' first prompts."""
         collate, losses = self.collator(), []
         for start in range(0, len(rows), 16):
             batch = collate([replace(row, pairs=row.pairs[:1]) for row in rows[start : start + 16]])
             losses.append(self(**{name: tensor.to(input_device(self.llm)) for name, tensor in batch.items()}).losses)
-        return torch.exp(-torch.cat(losses))
-
-    def _states_of(self, rows: Sequence[EncodedRow]) -> Tensor:
-        """Return the rows' states, (rows, state); the generator `self` reads each row's first prompt."""
-        read = [row.pairs[0][0] if self.own else row.query for row in rows]
-        return torch.cat([self.atv.states(read[start : start + 16]) for start in range(0, len(read), 16)])
+        return float(torch.cat(losses).mean())
 
     def _row_states(self, rows: Sequence[EncodedRow]) -> Tensor:
         """Return the states of distinct queries, (queries, state); for the generator `self`, of distinct prompts."""
