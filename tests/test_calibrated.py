@@ -1,6 +1,7 @@
 """What is learned: v_l = r_l (b_l + a W_l z). Each part against a formula or a loop written by hand."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -131,18 +132,30 @@ def test_the_gate_is_open_among_the_training_queries_and_closed_far_from_them():
     assert gate(-centre + 0.3 * torch.randn(50, 16)).max() == 0
 
 
-def test_the_strength_is_that_with_the_lowest_loss_on_validation_rows():
+def test_a_query_has_the_mean_strength_of_the_validation_rows_nearest_to_it():
+    torch.manual_seed(0)
+    gate, states, strengths, asked = Gate(6), torch.randn(40, 6), torch.rand(40), torch.randn(30, 6)
+    gate.judge(states, strengths)
+    for state, share in zip(asked.numpy(), gate(asked), strict=True):
+        cosines = [float(state @ o / np.linalg.norm(state) / np.linalg.norm(o)) for o in states.numpy()]
+        nearest = np.argsort(cosines)[-16:]
+        assert share.item() == pytest.approx(strengths.numpy()[nearest].mean(), abs=1e-6)
+    few = Gate(6)
+    few.judge(states[:3], torch.tensor([0.0, 0.5, 1.0]))
+    assert torch.allclose(few(asked), torch.full((30,), 0.5))
+
+
+def test_the_strength_of_a_task_is_that_with_the_lowest_loss_on_its_validation_rows():
     """Beside a loop that reads each validation prompt alone."""
     atv = calibrated(dtype=torch.float32).eval()
-    rows = rows_of(atv, 20)
+    rows = [replace(row, task=("even", "odd")[i % 2]) for i, row in enumerate(rows_of(atv, 20))]
     atv.calibrate(rows)
     torch.manual_seed(0)
     with torch.no_grad():  # so strong that full strength is not best
         atv.expansion.map.weight.copy_(3 * torch.randn_like(atv.expansion.map.weight))
     atv.set_gate(rows[:12], valid := rows[12:])
-    losses = {}
+    losses = {name: dict.fromkeys(STRENGTHS, 0.0) for name in ("even", "odd")}
     for share in STRENGTHS:
-        each = []
         for row in valid:
             read = atv.generator(torch.tensor([row.query]), torch.ones(1, len(row.query), dtype=torch.long))
             vectors = atv.expansion(read, torch.tensor([share]))
@@ -155,11 +168,10 @@ def test_the_strength_is_that_with_the_lowest_loss_on_validation_rows():
                     cached = read_prompt.past_key_values
                     logits.append(atv.llm(torch.tensor([answer[:-1]]), past_key_values=cached).logits[0])
             at = torch.cat(logits).double().log_softmax(-1)
-            each.append(-at[range(len(answer)), answer].mean().item())
-        losses[share] = sum(each)
-    assert len({round(loss, 4) for loss in losses.values()}) == len(STRENGTHS)
-    assert atv.expansion.gate.strength == min(losses, key=losses.get) == 0.25
-    assert atv.gate(["the harbour quiet 3"]).max() <= atv.expansion.gate.strength
+            losses[row.task][share] -= at[range(len(answer)), answer].mean().item()
+    best = {name: min(of, key=of.get) for name, of in losses.items()}
+    assert atv.expansion.gate.strengths.tolist() == [best[row.task] for row in valid]
+    assert min(best.values()) < max(best.values())
 
 
 def test_the_same_query_twice_in_training_does_not_make_the_gate_strict():
@@ -202,7 +214,7 @@ def test_an_adapter_holds_calibration_and_gate(tmp_path, options):
     loaded = ATVModel.from_pretrained(tmp_path / "a", make_llm(dtype=torch.float32), tokenizer=atv.tokenizer)
     queries = ["the harbour quiet 3", "something else"]
     assert torch.allclose(loaded.task_vectors(queries), atv.task_vectors(queries), atol=1e-6)
-    for kept in ("references", "limits", "strength"):
+    for kept in ("references", "limits", "judged", "strengths"):
         assert torch.equal(getattr(loaded.expansion.gate, kept), getattr(atv.expansion.gate, kept))
     other = make_atv(dtype=torch.float32, parametrisation="calibrated", **options)
     other.load_weights(tmp_path / "a")

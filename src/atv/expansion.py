@@ -80,8 +80,8 @@ class Expansion(nn.Module):
 
         Adam moves each weight by about its rate per step, so W z moves by the rate times the sum of |z|, which grows
         with the width of the state. W's rate is divided by that width: with any generator, the query's own part moves
-        about three times as far per step as the common vector. It differs from query to query, so changes that are wrong
-        for most queries cancel out.
+        about three times as far per step as the common vector. It differs from query to query, so changes that are
+        wrong for most queries cancel out.
         """
         own = [] if self.map is None else list(self.map.parameters())
         return [(self.common, rate), *((weight, 3 * rate / weight.shape[1]) for weight in own)]

@@ -193,29 +193,39 @@ class ATVModel(AdapterModel):
 
         Args:
             rows: from `encode_row`.
-            valid: from `encode_row`; only each row's first prompt is used. The strength with their lowest loss is kept.
+            valid: from `encode_row`; only each row's first prompt is used. For each task the strength with the lowest
+                mean loss of its rows is kept.
         """
         if not isinstance(self.expansion, Expansion) or not self.config.gate or self.expansion.map is None:
             return
-        gate = self.expansion.gate
-        losses = {}
+        gate, losses = self.expansion.gate, []
         for strength in STRENGTHS:
             with gate.set_to(strength):
-                losses[strength] = self._mean_loss(valid)
-        best = min(losses, key=lambda strength: losses[strength])
-        log.info(
-            f"Strength of the query's own part: {best} (validation loss {losses[best]:.4f}; {losses[1.0]:.4f} at 1)"
-        )
-        gate.strength.fill_(best)
+                losses.append(self._first_losses(valid))
+        strengths = torch.empty(len(valid))
+        for task in dict.fromkeys(row.task for row in valid):
+            own = torch.tensor([row.task == task for row in valid])
+            means = [each[own].mean().item() for each in losses]
+            strengths[own] = best = STRENGTHS[means.index(min(means))]
+            log.info(
+                f"{task}: strength of the query's own part {best}: validation loss {min(means):.4f}, of a common "
+                f"vector alone {means[0]:.4f}"
+            )
         gate.fit(self._row_states(rows), self.config.gate)
+        gate.judge(self._states_of(valid), strengths)
 
-    def _mean_loss(self, rows: Sequence[EncodedRow]) -> float:
-        """Return the mean loss of the rows' first prompts."""
+    def _first_losses(self, rows: Sequence[EncodedRow]) -> Tensor:
+        """Return the loss of each row's first prompt, (rows,), on the CPU."""
         collate, losses = self.collator(), []
         for start in range(0, len(rows), 16):
             batch = collate([replace(row, pairs=row.pairs[:1]) for row in rows[start : start + 16]])
             losses.append(self(**{name: tensor.to(input_device(self.llm)) for name, tensor in batch.items()}).losses)
-        return float(torch.cat(losses).mean())
+        return torch.cat(losses).cpu()
+
+    def _states_of(self, rows: Sequence[EncodedRow]) -> Tensor:
+        """Return the rows' states, (rows, state); the generator `self` reads each row's first prompt."""
+        read = [row.pairs[0][0] if self.own else row.query for row in rows]
+        return torch.cat([self.atv.states(read[start : start + 16]) for start in range(0, len(read), 16)])
 
     def _row_states(self, rows: Sequence[EncodedRow]) -> Tensor:
         """Return the states of distinct queries, (queries, state); for the generator `self`, of distinct prompts."""
