@@ -171,7 +171,8 @@ class ATVConfig(Checked):
     training then default to the paper's values."""
     gate: float = 0.05
     """Fade out the query's own part for queries unlike the training queries, from the similarity that this share of
-    the training queries fall below, and drop it where it made validation rows worse; 0: never. Calibrated only."""
+    the training queries fall below, at the strength that its task's validation rows choose; 0: never, and full
+    strength. Calibrated only."""
     train_generator: bool | None = field(default=None, metadata={"flags": ["--train-generator/--freeze-generator"]})
     """Train the generator too (the paper), or keep it frozen. Default: train it from 200 rows per task on. `self` is
     never trained, a new decoder always."""
