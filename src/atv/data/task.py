@@ -7,12 +7,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from atv.data.render import INPUT, Example, Renderer, RendererFactory, query_template
 from atv.data.rendering import Rendering, described
-from atv.data.taught import Taught
 from atv.errors import ATVError, unknown
+
+if TYPE_CHECKING:
+    from atv.data.taught import Taught
 
 ANSWER_PREFIXES = ("A:", "Answer:", "The answer is")
 """Possible texts before the answer (section 3 of the paper). Training uses the first one, evaluation all of them."""
@@ -79,7 +81,7 @@ class Task:
     """Texts before the answer, as in `Template`; training uses the first one."""
     renderer: RendererFactory = PLAIN
     """Makes a renderer from a template and an answer prefix."""
-    taught: Mapping[Example, Taught] = field(default_factory=dict, compare=False, repr=False)
+    taught: Mapping[Example, "Taught"] = field(default_factory=dict, compare=False, repr=False)
     """A teacher's answers to examples: then training fits the teacher's distribution instead of the answer's tokens."""
     prepared: Mapping[str, Any] = field(default_factory=dict, compare=False)
     """What was done to the rows when they were loaded: "drawn" (rows of each drawn split) and "dropped" (rows by
