@@ -55,6 +55,23 @@ def test_the_tracker_is_told_of_every_epoch_and_another_one_resumes(tmp_path, mo
     assert train(tiny(), [toy_task()], tmp_path / "run 7", quick()).record["finished"]  # the same training
 
 
+def test_what_a_tracker_refuses_is_said_and_the_training_resumes_without_it(tmp_path, monkeypatch):
+    from transformers.integrations import integration_utils
+
+    class UsageError(Exception):
+        __module__ = "wandb.errors"
+
+    class Refusing(TrainerCallback):
+        def on_train_begin(self, *_, **about):
+            raise UsageError("No API key configured.")
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "wandb", Refusing)
+    monkeypatch.setattr(trainer, "find_spec", lambda name: name == "wandb")
+    with refused("The tracker wandb failed: No API key configured.", "without --report-to wandb"):
+        train(tiny(), [toy_task()], tmp_path / "out", quick(report_to="wandb"))
+    assert train(tiny(), [toy_task()], tmp_path / "out", quick()).record["finished"]
+
+
 @pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard is not installed")
 def test_tensorboard_finds_the_losses_after_the_training(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

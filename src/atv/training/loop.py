@@ -185,6 +185,13 @@ def _run(trainer: ATVTrainer, checkpoints: Path) -> bool:
         if trainer.state.best_model_checkpoint is not None:
             trainer._load_best_model()
         return False
+    except Exception as error:
+        tracker = trainer.train_config.report_to
+        if type(error).__module__.partition(".")[0] != tracker:
+            raise
+        raise ATVError(
+            f"The tracker {tracker} failed: {error} Training resumes without --report-to {tracker}."
+        ) from error
     return True
 
 
