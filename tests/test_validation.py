@@ -10,6 +10,7 @@ from training_runs import quick, tiny, weights
 from transformers import set_seed
 
 import atv
+from atv.data import Example
 from atv.evaluation.validation import ValidationMetric
 from atv.methods import METHODS
 from atv.methods.encoder import EncoderModel
@@ -133,3 +134,13 @@ def test_the_record_counts_rows_that_the_context_has_no_room_for(tmp_path):
     task = atv.Task(task.name, task.templates, (*task.train[1:], long), task.valid, task.test, options=task.options)
     record = train(model, [task], tmp_path / "out", quick(epochs=1)).record
     assert record["data"][task.name] == {"train": {"cut": 1}, "valid": {}}
+
+
+@pytest.mark.parametrize(
+    ("positions", "answer", "said"), [("last", "a long one", 1), ("answer", "a long one", 0), ("last", "yes", 0)]
+)
+def test_long_answers_that_are_not_steered_are_noted(tmp_path, capsys, positions, answer, said):
+    rows = [Example(f"harbour {i}", f"{answer} {i}" if " " in answer else "yn"[i % 2]) for i in range(12)]
+    task = atv.Task("t", ("{input}",), tuple(rows[:6]), tuple(rows[6:9]), tuple(rows[9:]))
+    train(tiny(positions=positions), [task], tmp_path / "out", quick(epochs=1))
+    assert capsys.readouterr().err.count("Long answers are learned better with --positions answer") == said

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -45,6 +46,8 @@ from atv.training.trainer import (
 with quiet_libraries():
     from transformers import TrainerCallback, set_seed
 
+LONG_ANSWERS = 8
+"""From this mean number of answer tokens on, steering the prompt alone is noted."""
 ENOUGH_TO_CHOOSE = 100
 """With fewer validation rows than this, differences between epochs are mostly chance."""
 
@@ -117,6 +120,7 @@ def train(
             f"{len(valid)} validation rows: accuracy on them has a standard error of about {error:.0f} points, "
             "too much to tell most epochs apart. Use more of them for a better choice."
         )
+    _note_unsteered_answers(model, rows.rows)
     _require_gradient(model, rows[0])
     barrier()  # nothing is written before every process has passed all checks
     if record is None:
@@ -249,6 +253,16 @@ def _note_long(split: str, skipped: int, cut: int, rows: int) -> None:
         log.warning(f"{split}: the queries of {cut} of {rows} rows are cut at their end to fit the LLM's context.")
     if skipped:
         log.warning(f"{split}: {skipped} of {rows} rows are left out: their answers do not fit the LLM's context.")
+
+
+def _note_unsteered_answers(model: AdapterModel, rows: Sequence[EncodedRow]) -> None:
+    """Log a warning if answers are long and only the prompt is steered, whose effect fades along the answer."""
+    tokens = fmean(len(row.pairs[0][1]) for row in rows)
+    if isinstance(model, ATVModel) and not model.positions.answer and tokens >= LONG_ANSWERS:
+        log.warning(
+            f"Answers have {tokens:.0f} tokens on average, and positions = {model.config.positions!r} steers only the "
+            "prompt. Long answers are learned better with --positions answer."
+        )
 
 
 def _note_unread(model: AdapterModel, tasks: Sequence[Task]) -> None:
