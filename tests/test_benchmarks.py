@@ -115,7 +115,13 @@ def quick(tmp_path):
     return ["--tiny", "--rounds", "1", "--threads", "1", "--out", str(tmp_path)]
 
 
-@pytest.mark.parametrize("name", [*SCRIPTS, "gpu_training"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.exhaustive] if name in ("peft_methods", "prompt_length") else [])
+        for name in (*SCRIPTS, "gpu_training")
+    ],
+)
 def test_every_script_runs_to_its_end_and_its_record_is_shown(name, tmp_path):
     written = importlib.import_module(f"benchmarks.{name}").main(quick(tmp_path))
     record = json.loads(written.read_text())

@@ -106,7 +106,8 @@ def rows():
     return [row_of(query, (prompt,), "yes") for query, prompt in zip(QUERIES, PROMPTS, strict=True)]
 
 
-@pytest.mark.parametrize("positions", [pytest.param("last", marks=pytest.mark.exhaustive), "answer"])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("positions", ["last", "answer"])
 def test_an_llm_compiled_in_place_generates_steered(positions):
     expected = generated(atv_on(make_llm(), positions=positions), PROMPTS, QUERIES, do_sample=False)
     atv = atv_on(make_llm(), positions=positions)
