@@ -105,7 +105,9 @@ def make_atv(
 ) -> ATVModel:
     """An ATV in training mode with the generator `minilm`, `self`, or `gpt2`: GPT-2's shape with random weights."""
     pooling: Any = "mean" if generator == "minilm" else "last"
-    config = ATVConfig(generator=generator, pooling=pooling, positions=positions, parametrisation="paper")
+    config = ATVConfig(
+        generator=generator, pooling=pooling, positions=positions, parametrisation="paper", train_generator=True
+    )
     words = tokenizer if tokenizer is memory_tokenizer() else load_tokenizer(EMBEDDED_GENERATOR)
     if generator == "minilm" and not options.tiny:
         config.generator = EMBEDDED_GENERATOR

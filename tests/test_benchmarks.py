@@ -72,6 +72,15 @@ def test_the_parts_of_a_step_make_the_whole_and_leave_nothing_behind(tmp_path):
     assert not atv.expansion._forward_pre_hooks
 
 
+@pytest.mark.parametrize("generator", ["minilm", "gpt2"])
+@pytest.mark.parametrize("tiny", [True, False])
+def test_the_generator_of_a_training_step_is_trained_at_any_size(tmp_path, generator, tiny):
+    llm = small_llm(options(tmp_path))
+    made = subject(options(tmp_path, tiny=tiny), *llm, generator).generator
+    assert made.trainable
+    assert all(p.requires_grad for p in made.parameters())
+
+
 @pytest.mark.parametrize("step", [floor_step, train_step])
 def test_a_step_updates_the_generator_and_never_the_llm(tmp_path, step):
     atv = subject(options(tmp_path), *small_llm(options(tmp_path)))
