@@ -82,6 +82,7 @@ def test_a_compiled_llm_is_steered_as_it_is_written():
     )
 
 
+@pytest.mark.exhaustive
 def test_an_llm_compiled_in_place_or_inside_a_function_is_steered():
     expected = atv_on(make_llm())
     inputs = expected.encode_prompts(PROMPTS)

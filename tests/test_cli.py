@@ -366,7 +366,8 @@ main()
 """
 
 
-@pytest.mark.parametrize("command", ["train", pytest.param("generate", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive  # the next test interrupts two processes
+@pytest.mark.parametrize("command", ["train", "generate"])
 def test_ctrl_c_is_one_line_that_says_how_to_resume(world, tmp_path, command):
     """Sent as a terminal sends it, while the command does its work."""
     program = [sys.executable, "-c", SLOWLY, command]
