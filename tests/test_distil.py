@@ -1,5 +1,6 @@
 """Prompt distillation: the teacher, the loss and what is recovered, each beside passes of the plain LLM."""
 
+import copy
 import itertools
 import json
 import sys
@@ -18,6 +19,7 @@ from atv.cli import main
 from atv.config import ATVConfig, TrainConfig
 from atv.data import Example, Rendering
 from atv.data.chat import Chat
+from atv.data.render import Turn
 from atv.data.table import Queries, load_queries
 from atv.data.taught import divergence
 from atv.evaluation.distil import agreement, distilled
@@ -117,9 +119,16 @@ def test_demonstrations_teach_too(llm, tokenizer):
     assert task.prepared["teacher"]["shots"] == 2
 
 
-def test_teachers_that_cannot_be_are_refused(llm, tokenizer):
+def test_teachers_that_cannot_be_are_refused(llm, tokenizer, tmp_path):
     with refused("would read what the student reads"):
         taught(llm, tokenizer, system=None)
+    own = (Turn("system", "Be brief."),)
+    begun = {split: tuple(row._replace(turns=own) for row in rows) for split, rows in queries().splits.items()}
+    with refused("would read what the student reads", "keeps its own"):  # the chat template would ignore the teacher's
+        taught_task(llm, tokenizer, queries()._replace(splits=begun), Rendering(), system=SYSTEM)
+    with refused("class_weights is 'balanced'"):
+        how = TrainConfig(epochs=1, class_weights="balanced")
+        train(FixedModel(llm, tokenizer=tokenizer), [taught(llm, tokenizer)], tmp_path / "out", how)
     with refused("The teacher's longest prompt has", "context is 2048"):
         taught(llm, tokenizer, limit=2048)
 
@@ -156,11 +165,24 @@ def test_a_student_learns_what_its_teacher_says(llm, tokenizer, tmp_path, positi
     model = ATVModel(llm, config, tokenizer=tokenizer, generator=make_generator(config))
     how = TrainConfig(epochs=60, batch_size=10, adaptive_dropout=0.0, state_dropout=0.0)
     train(model, [task], tmp_path / "out", how, metric=lambda _: next(epochs))  # the last epoch is kept
-    found = distilled(ATVMethod(model), replace(task, train=task.test, test=task.train))
+    found = distilled(ATVMethod(model), replace(task, train=task.test, test=task.train), llm)
     assert found["recovered"] > {"last": 0.03, "answer": 0.3}[positions]
     assert found["recovered_low"] <= found["recovered"] <= found["recovered_high"]
     assert found["agreement"] > found["agreement_without"]
     assert found["prompt_tokens"] < found["prompt_tokens_teacher"] - 10
+
+
+def test_what_is_recovered_is_counted_from_the_frozen_llm_and_not_from_the_methods_own(llm, tokenizer):
+    """A fine-tuned copy is the method's LLM."""
+    task, copied = taught(llm, tokenizer), copy.deepcopy(llm)
+    with torch.no_grad():
+        copied.lm_head.weight.mul_(0.5)
+    found = distilled(ZeroShot(copied, tokenizer), task, llm)
+    mean = {name: sum(agreement(ZeroShot(of, tokenizer), task).divergences) / len(task.test)
+            for name, of in (("plain", llm), ("copy", copied))}  # fmt: skip
+    assert found["divergence_without"] == pytest.approx(mean["plain"])
+    assert found["recovered"] == pytest.approx(1 - mean["copy"] / mean["plain"])
+    assert abs(found["recovered"]) > 0.01
 
 
 def test_given_and_taught_answers_are_not_mixed(llm, tokenizer, tmp_path):

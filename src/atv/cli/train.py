@@ -76,7 +76,7 @@ def _distil(given: Train, settings: Settings, store: PrefixStore) -> Path:
     task = taught_task(llm, tokenizer, queries, student, **how)
     method = METHODS[given.method]
     adapter = method.fit(llm, tokenizer, [task], given.out, *settings, force=given.force, store=store)
-    found = distilled(method.load(llm, tokenizer, adapter), task)
+    found = distilled(method.load(llm, tokenizer, adapter), task, llm)
     write_json(given.out / "distil.json", found)
     percent = {key: f"{100 * value:.0f}%" for key, value in found.items()}
     print_lines(

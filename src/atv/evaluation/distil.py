@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
 from atv.data import Task
 from atv.data.taught import Taught, divergence
@@ -67,8 +68,14 @@ def _compared(logits: torch.Tensor, lesson: Taught) -> tuple[float, float]:
     return away, (logits.argmax(-1) == torch.tensor(lesson.ids)).float().mean().item()
 
 
-def distilled(method: Method, task: Task, batch_size: int = 16) -> dict[str, Any]:
+def distilled(method: Method, task: Task, llm: nn.Module, batch_size: int = 16) -> dict[str, Any]:
     """Return what a method recovers of its teacher on the test queries, as JSON values.
+
+    Args:
+        method: the method.
+        task: from `taught_task`.
+        llm: the frozen LLM, of which `method.llm` may be an adapted or fine-tuned copy.
+        batch_size: prompts per call of the LLM.
 
     Returns:
         `queries`; `divergence` and `agreement` of the method, and of the plain LLM as `..._without`; `recovered`, the
@@ -84,7 +91,7 @@ def distilled(method: Method, task: Task, batch_size: int = 16) -> dict[str, Any
         raise ATVError(
             f"The method {method.name} does not answer with the LLM, and so cannot be compared to a teacher."
         )
-    plain = agreement(ZeroShot(getattr(method.llm, "get_base_model", lambda: method.llm)(), method.tokenizer), task)
+    plain = agreement(ZeroShot(llm, method.tokenizer), task, batch_size)
     ours = agreement(method, task, batch_size)
     low, high = _interval(ours.divergences, plain.divergences)
     return {

@@ -103,6 +103,8 @@ def taught_task(
 ) -> Task:
     """Return a task whose answers are a teacher's: the LLM's own with a system prompt or demonstrations.
 
+    Queries that the teacher answers with nothing are left out, and logged.
+
     Args:
         llm: the frozen LLM, teacher and later student.
         tokenizer: the LLM's.
@@ -114,14 +116,18 @@ def taught_task(
         cache: folder in which the answers are kept, so that the same teacher is asked once.
 
     Raises:
-        ATVError: the teacher has neither a system prompt nor demonstrations, or answers a query with nothing.
+        ATVError: the teacher would read the same prompt as the student, or a prompt leaves no room for an answer.
     """
-    if system is None and not shots:
-        raise ATVError("The teacher would read what the student reads; give it a system prompt or demonstrations.")
     teacher = student if system is None else replace(student, system=system)
-    render = teacher(INPUT, None, INPUT)
+    render, plain = teacher(INPUT, None, INPUT), student(INPUT, None, INPUT)
     every = [example for split in queries.splits.values() for example in split]
     prompts = [render.prompt(tokenizer, example, shots).ids for example in every]
+    for example, prompt in zip(every, prompts, strict=True):
+        if prompt == plain.prompt(tokenizer, example).ids:
+            raise ATVError(
+                f"The teacher would read what the student reads of the query {example.input[:60]!r}. Give it a system "
+                "prompt or demonstrations; a conversation that begins with a system message keeps its own: remove it."
+            )
     answers = _cached(llm, tokenizer, prompts, limit, cache)
     ends = frozenset(end_ids(llm, tokenizer))
     texts = [tokenizer.decode([token for token in answer.ids if token not in ends]).strip() for answer in answers]

@@ -233,6 +233,8 @@ def _encoded(
             right = judged[row.task][answer] if row.task in judged else len(made.pairs[0][1])
             made = replace(made, judged=right, weight=weights[row.task][answer] if balanced else 1.0)
             lesson = taught[row.task].get(row.example)
+            if lesson is not None and balanced:
+                raise ATVError("class_weights is 'balanced', and a teacher's answers have no classes; expected none.")
             if lesson is not None:
                 made = replace(made, pairs=[(prompt, lesson.ids) for prompt, _ in made.pairs], taught=lesson)
             encoded.append(made)
