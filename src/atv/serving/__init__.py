@@ -1,0 +1,1 @@
+"""Serving adapters: one frozen LLM, and vectors of its own for every request."""

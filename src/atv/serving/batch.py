@@ -1,0 +1,252 @@
+"""A batch of prompts, each with its own adapter or none, read and decoded together in one LLM.
+
+Rows may come and go between steps: `join` adds the rows of another batch, `keep` drops rows. Every row gets the edits
+of its own adapter at its own tokens, and unsteered rows pass through unchanged.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from atv.config import Positions
+from atv.data.collate import left_padded, position_ids
+from atv.data.render import Prompt
+from atv.lm.hooks import base_llm, input_device
+from atv.lm.prefix import as_cache, attention_alone, call_llm, full_sides
+from atv.lm.spans import Known, Span
+from atv.model import ATVModel, ReadAndSteer
+from atv.serving.beginnings import Beginnings, right_aligned
+from atv.steer import Edit, steer
+
+
+@dataclass(eq=False)
+class Row:
+    """A prompt in a batch."""
+
+    prompt: Prompt
+    model: ATVModel | None = None
+    """The adapter that steers it; None: the plain LLM."""
+    scale: float | None = None
+    """Strength of its vectors; None: the adapter's own."""
+    tokens: int = 0
+    """Number of answer tokens read so far."""
+    vectors: Tensor | None = None
+    """(vectors, hidden), while later steps need them."""
+
+    @property
+    def positions(self) -> Positions | None:
+        """The edited tokens; None: none."""
+        return None if self.model is None else self.model.positions
+
+    @property
+    def clean(self) -> int:
+        """Number of tokens at the beginning that no edit can change, without the last one, whose logits are needed."""
+        edited = 1 if self.positions is None else self.positions.prompt_tokens
+        return 0 if edited is None else max(0, len(self.prompt.ids) - max(1, edited))
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """The rows of a call that one edit changes."""
+
+    rows: Tensor
+    """(part,) their indices in the call, in ascending order."""
+    edit: Edit
+    span: Span
+    """Of these rows alone."""
+
+
+class Mixed:
+    """An `Edit` that applies several edits, each to its own rows.
+
+    Args:
+        llm: the LLM, which gives the order of the sites.
+        parts: the edits; rows in none of them are not changed.
+    """
+
+    def __init__(self, llm: nn.Module, parts: Sequence[Part]) -> None:
+        self.positions = Positions.parse("all")  # the parts know theirs
+        at: dict[nn.Module, list[tuple[Part, int]]] = {}
+        for part in parts:
+            for site, module in enumerate(part.edit.sites):
+                at.setdefault(module, []).append((part, site))
+        self.sites = list(at) if len(parts) == 1 else [module for module in base_llm(llm).modules() if module in at]
+        self._parts = [at[module] for module in self.sites]
+
+    def __call__(self, site: int, hidden: Tensor, span: Span) -> Tensor:
+        """Return hidden states (rows, seq, hidden) with the edits of all parts at this site."""
+        del span
+        for part, own in self._parts[site]:
+            rows = part.rows.to(hidden.device)
+            given = hidden if len(rows) == len(hidden) else hidden[rows]
+            changed = part.edit(own, given, part.span)
+            if changed is not given:
+                hidden = changed if len(rows) == len(hidden) else hidden.index_copy(0, rows, changed)
+        return hidden
+
+
+class Batch:
+    """Rows of one LLM, which reads them to the same column.
+
+    Args:
+        llm: the frozen LLM, in eval mode.
+        rows: at least one, none of which has been read.
+        pad_id: token id of padding.
+        beginnings: known keys and values of the prompts' beginnings.
+
+    Attributes:
+        rows: the rows, in the order of the tensors.
+        logits: (rows, vocabulary) float32, on the CPU: the logits after the last column.
+    """
+
+    @torch.no_grad()
+    def __init__(self, llm: nn.Module, rows: Sequence[Row], pad_id: int, beginnings: Beginnings | None = None) -> None:
+        self._llm, self.rows = llm, list(rows)
+        known = [] if beginnings is None else beginnings.of([(row.prompt.ids, row.clean) for row in rows])
+        sides, width = right_aligned(known)
+        counts = [each[0][0].shape[2] if each else 0 for each in known] or [0] * len(rows)
+        own = left_padded([row.prompt.ids[count:] for row, count in zip(rows, counts, strict=True)], pad_id)
+        device = input_device(llm)
+        # The columns of a row: padding, its known beginning, padding, its other tokens.
+        before = torch.arange(width) >= width - torch.tensor(counts)[:, None]  # (rows, width)
+        self._mask = torch.cat([before.long(), own["attention_mask"]], dim=1).to(device)
+        self._ids = torch.nn.functional.pad(own["input_ids"], (width, 0), value=pad_id).to(device)
+        self._read(self._ids.shape[1] - width, as_cache(sides) if width else None)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @torch.no_grad()
+    def step(self, tokens: Sequence[int]) -> None:
+        """Read one more token of each row."""
+        self._ids = torch.cat([self._ids, self._ids.new_tensor(tokens)[:, None]], dim=1)
+        self._mask = torch.cat([self._mask, torch.ones_like(self._mask[:, :1])], dim=1)
+        for row in self.rows:
+            row.tokens += 1
+        self._read(self._ids.shape[1] if self._cache is None else 1, self._cache)
+
+    def _read(self, new: int, cache: Any) -> None:
+        """Read the last `new` columns after those in the cache."""
+        with self._steered(new):
+            output = call_llm(
+                self._llm,
+                keep=1,
+                input_ids=self._ids[:, -new:],
+                attention_mask=self._mask,
+                position_ids=position_ids(self._mask)[:, -new:],
+                past_key_values=cache,
+                use_cache=True,
+            )
+        found = getattr(output, "past_key_values", None)
+        # Without keys and values alone, all columns are read at each step: slower, but right.
+        self._cache = found if attention_alone(found) else None
+        self.logits: Tensor = output.logits[:, -1].float().cpu()
+
+    def _steered(self, new: int) -> AbstractContextManager[None]:
+        """The context in which the last `new` columns are read with the rows' edits."""
+        # A row's tokens end at the last column, so the place of each in its text follows from the row's length.
+        lengths = self._mask.new_tensor([len(row.prompt.ids) for row in self.rows])[:, None]
+        read = lengths + self._mask.new_tensor([row.tokens for row in self.rows])[:, None]
+        place = read - torch.arange(new, 0, -1, device=read.device)  # (rows, new)
+        there = self._mask[:, -new:].bool()
+        groups: dict[tuple[int, float | None], list[int]] = {}
+        for index, row in enumerate(self.rows):
+            if row.model is not None and (new > row.tokens or row.model.positions.answer):
+                groups.setdefault((id(row.model), row.scale), []).append(index)
+        parts = []
+        for indices in groups.values():
+            rows, first = torch.tensor(indices, device=place.device), self.rows[indices[0]]
+            length, at, positions = lengths[rows], place[rows], first.positions
+            assert first.model is not None
+            assert positions is not None
+            edited = 0 if positions.prompt_tokens is None else length - positions.prompt_tokens
+            where = there[rows] & (at >= edited) & (positions.answer | (at < length))
+            if not bool(where.any()):
+                continue
+            ends = length[:, 0] - read[rows, 0] - 1  # counted from the last column
+            begins = bool((-ends <= new).all())
+            parts.append(Part(rows, self._edit(indices, begins), Span(where, ends if begins else None)))
+        return steer(self._llm, Mixed(self._llm, parts), Known(there)) if parts else nullcontext()
+
+    def _edit(self, indices: Sequence[int], begins: bool) -> Edit:
+        """Return the edit of rows with one adapter and scale, whose prompts end in this call or (`begins`) did not."""
+        rows = [self.rows[index] for index in indices]
+        model, scale = rows[0].model, rows[0].scale
+        assert model is not None
+        if begins and rows[0].vectors is None:
+            made = model.own_vectors([row.prompt.query for row in rows])
+            if made is not None:
+                for row, vectors in zip(rows, made, strict=True):
+                    row.vectors = vectors
+        vectors = [row.vectors for row in rows if row.vectors is not None]
+        edit = model.edit(torch.stack(vectors) if vectors else None, scale)
+        return _Keeping(edit, rows) if isinstance(edit, ReadAndSteer) else edit
+
+    # ---- rows that come and go ----
+
+    @property
+    def joins(self) -> bool:
+        """Whether rows of other batches can be added: keys and values of all columns, and no sliding window."""
+        return self._sides() is not None
+
+    def _sides(self) -> list[tuple[Tensor, Tensor]] | None:
+        sides = full_sides(self._cache, self._ids.shape[1])
+        slides = any(layer.is_sliding for layer in getattr(self._cache, "layers", ()))
+        return None if slides else sides
+
+    def join(self, other: Self) -> None:
+        """Add the rows of another batch, which must not be used again; both must have `joins`."""
+        pairs = [(batch, batch._sides()) for batch in (self, other)]
+        width = max(batch._ids.shape[1] for batch, _ in pairs)
+        padded = [
+            [torch.nn.functional.pad(side, (0, 0, width - side.shape[2], 0)) for pair in sides or () for side in pair]
+            for _, sides in pairs
+        ]
+        together = [torch.cat(both) for both in zip(*padded, strict=True)]
+        self._cache = as_cache(zip(together[::2], together[1::2], strict=True))
+        self._ids, self._mask = (
+            torch.cat(
+                [
+                    torch.nn.functional.pad(each, (width - each.shape[1], 0))
+                    for each in (getattr(b, name) for b, _ in pairs)
+                ]
+            )
+            for name in ("_ids", "_mask")
+        )
+        self.rows += other.rows
+        self.logits = torch.cat([self.logits, other.logits])
+
+    def keep(self, indices: Sequence[int]) -> None:
+        """Keep only these rows, in this order, and drop columns that are padding in all of them."""
+        if list(indices) == list(range(len(self.rows))):
+            return
+        chosen = torch.tensor(indices, dtype=torch.long, device=self._ids.device)
+        self.rows, self.logits = [self.rows[index] for index in indices], self.logits[list(indices)]
+        self._ids, self._mask = self._ids[chosen], self._mask[chosen]
+        if not indices or self._cache is None:
+            return
+        self._cache.batch_select_indices(chosen)
+        sides = self._sides()
+        unused = int(self._mask.any(0).long().argmax())
+        if sides is not None and unused:
+            self._ids, self._mask = self._ids[:, unused:], self._mask[:, unused:]
+            self._cache = as_cache((keys[:, :, unused:], values[:, :, unused:]) for keys, values in sides)
+
+
+class _Keeping:
+    """The edit of the generator `self`, which gives its rows the vectors that it makes while their prompts are read."""
+
+    def __init__(self, edit: ReadAndSteer, rows: Sequence[Row]) -> None:
+        self._edit, self._rows = edit, rows
+        self.sites, self.positions = edit.sites, edit.positions
+
+    def __call__(self, site: int, hidden: Tensor, span: Span) -> Tensor:
+        found = self._edit(site, hidden, span)
+        if site == 0 and span.ends is not None:
+            for row, vectors in zip(self._rows, self._edit.edit.vectors, strict=True):
+                row.vectors = vectors
+        return found

@@ -1,0 +1,410 @@
+"""The engine: one thread owns one LLM, and answers requests with different adapters in common batches.
+
+Waiting prompts are read together, and their rows join those that are being decoded; a row leaves when its answer ends.
+transformers' continuous batching (`generate_batch`) packs the tokens of all requests into one row and tells the layers
+nothing of whose they are, so the batches are our own (`atv.serving.batch`).
+"""
+
+import asyncio
+import queue
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast
+
+from torch import nn
+
+from atv.data.collate import pad_id
+from atv.data.render import Prompt
+from atv.errors import ATVError
+from atv.lm.ends import end_ids
+from atv.lm.load import context_length
+from atv.model import ATVModel
+from atv.progress import log
+from atv.serving.batch import Batch, Row
+from atv.serving.beginnings import Beginnings
+from atv.serving.sampling import Likelihood, Sampler, Sampling
+from atv.serving.text import TextStream
+
+T = TypeVar("T")
+Finish = Literal["stop", "length", "timeout", "cancelled", "error"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an engine takes on.
+
+    Raises:
+        ATVError: a limit is below 1.
+    """
+
+    rows: int = 32
+    """Most answers that are decoded together."""
+    waiting: int = 256
+    """Most requests that wait; further ones are refused (`Busy`)."""
+    tokens: int = 2**16
+    """Most tokens of all answers that are being decoded, prompts and room for answers included: bounds memory."""
+    prefill: int = 4096
+    """Most prompt tokens per call, padding included; exceeded only by a single prompt."""
+    answer: int = 1024
+    """Most tokens of one answer."""
+    seconds: float = 300.0
+    """Time after which a request ends, waiting included."""
+    kept: int = 2**29
+    """Bytes of keys and values of shared beginnings."""
+
+    def __post_init__(self) -> None:
+        """Validate the fields."""
+        for name in ("rows", "waiting", "tokens", "prefill", "answer", "seconds"):
+            if getattr(self, name) < 1:
+                raise ATVError(f"{name} is {getattr(self, name)}; expected at least 1.")
+
+
+class Busy(ATVError):
+    """Too many requests are waiting."""
+
+    def __init__(self, waiting: int, seconds: int) -> None:
+        super().__init__(f"{waiting} requests are waiting already; try again in {seconds} seconds.")
+        self.seconds = seconds
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an engine answers."""
+
+    prompt: Prompt
+    model: ATVModel | None = None
+    """The adapter; None: the plain LLM."""
+    scale: float | None = None
+    """Strength of its vectors; None: the adapter's own."""
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+class Piece(NamedTuple):
+    """A part of an answer. The last one has `finish`."""
+
+    text: str = ""
+    tokens: tuple[Likelihood, ...] = ()
+    """The new tokens, if log-probabilities were asked for."""
+    finish: Finish | None = None
+    """Why the answer ends; None: more follows."""
+    generated: int = 0
+    """Number of answer tokens so far, with the end token."""
+    error: Exception | None = None
+    """With `finish` "error"."""
+
+
+class Serving(Protocol):
+    """An engine of any kind, as the server uses it."""
+
+    def check(self, request: Request) -> None:
+        """Raise ATVError if a request can never be answered."""
+
+    def stream(self, request: Request) -> AsyncIterator[Piece]:
+        """Yield the pieces of an answer; closing the iterator cancels the request. Raises `Busy`."""
+
+    async def run(self, function: Callable[[], T]) -> T:
+        """Call a function while the LLM is not in use."""
+
+    def numbers(self) -> dict[str, float]:
+        """Return counters and gauges by name, for metrics."""
+
+    def healthy(self) -> bool:
+        """Whether requests are being answered."""
+
+    def close(self) -> None:
+        """Stop; running requests end with an error."""
+
+
+@dataclass(eq=False, kw_only=True)
+class _Work(Row):
+    """A row of a request and how its answer is made."""
+
+    request: Request
+    deliver: Callable[[Piece], None]
+    deadline: float
+    sampler: Sampler
+    text: TextStream
+    next: int = 0
+    """The token to read next."""
+    generated: int = 0
+    cancelled: bool = False
+
+    @property
+    def most(self) -> int:
+        """Number of tokens that its prompt and answer may have."""
+        return len(self.prompt.ids) + self.request.sampling.max_tokens
+
+
+class Engine:
+    """Answers requests in the order in which they come, as many together as fit.
+
+    `submit`, `stream`, `answer` and `run` may be called from any thread or event loop.
+
+    Args:
+        llm: the frozen LLM; nobody else may call it while the engine runs.
+        tokenizer: the LLM's.
+        limits: what it takes on.
+    """
+
+    def __init__(self, llm: nn.Module, tokenizer: Any, limits: Limits | None = None) -> None:
+        self.llm, self.tokenizer, self.limits = llm.eval(), tokenizer, limits or Limits()
+        self._ends = frozenset(end_ids(llm, tokenizer))
+        self._pad = pad_id(tokenizer)
+        self._beginnings = Beginnings(llm, self.limits.kept)
+        self._wake = threading.Condition()
+        self._waiting: deque[_Work] = deque()
+        self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        self._batches: list[Batch] = []
+        self._closing = False
+        self._counts: Counter[str] = Counter()
+        self._pace = 1.0  # seconds per finished request, smoothed
+        self._last = time.monotonic()
+        self._thread = threading.Thread(target=self._loop, name="atv-engine", daemon=True)
+        self._thread.start()
+
+    # ---- from any thread ----
+
+    def check(self, request: Request) -> None:
+        """Raise ATVError if a request can never be answered."""
+        tokens, asked = len(request.prompt.ids), request.sampling.max_tokens
+        if asked > self.limits.answer:
+            raise ATVError(f"max_tokens is {asked}; expected at most {self.limits.answer}.")
+        limits = {"the LLM's context": context_length(self.llm), "the server's limit": self.limits.tokens}
+        for what, limit in limits.items():
+            if limit is not None and tokens + asked > limit:
+                raise ATVError(f"The prompt has {tokens} tokens, max_tokens is {asked}, and {what} is {limit} tokens.")
+
+    def submit(self, request: Request, deliver: Callable[[Piece], None]) -> Callable[[], None]:
+        """Queue a request.
+
+        Args:
+            request: what to answer.
+            deliver: called with each piece, in the engine's thread; it must return at once and not raise.
+
+        Returns:
+            A function that cancels the request.
+
+        Raises:
+            Busy: too many requests are waiting.
+            ATVError: the request can never be answered, or the engine is closed.
+        """
+        self.check(request)
+        work = _Work(
+            prompt=request.prompt,
+            model=request.model,
+            scale=request.scale,
+            request=request,
+            deliver=deliver,
+            deadline=time.monotonic() + self.limits.seconds,
+            sampler=Sampler(request.sampling),
+            text=TextStream(self.tokenizer, request.sampling.stop),
+        )
+        with self._wake:
+            if self._closing:
+                raise ATVError("The engine is closed.")
+            if len(self._waiting) >= self.limits.waiting:
+                self._counts["refused"] += 1
+                raise Busy(len(self._waiting), max(1, round(self._pace * len(self._waiting))))
+            self._waiting.append(work)
+            self._counts["prompt_tokens"] += len(request.prompt.ids)
+            self._wake.notify()
+
+        def cancel() -> None:
+            work.cancelled = True
+
+        return cancel
+
+    async def stream(self, request: Request) -> AsyncIterator[Piece]:
+        """Yield the pieces of an answer; closing the iterator cancels the request. Raises as `submit`."""
+        loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Piece]()
+
+        def deliver(piece: Piece) -> None:
+            loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+        cancel = self.submit(request, deliver)
+        try:
+            while True:
+                piece = await pieces.get()
+                yield piece
+                if piece.finish is not None:
+                    return
+        finally:
+            cancel()
+
+    def answer(self, request: Request) -> list[Piece]:
+        """Return all pieces of an answer; blocks until it is finished. Raises as `submit`."""
+        pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
+        self.submit(request, pieces.put)
+        found = [pieces.get()]
+        while found[-1].finish is None:
+            found.append(pieces.get())
+        return found
+
+    async def run(self, function: Callable[[], T]) -> T:
+        """Call a function in the engine's thread between two steps, and return its result or raise its exception."""
+        future: Future[T] = Future()
+        with self._wake:
+            if self._closing:
+                raise ATVError("The engine is closed.")
+            self._calls.append((future, function))
+            self._wake.notify()
+        return await asyncio.wrap_future(future)
+
+    def numbers(self) -> dict[str, float]:
+        """Return counters and gauges by name."""
+        return {
+            "waiting": len(self._waiting),
+            "running": sum(map(len, self._batches)),
+            "kept_bytes": self._beginnings.bytes,
+            "reused_tokens": self._beginnings.read_tokens,
+            **{
+                name: self._counts[name]
+                for name in ("prompt_tokens", "answer_tokens", "refused", "stop", "length", "timeout", "cancelled")
+            },
+            "error": self._counts["error"],
+        }
+
+    def healthy(self) -> bool:
+        """Whether the engine's thread is alive."""
+        return self._thread.is_alive() and not self._closing
+
+    def close(self) -> None:
+        """Stop after the current step; unfinished requests end with an error."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    # ---- in the engine's thread ----
+
+    def _loop(self) -> None:
+        while True:
+            with self._wake:
+                while not (self._waiting or self._calls or self._batches or self._closing):
+                    self._wake.wait()
+                if self._closing:
+                    break
+                calls, self._calls = self._calls, deque()
+                new = self._admitted()
+            for future, function in calls:
+                _call(future, function)
+            if new:
+                self._begin(new)
+            for batch in list(self._batches):
+                self._step(batch)
+        closed = ATVError("The server is shutting down.")
+        for work in [*self._waiting, *(row for batch in self._batches for row in batch.rows)]:
+            self._finish(cast(_Work, work), "error", closed)
+        for future, _ in self._calls:
+            future.set_exception(closed)
+        self._waiting.clear()
+        self._batches.clear()
+
+    def _admitted(self) -> list[_Work]:
+        """Take the requests that are read next, and end those that need no answer any more."""
+        now = time.monotonic()
+        for work in [work for work in self._waiting if work.cancelled or work.deadline < now]:
+            self._waiting.remove(work)
+            self._finish(work, "cancelled" if work.cancelled else "timeout")
+        running = [cast(_Work, row) for batch in self._batches for row in batch.rows]
+        free = self.limits.tokens - sum(work.most for work in running)
+        new: list[_Work] = []
+        longest = 0
+        while self._waiting and len(running) + len(new) < self.limits.rows:
+            work = self._waiting[0]
+            longest = max(longest, len(work.prompt.ids))
+            if work.most > free or (new and longest * (len(new) + 1) > self.limits.prefill):
+                break
+            free -= work.most
+            new.append(self._waiting.popleft())
+        return new
+
+    def _begin(self, new: list[_Work]) -> None:
+        """Read prompts. If that fails, each is read alone, so that a request fails for its own reasons only."""
+        try:
+            batch = Batch(self.llm, new, self._pad, self._beginnings)
+        except Exception as error:
+            if len(new) > 1:
+                for work in new:
+                    self._begin([work])
+            else:
+                self._finish(new[0], "error", error)
+            return
+        self._choose(batch)
+        if not batch.rows:
+            return
+        other = next((other for other in self._batches if other.joins), None) if batch.joins else None
+        if other is None:
+            self._batches.append(batch)
+        else:
+            other.join(batch)
+
+    def _step(self, batch: Batch) -> None:
+        try:
+            batch.step([cast(_Work, row).next for row in batch.rows])
+        except Exception as error:
+            for row in batch.rows:
+                self._finish(cast(_Work, row), "error", error)
+            batch.keep([])
+        else:
+            self._choose(batch)
+        if not batch.rows:
+            self._batches.remove(batch)
+
+    def _choose(self, batch: Batch) -> None:
+        """Choose the next token of each row, and drop the rows that end."""
+        now, remain = time.monotonic(), []
+        for index, (row, logits) in enumerate(zip(batch.rows, batch.logits, strict=True)):
+            work = cast(_Work, row)
+            if work.cancelled or work.deadline < now:
+                self._finish(work, "cancelled" if work.cancelled else "timeout")
+                continue
+            work.next = work.sampler.choose(logits)
+            work.generated += 1
+            self._counts["answer_tokens"] += 1
+            if work.next in self._ends:
+                self._finish(work, "stop")
+                continue
+            told = work.sampler.told(logits, work.next)
+            tokens = () if told is None else (told,)
+            text = work.text.push(work.next)
+            if work.text.stopped or work.generated >= work.request.sampling.max_tokens:
+                self._finish(work, "stop" if work.text.stopped else "length", text=text, tokens=tokens)
+                continue
+            if text or tokens:
+                self._deliver(work, Piece(text, tokens, None, work.generated))
+            remain.append(index)
+        batch.keep(remain)
+
+    def _finish(
+        self,
+        work: _Work,
+        why: Finish,
+        error: Exception | None = None,
+        text: str = "",
+        tokens: tuple[Likelihood, ...] = (),
+    ) -> None:
+        now = time.monotonic()
+        self._pace, self._last = 0.9 * self._pace + 0.1 * min(now - self._last, 10.0), now
+        self._counts[why] += 1
+        if error is not None and not isinstance(error, ATVError):
+            log.error(f"A request failed: {type(error).__name__}: {error}")
+        self._deliver(work, Piece(text + work.text.finish(), tokens, why, work.generated, error))
+
+    def _deliver(self, work: _Work, piece: Piece) -> None:
+        try:
+            work.deliver(piece)
+        except Exception:  # its receiver is gone, such as a closed event loop
+            work.cancelled = True
+
+
+def _call(future: "Future[Any]", function: Callable[[], Any]) -> None:
+    try:
+        future.set_result(function())
+    except Exception as error:
+        future.set_exception(error)

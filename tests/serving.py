@@ -1,0 +1,72 @@
+"""Adapters on one tiny LLM, and the sequential loop that a served answer must equal."""
+
+import torch
+from conftest import PAPER_FORM, byte_level_tokenizer, make_generator, make_llm
+from transformers import set_seed
+
+from atv.config import ATVConfig
+from atv.data.collate import edit_mask
+from atv.data.render import Prompt, encode_text
+from atv.model import ATVModel
+
+TEXTS = (
+    *("The harbour was quiet before the first boats came in.", "Is this opinion positive or negative?", "yes"),
+    *("Question: the kettle leaks and the lid sticks, yes or no?", "one two three four five six.", "no no no"),
+    *("The harbour was quiet before the last boats came in.", "The harbour was quiet before the first boats came in."),
+)
+
+
+def adapters(name="llama", dtype=torch.float64, **options):
+    """Adapters with different layers, positions and strengths on one LLM, by name."""
+    llm, tokenizer = make_llm(name, dtype), byte_level_tokenizer()
+    path = getattr(llm, "layer_path", None)
+    found = {}
+    for number, (positions, layers, scale) in enumerate(
+        [("last", "all", 0.5), ("answer", "top", 0.7), ("last:3", "0,2", 0.4), ("all", "bottom", 0.3)]
+    ):
+        config = ATVConfig(
+            **(PAPER_FORM | {"positions": positions, "layers": layers, "scale": scale, "layer_path": path} | options)
+        )
+        set_seed(10 + number)
+        model = ATVModel(llm, config, tokenizer=tokenizer, generator=make_generator(config)).to(dtype).eval()
+        found[positions] = model
+    return llm, tokenizer, found
+
+
+def prompt(tokenizer, text, query=None):
+    """The prompt that says a text."""
+    return Prompt(encode_text(tokenizer, text), query or text)
+
+
+@torch.no_grad()
+def sequential(llm, row, ends, limit, scale=None):
+    """Greedy tokens and their logits of one prompt read alone, whole at every step, with hooks written by hand."""
+    model = row.model
+    ids = list(row.prompt.ids)
+    found = []
+    for _ in range(limit):
+        text = torch.tensor([ids])
+        handles = []
+        if model is not None:
+            vectors = model.task_vectors([row.prompt.query])[0] * (model.config.scale if scale is None else scale)
+            where = torch.zeros(len(ids), dtype=torch.bool)
+            length = len(row.prompt.ids)
+            where[:length] = edit_mask(torch.ones(1, length), model.positions)[0]
+            where[length:] = model.positions.answer
+            for layer, vector in zip(model.layers, vectors, strict=True):
+
+                def add(_, __, output, vector=vector, where=where):
+                    hidden = output[0] if isinstance(output, tuple) else output
+                    hidden = hidden + where[None, :, None] * vector
+                    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+                handles.append(layer.register_forward_hook(add))
+        logits = llm(text).logits[0, -1]
+        for handle in handles:
+            handle.remove()
+        token = int(logits.argmax())
+        found.append((token, logits))
+        if token in ends:
+            break
+        ids.append(token)
+    return found

@@ -1,0 +1,302 @@
+"""Requests with different adapters in common batches: equal to each prompt read alone, whatever else runs."""
+
+import random
+import threading
+import time
+
+import pytest
+import torch
+from conftest import ARCHITECTURES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from serving import TEXTS, adapters, prompt, sequential
+
+from atv.data.render import Prompt
+from atv.errors import ATVError
+from atv.serving.batch import Batch, Row
+from atv.serving.beginnings import LEAST, Beginnings
+from atv.serving.engine import Busy, Engine, Limits, Request
+from atv.serving.sampling import Sampler, Sampling
+from atv.serving.text import TextStream
+
+GREEDY = Sampling(max_tokens=6, temperature=0.0)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_mixed_rows_equal_each_prompt_alone(name):
+    llm, tokenizer, models = adapters(name)
+    every = [None, *models.values()]
+    rows = [Row(prompt(tokenizer, text), every[index % len(every)]) for index, text in enumerate(TEXTS)]
+    expected = [sequential(llm, row, (), 5) for row in rows]
+    batch = Batch(llm, rows, 0)
+    for step in range(5):
+        tokens = [found[step][0] for found in expected]
+        torch.testing.assert_close(
+            batch.logits.double(), torch.stack([found[step][1] for found in expected]), rtol=1e-4, atol=1e-4
+        )
+        batch.step(tokens)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
+def test_rows_that_come_and_go_change_no_other_row(name):
+    llm, tokenizer, models = adapters(name)
+    every = [None, *models.values()]
+    beginnings = Beginnings(llm, 2**30)
+    draw = random.Random(5)
+    batch, done = None, 0
+    expected = {}
+    for _ in range(12):
+        texts = draw.choices(TEXTS, k=draw.randint(0, 2))
+        new = [Row(prompt(tokenizer, text), draw.choice(every)) for text in texts]
+        for row in new:
+            expected[row] = sequential(llm, row, (), 12)
+        if new:
+            read = Batch(llm, new, 0, beginnings)
+            if batch is None or not batch.rows:
+                batch = read
+            elif batch.joins:
+                batch.join(read)
+            else:
+                assert name == "mistral"  # a sliding window
+                batch = read
+        if batch is None:
+            continue
+        for row, logits in zip(batch.rows, batch.logits, strict=True):
+            torch.testing.assert_close(logits.double(), expected[row][row.tokens][1], rtol=1e-4, atol=1e-4)
+            done += 1
+        remain = [index for index, row in enumerate(batch.rows) if draw.random() < 0.8 and row.tokens < 10]
+        batch.keep(remain)
+        if batch.rows:
+            batch.step([expected[row][row.tokens][0] for row in batch.rows])
+    assert done > 15
+
+
+def test_a_scale_of_its_own_and_the_generator_self():
+    from conftest import PAPER_FORM, byte_level_tokenizer, make_llm
+    from transformers import set_seed
+
+    from atv.config import ATVConfig
+    from atv.model import ATVModel
+
+    llm, tokenizer = make_llm(), byte_level_tokenizer()
+    options = PAPER_FORM | {"generator": "self", "positions": "answer", "train_generator": None}
+    set_seed(4)
+    model = ATVModel(llm, ATVConfig(**options), tokenizer=tokenizer).double().eval()
+    rows = [Row(prompt(tokenizer, text), model if index % 2 else None) for index, text in enumerate(TEXTS[:5])]
+    alone = [model.generate([row.prompt], max_new_tokens=4, do_sample=False) for row in rows if row.model]
+    batch = Batch(llm, rows, 0)
+    tokens = [[] for _ in rows]
+    for _ in range(4):
+        chosen = batch.logits.argmax(-1).tolist()
+        for own, token in zip(tokens, chosen, strict=True):
+            own.append(token)
+        batch.step(chosen)
+    assert [tokenizer.decode(own) for own in tokens[1::2]] == [text for (text,) in alone]
+
+    llm, tokenizer, models = adapters()
+    row = Row(prompt(tokenizer, TEXTS[0]), models["answer"], scale=0.1)
+    batch = Batch(llm, [row, Row(prompt(tokenizer, TEXTS[0]), models["answer"])], 0)
+    ((_, logits),) = sequential(llm, row, (), 1, scale=0.1)
+    torch.testing.assert_close(batch.logits[0].double(), logits, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(batch.logits[0], batch.logits[1], atol=1e-2)
+
+
+def test_shared_beginnings_are_read_once_and_never_hold_a_steered_token():
+    llm, tokenizer, models = adapters()
+    text = "Question: the kettle leaks and the lid sticks, yes or no? " * 2
+    prompts = [prompt(tokenizer, text + more) for more in ("one", "two two", "three", "three")]
+    beginnings = Beginnings(llm, 2**30)
+    read = []
+    handle = llm.model.embed_tokens.register_forward_hook(lambda _, args, __: read.append(args[0].numel()))
+    for number, asked in enumerate(prompts):
+        for model in (models["last"], None, models["last:3"], models["all"]):
+            row = Row(asked, model)
+            read.clear()
+            batch = Batch(llm, [row], 0, beginnings)
+            cost = sum(read)
+            handle_off = sequential(llm, row, (), 1)
+            torch.testing.assert_close(batch.logits[0].double(), handle_off[0][1], rtol=1e-4, atol=1e-4)
+            if model is models["all"]:
+                assert cost == len(asked.ids)  # all of its tokens are edited: nothing is shared
+            elif number >= 2:
+                assert cost <= len(asked.ids) - LEAST  # only what is its own
+    handle.remove()
+    assert beginnings.bytes > 0
+    assert Beginnings(llm, 0).of([(asked.ids, len(asked.ids) - 1) for asked in prompts]) == [[]] * 4
+
+
+def test_kept_beginnings_stay_within_their_limit():
+    llm, tokenizer, _ = adapters()
+    ids = prompt(tokenizer, TEXTS[0] * 3).ids
+    one = Beginnings(llm, 2**30)
+    for _ in range(2):
+        one.of([(ids, len(ids))])
+    size = one.bytes
+    small = Beginnings(llm, size)
+    for text in (TEXTS[0] * 3, TEXTS[1] * 3, TEXTS[3] * 3):
+        for _ in range(3):
+            small.of([(prompt(tokenizer, text).ids[: len(ids)], len(ids))])
+            assert small.bytes <= size
+
+
+@pytest.fixture(scope="module")
+def world():
+    llm, tokenizer, models = adapters()
+    engine = Engine(llm, tokenizer, Limits(rows=4, seconds=60))
+    yield engine, models
+    engine.close()
+
+
+def test_concurrent_requests_equal_each_alone(world):
+    engine, models = world
+    every = [None, *models.values()]
+    draw = random.Random(3)
+    asked = [(draw.choice(TEXTS), draw.choice(every), draw.randint(1, 9)) for _ in range(40)]
+    found = {}
+
+    def ask(number):
+        text, model, limit = asked[number]
+        sampling = Sampling(max_tokens=limit, temperature=0.0, logprobs=2)
+        found[number] = engine.answer(Request(prompt(engine.tokenizer, text), model, sampling=sampling))
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(asked))]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.002)
+    for thread in threads:
+        thread.join()
+    for number, (text, model, limit) in enumerate(asked):
+        pieces = found[number]
+        expected = sequential(engine.llm, Row(prompt(engine.tokenizer, text), model), {3}, limit)
+        tokens = [token for token, _ in expected if token != 3]
+        assert [told.token for piece in pieces for told in piece.tokens] == tokens
+        for told, (token, logits) in zip((t for p in pieces for t in p.tokens), expected, strict=False):
+            assert told.logprob == pytest.approx(float(logits.log_softmax(-1)[token]), abs=1e-4)
+            assert [one for one, _ in told.top] == logits.topk(2).indices.tolist()
+        assert "".join(piece.text for piece in pieces) == engine.tokenizer.decode(tokens, skip_special_tokens=True)
+        assert pieces[-1].finish == ("stop" if expected[-1][0] == 3 else "length")
+        assert pieces[-1].generated == len(expected)
+    assert engine.numbers()["running"] == engine.numbers()["waiting"] == 0
+
+
+def test_sampling_depends_on_the_seed_alone(world):
+    engine, models = world
+    sampling = Sampling(max_tokens=8, temperature=1.0, seed=7, top_p=0.9)
+    request = Request(prompt(engine.tokenizer, TEXTS[0]), models["last"], sampling=sampling)
+    alone = "".join(piece.text for piece in engine.answer(request))
+    found = []
+    threads = [
+        threading.Thread(target=lambda r=r: found.append((r, engine.answer(r))))
+        for r in [request, Request(prompt(engine.tokenizer, TEXTS[1]), None, sampling=GREEDY), request]
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    texts = {"".join(piece.text for piece in pieces) for asked, pieces in found if asked is request}
+    assert texts == {alone}
+
+
+def test_a_failing_request_fails_alone(world):
+    engine, models = world
+    bad = Request(Prompt([5, 6], "   "), models["last"], sampling=GREEDY)  # the generator refuses an empty query
+    good = Request(prompt(engine.tokenizer, TEXTS[0]), models["last"], sampling=GREEDY)
+    pieces = {}
+    threads = [
+        threading.Thread(target=lambda n=n, r=r: pieces.update({n: engine.answer(r)}))
+        for n, r in enumerate([good, bad, good, bad])
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [pieces[n][-1].finish for n in range(4)] in (["length", "error"] * 2, ["stop", "error"] * 2)
+    assert isinstance(pieces[1][-1].error, ATVError)
+    assert engine.healthy()
+
+
+def test_cancelled_and_late_requests_end_and_free_their_place(monkeypatch):
+    llm, tokenizer, models = adapters()
+    monkeypatch.setattr("atv.serving.engine.end_ids", lambda *_: [])
+    handle = llm.register_forward_pre_hook(lambda *_: time.sleep(0.02))
+    engine = Engine(llm, tokenizer, Limits(rows=1, waiting=2, seconds=1.5))
+    asked = Request(prompt(tokenizer, TEXTS[0]), models["last"], sampling=Sampling(max_tokens=150, temperature=0.0))
+    first, second = [], []
+    cancel = engine.submit(asked, first.append)
+    while engine.numbers()["running"] == 0:
+        assert not first
+        time.sleep(0.01)
+    engine.submit(asked, second.append)
+    engine.submit(asked, [].append)
+    with pytest.raises(Busy) as refused:
+        engine.submit(asked, [].append)
+    assert refused.value.seconds >= 1
+    cancel()
+    deadline = time.monotonic() + 10
+    while not (second and second[-1].finish) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert first[-1].finish == "cancelled"
+    assert second[-1].finish == "timeout"
+    third = []
+    engine.submit(asked, third.append)
+    engine.close()
+    assert third[-1].finish in ("error", "cancelled", "timeout")
+    with pytest.raises(ATVError, match="closed"):
+        engine.submit(asked, third.append)
+    handle.remove()
+
+
+def test_what_can_never_be_answered_is_refused(world):
+    engine, _ = world
+    asked = prompt(engine.tokenizer, TEXTS[0])
+    with pytest.raises(ATVError, match="context is 256"):
+        engine.submit(Request(asked, sampling=Sampling(max_tokens=250)), print)
+    with pytest.raises(ATVError, match="at most 1024"):
+        engine.submit(Request(asked, sampling=Sampling(max_tokens=5000)), print)
+    for options in ({"temperature": -1}, {"top_p": 0}, {"max_tokens": 0}, {"stop": ("",)}, {"logprobs": 99}):
+        with pytest.raises(ATVError, match=next(iter(options))):
+            Sampling(**options)
+
+
+def test_samples_follow_the_distribution():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    for temperature, top_p in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.8)):
+        sampler = Sampler(Sampling(temperature=temperature, top_p=top_p, seed=1))
+        counts = torch.bincount(torch.tensor([sampler.choose(logits) for _ in range(2000)]), minlength=4) / 2000
+        chances = (logits / temperature).softmax(-1)
+        if top_p < 1:
+            chances = torch.tensor([float(chances[0]), float(chances[1]), 0.0, 0.0])  # 0.64 + 0.24 >= 0.8
+            chances = chances / chances.sum()
+        torch.testing.assert_close(counts.float(), chances.float(), atol=0.05, rtol=0)
+    assert Sampler(Sampling(temperature=0)).choose(logits) == 0
+
+
+ENDINGS = st.lists(st.text(min_size=1, max_size=4), max_size=3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(max_size=40), ENDINGS)
+def test_streamed_text_is_the_whole_text_up_to_a_stop_sequence(text, stop):
+    from conftest import byte_level_tokenizer
+
+    tokenizer = _tokenizer(byte_level_tokenizer)
+    ids = tokenizer(text)["input_ids"]
+    whole = tokenizer.decode(ids, skip_special_tokens=True)
+    stream, shown = TextStream(tokenizer, stop), []
+    for token in ids:
+        shown.append(stream.push(token))
+        if stream.stopped:
+            break
+    shown.append(stream.finish())
+    places = [place for place in (whole.find(each) for each in stop) if place >= 0]
+    assert "".join(shown) == (whole[: min(places)] if places else whole)
+    assert stream.stopped == bool(places)
+
+
+_MADE = []
+
+
+def _tokenizer(make):
+    if not _MADE:
+        _MADE.append(make())
+    return _MADE[0]
