@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 DOCS_STAMP := .venv/installed-docs
 MINIMUM := .venv-minimum
-EXTRAS := analysis data embedded quantized report
+EXTRAS := analysis data embedded quantized report serve
 # Tests of tools (of the site, of a browser, of ruff), and of what the embedded models and benchmarks say, not of the library
 NOT_CORE := benchmarks docs embedded page
 comma := ,

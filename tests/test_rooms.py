@@ -20,6 +20,7 @@ LEVELS = [
     ("methods", {"methods"}),
     ("evaluation", {"evaluation"}),
     ("report", {"report"}),
+    ("serving", {"serving"}),
     ("paper", {"paper"}),
     ("cli", {"cli", "__main__"}),
 ]

@@ -119,6 +119,14 @@ def predict(given: options.Predict) -> None:
     predict_file(given)
 
 
+@command(app, "serve")
+def serve(given: options.Serve) -> None:
+    """Serve adapters over HTTP, with OpenAI's API: the model's name in a request chooses the adapter."""
+    from atv.cli.serve import serve_adapters
+
+    serve_adapters(given)
+
+
 @command(app, "inspect")
 def inspect(given: options.Inspect) -> None:
     """Show the tokens that an adapter's vectors promote at each layer for queries, and the gate's value."""

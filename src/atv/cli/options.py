@@ -17,7 +17,7 @@ from atv.methods import METHODS, TRAINED
 from atv.paper.experiments import known_experiments
 from atv.paper.profiles import PROFILES
 
-MODEL, DATA, METHOD, TRAINING, OUTPUT = "Model", "Data", "Method", "Training", "Output"
+MODEL, DATA, METHOD, TRAINING, SERVER, OUTPUT = "Model", "Data", "Method", "Training", "Server", "Output"
 DEFAULT_RUNS = Path("runs")
 
 
@@ -304,6 +304,35 @@ class Compare:
     force: bool = force_field()
     """Start over, even if the folder contains results."""
     file: FromFile = group(FromFile)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serve:
+    """Of `atv serve`."""
+
+    adapter: list[str] | None = option(None, panel=MODEL)
+    """Adapter as NAME=DIR, or DIR alone, whose last part is the name; repeatable. A request chooses it by the name."""
+    llm: str | None = adapters_llm_field()
+    """Frozen LLM. Default: the first adapter's."""
+    loading: Loading = group(Loading)
+    adapters_from: Path | None = option(None, panel=MODEL)
+    """Folder from which requests may load, replace and remove adapters while the server runs. Default: they may not."""
+    host: str = option("127.0.0.1", panel=SERVER)
+    """Address to listen on. Any other than this machine's own needs an API key, in the environment as ATV_API_KEY."""
+    port: int = option(8000, panel=SERVER, min=0)
+    """Port; 0: a free one."""
+    rows: int = option(32, panel=SERVER, min=1)
+    """Most answers that are decoded together."""
+    waiting: int = option(256, panel=SERVER, min=1)
+    """Most requests that wait; further ones are refused with status 429."""
+    tokens: int = option(2**16, panel=SERVER, min=1)
+    """Most tokens of all answers being decoded, prompts included; bounds memory."""
+    max_tokens: int = option(1024, panel=SERVER, min=1)
+    """Most tokens of one answer."""
+    timeout: float = option(300.0, panel=SERVER, min=1)
+    """Seconds after which a request ends, waiting included."""
+    shared_memory: float = option(0.5, panel=SERVER, min=0)
+    """GiB for the keys and values of beginnings that prompts share."""
 
 
 @dataclass(frozen=True, kw_only=True)

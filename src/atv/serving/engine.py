@@ -13,15 +13,19 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast
 
 from torch import nn
 
+from atv import artifact
 from atv.data.collate import pad_id
 from atv.data.render import Prompt
 from atv.errors import ATVError
 from atv.lm.ends import end_ids
 from atv.lm.load import context_length
+from atv.methods import METHODS
+from atv.methods.atv import ATVMethod
 from atv.model import ATVModel
 from atv.progress import log
 from atv.serving.batch import Batch, Row
@@ -100,6 +104,9 @@ class Piece(NamedTuple):
 class Serving(Protocol):
     """An engine of any kind, as the server uses it."""
 
+    def load(self, folder: Path) -> Any:
+        """Load an adapter, as `Request.model` takes it; an object with the attribute `atv`."""
+
     def check(self, request: Request) -> None:
         """Raise ATVError if a request can never be answered."""
 
@@ -165,6 +172,21 @@ class Engine:
         self._last = time.monotonic()
         self._thread = threading.Thread(target=self._loop, name="atv-engine", daemon=True)
         self._thread.start()
+
+    def load(self, folder: Path) -> ATVModel:
+        """Load an adapter for this engine's LLM; call it through `run` once there are requests.
+
+        Raises:
+            ATVError: it is not an adapter, is for another LLM, or its method changes more than hidden states.
+        """
+        saved = artifact.read(folder)
+        method = METHODS.get(saved.method)
+        if method is None or not issubclass(method, ATVMethod):
+            raise ATVError(
+                f"{folder} is an adapter of the method {saved.method}, which cannot be served: expected atv or fixed, "
+                "whose vectors differ from row to row of a batch."
+            )
+        return method.model_class.from_pretrained(folder, self.llm, tokenizer=self.tokenizer)
 
     # ---- from any thread ----
 

@@ -1,0 +1,92 @@
+"""`atv serve`."""
+
+import ipaddress
+import os
+import socket
+from pathlib import Path
+
+from atv import artifact
+from atv.cli.loading import frozen_llm
+from atv.cli.options import Serve
+from atv.config import EMBEDDED_LLM
+from atv.errors import ATVError
+from atv.progress import log
+
+KEY = "ATV_API_KEY"
+
+
+def serve_adapters(given: Serve) -> None:
+    """Load the LLM and the adapters, and answer requests until Ctrl-C."""
+    key = os.environ.get(KEY) or None
+    if key is None and not _own(given.host):
+        raise ATVError(
+            f"--host is {given.host}, where other machines can send requests, and there is no API key; set {KEY} in "
+            "the environment, or leave --host out."
+        )
+    if given.adapters_from is not None and not given.adapters_from.is_dir():
+        raise ATVError(f"--adapters-from is {given.adapters_from}; expected a folder.")
+    adapters = dict(map(_named, given.adapter or ()))
+    if len(adapters) < len(given.adapter or ()):
+        raise ATVError("Two adapters have one name; give each its own as NAME=DIR.")
+    try:
+        import uvicorn
+
+        from atv.serving.app import make_app
+        from atv.serving.engine import Engine, Limits
+        from atv.serving.models import Models
+    except ImportError as error:
+        raise ATVError(
+            f"atv serve needs the package {error.name}; install it with: pip install 'adaptive-task-vectors[serve]'"
+        ) from error
+    name = given.llm
+    if name is None:
+        first = next(iter(adapters.values()), None)
+        name = EMBEDDED_LLM if first is None else artifact.read(artifact.locate(first)).base_llm["name"]
+    listening = _listen(given.host, given.port)  # before the LLM is loaded: a port in use is told at once
+    llm, tokenizer = frozen_llm(name, given.loading).load()
+    limits = Limits(
+        rows=given.rows,
+        waiting=given.waiting,
+        tokens=given.tokens,
+        answer=given.max_tokens,
+        seconds=given.timeout,
+        kept=int(given.shared_memory * 2**30),
+    )
+    engine = Engine(llm, tokenizer, limits)
+    models = Models(name, tokenizer, engine.load, given.adapters_from)
+    for each, folder in adapters.items():
+        models.add(each, folder)
+    host, port = listening.getsockname()[:2]
+    log.info(f"Serving {', '.join(served.name for served in models)} at http://{host}:{port}/v1 (stop with Ctrl-C)")
+    hosts = ("127.0.0.1", "localhost", "[::1]", given.host)
+    app = make_app(engine, models, key=key, hosts=hosts)
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=10)
+    uvicorn.Server(config).run(sockets=[listening])
+
+
+def _named(adapter: str) -> tuple[str, str]:
+    """Split NAME=DIR; the name of DIR alone is its last part, or of DIR/adapter the one before."""
+    name, equals, folder = adapter.partition("=")
+    if equals:
+        return name, os.path.expanduser(folder)
+    return Path(adapter).resolve().name, os.path.expanduser(adapter)
+
+
+def _own(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind, protocol)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(2048)
+    except (OSError, OverflowError) as error:
+        raise ATVError(f"Cannot listen on {host}, port {port}: {error}. Choose another --host or --port.") from error
+    return listening
