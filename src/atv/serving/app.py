@@ -2,6 +2,7 @@
 
 import asyncio
 import hmac
+import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, cast
@@ -11,7 +12,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException as StarletteHTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from atv.data.render import Prompt
 from atv.errors import ATVError
@@ -24,7 +24,7 @@ from atv.serving.schemas import ChatCompletion, Completion, Load, Steer, explain
 
 MOST_BYTES = 2**22
 """Most bytes of a request's body."""
-LOCAL = ("127.0.0.1", "localhost", "[::1]", "::1")
+LOCAL = ("127.0.0.1", "localhost", "[::1]")
 OPEN = ("/", "/health", "/page.css", "/page.js")
 """Paths that need no key."""
 
@@ -40,33 +40,40 @@ def problem(
     return JSONResponse(body, status, headers={name.replace("_", "-"): value for name, value in headers.items()})
 
 
-class _Limited:
-    """Refuses bodies that are too large, and requests without the key."""
+class _Guard:
+    """Refuses requests without the key, or to another host's name if there is no key, and bodies that are too large."""
 
-    def __init__(self, app: Any, key: str | None) -> None:
-        self._app, self._key = app, key
+    def __init__(self, app: Any, key: str | None, hosts: frozenset[str]) -> None:
+        self._app, self._key, self._hosts = app, key, hosts
+
+    def _refused(self, path: str, headers: dict[bytes, bytes]) -> Response | None:
+        if self._key is None:
+            host = re.sub(r":\d*$", "", headers.get(b"host", b"").decode("latin-1")).lower()
+            if host not in self._hosts:
+                return problem(421, f"The server does not go by the name {host!r}; call it {min(self._hosts)}.")
+        elif path not in OPEN:
+            given = headers.get(b"authorization", b"")
+            if not hmac.compare_digest(given, f"Bearer {self._key}".encode()):
+                return problem(401, "The API key is missing or wrong; send it as: Authorization: Bearer KEY.")
+        return None
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = dict(scope["headers"])
-        if self._key is not None and scope["path"] not in OPEN:
-            given = headers.get(b"authorization", b"")
-            if not hmac.compare_digest(given, f"Bearer {self._key}".encode()):
-                await problem(401, "The API key is missing or wrong; send it as: Authorization: Bearer KEY.")(
-                    scope, receive, send
-                )
-                return
-        read, whole = 0, bytearray()
+        refused = self._refused(scope["path"], dict(scope["headers"]))
+        if refused is not None:
+            await refused(scope, receive, send)
+            return
+        whole = bytearray()
         more = scope["method"] in ("POST", "PUT", "PATCH", "DELETE")
         while more:  # read before it is parsed, so that no more than the limit is ever held
             message = await receive()
             if message["type"] == "http.disconnect":
                 return
             whole += message.get("body", b"")
-            read, more = len(whole), message.get("more_body", False)
-            if read > MOST_BYTES:
+            more = message.get("more_body", False)
+            if len(whole) > MOST_BYTES:
                 await problem(413, f"The body has more than {MOST_BYTES} bytes.", connection="close")(
                     scope, receive, send
                 )
@@ -96,9 +103,7 @@ def make_app(engine: Serving, models: Models, *, key: str | None = None, hosts: 
         engine.close()
 
     app = FastAPI(title="Adaptive Task Vectors", docs_url=None, redoc_url=None, lifespan=lifespan)
-    app.add_middleware(_Limited, key=key)
-    if key is None:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
+    app.add_middleware(_Guard, key=key, hosts=frozenset(hosts))
     _handle_errors(app)
     routes = _Routes(engine, models)
     for method, path, route in (

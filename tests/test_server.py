@@ -1,0 +1,379 @@
+"""The HTTP server, asked with OpenAI's own client over a real socket."""
+
+import asyncio
+import contextlib
+import http.client
+import json
+import socket
+import threading
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import openai
+import pytest
+import torch
+import uvicorn
+from chat_templates import chat_tokenizer
+from conftest import PAPER_FORM, SIZES, make_generator, toy_task
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
+from atv import ATVConfig, ATVModel
+from atv.data import Rendering
+from atv.data.rendering import chat_template_digest
+from atv.serving.app import MOST_BYTES, make_app
+from atv.serving.engine import Engine, Limits
+from atv.serving.models import Models
+
+QUERIES = ["the harbour quiet 90", "the harbour leaks 91", "a harbour of another kind", "leaks leaks leaks"]
+
+
+def adapter(llm, tokenizer, folder, positions, seed, template=None):
+    config = ATVConfig(**(PAPER_FORM | {"positions": positions, "scale": 0.6}))
+    set_seed(seed)
+    model = ATVModel(llm, config, tokenizer=tokenizer, generator=make_generator(config))
+    task = toy_task()
+    if template is None:
+        task = replace(task, renderer=Rendering("chat"), templates=("{input}",), answer_prefixes=(None,))
+    model.training_summary = {
+        "tasks": {task.name: task.asking()},
+        "chat_template": chat_template_digest(tokenizer),
+    }
+    model.save_pretrained(folder)
+    return ATVModel.from_pretrained(folder, llm, tokenizer=tokenizer)
+
+
+@contextlib.contextmanager
+def running(app):
+    """The server's port, while it runs in a thread."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    try:
+        yield listening.getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder, tokenizer = tmp_path_factory.mktemp("served"), chat_tokenizer("chatml")
+    set_seed(0)
+    sizes = SIZES | {"vocab_size": len(tokenizer), "max_position_embeddings": 512}
+    llm = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+    llm.save_pretrained(folder / "llm")
+    tokenizer.save_pretrained(folder / "llm")
+    llm = LlamaForCausalLM.from_pretrained(folder / "llm")
+    models = {
+        "chats": adapter(llm, tokenizer, folder / "chats", "answer", 1),
+        "other": adapter(llm, tokenizer, folder / "other", "last", 2),
+        "template": adapter(llm, tokenizer, folder / "template", "last", 3, "template"),
+    }
+    engine = Engine(llm, tokenizer, Limits(rows=8, waiting=40, seconds=60))
+    served = Models("base", tokenizer, engine.load, folder)
+    for name in models:
+        served.add(name, folder / name)
+    with running(make_app(engine, served)) as port:
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        yield SimpleNamespace(port=port, client=client, engine=engine, llm=llm, models=models, folder=folder)
+    assert not engine.healthy()
+
+
+def chat(world, model, query, **options):
+    options = {"temperature": 0, "max_tokens": 6} | options
+    return world.client.chat.completions.create(model=model, messages=[{"role": "user", "content": query}], **options)
+
+
+def expected(world, name, query, tokens=6):
+    if name == "base":
+        ids = world.engine.tokenizer.apply_chat_template(
+            [{"role": "user", "content": query}], add_generation_prompt=True, return_dict=False
+        )
+        inputs = torch.tensor([ids])
+        ends = world.models["chats"]
+        from atv.lm.ends import end_ids
+
+        found = world.llm.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=end_ids(ends.llm, ends.tokenizer),
+        )
+        return world.engine.tokenizer.decode(found[0, len(ids) :], skip_special_tokens=True)
+    (text,) = world.models[name].generate([query], max_new_tokens=tokens, do_sample=False)
+    return text
+
+
+def test_the_models_name_chooses_the_adapter(world):
+    names = ["base", "chats", "other", "template"]
+    assert [model.id for model in world.client.models.list()] == names
+    assert world.client.models.retrieve("chats").model_extra["tasks"] == ["toy"]
+    texts = {}
+    asked = [(name, query) for name in names for query in QUERIES] * 2
+    found = {}
+
+    def ask(number):
+        answer = chat(world, *asked[number])
+        found[number] = answer.choices[0].message.content
+        assert answer.model == asked[number][0]
+        assert answer.usage.completion_tokens <= 6
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(asked))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number, (name, query) in enumerate(asked):
+        texts.setdefault((name, query), expected(world, name, query))
+        assert found[number] == texts[name, query]
+    assert len(set(texts.values())) > 4
+
+
+def test_streamed_answers_are_the_whole_ones(world):
+    whole = chat(world, "chats", QUERIES[0], max_tokens=12, logprobs=True, top_logprobs=2, n=2)
+    streamed = list(
+        chat(
+            world, "chats", QUERIES[0], max_tokens=12, logprobs=True, top_logprobs=2, n=2, stream=True,
+            stream_options={"include_usage": True},
+        )
+    )  # fmt: skip
+    for index in (0, 1):
+        parts = [choice for event in streamed for choice in event.choices if choice.index == index]
+        text = "".join(part.delta.content or "" for part in parts)
+        assert text == whole.choices[index].message.content
+        told = [entry for part in parts if part.logprobs for entry in part.logprobs.content]
+        assert [entry.token for entry in told] == [entry.token for entry in whole.choices[index].logprobs.content]
+        assert parts[-1].finish_reason == whole.choices[index].finish_reason
+    assert streamed[-1].usage == whole.usage
+
+
+def test_completions_read_the_prompt_as_it_is(world):
+    answer = world.client.completions.create(
+        model="base", prompt=["the harbour", "leaks"], temperature=0, max_tokens=5, logprobs=1
+    )
+    tokenizer = world.engine.tokenizer
+    for text, choice in zip(["the harbour", "leaks"], answer.choices, strict=True):
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        found = world.llm.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, pad_token_id=0
+        )
+        assert choice.text == tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
+        assert "".join(choice.logprobs.tokens) == choice.text
+    with pytest.raises(openai.BadRequestError, match="query"):
+        world.client.completions.create(model="template", prompt="the harbour", max_tokens=5)
+    world.client.completions.create(model="template", prompt="a b", max_tokens=5, extra_body={"query": "a"})
+
+
+def test_a_seed_gives_the_same_sample_and_a_stop_ends_the_answer(world):
+    texts = [chat(world, "other", QUERIES[1], temperature=1.0, seed=3, max_tokens=9) for _ in range(2)]
+    first, second = (answer.choices[0].message.content for answer in texts)
+    assert first == second
+    whole = chat(world, "chats", QUERIES[0], max_tokens=12).choices[0].message.content
+    stop = whole[3:5]
+    cut = chat(world, "chats", QUERIES[0], max_tokens=12, stop=stop)
+    assert cut.choices[0].message.content == whole[: whole.find(stop)]
+    assert cut.choices[0].finish_reason == "stop"
+
+
+def test_scale_zero_is_the_plain_llm(world):
+    plain = chat(world, "base", QUERIES[0]).choices[0].message.content
+    assert chat(world, "chats", QUERIES[0], extra_body={"scale": 0}).choices[0].message.content == plain
+    assert chat(world, "chats", QUERIES[0]).choices[0].message.content != plain
+
+
+def test_adapters_are_replaced_while_requests_run(world):
+    client, stop, wrong = world.client, threading.Event(), []
+    texts = {expected(world, name, QUERIES[0]) for name in ("chats", "other")}
+
+    def ask():
+        while not stop.is_set():
+            text = chat(world, "moving", QUERIES[0]).choices[0].message.content
+            if text not in texts:
+                wrong.append(text)
+
+    client.post("/adapters", body={"name": "moving", "folder": "chats"}, cast_to=object)
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for turn in range(6):
+        client.post("/adapters", body={"name": "moving", "folder": ["other", "chats"][turn % 2]}, cast_to=object)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    client.delete("/adapters/moving", cast_to=object)
+    with pytest.raises(openai.NotFoundError):
+        chat(world, "moving", "a")
+    for folder in ("../served", "/etc", "", "missing"):
+        with pytest.raises(openai.BadRequestError):
+            client.post("/adapters", body={"name": "x", "folder": folder}, cast_to=object)
+
+
+def test_an_answer_is_cancelled_when_its_client_goes_away(world, monkeypatch):
+    monkeypatch.setattr(world.engine, "_ends", frozenset())
+    handle = world.llm.register_forward_pre_hook(lambda *_: time.sleep(0.02))
+    for stream in (True, False):
+        before = world.engine.numbers()["cancelled"]
+        connection = http.client.HTTPConnection("127.0.0.1", world.port)
+        body = {
+            "model": "chats",
+            "messages": [{"role": "user", "content": "a b"}],
+            "max_tokens": 400,
+            "stream": stream,
+        }
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"content-type": "application/json"})
+        while not world.engine.numbers()["running"]:
+            time.sleep(0.01)
+        connection.sock.close()
+        deadline = time.monotonic() + 5
+        while world.engine.numbers()["cancelled"] == before and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert world.engine.numbers()["cancelled"] == before + 1
+        assert not world.engine.numbers()["running"]
+    handle.remove()
+
+
+def test_what_an_adapter_does_is_told(world):
+    about = world.client.post("/steer", body={"model": "chats", "query": QUERIES[0]}, cast_to=dict)
+    vectors = world.models["chats"].task_vectors([QUERIES[0]])[0] * 0.6
+    assert about["norms"] == pytest.approx(vectors.norm(dim=-1).tolist(), abs=1e-3)
+
+
+def post(port, path, body, headers=None):
+    """Status and JSON of a request with any bytes as its body."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    with contextlib.closing(connection):
+        connection.request("POST", path, body, {"content-type": "application/json"} | (headers or {}))
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read()), answer.headers
+
+
+GOOD = {"model": "chats", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
+WRONG = [
+    ({"model": "nobody"}, 404),
+    ({"messages": []}, 400),
+    ({"messages": [{"role": "user", "content": ""}]}, 400),
+    ({"messages": [{"role": "assistant", "content": "a"}]}, 400),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, 400),
+    ({"temperature": float("nan")}, 400),
+    ({"temperature": -1}, 400),
+    ({"max_tokens": 0}, 400),
+    ({"max_tokens": "5"}, 400),
+    ({"max_tokens": 10**9}, 400),
+    ({"max_tokens": 1000}, 400),
+    ({"n": 99}, 400),
+    ({"seed": 2**70}, 400),
+    ({"stop": [""]}, 400),
+    ({"tools": []}, 400),
+    ({"presence_penalty": 0.5}, 400),
+    ({"top_logprobs": 3}, 400),
+    ({"scale": 99}, 400),
+    ({"task": "nobody"}, 400),
+]
+
+
+@pytest.mark.parametrize(("change", "status"), WRONG, ids=lambda value: str(value)[:40])
+def test_wrong_requests_get_an_error_that_says_why(world, change, status):
+    found, answer, _ = post(world.port, "/v1/chat/completions", json.dumps(GOOD | change))
+    assert found == status, answer
+    assert answer["error"]["message"]
+    assert next(iter(change)) in json.dumps(answer) or "query is empty" in json.dumps(answer) or status == 404
+
+
+def test_no_body_is_too_large_and_no_stranger_is_served(world):
+    assert post(world.port, "/v1/chat/completions", b"x" * (MOST_BYTES + 1))[0] == 413
+    assert post(world.port, "/v1/chat/completions", json.dumps(GOOD), {"host": "evil.example"})[0] == 421
+    assert post(world.port, "/nothing", "{}")[0] == 404
+    connection = http.client.HTTPConnection("127.0.0.1", world.port)
+    connection.request("GET", "/metrics")
+    text = connection.getresponse().read().decode()
+    assert 'atv_requests_total{end="' in text
+    assert "atv_engine_running 0" in text
+    connection.request("GET", "/health")
+    assert json.loads(connection.getresponse().read()) == {"status": "ok"}
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = (
+    *("model", "messages", "prompt", "max_tokens", "temperature", "top_p", "n", "stop", "seed", "stream", "logprobs"),
+    *("top_logprobs", "scale", "task", "query", "name", "folder", "stream_options", "echo"),
+)
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/steer", "/v1/adapters")
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from(PATHS),
+    st.binary(max_size=30)
+    | st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=5).map(lambda fields: json.dumps(GOOD | fields).encode())
+    | JSON.map(lambda value: json.dumps(value).encode()),
+)
+def test_no_malformed_body_harms_the_server(world, path, body):
+    connection = http.client.HTTPConnection("127.0.0.1", world.port, timeout=30)
+    with contextlib.closing(connection):
+        connection.request("POST", path, body, {"content-type": "application/json"})
+        answer = connection.getresponse()
+        text = answer.read()
+    assert answer.status in (200, 400, 404), text
+    if answer.status != 200:
+        error = json.loads(text)["error"]
+        assert error["message"]
+        assert "Traceback" not in error["message"]
+    assert world.engine.healthy()
+
+
+def test_a_key_is_asked_for(world):
+    with running(make_app(_Idle(), Models("base", world.engine.tokenizer, world.engine.load), key="secret")) as port:
+        assert post(port, "/v1/steer", "{}")[0] == 401
+        assert post(port, "/v1/steer", "{}", {"authorization": "Bearer wrong"})[0] == 401
+        status, answer, _ = post(
+            port, "/v1/adapters", '{"name": "a", "folder": "b"}', {"authorization": "Bearer secret"}
+        )
+        assert status == 400
+        assert "--adapters-from" in answer["error"]["message"]
+
+
+def test_a_full_queue_says_when_to_come_back(world):
+    from atv.serving.engine import Busy
+
+    class Full(_Idle):
+        def stream(self, request):
+            raise Busy(7, 3)
+
+    with running(make_app(Full(), Models("base", world.engine.tokenizer, world.engine.load))) as port:
+        for stream in (False, True):
+            status, answer, headers = post(
+                port, "/v1/completions", json.dumps({"model": "base", "prompt": "a", "stream": stream})
+            )
+            assert status == 429, answer
+            assert headers["retry-after"] == "3"
+
+
+class _Idle:
+    """An engine that answers nothing."""
+
+    def check(self, request):
+        pass
+
+    def numbers(self):
+        return {}
+
+    def healthy(self):
+        return True
+
+    async def run(self, function):
+        await asyncio.sleep(0)
+        return function()
+
+    def close(self):
+        pass
