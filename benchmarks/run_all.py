@@ -14,12 +14,13 @@ from benchmarks import (
     profile_step,
     prompt_length,
     report,
+    serving,
     training,
     vectors,
 )
 from benchmarks.common import options_of, output, parser, show
 
-ON_CPU = (vectors, answers, positions, profile_step, inference, prompt_length, peft_methods, training)
+ON_CPU = (vectors, answers, positions, profile_step, inference, prompt_length, peft_methods, serving, training)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -27,6 +27,7 @@ from atv.data import load_tasks
 from atv.methods import METHODS
 from atv.methods.settings import check_tables
 from atv.paper.profiles import PROFILES
+from atv.serving.schemas import Load
 
 ROOT = Path(__file__).parents[1]
 
@@ -172,6 +173,8 @@ def _check_command(words: list[str], block: Block, run: bool, monkeypatch: Any) 
     elif words[:2] == ["pip", "install"]:
         extras = {name for word in words for names in re.findall(r"\[(.+)\]", word) for name in names.split(",")}
         assert extras <= set(project()["optional-dependencies"]), where
+    elif words[:2] == ["curl", "localhost:8000/v1/adapters"]:
+        Load.model_validate_json(words[words.index("-d") + 1])
     else:
         assert words == ["source", ".venv/bin/activate"], f"{where}: not a command that this test knows"
 

@@ -196,6 +196,9 @@ def test_the_command_prints_and_writes_the_report(world, tmp_path, monkeypatch, 
     code, _, err = run("--data", world / "kettles.jsonl")
     assert code == 2
     assert "Two data sets have one name; found harbours, kettles, kettles" in err
+    code, _, err = run("--template", "no place")
+    assert code == 2
+    assert "has no {input}" in err
 
 
 def test_several_processes_are_refused(world, tmp_path, monkeypatch, capsys):

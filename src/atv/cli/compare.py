@@ -38,6 +38,7 @@ def compare_methods(given: Compare) -> None:
         for task in load_tasks(
             given.task,
             data,
+            given.template,
             input=given.input,
             output=given.output,
             format=cast(Format | None, given.format),

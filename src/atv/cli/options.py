@@ -276,6 +276,8 @@ class Compare:
     """Column of the answers. Default: recognised by its name."""
     task: list[str] | None = option(None, panel=DATA)
     """Task of a folder with several, by name; repeatable. Default: all."""
+    template: list[str] | None = option(None, panel=DATA)
+    """Template with {input}, as for train; repeatable."""
     format: str | None = option(None, panel=DATA)
     """How prompts are written, as for train."""
     system: str | None = option(None, panel=DATA)

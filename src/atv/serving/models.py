@@ -97,8 +97,12 @@ class Models:
         adapter = self._load(found)
         check_chat_template(adapter.atv.training_summary, self.tokenizer)
         served = Served(name, adapter, found, digest)
-        self._served[name] = served
+        self.put(served)
         return served
+
+    def put(self, served: Served) -> None:
+        """Serve an adapter that is loaded, in place of one with the same name."""
+        self._served[served.name] = served
 
     def allowed(self, folder: str) -> Path:
         """Return the folder that a run-time request names; ATVError unless it lies where adapters may be loaded from.

@@ -1,0 +1,203 @@
+"""The server under load: requests with two adapters in turn beside the same requests without one, over HTTP.
+
+Every answer is compared with the one that the LLM gives to its prompt alone.
+"""
+
+import http.client
+import itertools
+import json
+import random
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import quantiles
+from typing import Any, NamedTuple, cast
+
+import psutil
+import torch
+import uvicorn
+
+from atv.data.render import Prompt
+from atv.lm.ends import end_ids
+from atv.model import ATVModel
+from atv.progress import bar
+from atv.serving.app import make_app
+from atv.serving.engine import Engine, Limits
+from atv.serving.models import Models, Served
+from benchmarks.common import SEED, Figure, Record, options_of, parser, ratio
+from benchmarks.subjects import make_atv, pairs_of, small_llm
+
+PLAIN, STEERED = "unsteered", "two adapters in turn"
+CLIENTS, NEW_TOKENS, PROMPTS = (1, 4, 16), 16, 24
+BASE = "llm"
+
+
+class Case(NamedTuple):
+    """A request and the answer that is expected."""
+
+    body: bytes
+    expected: str
+
+
+class Seen(NamedTuple):
+    """A client's answers."""
+
+    seconds: list[float]
+    wrong: int
+    lost: int
+
+
+class Load(NamedTuple):
+    """What all clients saw in one round."""
+
+    clients: list[Seen]
+    seconds: float
+    """Until the last answer."""
+
+    @property
+    def each(self) -> float:
+        """Seconds per answer."""
+        return self.seconds / max(1, sum(len(one.seconds) for one in self.clients))
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Serve, and let 1, 4 and 16 clients ask as fast as they are answered."""
+    parse = parser("benchmarks.serving", __doc__)
+    parse.add_argument("--seconds", type=float, default=20.0, help="of each side in each round")
+    given = parse.parse_args(argv)
+    options = options_of(given, "benchmarks.serving", argv)
+    seconds = 0.3 if options.tiny else given.seconds
+    llm, tokenizer = small_llm(options)
+    adapters = {name: make_atv(options, llm, tokenizer, positions=name).eval() for name in ("last", "answer")}
+    for atv in adapters.values():
+        atv.vector_cache.limit = 0
+    tokens = 24 if options.tiny else 110
+    cases = {side: _cases(side, adapters, tokens) for side in (PLAIN, STEERED)}
+    record = Record(
+        "serving",
+        "The server under load",
+        options,
+        llm="tiny" if options.tiny else "SmolLM2-135M",
+        generator="MiniLM",
+        **{"prompt tokens": tokens, "answer tokens": NEW_TOKENS, "seconds per side and round": seconds},
+    )
+    engine = Engine(llm, tokenizer, Limits())
+    models = Models(BASE, tokenizer, engine.load)
+    for name, atv in adapters.items():
+        models.put(Served(name, atv))
+    process = psutil.Process()
+    with _running(make_app(engine, models)) as port, bar("serving", len(CLIENTS) * 2 * options.rounds) as shown:
+        _ask(port, cases[STEERED], 4, min(seconds, 5.0))
+        before, every = process.memory_info().rss, list[Seen]()
+        rates: dict[str, dict[Any, Figure]] = {PLAIN: {}, STEERED: {}}
+        for clients in CLIENTS:
+            found: dict[str, list[Load]] = {PLAIN: [], STEERED: []}
+            for _ in range(options.rounds):
+                for side, rounds in found.items():
+                    rounds.append(_ask(port, cases[side], clients, seconds))
+                    shown.advance()
+            for side, figure in _measure(record, clients, found).items():
+                rates[side][clients] = figure
+            every += [one for rounds in found.values() for load in rounds for one in load.clients]
+        grown = process.memory_info().rss - before
+    record.measure("answers compared", "", sum(len(one.seconds) for one in every))
+    record.measure("wrong answers", "", sum(one.wrong for one in every), ("at most", 0))
+    record.measure("lost requests", "", sum(one.lost for one in every), ("at most", 0))
+    record.measure("growth of memory during the load", "MiB", grown / 2**20)
+    record.plot("Requests per second", "clients", "requests/s", rates, kind="bars")
+    return record.finish()
+
+
+def _measure(record: Record, clients: int, found: dict[str, list[Load]]) -> dict[str, Figure]:
+    """Record the figures of a number of clients; return requests per second of each side."""
+    each = {side: [load.each for load in rounds] for side, rounds in found.items()}
+    rates = {}
+    for side, rounds in found.items():
+        rates[side] = Figure.of([1 / value for value in each[side]])
+        record.measure(f"{clients} clients, {side}", "requests/s", rates[side])
+        every = [value for load in rounds for one in load.clients for value in one.seconds]
+        marks = quantiles(every, n=20) if len(every) > 1 else [0.0] * 19
+        record.measure(f"{clients} clients, {side}: median", "ms", 1000 * marks[9])
+        record.measure(f"{clients} clients, {side}: 95th percentile", "ms", 1000 * marks[18])
+    record.keep(f"{clients} clients, ", each)
+    what = f"{clients} clients, requests/s, steered / unsteered"
+    record.measure(what, "x", ratio(each[PLAIN], each[STEERED]), ("at least", 0.9))
+    return rates
+
+
+@torch.no_grad()
+def _cases(side: str, adapters: dict[str, ATVModel], tokens: int) -> list[Case]:
+    """Return requests, and the answers of the LLM to each prompt alone."""
+    one = next(iter(adapters.values()))
+    names = [BASE] if side == PLAIN else list(adapters)
+    found = []
+    with bar(f"expected: {side}", PROMPTS) as shown:
+        for (query, pairs), name in zip(pairs_of(one.tokenizer, PROMPTS, tokens, 1), itertools.cycle(names)):
+            ids = pairs[0][0]
+            atv = adapters.get(name, one)
+            how: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+            if name == BASE:
+                inputs = torch.tensor([ids])
+                how |= {"pad_token_id": 0, "eos_token_id": end_ids(one.llm, one.tokenizer)}
+                answer = cast(Any, one.llm).generate(inputs, attention_mask=torch.ones_like(inputs), **how)
+                text = one.tokenizer.decode(answer[0, len(ids) :], skip_special_tokens=True)
+            else:
+                (text,) = atv.generate([Prompt(ids, query)], **how)
+            body: dict[str, Any] = {"model": name, "prompt": ids, "temperature": 0, "max_tokens": NEW_TOKENS}
+            body |= {} if name == BASE else {"query": query}
+            found.append(Case(json.dumps(body).encode(), text))
+            shown.advance()
+    return found
+
+
+def _ask(port: int, cases: Sequence[Case], clients: int, seconds: float) -> Load:
+    """Let some clients ask for some seconds, each the next request as soon as the former is answered."""
+    seen = [Seen([], 0, 0)] * clients
+    start = time.perf_counter()
+    until = start + seconds
+
+    def client(number: int) -> None:
+        draw = random.Random(f"{SEED} {number}")
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
+        took, wrong, lost = [], 0, 0
+        while time.perf_counter() < until:
+            case, began = draw.choice(cases), time.perf_counter()
+            try:
+                connection.request("POST", "/v1/completions", case.body, {"content-type": "application/json"})
+                answer = connection.getresponse()
+                text = json.loads(answer.read())["choices"][0]["text"]
+            except (OSError, http.client.HTTPException, KeyError, ValueError):
+                lost += 1
+                connection.close()
+                continue
+            took.append(time.perf_counter() - began)
+            wrong += text != case.expected
+        connection.close()
+        seen[number] = Seen(took, wrong, lost)
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return Load(seen, time.perf_counter() - start)
+
+
+@contextmanager
+def _running(app: Any) -> Iterator[int]:
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    try:
+        yield listening.getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+if __name__ == "__main__":
+    main()
