@@ -16,9 +16,11 @@ _HOME = {
     "Example": "atv.data",
     "Task": "atv.data",
     "TrainConfig": "atv.config",
+    "TrainingQueries": "atv.evaluation.inspect",
     "ValidationMetric": "atv.evaluation.validation",
     "check_wiring": "atv.doctor",
     "evaluate": "atv.evaluation.run",
+    "inspect_query": "atv.evaluation.inspect",
     "load_llm": "atv.lm.load",
     "load_runs": "atv.evaluation.records",
     "load_tasks": "atv.data",
@@ -34,9 +36,11 @@ __all__ = [
     "Example",
     "Task",
     "TrainConfig",
+    "TrainingQueries",
     "ValidationMetric",
     "check_wiring",
     "evaluate",
+    "inspect_query",
     "load_llm",
     "load_runs",
     "load_tasks",
@@ -50,6 +54,7 @@ if TYPE_CHECKING:
     from atv.data import Example, Task, load_tasks
     from atv.doctor import check_wiring
     from atv.errors import ATVError
+    from atv.evaluation.inspect import TrainingQueries, inspect_query
     from atv.evaluation.predict import predict
     from atv.evaluation.records import load_runs
     from atv.evaluation.run import evaluate

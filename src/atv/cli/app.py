@@ -129,7 +129,10 @@ def serve(given: options.Serve) -> None:
 
 @command(app, "inspect")
 def inspect(given: options.Inspect) -> None:
-    """Show the tokens that an adapter's vectors promote at each layer for queries, and the gate's value."""
+    """Say what an adapter does for queries: how near training they are, what the vectors promote and from which layer.
+
+    Then follows a table of all layers: the answer that is likeliest there, without and with the vectors.
+    """
     from atv.cli.inspect import inspect_queries
 
     inspect_queries(given)

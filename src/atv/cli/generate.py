@@ -1,6 +1,7 @@
 """`atv generate`, and an adapter with the prompts of the user's queries."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import set_seed  # transformers' own imports peft, which takes seconds
@@ -9,24 +10,27 @@ from atv import artifact
 from atv.cli.loading import frozen_llm
 from atv.cli.options import Generate, Inspect
 from atv.cli.output import print_lines
-from atv.data import Example, Prompt, query_renderer
+from atv.data import Example, Prompt, Renderer, query_renderer
 from atv.data.collate import pad_id
 from atv.errors import ATVError
 from atv.lm.ends import end_ids
 from atv.model import ATVModel
 
 
-def load_adapter(given: Generate | Inspect) -> tuple[ATVModel, list[Prompt]]:
-    """The adapter on its LLM and the queries' prompts; mistakes are reported before the LLM is loaded."""
+def read_adapter(given: Generate | Inspect) -> tuple[Path, artifact.Saved, Renderer]:
+    """The adapter's folder and contents, and the renderer of the queries; mistakes are reported here."""
     for query in given.query:
         if not query.strip():
             raise ATVError("A query is empty; expected some text.")
     folder = artifact.locate(given.adapter)
     saved = artifact.read(folder, ATVModel.method if isinstance(given, Inspect) else None)
-    render = query_renderer(saved.training, saved.config.get("reads", "query"), given.task, given.template)
+    return folder, saved, query_renderer(saved.training, saved.config.get("reads", "query"), given.task, given.template)
+
+
+def onto_llm(given: Generate | Inspect, folder: Path, saved: artifact.Saved) -> ATVModel:
+    """The adapter on its LLM, which is loaded."""
     llm, tokenizer = frozen_llm(given.llm or saved.base_llm["name"], given.loading).load()
-    prompts = [render.prompt(tokenizer, Example(query, "")) for query in given.query]
-    return ATVModel.from_pretrained(folder, llm, tokenizer=tokenizer), prompts
+    return ATVModel.from_pretrained(folder, llm, tokenizer=tokenizer)
 
 
 def unsteered(atv: ATVModel, prompts: Sequence[Prompt], **options: Any) -> list[str]:
@@ -41,7 +45,9 @@ def unsteered(atv: ATVModel, prompts: Sequence[Prompt], **options: Any) -> list[
 
 def answer(given: Generate) -> None:
     """Print the answer to each query; with --compare also that of the frozen LLM alone."""
-    atv, prompts = load_adapter(given)
+    folder, saved, render = read_adapter(given)
+    atv = onto_llm(given, folder, saved)
+    prompts = [render.prompt(atv.tokenizer, Example(query, "")) for query in given.query]
     how: dict[str, Any] = {"max_new_tokens": given.max_new_tokens, "do_sample": given.temperature > 0}
     if given.temperature > 0:
         how["temperature"] = given.temperature
@@ -53,9 +59,4 @@ def answer(given: Generate) -> None:
     plain, gates = unsteered(atv, prompts, **how), atv.gate([p.query for p in prompts]).tolist()
     for query, without, with_vectors, gate in zip(given.query, plain, steered, gates, strict=True):
         lines = [f"query:     {query}", f"unsteered: {without.strip()!r}", f"steered:   {with_vectors!r}"]
-        print_lines([*lines, gate_line(gate), ""])
-
-
-def gate_line(gate: float) -> str:
-    """The gate's value, with what it means."""
-    return f"gate:      {gate:.2f} (1: with the query's own part, 0: the common vector alone)"
+        print_lines([*lines, f"gate:      {gate:.2f} (1: with the query's own part, 0: the common vector alone)", ""])

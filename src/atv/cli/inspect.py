@@ -1,29 +1,54 @@
 """`atv inspect`: what an adapter does for single queries."""
 
-from atv.cli.generate import gate_line, load_adapter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from atv.cli.generate import onto_llm, read_adapter
 from atv.cli.options import Inspect
 from atv.cli.output import print_lines, print_table
-from atv.lm.hooks import decoder_layers
-from atv.lm.lens import Readout, top_tokens
-from atv.report.tables import Table
+from atv.data import Task, as_trained, load_tasks
+from atv.errors import ATVError
+from atv.evaluation.inspect import TrainingQueries, inspect_query
+from atv.report import inspection_lines, inspection_table
+from atv.training.record import training_tasks
 
 
 def inspect_queries(given: Inspect) -> None:
-    """For each query, print the tokens that its vector promotes at each layer, read through the LLM's own head."""
-    atv, prompts = load_adapter(given)
-    read = [prompt.query for prompt in prompts]
-    readout = Readout(atv.llm, atv.encode_prompts(prompts[:1]), atv.config.layer_path)
-    vectors = (atv.config.scale * atv.task_vectors(read)).cpu()  # (queries, layers, hidden)
-    layers = atv.config.layer_indices(len(decoder_layers(atv.llm, atv.config.layer_path)))
-    note = (
-        f"Read with {readout.described(atv.llm)}. Norm: norm of what is added at the layer. Promoted: the tokens whose "
-        "logits the vector alone raises most."
-    )
-    for query, vector, gate in zip(given.query, vectors, atv.gate(read).tolist(), strict=True):
-        promoted = top_tokens(readout.promoted(vector), atv.tokenizer)
-        rows = [
-            [str(layer), f"{own.norm():.2f}", "  ".join(repr(text) for text, _ in tokens)]
-            for layer, own, tokens in zip(layers, vector, promoted, strict=True)
-        ]
-        print_lines([f"query:     {query}", gate_line(gate)])
-        print_table(Table("Vectors by layer", ["layer", "norm", "promoted"], rows, note, text=1))
+    """For each query, print what the vectors change, in sentences and then layer by layer."""
+    folder, saved, _ = read_adapter(given)
+    tasks, left_out = _training_rows(given, folder, saved.training)
+    atv = onto_llm(given, folder, saved)
+    known = TrainingQueries(atv, tasks) if tasks else None
+    for query in given.query:
+        found = inspect_query(atv, query, task=given.task, template=given.template, known=known)
+        print_lines([*inspection_lines(found, left_out), ""])
+        if found.layers:
+            print_table(inspection_table(found))
+
+
+def _training_rows(given: Inspect, adapter: Path, training: Mapping[str, Any]) -> tuple[list[Task], str]:
+    """The training tasks, or why they are not there."""
+    if given.data is not None:
+        return _given_rows(given, training["tasks"]), ""
+    if given.input is not None or given.output is not None:
+        raise ATVError("--input and --output name columns of a table; expected --data with that table.")
+    try:
+        return training_tasks(adapter), ""
+    except ATVError as error:
+        return [], f"{error} Give --data with the training data to see them."
+
+
+def _given_rows(given: Inspect, trained: Mapping[str, Any]) -> list[Task]:
+    """The tasks of --data that the adapter was trained on; a single one may have another name."""
+    tasks = load_tasks(None, given.data, input=given.input, output=given.output)
+    if len(tasks) == len(trained) == 1:
+        tasks = [replace(tasks[0], name=next(iter(trained)))]
+    known = [as_trained(task, {"tasks": trained}) for task in tasks if task.name in trained]
+    if not known:
+        raise ATVError(
+            f"{given.data} has the tasks {', '.join(task.name for task in tasks)}; expected one that the adapter was "
+            f"trained on: {', '.join(trained)}."
+        )
+    return known

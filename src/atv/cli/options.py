@@ -348,6 +348,13 @@ class Inspect:
     llm: str | None = adapters_llm_field()
     """Frozen LLM. Default: the adapter's."""
     loading: Loading = group(Loading)
+    data: str | None = option(None, panel=DATA, parser=model)
+    """The training data, as for train, to show the training queries nearest to the query. Default: where train.json
+    beside the adapter says that they came from."""
+    input: str | None = option(None, panel=DATA)
+    """Column of the queries in a table. Default: recognised by its name."""
+    output: str | None = option(None, panel=DATA)
+    """Column of the answers. Default: recognised by its name."""
     task: str | None = option(None, panel=DATA)
     """Put the query into this task's first template."""
     template: str | None = option(None, panel=DATA)

@@ -3,13 +3,15 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from atv.data.folder import Known, folder_tasks
 from atv.data.rendering import Format, Rendering
-from atv.data.table import is_table, load_table
+from atv.data.table import HUB, is_table, load_table
 from atv.data.task import Task, composed
 from atv.errors import ATVError, unknown
+from atv.files import local
 
 
 def load_tasks(
@@ -49,15 +51,23 @@ def load_tasks(
         for name in names or ():
             if composed(name) != task.name:
                 raise unknown("task", name, [task.name], f"{data} is one table, and so one task: leave --task out.")
-        return [task]
+        return [_sourced(task, data, input, output)]
     if input is not None or output is not None:
         raise ATVError(
             "--input and --output name columns of a table; expected --data with a CSV, TSV, JSONL, JSON or Parquet "
             f"file, a folder with one for each split, or hub:NAME; found {data or 'the built-in tasks'}."
         )
-    tasks = folder_tasks(names, data, templates, known)
+    tasks = [_sourced(task, data) for task in folder_tasks(names, data, templates, known)]
     if format is None:
         return tasks
     rendering = Rendering(format, system, options)
     prefixes: dict[str, Any] = {} if format == "template" else {"answer_prefixes": (None,)}
     return [replace(task, renderer=rendering, **prefixes) for task in tasks]
+
+
+def _sourced(task: Task, data: Any, input: str | None = None, output: str | None = None) -> Task:
+    """The task with what names its rows, as arguments of `load_tasks`; unchanged for an object in memory."""
+    if data is not None and not isinstance(data, str | Path):
+        return task
+    name = data if data is None or str(data).startswith(HUB) else str(local(data).resolve())
+    return replace(task, prepared={**task.prepared, "source": {"data": name, "input": input, "output": output}})

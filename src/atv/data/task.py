@@ -84,8 +84,9 @@ class Task:
     taught: Mapping[Example, "Taught"] = field(default_factory=dict, compare=False, repr=False)
     """A teacher's answers to examples: then training fits the teacher's distribution instead of the answer's tokens."""
     prepared: Mapping[str, Any] = field(default_factory=dict, compare=False)
-    """What was done to the rows when they were loaded: "drawn" (rows of each drawn split) and "dropped" (rows by
-    reason). Recorded by trainings."""
+    """Where the rows come from and what was done to them: "source" (arguments of `load_tasks`), "drawn" (rows of each
+    drawn split), "dropped" (rows by reason) and "draws" (arguments of `drawn`). Recorded by trainings, in a file that
+    is not part of the adapter."""
 
     def __post_init__(self) -> None:
         """Validate the data: scores measured on invalid data would be meaningless."""
@@ -199,8 +200,10 @@ class Task:
         """
         _refuse_none(train=train, valid=valid, test=test)
         draw, kept = random.Random(f"{seed} {self.name}"), random.Random(f"test {self.name}")
+        draws = [*self.prepared.get("draws", ()), {"train": train, "valid": valid, "seed": seed}]
         return replace(
             self,
+            prepared=self.prepared if train is None and valid is None else {**self.prepared, "draws": draws},
             train=self.train if train is None else tuple(draw.sample(self.train, min(train, len(self.train)))),
             valid=self.valid if valid is None else tuple(draw.sample(self.valid, min(valid, len(self.valid)))),
             test=self.test

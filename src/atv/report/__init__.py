@@ -7,6 +7,7 @@ from atv.report.comparison import all_tables, comparison_tables
 from atv.report.experiments import FOLDER as EXPERIMENTS
 from atv.report.experiments import experiment_tables, find_experiments, load_experiment, report_tables
 from atv.report.formats import FORMATS, check_format, markdown, write_tables
+from atv.report.inspection import inspection_lines, inspection_table
 from atv.report.page import write_page, write_plots
 from atv.report.tables import score_table
 
@@ -24,6 +25,8 @@ __all__ = [
     "comparison_tables",
     "experiment_tables",
     "find_experiments",
+    "inspection_lines",
+    "inspection_table",
     "label_table",
     "load_comparison",
     "load_experiment",

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from atv.data import Task
+from atv.data import Task, as_trained, load_tasks
 from atv.errors import ATVError
 from atv.files import occupied, read_json, same_settings
 from atv.lm.hooks import base_llm, quantization
@@ -69,6 +69,45 @@ def former_record(out: Path, settings: dict[str, Any], force: bool) -> dict[str,
     if occupied(out) and not file.exists():
         raise ATVError(f"{out} exists and is not a training; choose a new folder, so that nothing there is lost.")
     return None
+
+
+def training_tasks(adapter: Path) -> list[Task]:
+    """Load the tasks that an adapter was trained on again, asked as in its training.
+
+    An adapter contains none of its training rows. `train.json` beside it says where they came from.
+
+    Args:
+        adapter: the adapter's folder.
+
+    Raises:
+        ATVError: there is no such file, it does not say where the rows came from, they cannot be read, or they have
+            changed since the training.
+    """
+    file = adapter.parent / RECORD_FILE
+    if not file.is_file():
+        raise ATVError(f"the adapter contains none, and {file}, which would say where they came from, does not exist.")
+    record = read_json(file, "the record of a training")
+    tasks = []
+    try:
+        for name, made in record["settings"]["tasks"].items():
+            about = record.get("data", {}).get(name, {})
+            if "source" not in about:
+                raise ATVError(f"{file} does not say where the rows of {name} came from.")
+            asking = made["asking"]
+            how = {"templates": asking["templates"], "format": asking["renderer"].get("format")}
+            (task,) = load_tasks([name], **about["source"], **how)
+            for draw in about.get("draws", ()):
+                task = task.drawn(**draw)
+            if task.digest("train", "valid") != made["digest"]:
+                raise ATVError(f"{_source(about)} has changed since the training, according to {file}.")
+            tasks.append(as_trained(task, {"tasks": {name: asking}}))
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ATVError(f"{file} is damaged: {error!r}.") from error
+    return tasks
+
+
+def _source(about: dict[str, Any]) -> str:
+    return about["source"]["data"] or "the built-in data"
 
 
 def clear(out: Path) -> None:
