@@ -324,12 +324,22 @@ def test_the_sentences_follow_from_the_numbers():
     assert "only the vectors that are common" in said(found, gate=0.0, distance=far)
     near = Distance(0.6, 0.7, 0.5, 0.3, 1.0, 0.5)
     assert "It is near the training" in said(found, gate=0.5, distance=near)
-    assert "added to 50%; 0.50 suited validation rows like it." in said(found, gate=0.5, distance=near)
+    assert "is 0.50 (0.50 chosen on validation rows like it): 50% of" in said(found, gate=0.5, distance=near)
+    between = Distance(0.4, 0.7, 0.5, 0.3, 0.5, 0.5)
+    assert "is 0.25 (0.50 for the distance, 0.50 chosen" in said(found, gate=0.25, distance=between)
+    assert "added in full" in said(found, gate=1.0, distance=replace(near, strength=1.0))
     assert "left out: no file" in "\n".join(inspection_lines(found, "no file"))
     lost = said(found, promoted="yes", promoted_from=1, leader="no")
     assert "promote 'yes'" in lost
     assert "each layer from 1 on (layers 0 to 2)" in lost
     assert "not enough: 'no' stays" in lost
+    last = replace(found.layers[-1], plain={"no": 0.4, "yes": 0.6})
+    won = {"promoted": "yes", "promoted_from": 0, "leader": "yes", "leads_from": 2, "layers": [last] * 3}
+    assert "likeliest answer from layer 2 on; also without them at the last layer." in said(found, **won)
+    assert "these favour 'yes', and the whole answer with its end is likelier for 'no'" in said(found, **won)
+    won |= {"layers": [replace(last, plain={"no": 0.6, "yes": 0.4})] * 3}
+    assert "from layer 2 on; without them 'no' is at the last layer." in said(found, **won)
+    assert "whole answer" not in said(found, **won)
     long = said(found, query="word " * 50)
     assert " ... " in long.splitlines()[0]
     assert len(long.splitlines()[0]) < 130

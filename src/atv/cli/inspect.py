@@ -21,11 +21,12 @@ def inspect_queries(given: Inspect) -> None:
     tasks, left_out = _training_rows(given, folder, saved.training)
     atv = onto_llm(given, folder, saved)
     known = TrainingQueries(atv, tasks) if tasks else None
-    for query in given.query:
+    for number, query in enumerate(given.query, start=1):
         found = inspect_query(atv, query, task=given.task, template=given.template, known=known)
         print_lines([*inspection_lines(found, left_out), ""])
         if found.layers:
-            print_table(inspection_table(found))
+            table = inspection_table(found)
+            print_table(table if number == len(given.query) else replace(table, note=""))
 
 
 def _training_rows(given: Inspect, adapter: Path, training: Mapping[str, Any]) -> tuple[list[Task], str]:

@@ -48,13 +48,15 @@ def _distance(gate: float, distance: "Distance | None") -> str:
     line = (
         f"It is {like} the training queries: its mean cosine to the three nearest is {distance.nearness:.2f}, that of "
         f"training queries to each other {distance.typical:.2f}. The gate begins to close below {distance.opened:.2f} "
-        f"and is closed from {distance.closed:.2f} down. "
+        f"and is closed at {distance.closed:.2f}. "
     )
+    factors = [(distance.share, "for the distance"), (distance.strength, "chosen on validation rows like it")]
+    why = ", ".join(f"{factor:.2f} {reason}" for factor, reason in factors if factor < 1)
+    if gate == 1:
+        return f"{line}Here it is 1: the query's own part of the vectors is added in full."
     if gate == 0:
-        return f"{line}Here it is 0: only the vectors that are common to all queries are added."
-    why = "" if distance.strength == 1 else f"; {distance.strength:.2f} suited validation rows like it"
-    part = "in full" if gate == 1 else f"to {gate:.0%}"
-    return f"{line}Here it is {gate:.2f}: the query's own part of the vectors is added {part}{why}."
+        return f"{line}Here it is 0 ({why}): only the vectors that are common to all queries are added."
+    return f"{line}Here it is {gate:.2f} ({why}): {gate:.0%} of the query's own part of the vectors is added."
 
 
 def _said(who: str, said: "Said") -> str:
@@ -78,10 +80,17 @@ def _promoted(found: "Inspection") -> list[str]:
     )
     lines = [f"The vectors promote {shortened(found.promoted)}: {by_layer}."]
     plain = max(found.layers[-1].plain, key=found.layers[-1].plain.__getitem__)
+    without = "also without them" if plain == found.leader else f"without them {shortened(plain)} is"
     if found.leader == found.promoted:
-        without = "as without them" if plain == found.leader else f"where {shortened(plain)} is without them"
-        return [*lines, f"It is the likeliest answer from layer {found.leads_from} on, {without}."]
-    return [*lines, f"That is not enough: {shortened(str(found.leader))} stays the likeliest answer."]
+        lines += [f"It is the likeliest answer from layer {found.leads_from} on; {without} at the last layer."]
+    else:
+        lines += [f"That is not enough: {shortened(str(found.leader))} stays the likeliest answer."]
+    if found.plain.probabilities and plain != found.plain.answer:
+        lines += [
+            f"(Layers judge answers by the tokens that tell them apart. Without vectors these favour {plain!r}, and "
+            f"the whole answer with its end is likelier for {found.plain.answer!r}.)"
+        ]
+    return lines
 
 
 def inspection_table(found: "Inspection") -> Table:
