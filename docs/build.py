@@ -4,6 +4,7 @@
 (mkdocs.yml, `hooks`).
 """
 
+import json
 import logging
 import posixpath
 import re
@@ -13,7 +14,7 @@ from typing import Any, get_args, get_type_hints
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "command-line.md"
-OUTSIDE = re.compile(r"\]\((?P<up>(?:\.\./)+)(?P<path>[\w./-]+\.py)\)")
+OUTSIDE = re.compile(r"\]\((?P<up>(?:\.\./)+)(?P<path>[\w./-]+\.(?:py|ipynb))\)")
 ASSET = re.compile(
     r"<(?:script|link|img|iframe|source)\b[^>]*?\b(?:src|href)=[\"']?(?P<address>(?:https?:)?//[^\"'> ]+)"
 )
@@ -134,10 +135,23 @@ def on_files(files: Any, config: Any) -> Any:
 
     linked = {path for page in files.documentation_pages() for path in _linked(page.src_uri, page.content_string)}
     for path in sorted(linked):
-        code = (ROOT / path).read_text(encoding="utf-8")
-        page = f"# {path}\n\n````python\n{code}````\n"
-        files.append(File.generated(config, f"source/{path}.md", content=page, inclusion=InclusionLevel.NOT_IN_NAV))
+        files.append(
+            File.generated(config, f"source/{path}.md", content=source_page(path), inclusion=InclusionLevel.NOT_IN_NAV)
+        )
     return files
+
+
+def source_page(path: str) -> str:
+    """The page of a source file: its code; of a notebook, its text with the code between."""
+    text = (ROOT / path).read_text(encoding="utf-8")
+    if not path.endswith(".ipynb"):
+        return f"# {path}\n\n````python\n{text}````\n"
+    # Links between notebooks lead to their pages, which lie side by side.
+    parts = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(text)["cells"]]
+    return "\n\n".join(
+        re.sub(r"\]\((\w+\.ipynb)\)", r"](\1.md)", part) if kind == "markdown" else f"````python\n{part}\n````"
+        for kind, part in parts
+    )
 
 
 def _linked(page: str, markdown: str) -> list[str]:

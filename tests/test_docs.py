@@ -212,6 +212,15 @@ def test_links_to_source_files_become_pages_of_the_site(build):
     ]
 
 
+def test_a_notebook_becomes_a_page_of_its_text_and_code(build):
+    assert build._linked("look-inside.md", "[a](../examples/quickstart.ipynb)") == ["examples/quickstart.ipynb"]
+    page = build.source_page("examples/quickstart.ipynb")
+    assert page.startswith("# Quickstart\n")
+    assert "````python\nimport matplotlib.pyplot as plt\n" in page
+    assert "](look_inside.ipynb.md)" in page
+    assert page.count("````") % 2 == 0
+
+
 def test_the_reference_names_what_is_there_and_all_that_is_public():
     names = [
         name for path in (ROOT / "docs" / "api").glob("*.md") for name in re.findall(r"^::: (\S+)$", read(path), re.M)

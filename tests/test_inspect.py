@@ -195,7 +195,7 @@ def test_of_many_training_queries_some_are_drawn(monkeypatch):
     known = TrainingQueries(model, [task])
     found = inspect_query(model, QUERY, known=known)
     assert (len({row for _, row in known.rows}), found.compared, found.training) == (4, 4, 10)
-    assert "4 of them, drawn at random, of 10" in "\n".join(inspection_lines(found))
+    assert "The 3 nearest of 4 training queries, drawn at random from 10, and" in "\n".join(inspection_lines(found))
     with pytest.raises(ATVError, match="no training task"):
         TrainingQueries(model, [])
 
@@ -402,7 +402,7 @@ def test_the_command_says_it_with_the_training_rows_read_again(run, monkeypatch,
     ask = ["inspect", "--adapter", run / "out", *options, "the harbour leaks 7"]
     code, text, err = command(monkeypatch, capsys, *ask)
     assert code == 0, err
-    assert "The nearest training queries, of 12, and their answers:" in text
+    assert "The 3 nearest of 12 training queries and their answers:" in text
     shown = [line.split("'")[1] for line in text.splitlines() if " -> " in line]
     assert len(shown) == 3
     assert set(shown) <= {row.input for row in drawn.train}
@@ -413,7 +413,7 @@ def test_the_command_says_it_with_the_training_rows_read_again(run, monkeypatch,
     code, text, err = command(monkeypatch, capsys, *ask, "--data", run / "other.csv")
     assert code == 0, err
     assert "-> 'no!'" in text or "-> 'no'" in text
-    assert f"of {len(whole.train)}, and" in text
+    assert f"nearest of {len(whole.train)} training" in text
 
     (run / "boats.csv").rename(run / "away.csv")
     code, text, err = command(monkeypatch, capsys, *ask)

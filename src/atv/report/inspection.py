@@ -24,8 +24,8 @@ def inspection_lines(found: "Inspection", left_out: str = "") -> list[str]:
     if found.nearest is None:
         lines += [f"The nearest training queries are left out: {left_out}"] if left_out else []
     else:
-        drawn = f"{found.compared} of them, drawn at random, of" if found.compared < found.training else "of"
-        lines += [f"The nearest training queries, {drawn} {found.training}, and their answers:"]
+        drawn = f", drawn at random from {found.training}," if found.compared < found.training else ""
+        lines += [f"The {len(found.nearest)} nearest of {found.compared} training queries{drawn} and their answers:"]
         several = len({near.task for near in found.nearest}) > 1
         for near in found.nearest:
             where = f" ({near.task})" if several else ""
