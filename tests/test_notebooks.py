@@ -75,7 +75,7 @@ def test_a_notebook_runs_from_top_to_bottom(path, models, tmp_path, monkeypatch,
     assert len(drawn) == FIGURES[path.stem]
     assert all(label for labels in drawn for label in labels)
     said = capsys.readouterr().out
-    assert ("trainable params" if path.stem == "quickstart" else "The 3 nearest of 16 training queries") in said
+    assert ("trainable params" if path.stem == "quickstart" else "The 3 nearest of 8 training queries") in said
     assert list((tmp_path / "runs").iterdir())
 
 
