@@ -153,6 +153,9 @@ class TrainingQueries:
         atv: the model.
         tasks: its training tasks, asked as in training (`atv.data.as_trained`). Of more than 4,096 training rows that
             many are drawn at random.
+
+    Raises:
+        ATVError: there is no task.
     """
 
     @torch.no_grad()
@@ -165,6 +168,7 @@ class TrainingQueries:
         self.rows = rows if len(rows) <= MOST else random.Random(0).sample(rows, MOST)
         """The compared rows: task and example."""
         room = context_length(atv.llm)
+        atv.eval()
         renderers = {task.name: task.training_renderers(atv.reads)[0] for task in tasks}
         read = [
             _read_by_generator(atv, fitting(renderers[task.name], atv.tokenizer, example, room))
