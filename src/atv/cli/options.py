@@ -26,6 +26,12 @@ def model(text: object) -> str:
     return os.path.expanduser(str(text))
 
 
+def named_model(text: object) -> str:
+    """NAME=DIR or DIR, with `~` expanded in DIR."""
+    name, equals, folder = str(text).rpartition("=")
+    return f"{name}{equals}{model(folder)}"
+
+
 def listed(what: str, names: Iterable[str]) -> str:
     """A sentence that lists names from their registry."""
     return f"{what}: {', '.join(names)}."
@@ -312,7 +318,7 @@ class Compare:
 class Serve:
     """Of `atv serve`."""
 
-    adapter: list[str] | None = option(None, panel=MODEL)
+    adapter: list[str] | None = option(None, panel=MODEL, parser=named_model)
     """Adapter as NAME=DIR, or DIR alone, whose last part is the name; repeatable. A request chooses it by the name."""
     llm: str | None = adapters_llm_field()
     """Frozen LLM. Default: the first adapter's."""

@@ -65,11 +65,11 @@ def serve_adapters(given: Serve) -> None:
 
 
 def _named(adapter: str) -> tuple[str, str]:
-    """Split NAME=DIR; the name of DIR alone is its last part, or of DIR/adapter the one before."""
-    name, equals, folder = adapter.partition("=")
+    """Split NAME=DIR; the name of DIR alone is its last part."""
+    name, equals, folder = adapter.rpartition("=")
     if equals:
-        return name, os.path.expanduser(folder)
-    return Path(adapter).resolve().name, os.path.expanduser(adapter)
+        return name, folder
+    return Path(adapter).resolve().name, adapter
 
 
 def _own(host: str) -> bool:
