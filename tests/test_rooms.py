@@ -20,7 +20,7 @@ LEVELS = [
     ("methods", {"methods"}),
     ("evaluation", {"evaluation"}),
     ("report", {"report"}),
-    ("serving", {"serving"}),
+    ("serving", {"serving", "integrations"}),
     ("paper", {"paper"}),
     ("cli", {"cli", "__main__"}),
 ]
