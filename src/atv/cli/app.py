@@ -127,6 +127,14 @@ def serve(given: options.Serve) -> None:
     serve_adapters(given)
 
 
+@command(app, "lm-eval", passes_on=True)
+def lm_eval(given: options.LMEval) -> None:
+    """Evaluate an adapter on tasks of lm-eval, the Language Model Evaluation Harness; needs the extra 'lm-eval'."""
+    from atv.cli.lm_eval import run_lm_eval
+
+    run_lm_eval(given)
+
+
 @command(app, "inspect")
 def inspect(given: options.Inspect) -> None:
     """Say what an adapter does for queries: how near training they are, what the vectors promote and from which layer.

@@ -15,7 +15,7 @@ from atv.files import local
 from atv.methods.settings import Tables, check_tables, learned, method_settings
 
 T = TypeVar("T")
-HELP = {"help_option_names": ["-h", "--help"]}
+HELP: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
 TABLES: dict[str, str] = {}
 """The commands that take a TOML file, with the tables of their options."""
 DECIDE = ("generator", "parametrisation")
@@ -78,20 +78,24 @@ class ForMethod(FromFile):
     run: Callable[[Train], None]
 
 
-def command(app: typer.Typer, name: str, table: str = "") -> Callable[[Callable[[T], None]], Callable[[T], None]]:
+def command(
+    app: typer.Typer, name: str, table: str = "", *, passes_on: bool = False
+) -> Callable[[Callable[[T], None]], Callable[[T], None]]:
     """Register a function that takes one dataclass of options as the command `name`.
 
     Args:
         app: the app to which the command is added.
         name: name of the command.
         table: the TOML table with its options, for a command that takes a file.
+        passes_on: whether options that it does not have are words of its argument, for another program.
     """
 
     def register(run: Callable[[T], None]) -> Callable[[T], None]:
         kind = next(iter(get_type_hints(run).values()))
         if table:
             TABLES[name] = table
-        app.command(name, cls=FromFile if table else TyperCommand, context_settings=HELP)(
+        settings = HELP | {"ignore_unknown_options": passes_on}
+        app.command(name, cls=FromFile if table else TyperCommand, context_settings=settings)(
             with_signature(_calling(run, kind), options_of(kind))
         )
         return run

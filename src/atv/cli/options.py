@@ -270,6 +270,26 @@ class Predict:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LMEval:
+    """Of `atv lm-eval`."""
+
+    run: list[str] | None = option(None, argument=True, metavar="[OPTIONS OF LM-EVAL]")
+    """All other options are those of lm-eval run: --tasks, --num_fewshot, --batch_size, --output_path, ..."""
+    adapter: str = option(panel=MODEL, parser=model)
+    """Folder written by atv train."""
+    llm: str | None = adapters_llm_field()
+    """Frozen LLM. Default: the adapter's."""
+    loading: Loading = group(Loading)
+    query_field: str | None = option(None, panel=DATA)
+    """Field of the tasks' documents with the query, which the generator reads as in training. Default: the generator
+    reads the whole prompt."""
+    training_task: str | None = option(None, panel=DATA)
+    """Training task in whose first template the generator reads the query. Default: the only one."""
+    scale: float | None = option(None, panel=METHOD)
+    """Strength of the vectors. Default: the adapter's."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Compare:
     """Of `atv compare`."""
 
