@@ -27,15 +27,17 @@ def run_lm_eval(given: LMEval) -> None:
         "query_field": given.query_field,
         "training_task": given.training_task,
         "scale": given.scale,
-        **asdict(given.loading),
+        **(asdict(given.loading) | {"device": None}),
     }
     model_args = json.dumps({name: value for name, value in about.items() if value is not None})
+    import torch
     from lm_eval.__main__ import cli_evaluate
 
     import atv.integrations.lm_eval  # noqa: F401  (registers the model)
 
+    device = given.loading.device or ("cuda" if torch.cuda.is_available() else "cpu")  # lm-eval's default is cuda:0
     own = sys.argv
-    sys.argv = ["lm-eval", "run", "--model", "atv", "--model_args", model_args, *rest]
+    sys.argv = ["lm-eval", "run", "--model", "atv", "--model_args", model_args, "--device", device, *rest]
     try:
         cli_evaluate()
     except ATVError:

@@ -9,6 +9,7 @@ token of the prompt, and the continuation is the answer.
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -45,7 +46,8 @@ from atv.methods.base import Method
 from atv.methods.lora import AdaptedByLoRA
 from atv.methods.peft_model import Adapted
 from atv.model import ATVModel
-from atv.progress import bar, log
+from atv.processes import world_size
+from atv.progress import bar, log, warn_once
 from atv.steer import Edit, steer
 from atv.vector_cache import AdapterHash, VectorCache
 
@@ -111,6 +113,11 @@ class ATVLM(HFLM):
         if other := options.keys() - set(OPTIONS):
             own = [name for name in signature(type(self)).parameters if name != "options"]
             raise unknown("option of the model atv", min(other), (*OPTIONS, *own))
+        if world_size() > 1:
+            raise ATVError(
+                f"lm-eval with an adapter runs in one process, and a launcher started {world_size()}; start one. "
+                "device=auto spreads the LLM over several GPUs."
+            )
         if scale is not None and not (isinstance(scale, int | float) and math.isfinite(scale)):
             raise ATVError(f"scale is {scale!r}; expected a number.")
         self.scale = scale
@@ -121,14 +128,11 @@ class ATVLM(HFLM):
         check_chat_template(training, self.method.tokenizer)
         self.query_field, self.task = query_field, trained_task(training, training_task)[0]
         self._query_of = _query_of(self.method, training, query_field, training_task)
+        self._chats = any(not _is_plain(asked, self.method.tokenizer) for asked in training.get("tasks", {}).values())
         llm: Any = base_llm(self.method.llm)
-        super().__init__(
-            pretrained=llm,
-            tokenizer=self.method.tokenizer,
-            batch_size=batch_size,
-            max_batch_size=max_batch_size,
-            **options,
-        )
+        sizes = {"batch_size": batch_size, "max_batch_size": max_batch_size}
+        with _errors_alone(HFLM.__module__):  # it warns that the LLM is loaded
+            super().__init__(pretrained=llm, tokenizer=self.method.tokenizer, **sizes, **options)
         about = (digest, self.scale, query_field, training_task, str(llm.dtype), quantization_of(llm), options)
         self.identity = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
         """Digest of everything that determines the answers to a request, except the LLM, which the adapter names."""
@@ -160,7 +164,23 @@ class ATVLM(HFLM):
             "without the adapter (--model hf)."
         )
 
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Return a conversation in the LLM's chat template."""
+        if self.query_field is None and _reads(self.method):
+            raise ATVError(
+                "Prompts in a chat template were asked for, and without a query field the generator would read the "
+                "template's marks, which it never did in training. Name the field with the query (query_field)."
+            )
+        self._chats = False
+        text: str = super().apply_chat_template(chat_history, add_generation_prompt)
+        return text
+
     def _with_queries(self, requests: Sequence[Instance]) -> list[Instance]:
+        if self._chats:
+            warn_once(
+                "This adapter was trained on chats, and these prompts are plain texts: scores may be far from those of "
+                "atv eval. Ask for the chat template (--apply_chat_template)."
+            )
         return [replace(each, arguments=(self._context(each), *each.args[1:])) for each in requests]
 
     def _context(self, request: Instance) -> Context:
@@ -300,6 +320,18 @@ class ATVLM(HFLM):
         if isinstance(self.method, ATVMethod):
             info["atv_scale"] = self.method.atv.config.scale if self.scale is None else self.scale
         return info
+
+
+@contextmanager
+def _errors_alone(name: str) -> Iterator[None]:
+    """Inside this context a logger logs only errors."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _judged(logits: Tensor, continuation: Sequence[int]) -> tuple[float, bool]:
