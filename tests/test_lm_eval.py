@@ -145,7 +145,7 @@ def options_equal_to_atv_eval(method, task, folder, lm, *written, **options):
     for row, sample in zip(expected, samples["options"], strict=True):
         scores = torch.tensor([response[0][0] for response in sample["resps"]], dtype=torch.float64)
         wanted = torch.tensor([row["probabilities"][option] for option in task.options], dtype=torch.float64)
-        torch.testing.assert_close(scores.softmax(0), wanted, rtol=2e-4, atol=1e-6)
+        torch.testing.assert_close(scores.softmax(0), wanted, rtol=2e-4, atol=1e-7)
         assert sample["acc"] == row["scores"]["option_likelihood"]
     right = [row["scores"]["option_likelihood"] for row in expected]
     assert results["options"]["acc,none"] == pytest.approx(sum(right) / len(right))
@@ -245,6 +245,7 @@ REQUESTS = [
     request("quiet yes no", " yes", query=QUIET),  # the same tokens, of which more are the context
     request("Is this opinion positive or negative?\nA:", " the first boats came in", query=LEAKS),
     request("", "yes or no", query=QUIET),
+    request("Question:\n", "yes or no", query=LEAKS),  # the prompt ends after the line break, which is scored too
     *(request("which one? " * count, "one two three"[:count], query=LEAKS) for count in (1, 5, 9)),
 ]
 
@@ -261,8 +262,8 @@ def test_log_likelihoods_are_those_of_one_text_at_a_time(positions, batch_size):
         before = atv.tokenizer(stripped)["input_ids"] or [atv.tokenizer.bos_token_id]
         after = atv.tokenizer(context + answer)["input_ids"][len(before) if stripped else 0 :]
         vectors = atv.config.scale * atv.task_vectors([each.doc["query"]])[0]
-        end = len(before) + len(after)
-        columns = list(range(len(before) - 1, end if positions == "answer" else len(before)))
+        prompt = len(before) + context.endswith("\n")
+        columns = list(range(prompt - 1, len(before + after) if positions == "answer" else prompt))
         with torch.no_grad(), added(atv.layers, vectors, columns):
             logits = atv.llm(torch.tensor([before + after])).logits[0, len(before) - 1 : -1].float()
         expected = logits.log_softmax(-1)[range(len(after)), after].sum().item()
@@ -306,16 +307,13 @@ def test_at_scale_0_it_is_the_stock_model(rows, ask):
 
 def test_long_contexts_are_cut_at_their_beginning():
     atv = make_atv()
-    context, answer = "the first boats came in. " * 40, " yes or no"
-    lm = ATVLM(atv, query_field="query", max_length=24)
-    found = lm.loglikelihood([request(context, answer, query=QUIET)])[0][0]
-    whole = atv.tokenizer(context.rstrip() + " " + answer)["input_ids"][-25:]
-    count = len(atv.tokenizer(context.rstrip() + " " + answer)["input_ids"]) - len(
-        atv.tokenizer(context.rstrip())["input_ids"]
-    )
+    context, answer = "the first boats came in. " * 40 + "A:", " yes or no"
+    found = ATVLM(atv, query_field="query", max_length=24).loglikelihood([request(context, answer, query=QUIET)])[0][0]
+    whole = atv.tokenizer(context + answer)["input_ids"]
+    count = len(whole) - len(atv.tokenizer(context)["input_ids"])
     vectors = atv.config.scale * atv.task_vectors([QUIET])[0]
     with torch.no_grad(), added(atv.layers, vectors, [24 - count]):
-        scores = atv.llm(torch.tensor([whole[:-1]])).logits[0, -count:].log_softmax(-1)
+        scores = atv.llm(torch.tensor([whole[-25:-1]])).logits[0, -count:].log_softmax(-1)
     assert found == pytest.approx(scores[range(count), whole[-count:]].sum().item(), abs=1e-4)
     with refused("tokens", "1 to 8"):
         ATVLM(atv, query_field="query", max_length=8).loglikelihood([request("one", " two" * 20, query=QUIET)])

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from lm_eval.api.instance import Instance
@@ -65,6 +65,18 @@ class Context(str):
         made = super().__new__(cls, text)
         made.query = query
         return made
+
+
+class _Read(NamedTuple):
+    """What the LLM reads to score a continuation, and the generator with it."""
+
+    query: str
+    context: tuple[int, ...]
+    """Token ids, without white space at its end."""
+    continuation: tuple[int, ...]
+    """Its token ids without the last one, which is not read."""
+    space: int
+    """Number of tokens of the continuation that belong to the prompt."""
 
 
 @register_model("atv")
@@ -239,30 +251,29 @@ class ATVLM(HFLM):
         reads those once that split the same tokens elsewhere; steered, these are different texts.)
         """
         del override_bs  # of perplexities
-        alike: dict[tuple[str, tuple[int, ...], tuple[int, ...]], list[int]] = {}
+        alike: dict[_Read, list[int]] = {}
         for number, ((context, continuation), before, after) in enumerate(requests):
             if not 0 < len(after) <= self.max_length:
                 raise ATVError(
                     f"The continuation {continuation[:60]!r} has {len(after)} tokens; expected 1 to {self.max_length}, "
                     "which is the LLM's context."
                 )
-            alike.setdefault((context.query, tuple(before), tuple(after[:-1])), []).append(number)
-        texts = [(numbers, *requests[numbers[0]][1:]) for numbers in alike.values()]
+            read = _Read(context.query, tuple(before), tuple(after[:-1]), self._space(context, before, after))
+            alike.setdefault(read, []).append(number)
+        # as `HFLM` wants them to measure batch sizes: what is about a text, its context, its continuation
+        texts = [((read, numbers), *requests[numbers[0]][1:]) for read, numbers in alike.items()]
         texts.sort(key=lambda text: -len(text[1]) - len(text[2]))
         if cut := sum(len(before) + len(after) > self.max_length + 1 for _, before, after in texts):
             log.warning(
                 f"{cut} texts do not fit the LLM's context of {self.max_length} tokens: cut at their beginning."
             )
         self.batch_sizes: dict[int, int] = {}  # measured again, since these texts may be longer than the last ones
-        auto = self.batch_size == "auto"
+        size, measured = (0, self._batch_scheduler) if self.batch_size == "auto" else (self.batch_size, None)
         found: dict[int, tuple[float, bool]] = {}
         with nullcontext() if disable_tqdm else bar("lm-eval: continuations", len(requests)) as progress:
-            for batch in Collator.get_chunks(
-                texts, 0 if auto else self.batch_size, self._batch_scheduler if auto else None
-            ):
-                queries = [requests[numbers[0]][0][0].query for numbers, _, _ in batch]
-                following = self._following([text[1:] for text in batch], queries)
-                for (numbers, _, _), logits in zip(batch, following, strict=True):
+            for batch in Collator.get_chunks(texts, size, measured):
+                following = self._following([read for (read, _), _, _ in batch])
+                for ((_, numbers), _, _), logits in zip(batch, following, strict=True):
                     for number in numbers:
                         found[number] = _judged(logits, requests[number][2])
                         self.cache_hook.add_partial("loglikelihood", requests[number][0], found[number])
@@ -270,19 +281,31 @@ class ATVLM(HFLM):
                         progress.advance(len(numbers))
         return [found[number] for number in range(len(requests))]
 
-    def _following(self, texts: Sequence[tuple[list[int], list[int]]], queries: Sequence[str]) -> list[Tensor]:
-        """Return for each context and continuation the logits that predict the continuation, (its tokens, vocabulary).
+    def _space(self, context: str, before: list[int], after: list[int]) -> int:
+        """Return how many tokens of a continuation are white space at the end of its context.
+
+        lm-eval scores that white space with the continuation, but the prompt ends after it, as in `generate` and in
+        training: chat templates end in a line break. 0 if a token spans both.
+        """
+        if context == context.rstrip():
+            return 0
+        prompt, whole = self.tok_encode(context), before + after
+        return len(prompt) - len(before) if prompt == whole[: len(prompt)] and len(prompt) < len(whole) else 0
+
+    def _following(self, texts: Sequence[_Read]) -> list[Tensor]:
+        """Return for each text the logits that predict its continuation, (its tokens, vocabulary).
 
         They are float32, on the CPU. A text that is too long is cut at its beginning.
         """
-        read = [(before + after)[-(self.max_length + 1) : -1] for before, after in texts]
-        lengths = [len(ids) + 1 - len(after) for ids, (_, after) in zip(read, texts, strict=True)]
-        ids, mask = pad(read, pad_id(self.tokenizer), "right")
+        read = [[*text.context, *text.continuation][-self.max_length :] for text in texts]
+        starts = [len(ids) - len(text.continuation) for ids, text in zip(read, texts, strict=True)]
+        lengths = [start + text.space for start, text in zip(starts, texts, strict=True)]
         prompts = [
-            Prompt(text[:length], query, task=self.task)
-            for text, length, query in zip(read, lengths, queries, strict=True)
+            Prompt(ids[:length], text.query, task=self.task)
+            for ids, length, text in zip(read, lengths, texts, strict=True)
         ]
-        device, first = input_device(self.method.llm), min(lengths) - 1
+        ids, mask = pad(read, pad_id(self.tokenizer), "right")
+        device, first = input_device(self.method.llm), min(starts) - 1
         with self._steered(prompts, Lengths, lengths):
             logits = call_llm(
                 self.method.llm,
@@ -292,8 +315,8 @@ class ATVLM(HFLM):
                 use_cache=False,
             ).logits  # (batch, columns from the first that predicts a continuation, vocabulary)
         return [
-            row[length - 1 - first :][: len(after)].float().cpu()
-            for row, length, (_, after) in zip(logits, lengths, texts, strict=True)
+            row[start - 1 - first : len(ids) - first].float().cpu()
+            for row, start, ids in zip(logits, starts, read, strict=True)
         ]
 
     def tok_batch_encode(self, strings: Sequence[Context], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
