@@ -1,6 +1,6 @@
 """Read the documentation: its fenced blocks, links and the commands in it, and run what it shows.
 
-A fence says its language: `python`, `sh`, `json`, `toml`, or `text` for what is no code (a drawing, an output). A
+A fence says its language: `python`, `sh`, `json`, `toml`, `yaml`, or `text` for what is no code (a drawing, an output). A
 `title="FILE"` makes the block that file, for the blocks after it. `<!-- not run: WHY -->` on the line before a fence
 leaves a block out; tests/test_docs.py counts these.
 """
@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import yaml
 from typer.main import get_command
 
 from atv.cli import main
@@ -48,7 +49,7 @@ def named(words: list[str]) -> str:
 
 COMMANDS = dict(all_commands(get_command(app)))
 """By their names, those of `atv paper` with both words."""
-LANGUAGES = ("python", "sh", "json", "toml", "text")
+LANGUAGES = ("python", "sh", "json", "toml", "yaml", "text")
 NOT_RUN = re.compile(r"<!-- not run: .+ -->")
 FENCE = re.compile(r"^(?P<ticks>`{3,})(?P<language>[\w-]*)(?P<about>.*)$")
 NEEDS_MORE = {"demo", "paper prepare", "paper reproduce", "paper sweep", "paper theory"}
@@ -139,6 +140,8 @@ def run_page(found: list[Block], shell: bool, monkeypatch: Any) -> None:
             data |= {Path(block.title).parent} if block.title else set()
         elif block.language == "toml":
             _check_toml(block)
+        elif block.language == "yaml":
+            yaml.safe_load(block.text)
     for folder in data:
         load_tasks(data=folder)
 

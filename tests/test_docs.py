@@ -131,6 +131,7 @@ BROKEN = {
     "broken JSON": "```json\n{,}\n```",
     "data that is refused": '```json title="data/toy.json"\n{"train": []}\n```',
     "broken TOML": "```toml\n[train\n```",
+    "broken YAML": "```yaml\ntask: [\n```",
     "an unknown option in a file": '```toml title="run.toml"\n[train]\nsale = 1\n```',
     "an unknown setting": '```toml title="settings.toml"\n[atv]\nsale = 1\n```',
 }
