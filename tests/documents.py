@@ -1,8 +1,8 @@
 """Read the documentation: its fenced blocks, links and the commands in it, and run what it shows.
 
-A fence says its language: `python`, `sh`, `json`, `toml`, `yaml`, or `text` for what is no code (a drawing, an output). A
-`title="FILE"` makes the block that file, for the blocks after it. `<!-- not run: WHY -->` on the line before a fence
-leaves a block out; tests/test_docs.py counts these.
+A fence says its language: `python`, `sh`, `json`, `toml`, `yaml`, or `text` for what is no code (a drawing, an
+output). A `title="FILE"` makes the block that file, for the blocks after it. `<!-- not run: WHY -->` on the line before
+a fence leaves a block out; tests/test_docs.py counts these.
 """
 
 import ast
@@ -49,6 +49,7 @@ def named(words: list[str]) -> str:
 
 COMMANDS = dict(all_commands(get_command(app)))
 """By their names, those of `atv paper` with both words."""
+PARSERS = {"json": json.loads, "yaml": yaml.safe_load}
 LANGUAGES = ("python", "sh", "json", "toml", "yaml", "text")
 NOT_RUN = re.compile(r"<!-- not run: .+ -->")
 FENCE = re.compile(r"^(?P<ticks>`{3,})(?P<language>[\w-]*)(?P<about>.*)$")
@@ -135,13 +136,11 @@ def run_page(found: list[Block], shell: bool, monkeypatch: Any) -> None:
         elif block.language == "sh":
             for command in commands(block.text):
                 _check_command(command, block, shell, monkeypatch)
-        elif block.language == "json":
-            json.loads(block.text)
-            data |= {Path(block.title).parent} if block.title else set()
+        elif block.language in PARSERS:
+            PARSERS[block.language](block.text)
+            data |= {Path(block.title).parent} if block.language == "json" and block.title else set()
         elif block.language == "toml":
             _check_toml(block)
-        elif block.language == "yaml":
-            yaml.safe_load(block.text)
     for folder in data:
         load_tasks(data=folder)
 

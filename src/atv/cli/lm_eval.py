@@ -12,7 +12,7 @@ from atv.errors import ATVError
 
 def run_lm_eval(given: LMEval) -> None:
     """Run lm-eval's own command with the adapter as its model."""
-    rest = given.run or []
+    rest = given.arguments or []
     if find_spec("lm_eval") is None:
         raise ATVError(
             "atv lm-eval needs the package lm-eval, which is not installed. Install it with: "

@@ -273,8 +273,8 @@ class Predict:
 class LMEval:
     """Of `atv lm-eval`."""
 
-    run: list[str] | None = option(None, argument=True, metavar="[OPTIONS OF LM-EVAL]")
-    """All other options are those of lm-eval run: --tasks, --num_fewshot, --batch_size, --output_path, ..."""
+    arguments: list[str] | None = option(None, argument=True)
+    """Everything else goes to lm-eval run, such as its --tasks and its --include_path."""
     adapter: str = option(panel=MODEL, parser=model)
     """Folder written by atv train."""
     llm: str | None = adapters_llm_field()
