@@ -372,6 +372,8 @@ def test_queries_that_are_missing_or_superfluous(rows):
         ATVLM(alone, query_field="query").loglikelihood([request("quiet", " yes", query=7.5)])
     with refused("query"):
         ATVLM(alone, query_field="query").loglikelihood([request("quiet", " yes", query=" ")])
+    with refused("A query is ''"):
+        ATVLM(prompts).loglikelihood([request("", "yes or no")])
     with refused("'input'", "leave it out"):
         ATVLM(made_of_itself(), query_field="input")
     prompts.training_summary["tasks"]["toy"] = toy_task().asking()
@@ -392,6 +394,8 @@ def test_options_that_are_wrong(rows, tmp_path, monkeypatch):
         ATVLM(atv, query_field="input", scale="much")
     with refused("pretrained"):
         ATVLM(atv, "llm", query_field="input")
+    with refused("dtype float32", "loaded already"):
+        ATVLM(atv, query_field="input", dtype="float32")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with refused("one process", "2"):
         ATVLM(atv, query_field="input")

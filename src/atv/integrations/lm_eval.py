@@ -37,6 +37,7 @@ from atv.evaluation.measure import Frozen
 from atv.generator import CONSTANT
 from atv.lm.hooks import base_llm, input_device
 from atv.lm.hooks import quantization as quantization_of
+from atv.lm.identity import llm_digest
 from atv.lm.load import load_tokenizer
 from atv.lm.prefix import call_llm
 from atv.lm.spans import Lengths, Spans, Tracked
@@ -132,7 +133,7 @@ class ATVLM(HFLM):
             )
         if scale is not None and not (isinstance(scale, int | float) and math.isfinite(scale)):
             raise ATVError(f"scale is {scale!r}; expected a number.")
-        self.scale = scale
+        self.scale = None if scale is None else float(scale)
         loading = {"dtype": dtype, "device": device, "quantization": quantization, "revision": revision}
         self.method, training, digest = _loaded(adapter, pretrained, loading | {"trust_remote_code": trust_remote_code})
         if scale is not None and not isinstance(self.method, ATVMethod):
@@ -145,9 +146,9 @@ class ATVLM(HFLM):
         sizes = {"batch_size": batch_size, "max_batch_size": max_batch_size}
         with _errors_alone(HFLM.__module__):  # it warns that the LLM is loaded
             super().__init__(pretrained=llm, tokenizer=self.method.tokenizer, **sizes, **options)
-        about = (digest, self.scale, query_field, training_task, str(llm.dtype), quantization_of(llm), options)
-        self.identity = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-        """Digest of everything that determines the answers to a request, except the LLM, which the adapter names."""
+        about = [digest, llm_digest(llm), str(llm.dtype), quantization_of(llm), self.scale, query_field, training_task]
+        self.identity = hashlib.sha256(json.dumps([*about, options], sort_keys=True).encode()).hexdigest()[:16]
+        """Digest of everything that determines the answer to a request."""
         self._reading: Sequence[Context] = ()  # the contexts that `generate` reads next
 
     # ---- requests ----
@@ -161,8 +162,8 @@ class ATVLM(HFLM):
         """Return a generated text for each request."""
         if isinstance(self.method.llm, Adapted) and not isinstance(self.method.llm, AdaptedByLoRA):
             raise ATVError(
-                f"Texts cannot be generated with the method {self.method.name}: generate of transformers does not pass "
-                "its keys and values on. Choose tasks that compare options, or use atv eval."
+                f"Texts cannot be generated with the method {self.method.name}: generate of transformers does not use "
+                "its learned keys and values. Choose tasks that compare options, or use atv eval."
             )
         found: list[str] = super().generate_until(self._with_queries(requests), disable_tqdm)
         return found
@@ -198,7 +199,7 @@ class ATVLM(HFLM):
     def _context(self, request: Instance) -> Context:
         context, doc = request.args[0], request.doc
         if self.query_field is None:
-            return Context(context, self._query_of(context or self.tokenizer.decode([self.prefix_token_id])))
+            return Context(context, self._query_of(context))
         where = f"The task {request.task_name}: a document"
         if self.query_field not in doc:
             raise ATVError(
@@ -376,11 +377,14 @@ def _loaded(
     adapter: str | Path | ATVModel, pretrained: str | nn.Module | None, loading: dict[str, Any]
 ) -> tuple[Method, Mapping[str, Any], str]:
     """Return an adapter's method on its LLM, the summary of its training, and its digest."""
+    given = next((name for name, value in loading.items() if value not in (None, False, "auto")), None)
+    if given and (isinstance(adapter, ATVModel) or isinstance(pretrained, nn.Module)):
+        raise ATVError(f"The LLM is loaded already; found {given} {loading[given]}: leave it out.")
     if isinstance(adapter, ATVModel):
         if pretrained is not None:
             raise ATVError("An ATVModel has its LLM; found pretrained too: leave it out.")
         return ATVMethod(adapter), adapter.training_summary, AdapterHash().of(adapter.atv, str(adapter.config))
-    folder = artifact.locate(adapter)
+    folder = artifact.locate(str(adapter))
     saved = artifact.read(folder)
     _require_usable(saved.method, folder)
     if isinstance(pretrained, nn.Module):
@@ -416,7 +420,7 @@ def _query_of(
                 f"What the method {method.name} does here does not depend on a query, or it reads the LLM's own "
                 f"prompts; found the query field {query_field!r}: leave it out."
             )
-        return str
+        return lambda _: "not read"
     tasks: Mapping[str, Any] = training.get("tasks", {})
     if query_field is None:
         if method.reads != "prompt" or not all(_is_plain(asked, method.tokenizer) for asked in tasks.values()):
