@@ -34,7 +34,9 @@ check: setup
 test: setup
 	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
+# Also lm-eval, which adds 28 packages
 test-all: setup
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[lm-eval]"
 	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal --exhaustive
 
 # The tests with the lowest version of each dependency that pyproject.toml allows. uv finds these versions. torch alone stays
