@@ -125,6 +125,16 @@ def test_shared_beginnings_are_read_once_and_never_hold_a_steered_token():
     assert Beginnings(llm, 0).of([(asked.ids, len(asked.ids) - 1) for asked in prompts]) == [[]] * 4
 
 
+def test_prompts_of_one_batch_share_their_beginning():
+    llm, tokenizer, models = adapters()
+    asked = prompt(tokenizer, TEXTS[0] * 3)
+    read = []
+    handle = llm.model.embed_tokens.register_forward_hook(lambda _, args, __: read.append(args[0].numel()))
+    Batch(llm, [Row(asked, models["last"]) for _ in range(4)], 0, Beginnings(llm, 2**30))
+    handle.remove()
+    assert sum(read) == len(asked.ids) - 1 + 4
+
+
 def test_kept_beginnings_stay_within_their_limit():
     llm, tokenizer, _ = adapters()
     ids = prompt(tokenizer, TEXTS[0] * 3).ids

@@ -6,7 +6,6 @@ different adapters, and without one, share them.
 
 from collections import deque
 from collections.abc import Sequence
-from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -63,18 +62,18 @@ class Beginnings:
         Returns:
             For each prompt its layers' keys and values, possibly of 0 layers.
         """
-        found = [self._of(tuple(ids), clean, prompts) for ids, clean in prompts]
+        found = [self._of(tuple(ids), clean, prompts) for ids, clean in prompts] if self._limit else [[]] * len(prompts)
         self._recent.extend(tuple(ids) for ids, _ in prompts)
         while self.bytes > self._limit:
             self._kept.pop(0)
         return found
 
     def _of(self, ids: tuple[int, ...], clean: int, beside: Sequence[tuple[Sequence[int], int]]) -> Sides:
-        if clean < LEAST or not self._limit:
+        if clean < LEAST:
             return []
-        others = chain(self._recent, (tuple(other) for other, _ in beside if other is not ids))
-        common = min(clean, max((_common(ids, other) for other in others if other != ids), default=0))
-        common = max(common, clean if self._recent.count(ids) else 0)
+        others = [*self._recent, *(tuple(other) for other, _ in beside)]
+        others.remove(ids)  # itself, among those beside it
+        common = min(clean, max((_common(ids, other) for other in others), default=0))
         lengths = [min(clean, _common(ids, kept.ids)) for kept in self._kept]
         best = max(range(len(lengths)), key=lengths.__getitem__, default=None)
         known = 0 if best is None else lengths[best]

@@ -73,7 +73,7 @@ class Completions:
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
             events = self._events(asked, form, usage)
-            first = await anext(events)  # what is refused at once has a status of its own
+            first = await _until_gone(request, _first(events))  # what is refused at once has a status of its own
             return StreamingResponse(_behind(first, events), media_type="text/event-stream")
         choices = await _until_gone(request, self._all(asked, form.model))
         return JSONResponse(form.whole(choices))
@@ -153,6 +153,10 @@ def _event(part: dict[str, Any]) -> str:
     return f"data: {json.dumps(part, ensure_ascii=False)}\n\n"
 
 
+async def _first(events: AsyncIterator[str]) -> str:
+    return await anext(events)
+
+
 async def _behind(first: str, events: AsyncIterator[str]) -> AsyncIterator[str]:
     async with aclosing(cast(Any, events)):
         yield first
@@ -162,17 +166,20 @@ async def _behind(first: str, events: AsyncIterator[str]) -> AsyncIterator[str]:
 
 async def _until_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """Await an answer; cancel it when the client goes away."""
-    task = asyncio.create_task(work)
+    task, gone = asyncio.create_task(work), asyncio.Event()
 
     async def watch() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
+        gone.set()
         task.cancel()
 
     watching = asyncio.create_task(watch())
     try:
         return await task
     except asyncio.CancelledError:
+        if not gone.is_set():
+            raise
         raise Failed(499, "The client has gone.", "cancelled") from None
     except BaseExceptionGroup as group:  # of the answers to one request: the first that failed
         raise group.exceptions[0] from None
