@@ -4,9 +4,10 @@ Everything is a value of `Inspection`, which `dataclasses.asdict` turns into JSO
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,11 +35,14 @@ from atv.methods.zero_shot import ZeroShot
 from atv.model import ATVModel
 from atv.progress import bar
 from atv.steer import EDITS, Edit, steer
+from atv.vectors import ATV
 
 LEAST_TOKENS = 16
 """An answer is generated up to at least this number of tokens, to show what the LLM says if it does not stop."""
 NO_CHANGE = 1e-3
 """Answers whose scores the vectors change by less than this, in nats, are changed alike."""
+TOGETHER = 16
+"""Number of training queries that the generator reads together."""
 
 
 @dataclass(frozen=True)
@@ -153,13 +157,16 @@ class TrainingQueries:
         atv: the model.
         tasks: its training tasks, asked as in training (`atv.data.as_trained`). Of more than 4,096 training rows that
             many are drawn at random.
+        call: calls a function that uses the model, for some rows at a time, and returns its result; to share the model
+            with others. By default it is called at once.
 
     Raises:
         ATVError: there is no task.
     """
 
-    @torch.no_grad()
-    def __init__(self, atv: ATVModel, tasks: Sequence[Task]) -> None:
+    def __init__(
+        self, atv: ATVModel, tasks: Sequence[Task], call: Callable[[Callable[[], Any]], Any] | None = None
+    ) -> None:
         rows = [(task, example) for task in tasks for example in task.train]
         if not rows:
             raise ATVError("There is no training task; expected at least one.")
@@ -170,16 +177,27 @@ class TrainingQueries:
         room = context_length(atv.llm)
         atv.eval()
         renderers = {task.name: task.training_renderers(atv.reads)[0] for task in tasks}
-        read = [
-            _read_by_generator(atv, fitting(renderers[task.name], atv.tokenizer, example, room))
-            for task, example in self.rows
-        ]
+        call = call or (lambda function: function())
+
+        def encoded(rows: Sequence[tuple[Task, Example]]) -> list[list[int]]:
+            return [
+                read_by_generator(atv, fitting(renderers[task.name], atv.tokenizer, example, room))
+                for task, example in rows
+            ]
+
+        @torch.no_grad()
+        def states_of(batch: Sequence[int]) -> Tensor:
+            return _states(atv, [read[index] for index in batch])
+
+        read: list[list[int]] = []
+        for start in range(0, len(self.rows), TOGETHER):
+            read += call(partial(encoded, self.rows[start : start + TOGETHER]))
         order = sorted(range(len(read)), key=lambda index: len(read[index]))  # less padding
         states: dict[int, Tensor] = {}
         with bar("read training queries", len(order)) as progress:
-            for start in range(0, len(order), 16):
-                batch = order[start : start + 16]
-                states |= zip(batch, _states(atv, [read[index] for index in batch]), strict=True)
+            for start in range(0, len(order), TOGETHER):
+                batch = order[start : start + TOGETHER]
+                states |= zip(batch, call(partial(states_of, batch)), strict=True)
                 progress.advance(len(batch))
         self.states = nn.functional.normalize(torch.stack([states[index] for index in range(len(read))]), dim=-1)
         """(rows, state), of norm 1."""
@@ -240,15 +258,15 @@ def inspect_query(
     if options is None and plain.text and steered.text:
         both = tuple(dict.fromkeys((plain.text, steered.text)))
         options = encoded_options(atv.tokenizer, render, both) if len(both) > 1 else None
-    state = _states(atv, [_read_by_generator(atv, prompt)])  # (1, state)
-    gate, distance = _distance(atv, state)
-    layers, lens = _lens(atv, prompt, atv.atv.expand(state), options)
+    state = _states(atv, [read_by_generator(atv, prompt)])  # (1, state)
+    gate, near = distance(atv.atv, state)
+    layers, lens = lenses(atv, prompt, atv.atv.expand(state), options)
     raised, leading = [each.raised for each in layers], [_first(each.steered) for each in layers]
     return Inspection(
         query=example.input,
         task=name,
         gate=gate,
-        distance=distance,
+        distance=near,
         nearest=None if known is None else known.nearest(state[0]),
         compared=0 if known is None else len(known.rows),
         training=0 if known is None else known.total,
@@ -270,6 +288,10 @@ def _refuse_others(atv: ATVModel) -> None:
             f"The model is of the method {type(atv).method}, whose vectors are the same for all queries; expected one "
             f"of the method {ATVModel.method}."
         )
+    _require_one_vector(atv)
+
+
+def _require_one_vector(atv: ATVModel) -> None:
     if EDITS[atv.config.edit].vectors_per_site != 1:
         raise ATVError(
             f"The edit {atv.config.edit!r} takes {EDITS[atv.config.edit].vectors_per_site} vectors per layer; expected "
@@ -280,8 +302,8 @@ def _refuse_others(atv: ATVModel) -> None:
 # ---- the query and its neighbours ----
 
 
-def _read_by_generator(atv: ATVModel, prompt: Prompt) -> list[int]:
-    """What the generator reads of a prompt, as its token ids: the generator `self` reads the prompt itself."""
+def read_by_generator(atv: ATVModel | ATV, prompt: Prompt) -> list[int]:
+    """Return what the generator reads of a prompt, as its token ids: the generator `self` reads the prompt itself."""
     return prompt.ids if atv.own else atv.generator.encode([prompt.query])[0]
 
 
@@ -289,8 +311,9 @@ def _states(atv: ATVModel, read: Sequence[Sequence[int]]) -> Tensor:
     return atv.atv.states(read)
 
 
-def _distance(atv: ATVModel, state: Tensor) -> tuple[float, Distance | None]:
-    """The gate of a state (1, state), and the distance behind it if there is a gate."""
+@torch.no_grad()
+def distance(atv: ATV, state: Tensor) -> tuple[float, Distance | None]:
+    """Return the gate of a state (1, state), and the distance behind it if there is a gate."""
     if not isinstance(atv.expansion, Expansion) or not atv.config.gate or not len(atv.expansion.gate.references):
         return 1.0, None
     gate = atv.expansion.gate
@@ -320,41 +343,55 @@ def _said(method: Method, requests: Requests, prompt: Prompt, temperature: float
 # ---- the lens ----
 
 
-def _lens(atv: ATVModel, prompt: Prompt, vectors: Tensor, options: Options | None) -> tuple[list[LayerLens], str]:
-    """The lens after each decoder layer, and the modules that it reads with.
+@torch.no_grad()
+def lenses(
+    atv: ATVModel, prompt: Prompt, vectors: Tensor, options: Options | None = None, scale: float | None = None
+) -> tuple[list[LayerLens], str]:
+    """Return the lens after each decoder layer, and the modules that it reads with or why there are none.
 
     Args:
         atv: the model.
         prompt: what the LLM reads.
         vectors: the query's, (1, layers, hidden).
         options: the answers to compare; None: only tokens are shown.
+        scale: strength of the vectors; None: the model's.
+
+    Raises:
+        ATVError: the model's edit takes several vectors per layer.
     """
+    _require_one_vector(atv)
+    strength = atv.config.scale if scale is None else scale
     try:
         readout = Readout(atv.llm, atv.encode_prompts([prompt]), atv.config.layer_path)
     except ATVError as error:
         return [], str(error)
-    edit = atv.edit(None if atv.own else vectors)
+    edit = atv.edit(None if atv.own else vectors, scale)
     without, with_it = (_Stream(atv, prompt, options, each) for each in (None, edit))
-    added = dict(
-        zip(atv.config.layer_indices(len(without.ends)), (atv.config.scale * vectors[0]).cpu().float(), strict=True)
-    )
+    added = dict(zip(atv.config.layer_indices(len(without.ends)), (strength * vectors[0]).cpu().float(), strict=True))
     texts = [] if options is None else options.texts
+    # All layers in one call of the head, which is the largest module of a small LLM.
+    plain, steered = (
+        readout(torch.stack([end.cpu() for end in each.ends])) for each in (without, with_it)
+    )  # (layers, vocabulary)
+    promoted = readout.promoted(torch.stack(list(added.values())))  # (steered layers, vocabulary)
+    alone = dict(zip(added, zip(promoted, top_tokens(promoted, atv.tokenizer), strict=True), strict=True))
+    plain_tokens, steered_tokens = _tokens(atv, plain), _tokens(atv, steered)
     layers = []
     for layer in range(len(without.ends)):
         before, after = (each.scores(readout, layer) for each in (without, with_it))  # (answers,)
-        alone = None if layer not in added else readout.promoted(added[layer][None])  # (1, vocabulary)
+        raises, raised_tokens = alone.get(layer, (None, []))
         layers.append(
             LayerLens(
                 layer=layer,
                 norm=added[layer].norm().item() if layer in added else None,
                 stream=without.ends[layer].float().norm().item(),
-                alone=None if alone is None or options is None else _most(texts, alone[0, _identifying(options)]),
+                alone=None if raises is None or options is None else _most(texts, raises[_identifying(options)]),
                 plain=_among(texts, before),
                 steered=_among(texts, after),
                 raised=_most(texts, after - before),
-                plain_tokens=_tokens(atv, readout(without.ends[layer][None])),
-                steered_tokens=_tokens(atv, readout(with_it.ends[layer][None])),
-                alone_tokens=[] if alone is None else top_tokens(alone, atv.tokenizer)[0],
+                plain_tokens=plain_tokens[layer],
+                steered_tokens=steered_tokens[layer],
+                alone_tokens=raised_tokens,
             )
         )
     return layers, readout.described(atv.llm)
@@ -444,5 +481,5 @@ def _since(values: Sequence[str | None]) -> int | None:
     return others[-1] + 1 if others else 0
 
 
-def _tokens(atv: ATVModel, logits: Tensor) -> list[list[Any]]:
-    return top_tokens(logits, atv.tokenizer, logits.softmax(-1))[0]
+def _tokens(atv: ATVModel, logits: Tensor) -> list[list[list[Any]]]:
+    return top_tokens(logits, atv.tokenizer, logits.softmax(-1))
