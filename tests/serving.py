@@ -1,12 +1,20 @@
-"""Adapters on one tiny LLM, and the sequential loop that a served answer must equal."""
+"""Adapters on one tiny LLM, the sequential loop that a served answer must equal, and a server in a thread."""
+
+import contextlib
+import socket
+import threading
+from dataclasses import replace
 
 import torch
-from conftest import PAPER_FORM, byte_level_tokenizer, make_generator, make_llm
+import uvicorn
+from conftest import PAPER_FORM, byte_level_tokenizer, make_generator, make_llm, toy_task
 from transformers import set_seed
 
 from atv.config import ATVConfig
+from atv.data import Rendering
 from atv.data.collate import edit_mask
 from atv.data.render import Prompt, encode_text
+from atv.data.rendering import chat_template_digest
 from atv.model import ATVModel
 
 TEXTS = (
@@ -70,3 +78,36 @@ def sequential(llm, row, ends, limit, scale=None):
             break
         ids.append(token)
     return found
+
+
+def saved(llm, tokenizer, folder, positions, seed, template=None, prepare=None, **options):
+    """An adapter, changed by `prepare`, written to a folder and read again."""
+    config = ATVConfig(**(PAPER_FORM | {"positions": positions, "scale": 0.6} | options))
+    set_seed(seed)
+    generator = None if config.generator == "self" else make_generator(config)
+    model = ATVModel(llm, config, tokenizer=tokenizer, generator=generator)
+    task = toy_task()
+    if template is None:
+        task = replace(task, renderer=Rendering("chat"), templates=("{input}",), answer_prefixes=(None,))
+    model.training_summary = {
+        "tasks": {task.name: task.asking()},
+        "chat_template": chat_template_digest(tokenizer),
+    }
+    if prepare is not None:
+        prepare(model)
+    model.save_pretrained(folder)
+    return ATVModel.from_pretrained(folder, llm, tokenizer=tokenizer)
+
+
+@contextlib.contextmanager
+def running(app):
+    """The server's port, while it runs in a thread."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    try:
+        yield listening.getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join()

@@ -5,7 +5,6 @@ import contextlib
 import hashlib
 import json
 import re
-import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -14,6 +13,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from browser import browser_of
 from hypothesis import given
 from hypothesis import strategies as st
 from refusals import refused
@@ -348,15 +348,6 @@ def test_without_matplotlib_the_extra_is_named_and_reports_need_none_to_be_impor
     check_format(tmp_path / "r.md")
     code = "import sys, atv.report; sys.exit(bool({'torch', 'matplotlib'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def browser_of(playwright):
-    """A Chromium from the system or from playwright; the test is skipped where there is none."""
-    names = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
-    found = next(filter(None, map(shutil.which, names)), playwright.chromium.executable_path)
-    if not Path(found).exists():
-        pytest.skip("no browser: apt-get install chromium-headless-shell, or playwright install --only-shell chromium")
-    return playwright.chromium.launch(executable_path=found)
 
 
 def test_in_a_browser_tables_sort_nothing_is_fetched_and_a_phone_shows_it(folder, tmp_path):

@@ -4,59 +4,25 @@ import asyncio
 import contextlib
 import http.client
 import json
-import socket
 import threading
 import time
-from dataclasses import replace
 from types import SimpleNamespace
 
 import openai
 import pytest
 import torch
-import uvicorn
 from chat_templates import chat_tokenizer
-from conftest import PAPER_FORM, SIZES, make_generator, toy_task
+from conftest import SIZES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from serving import running, saved
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
-from atv import ATVConfig, ATVModel
-from atv.data import Rendering
-from atv.data.rendering import chat_template_digest
 from atv.serving.app import MOST_BYTES, make_app
 from atv.serving.engine import Engine, Limits
 from atv.serving.models import Models
 
 QUERIES = ["the harbour quiet 90", "the harbour leaks 91", "a harbour of another kind", "leaks leaks leaks"]
-
-
-def adapter(llm, tokenizer, folder, positions, seed, template=None):
-    config = ATVConfig(**(PAPER_FORM | {"positions": positions, "scale": 0.6}))
-    set_seed(seed)
-    model = ATVModel(llm, config, tokenizer=tokenizer, generator=make_generator(config))
-    task = toy_task()
-    if template is None:
-        task = replace(task, renderer=Rendering("chat"), templates=("{input}",), answer_prefixes=(None,))
-    model.training_summary = {
-        "tasks": {task.name: task.asking()},
-        "chat_template": chat_template_digest(tokenizer),
-    }
-    model.save_pretrained(folder)
-    return ATVModel.from_pretrained(folder, llm, tokenizer=tokenizer)
-
-
-@contextlib.contextmanager
-def running(app):
-    """The server's port, while it runs in a thread."""
-    listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-    thread.start()
-    try:
-        yield listening.getsockname()[1]
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +35,9 @@ def world(tmp_path_factory):
     tokenizer.save_pretrained(folder / "llm")
     llm = LlamaForCausalLM.from_pretrained(folder / "llm")
     models = {
-        "chats": adapter(llm, tokenizer, folder / "chats", "answer", 1),
-        "other": adapter(llm, tokenizer, folder / "other", "last", 2),
-        "template": adapter(llm, tokenizer, folder / "template", "last", 3, "template"),
+        "chats": saved(llm, tokenizer, folder / "chats", "answer", 1),
+        "other": saved(llm, tokenizer, folder / "other", "last", 2),
+        "template": saved(llm, tokenizer, folder / "template", "last", 3, "template"),
     }
     engine = Engine(llm, tokenizer, Limits(rows=8, waiting=40, seconds=60))
     served = Models("base", tokenizer, engine.load, folder)
@@ -242,7 +208,7 @@ def test_an_answer_is_cancelled_when_its_client_goes_away(world, monkeypatch):
 def test_what_an_adapter_does_is_told(world):
     about = world.client.post("/steer", body={"model": "chats", "query": QUERIES[0]}, cast_to=dict)
     vectors = world.models["chats"].task_vectors([QUERIES[0]])[0] * 0.6
-    assert about["norms"] == pytest.approx(vectors.norm(dim=-1).tolist(), abs=1e-3)
+    assert [layer["norm"] for layer in about["layers"]] == pytest.approx(vectors.norm(dim=-1).tolist(), abs=1e-3)
 
 
 def post(port, path, body, headers=None):

@@ -345,6 +345,9 @@ class Serve:
     loading: Loading = group(Loading)
     adapters_from: Path | None = option(None, panel=MODEL)
     """Folder from which requests may load, replace and remove adapters while the server runs. Default: they may not."""
+    training_queries: bool = option(False, panel=MODEL, flags=["--training-queries"])
+    """Show clients the training queries nearest to theirs and their answers, read again from where train.json beside
+    the adapter says that they came from."""
     host: str = option("127.0.0.1", panel=SERVER)
     """Address to listen on. Any other than this machine's own needs an API key, in the environment as ATV_API_KEY."""
     port: int = option(8000, panel=SERVER, min=0)

@@ -57,9 +57,13 @@ def serve_adapters(given: Serve) -> None:
     for each, folder in adapters.items():
         models.add(each, folder)
     host, port = listening.getsockname()[:2]
-    log.info(f"Serving {', '.join(served.name for served in models)} at http://{host}:{port}/v1 (stop with Ctrl-C)")
+    address = f"http://{host}:{port}"
+    log.info(
+        f"Serving {', '.join(served.name for served in models)} at {address}/v1, with a page at {address} "
+        "(stop with Ctrl-C)"
+    )
     hosts = ("127.0.0.1", "localhost", "[::1]", given.host)
-    app = make_app(engine, models, key=key, hosts=hosts)
+    app = make_app(engine, models, key=key, hosts=hosts, training_queries=given.training_queries)
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=10)
     uvicorn.Server(config).run(sockets=[listening])
 

@@ -13,19 +13,20 @@ from fastapi.responses import JSONResponse
 from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from atv.data.render import Prompt
 from atv.errors import ATVError
 from atv.progress import log
 from atv.serving.completions import Completions, Failed
 from atv.serving.engine import Busy, Serving
 from atv.serving.metrics import Meter
-from atv.serving.models import Models, Served, UnknownModel
+from atv.serving.models import Models, UnknownModel
+from atv.serving.page import FILES, file_route
 from atv.serving.schemas import ChatCompletion, Completion, Load, Steer, explained
+from atv.serving.why import Reasons
 
 MOST_BYTES = 2**22
 """Most bytes of a request's body."""
 LOCAL = ("127.0.0.1", "localhost", "[::1]")
-OPEN = ("/", "/health", "/page.css", "/page.js")
+OPEN = ("/health", *FILES)
 """Paths that need no key."""
 
 
@@ -86,7 +87,14 @@ class _Guard:
         await self._app(scope, replay, send)
 
 
-def make_app(engine: Serving, models: Models, *, key: str | None = None, hosts: Sequence[str] = LOCAL) -> FastAPI:
+def make_app(
+    engine: Serving,
+    models: Models,
+    *,
+    key: str | None = None,
+    hosts: Sequence[str] = LOCAL,
+    training_queries: bool = False,
+) -> FastAPI:
     """Return the server's application.
 
     Args:
@@ -95,6 +103,7 @@ def make_app(engine: Serving, models: Models, *, key: str | None = None, hosts: 
         key: API key that requests must send. None: none.
         hosts: names by which clients on this machine may call the server, so that no foreign web page can; with a
             key any name will do.
+        training_queries: whether /v1/steer shows the training queries nearest to a query.
     """
 
     @asynccontextmanager
@@ -105,7 +114,7 @@ def make_app(engine: Serving, models: Models, *, key: str | None = None, hosts: 
     app = FastAPI(title="Adaptive Task Vectors", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.add_middleware(_Guard, key=key, hosts=frozenset(hosts))
     _handle_errors(app)
-    routes = _Routes(engine, models)
+    routes = _Routes(engine, models, Reasons(engine, training_queries))
     for method, path, route in (
         ("GET", "/health", routes.health),
         ("GET", "/metrics", routes.metrics),
@@ -118,14 +127,16 @@ def make_app(engine: Serving, models: Models, *, key: str | None = None, hosts: 
         ("DELETE", "/v1/adapters/{name:path}", routes.remove),
     ):
         app.add_api_route(path, route, methods=[method], response_model=None)
+    for path in FILES:
+        app.add_api_route(path, file_route(path), methods=["GET"], response_model=None)
     return app
 
 
 class _Routes:
     """What the server answers, by path."""
 
-    def __init__(self, engine: Serving, models: Models) -> None:
-        self.engine, self.models, self.meter = engine, models, Meter(engine)
+    def __init__(self, engine: Serving, models: Models, reasons: Reasons) -> None:
+        self.engine, self.models, self.meter, self.reasons = engine, models, Meter(engine), reasons
         self.completions = Completions(engine, models, self.meter)
 
     async def health(self) -> Response:
@@ -173,7 +184,7 @@ class _Routes:
             raise ATVError("Give either query or messages.")
         turns = [message.turn() for message in body.messages or ()] or [{"role": "user", "content": body.query or ""}]
         prompt = await asyncio.to_thread(self.models.chat, served, turns, body.task)
-        return await self.engine.run(lambda: summary(served, prompt))
+        return await self.reasons.explain(served, prompt, body.scale)
 
     async def load(self, body: Load) -> Any:
         """Load an adapter, or replace one."""
@@ -186,21 +197,6 @@ class _Routes:
             raise ATVError("This server's adapters cannot be changed; start it with --adapters-from DIR to allow it.")
         self.models.remove(name)
         return {"id": name, "object": "model", "deleted": True}
-
-
-def summary(served: Served, prompt: Prompt) -> dict[str, Any]:
-    """Return what an adapter does for a prompt: its gate and the norm of each layer's vector."""
-    atv, model = served.adapter.atv, served.adapter
-    about: dict[str, Any] = {"model": served.name, "adapter": served.digest, "positions": atv.config.positions}
-    if atv.own is not None:
-        return about | {"generator": "self", "note": "The LLM makes the vectors while it reads the prompt."}
-    vectors = atv.config.scale * atv.task_vectors([prompt.query])[0]
-    return about | {
-        "query": prompt.query,
-        "gate": float(atv.gate([prompt.query])[0]),
-        "layers": getattr(model, "layer_numbers", list(range(len(vectors)))),
-        "norms": [round(float(norm), 4) for norm in vectors.norm(dim=-1)],
-    }
 
 
 def _handle_errors(app: FastAPI) -> None:

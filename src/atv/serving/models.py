@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from atv import artifact
 from atv.data import check_chat_template, query_renderer
-from atv.data.chat import Chat
+from atv.data.chat import Chat, has_chat_template
 from atv.data.conversation import example_of, turns_of
 from atv.data.render import INPUT, Example, Prompt, encode_text
 from atv.errors import ATVError, unknown
@@ -41,6 +41,8 @@ class Served:
     """The adapter's folder."""
     digest: str = ""
     """The adapter's identity (`artifact.identity`)."""
+    chat: bool = True
+    """Whether it can be asked in a conversation: not the plain LLM without chat template."""
     created: int = field(default_factory=lambda: int(time.time()))
     """When it was loaded, in seconds since 1970."""
 
@@ -52,7 +54,9 @@ class Served:
     def describe(self) -> dict[str, Any]:
         """Return it as an entry of a list of models."""
         about = {"id": self.name, "object": "model", "created": self.created, "owned_by": "atv"}
-        if self.adapter is not None:
+        if self.adapter is None:
+            about["chat"] = self.chat
+        else:
             about |= {"adapter": self.digest, "tasks": self.tasks}
         return about
 
@@ -70,7 +74,7 @@ class Models:
     def __init__(self, base: str, tokenizer: Any, load: Callable[[Path], Loaded], within: Path | None = None) -> None:
         self.base, self.tokenizer, self._load = base, tokenizer, load
         self.within = None if within is None else within.resolve()
-        self._served = {base: Served(base)}
+        self._served = {base: Served(base, chat=has_chat_template(tokenizer))}
 
     def __iter__(self) -> Any:
         return iter(list(self._served.values()))

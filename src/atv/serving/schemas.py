@@ -122,6 +122,9 @@ class Steer(Body):
     query: str | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)] | None = None
     task: str | None = None
+    """Name of a training task of the adapter, for one with several."""
+    scale: Annotated[Number, Field(ge=-10, le=10)] | None = None
+    """Factor of the adapter's own strength."""
 
 
 class Load(Body):
