@@ -78,7 +78,7 @@ def _distil(given: Train, settings: Settings, store: PrefixStore) -> Path:
     adapter = method.fit(llm, tokenizer, [task], given.out, *settings, force=given.force, store=store)
     found = distilled(method.load(llm, tokenizer, adapter), task, llm)
     write_json(given.out / "distil.json", found)
-    percent = {key: f"{100 * value:.0f}%" for key, value in found.items()}
+    percent = {key: f"{100 * found[key]:.0f}%" for key in found if key.startswith(("recovered", "agreement"))}
     print_lines(
         [
             f"Adapter: {adapter}",

@@ -80,7 +80,8 @@ def distilled(method: Method, task: Task, llm: nn.Module, batch_size: int = 16) 
     Returns:
         `queries`; `divergence` and `agreement` of the method, and of the plain LLM as `..._without`; `recovered`, the
         share of the plain LLM's divergence that is gone, with `recovered_low` and `recovered_high`, its 95% bootstrap
-        interval over queries; `prompt_tokens`, and `prompt_tokens_teacher`, means per query.
+        interval over queries; `prompt_tokens`, and `prompt_tokens_teacher`, means per query; `divergences` and
+        `divergences_without`, one per query, with which other seeds and methods can be compared.
 
     Raises:
         ATVError: the task has no teacher, or the method does not answer with the LLM.
@@ -93,23 +94,31 @@ def distilled(method: Method, task: Task, llm: nn.Module, batch_size: int = 16) 
         )
     plain = agreement(ZeroShot(llm, method.tokenizer), task, batch_size)
     ours = agreement(method, task, batch_size)
-    low, high = _interval(ours.divergences, plain.divergences)
+    share, low, high = recovered(ours.divergences, plain.divergences)
     return {
         "queries": len(task.test),
         "divergence": fmean(ours.divergences),
         "divergence_without": fmean(plain.divergences),
-        "recovered": 1 - fmean(ours.divergences) / fmean(plain.divergences),
+        "recovered": share,
         "recovered_low": low,
         "recovered_high": high,
         "agreement": fmean(ours.agreed),
         "agreement_without": fmean(plain.agreed),
         "prompt_tokens": fmean(ours.tokens),
         "prompt_tokens_teacher": task.prepared["teacher"]["prompt_tokens"],
+        "divergences": ours.divergences,
+        "divergences_without": plain.divergences,
     }
 
 
-def _interval(ours: Sequence[float], plain: Sequence[float]) -> tuple[float, float]:
+def recovered(ours: Sequence[float], plain: Sequence[float]) -> tuple[float, float, float]:
+    """Return the share of the plain LLM's divergence from the teacher that is gone, and its 95% bootstrap interval.
+
+    Args:
+        ours: divergence of the method, one per query, in nats.
+        plain: divergence of the plain LLM, of the same queries.
+    """
     draws = np.random.default_rng(0).integers(0, len(ours), (RESAMPLES, len(ours)))
     shares = 1 - np.array(ours)[draws].mean(1) / np.array(plain)[draws].mean(1)
     low, high = np.percentile(shares, [2.5, 97.5])
-    return float(low), float(high)
+    return 1 - fmean(ours) / fmean(plain), float(low), float(high)
