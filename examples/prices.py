@@ -1,7 +1,7 @@
 """Questions about prices that only a system prompt knows. `python -m examples.prices FILE` writes 320 rows as JSON.
 
-The prompt, `prices.txt` beside FILE, has the prices of ten things; each question needs one of them. It states each price
-twice, since SmolLM2-135M finds it more often then.
+The prompt, `prices.txt` beside FILE, has the prices of ten things; each question needs one of them. It states each
+price twice, since SmolLM2-135M finds it more often then.
 """
 
 from atv.data import Example

@@ -168,7 +168,7 @@ def test_a_student_learns_what_its_teacher_says(llm, tokenizer, tmp_path, positi
     found = distilled(ATVMethod(model), replace(task, train=task.test, test=task.train), llm)
     assert found["recovered"] > {"last": 0.03, "answer": 0.3}[positions]
     assert found["recovered_low"] <= found["recovered"] <= found["recovered_high"]
-    assert found["recovered"] == 1 - sum(found["divergences"]) / sum(found["divergences_without"])
+    assert found["recovered"] == pytest.approx(1 - sum(found["divergences"]) / sum(found["divergences_without"]))
     assert found["agreement"] > found["agreement_without"]
     assert found["prompt_tokens"] < found["prompt_tokens_teacher"] - 10
 
