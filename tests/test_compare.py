@@ -10,11 +10,14 @@ from statistics import fmean, stdev
 
 import pytest
 import torch
-from conftest import byte_level_tokenizer, make_atv, make_llm, toy_task
+from chat_templates import chat_tokenizer
+from conftest import SIZES, byte_level_tokenizer, make_atv, make_llm, toy_task
 from forks import ended, forked
 from refusals import refused
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from atv.cli import main
+from atv.data import load_tasks
 from atv.evaluation.compare import RECORD_FILE, Cell, Plan, cells_of, compare
 from atv.evaluation.measure import Frozen
 from atv.evaluation.records import RunWriter, load_runs
@@ -64,6 +67,23 @@ def test_cells_of_a_plan():
     assert len([cell for cell in cells if cell.method == "icl"]) == 2 * 2 * 2
     assert Cell("icl+atv", "kettles", None, 2).trained == "trained/kettles/atv-all-2"
     assert len({cell.run for cell in cells}) == len(cells)
+
+
+@pytest.mark.parametrize("name", ["probe", "linear", "elicit"])
+def test_a_method_is_evaluated_with_the_chat_template_that_it_was_trained_with(world, tmp_path, name):
+    tokenizer = chat_tokenizer("chatml")
+    LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": len(tokenizer)})).save_pretrained(tmp_path / "llm")
+    tokenizer.save_pretrained(tmp_path / "llm")
+    (task,) = load_tasks(data=world / "kettles.jsonl")
+    encoder = str(world / "generator")
+    own = {
+        "probe": {"generator": encoder},
+        "elicit": {"encoder": encoder, "shots": 2, "exemplars": 2, "layer_rows": 2},
+        "linear": {"shots": 2},
+    }
+    plan, given = Plan((name,), (1,), (8,), valid_rows=4, test_rows=4), GIVEN | {name: own.get(name, {})}
+    (run,) = compare(plan, Frozen(str(tmp_path / "llm"), dtype="float32"), [task], tmp_path / "out", given=given)
+    assert len(load_runs([run])) == 4
 
 
 @pytest.mark.parametrize(

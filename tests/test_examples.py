@@ -1,61 +1,146 @@
-"""The examples: their data load as the pages say, and their commands run to the end on tiny models."""
+"""The examples: their data load as the page says, and its commands run to the end on tiny models."""
 
 import json
+import re
 import runpy
 import sys
+from collections import Counter
+from pathlib import Path
 
 import pytest
 from chat_templates import chat_tokenizer
-from conftest import SIZES
+from conftest import SIZES, make_generator
+from documents import ROOT, blocks, commands
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from atv.cli import main
-from atv.data import load_tasks
-from examples import house_style
+from atv.config import ATVConfig
+from atv.data import Example, load_tasks
+from atv.evaluation.metrics import load_metric
+from examples import emails, help_desk, house_style, polite, prices, reviews_zh, tickets
+
+PAGE = blocks("docs/examples.md", (ROOT / "docs" / "examples.md").read_text(encoding="utf-8"))
+SMALL = {"--train-rows": "4", "--valid-rows": "2", "--test-rows": "4", "--epochs": "1", "--seeds": "1"}
+LIMITED = r"(epochs|train-rows|valid-rows|teacher-tokens) = \d+"
 
 
-@pytest.fixture(scope="module")
-def llm(tmp_path_factory):
-    """A tiny LLM with a chat template, in a folder."""
-    folder, tokenizer = tmp_path_factory.mktemp("models") / "llm", chat_tokenizer("chatml")
-    set_seed(0)
-    sizes = SIZES | {"vocab_size": len(tokenizer), "max_position_embeddings": 2048}
-    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+def run(words, monkeypatch):
+    """A command of the page, in this process."""
+    if words[0] == "python":
+        monkeypatch.delitem(sys.modules, words[2], raising=False)  # run as if not imported yet
+        monkeypatch.setattr(sys, "argv", words[2:])
+        runpy.run_module(words[2], run_name="__main__")
+        return
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert not stop.value.code, words
 
 
-def test_replies_in_the_house_style_name_the_product_and_the_step(tmp_path, monkeypatch):
-    file = tmp_path / "chats.jsonl"
-    monkeypatch.setattr(sys, "argv", ["examples.house_style", str(file)])
-    runpy.run_module("examples.house_style", run_name="__main__")
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    assert rows == house_style.rows()
-    assert len({row["messages"][1]["content"] for row in rows}) == len(rows) == 480
-    for row in rows:
+def rows_of(name, file, monkeypatch):
+    run(["python", "-m", name, str(file)], monkeypatch)
+    return json.loads(file.read_text()) if file.suffix == ".json" else [*map(json.loads, file.open(encoding="utf-8"))]
+
+
+# ---- the data ----
+
+
+@pytest.mark.parametrize(
+    ("module", "file", "chooses"),
+    [
+        (house_style, "chats.jsonl", False),
+        (emails, "emails.jsonl", False),
+        (polite, "polite.jsonl", False),
+        (tickets, "tickets.jsonl", True),
+        (reviews_zh, "reviews.jsonl", True),
+        (prices, "prices.json", True),
+        (help_desk, "desk.json", False),
+    ],
+)
+def test_the_data_load_and_no_query_occurs_twice(module, file, chooses, tmp_path, monkeypatch):
+    found = rows_of(module.__name__, tmp_path / file, monkeypatch)
+    rows = [row for split in found.values() for row in split] if isinstance(found, dict) else found
+    assert sorted(map(str, rows)) == sorted(map(str, module.rows()))
+    assert len(rows) >= 300
+    (task,) = load_tasks(data=tmp_path / file)
+    assert len(task.train) + len(task.valid) + len(task.test) == len(rows)
+    assert not task.prepared["dropped"]
+    assert task.chooses == chooses
+
+
+def test_replies_in_the_house_style_name_the_product_and_the_step():
+    for row in house_style.rows():
         _, request, answer = (message["content"] for message in row["messages"])
         (product,) = [name for name in house_style.PRODUCTS if f" {name}" in request]
         assert f"your {product}" in answer
         assert answer.endswith(house_style.ENDING)
         assert sum(step in answer for step in house_style.STEPS.values()) == 1
-    (task,) = load_tasks(data=file)
-    assert (len(task.train), len(task.valid), len(task.test)) == (346, 38, 96)
-    assert not task.chooses
 
 
-def test_the_commands_of_the_page_run(llm, tmp_path, monkeypatch):
-    file = tmp_path / "chats.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in house_style.rows()))
-    out = tmp_path / "runs"
-    small = ["--train-rows", "8", "--valid-rows", "2", "--epochs", "1", "--dtype", "float32", "--llm", str(llm)]
-    commands = [
-        ["train", "--data", file, "--positions", "answer", "--method", "fixed", "--out", out / "style", *small],
-        ["eval", "--data", file, "--adapter", out / "style", "--test-rows", 2, "--metric", "token_f1", "--dtype",
-         "float32", "--llm", llm, "--out", out / "style" / "eval"],
-        ["report", out],
-    ]  # fmt: skip
-    for command in commands:
-        monkeypatch.setattr(sys, "argv", ["atv", *map(str, command)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        assert not stop.value.code
+def test_answers_say_what_the_queries_say():
+    for row in emails.rows():
+        fields = json.loads(row["output"])
+        assert all(fields[key] in row["input"] for key in ("name", "item", "due"))
+        assert any(words in row["input"] for words, number in emails.COUNTS.items() if number == fields["quantity"])
+    for row in polite.rows():
+        for kept in (polite.THINGS, polite.TIMES):
+            assert [part for part in kept if part in row["completion"]] == [
+                part for part in kept if part in row["prompt"]
+            ]
+
+
+def test_labels_are_unbalanced_and_share_first_words():
+    found = Counter(row["label"] for row in tickets.rows())
+    assert found == {label: count for label, (count, _) in tickets.LABELS.items()}
+    assert len(found) == 12
+    assert max(found.values()) == 10 * min(found.values())
+    assert all(" " in label for label in found)
+    assert sum(Counter(label.split()[0] for label in found)[label.split()[0]] > 1 for label in found) == 11
+
+
+def test_metrics_of_distilled_prompts():
+    right = load_metric("examples.prices:right")
+    asked = Example("What does the tea cost?", "The tea costs 2.10 euros.")
+    said = {"2.10 euros": 1, "The coffee costs 2.80 euros.": 0, "2.10 or 2.80": 0, "": 0}
+    assert {answer: right(asked, answer)["right"] for answer in said} == said
+    obeys = load_metric("examples.help_desk:obeys")
+    for row in help_desk.rows()[:40]:
+        example = Example(row["prompt"], row["completion"])
+        assert obeys(example, row["completion"]) == {"begins": 1, "names_product": 1}
+        assert obeys(example, "Hello. We do not know.") == {"begins": 0, "names_product": 0}
+
+
+# ---- the page ----
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A tiny LLM with a chat template and a tiny generator, in folders, by the names of the embedded ones."""
+    folder, tokenizer = tmp_path_factory.mktemp("models"), chat_tokenizer("chatml")
+    set_seed(0)
+    sizes = SIZES | {"vocab_size": len(tokenizer), "max_position_embeddings": 8192}
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder / "llm")
+    tokenizer.save_pretrained(folder / "llm")
+    make_generator(ATVConfig()).save(folder / "generator")
+    return {"embedded:smollm2-135m": str(folder / "llm"), "embedded:minilm-l6": str(folder / "generator")}
+
+
+def ways():
+    """The shell blocks of the page; those that are like another one are marked exhaustive."""
+    for block in PAGE:
+        if block.language == "sh":
+            (name, *_) = re.findall(r"examples\.(\w+)", block.text)
+            yield pytest.param(block, id=name, marks=() if name in ("tickets", "prices") else pytest.mark.exhaustive)
+
+
+@pytest.mark.parametrize("block", ways())
+def test_the_commands_of_the_page_run(block, models, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("atv.lm.load.resolve", lambda name: models.get(name, name))
+    monkeypatch.setattr("examples.SPLITS", {"test": 4, "valid": 4})
+    for settings in (block for block in PAGE if block.title):
+        Path(settings.title).write_text(re.sub(LIMITED, r"\1 = 4", settings.text))
+    for words in commands(block.text):
+        run([SMALL.get(before, word) for before, word in zip(["", *words], words, strict=False)], monkeypatch)
+    distilled = sum("examples.distil" in words for words in commands(block.text))
+    assert len([*tmp_path.glob("runs/*/*/distil.json")]) == 3 * distilled

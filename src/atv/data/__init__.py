@@ -1,6 +1,6 @@
 """Tasks: data, templates and judging. A task knows no model."""
 
-from atv.data.asked import as_trained, check_chat_template, query_renderer, trained_task
+from atv.data.asked import as_trained, asking_of, check_chat_template, query_renderer, trained_task
 from atv.data.audit import findings, long_prompts, refuse_shared_inputs, shared_beginnings, unread_queries
 from atv.data.builtin import BUILTIN, builtin_task
 from atv.data.chat import Chat
@@ -25,6 +25,7 @@ __all__ = [
     "Turn",
     "Variant",
     "as_trained",
+    "asking_of",
     "available_tasks",
     "builtin_task",
     "check_chat_template",

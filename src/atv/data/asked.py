@@ -3,7 +3,7 @@
 An adapter records its tasks by name, each with templates, answer prefixes and rendering (`Task.asking`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -91,6 +91,11 @@ def trained_task(training: Training, task: str | None = None) -> tuple[str, Mapp
     if name not in tasks:
         raise unknown("task", name, tasks, "These are the tasks that the adapter was trained on.")
     return name, tasks[name]
+
+
+def asking_of(tasks: Sequence[Task], tokenizer: Any) -> dict[str, Any]:
+    """Return the entries of a training summary that say how tasks are asked, for `as_trained` and the check below."""
+    return {"tasks": {task.name: task.asking() for task in tasks}, "chat_template": chat_template_digest(tokenizer)}
 
 
 def check_chat_template(training: Training, tokenizer: Any) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from atv import artifact
 from atv.config import EMBEDDED_GENERATOR, REGIONS, ATVConfig, Checked, Positions, TrainConfig
-from atv.data import Prompt, Task
+from atv.data import Prompt, Task, asking_of
 from atv.errors import unknown
 from atv.files import write_bytes
 from atv.lm import identity
@@ -112,7 +112,7 @@ class Elicit(Method):
                 for task in tasks:
                     library.append(_exemplars(llm, tokenizer, task, parts, config, train.seed, progress))
                     keep()
-            _save(llm, tasks, library, adapter, config, train.seed)
+            _save(llm, tokenizer, tasks, library, adapter, config, train.seed)
 
         return learn_once(llm, tokenizer, tasks, out, config, {"seed": train.seed}, learn, force=force)
 
@@ -176,7 +176,13 @@ def _exemplars(
 
 
 def _save(
-    llm: nn.Module, tasks: Sequence[Task], library: Sequence[Exemplars], adapter: Path, config: ElicitConfig, seed: int
+    llm: nn.Module,
+    tokenizer: Any,
+    tasks: Sequence[Task],
+    library: Sequence[Exemplars],
+    adapter: Path,
+    config: ElicitConfig,
+    seed: int,
 ) -> None:
     """Train the retriever on the training queries of all tasks and write everything that `load` needs."""
     encoder = load_encoder(config.encoder).to(input_device(llm))
@@ -194,7 +200,7 @@ def _save(
         for number, task in enumerate(tasks)
     ]
     summary = {
-        "tasks": {task.name: task.asking() for task in tasks},
+        **asking_of(tasks, tokenizer),
         "seed": seed,
         "best_layers": {task.name: made.layers.tolist() for task, made in zip(tasks, library, strict=True)}
         if config.layers == BEST

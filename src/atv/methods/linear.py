@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from atv import artifact
 from atv.config import ATVConfig, Checked, Positions, TrainConfig
-from atv.data import Prompt, Task
+from atv.data import Prompt, Task, asking_of
 from atv.files import write_bytes
 from atv.lm import identity
 from atv.lm.hooks import decoder_layers, input_device
@@ -160,7 +160,7 @@ class Linear(Method):
             at[ALL] = torch.cat([s for s, _ in at.values()]), torch.cat([e for _, e in at.values()])
             maps = {name: fit(s, e, ridges[place]) for name, (s, e) in at.items()}
             summary = {
-                "tasks": {task.name: task.asking() for task in tasks},
+                **asking_of(tasks, tokenizer),
                 "seed": train.seed,
                 "layer": layers[where],
                 "ridge": ridges[place],

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from atv import adapter as adapters
 from atv import artifact
 from atv.config import EMBEDDED_GENERATOR, Checked, TrainConfig
-from atv.data import Example, Renderer, Task
+from atv.data import Example, Renderer, Task, asking_of
 from atv.errors import ATVError, unknown
 from atv.lm import identity
 from atv.lm.hooks import input_device, text_config
@@ -236,7 +236,7 @@ class Probe(Method):
             learnt = {task.name: fit(each, penalty) for task, each in zip(tasks, train_rows, strict=True)}
             learnt[ALL] = fit(joined[0], joint_penalty)
             summary = {
-                "tasks": {task.name: task.asking() for task in tasks},
+                **asking_of(tasks, tokenizer),
                 "penalty": penalty,
                 "penalty_over_all_answers": joint_penalty,
                 "layer": reader.number(layer),
