@@ -137,6 +137,8 @@ def ways():
 def test_the_commands_of_the_page_run(block, models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("atv.lm.load.resolve", lambda name: models.get(name, name))
+    monkeypatch.setattr("atv.cli.compare.write_page", lambda *_, **__: [])  # tests/test_page.py draws pages
+    monkeypatch.setattr("os.fsync", lambda file: None)
     monkeypatch.setattr("examples.SPLITS", {"test": 4, "valid": 4})
     for settings in (block for block in PAGE if block.title):
         Path(settings.title).write_text(re.sub(LIMITED, r"\1 = 4", settings.text))
