@@ -115,7 +115,8 @@ def table(out: Path, methods: Sequence[str], seeds: Sequence[int], metric: str) 
         [
             *lines,
             "",
-            f"Prompt tokens: {plain['prompt_tokens_teacher']:.0f} with it, {plain['prompt_tokens']:.0f} without. "
+            f"Prompt tokens: {plain['prompt_tokens_teacher']:.0f}, without the system prompt "
+            f"{plain['prompt_tokens']:.0f}. "
             f"CPU time of an answer of {NEW_TOKENS} tokens: {took['teacher']:.0f} ms with the prompt, "
             f"{took['without']:.0f} ms without it, {took['steered']:.0f} ms steered by {methods[0]}.",
         ]
