@@ -1,11 +1,13 @@
 """The examples: their data load as the page says, and its commands run to the end on tiny models."""
 
 import json
+import random
 import re
 import runpy
 import sys
 from collections import Counter
 from pathlib import Path
+from statistics import fmean, stdev
 
 import pytest
 from chat_templates import chat_tokenizer
@@ -17,7 +19,7 @@ from atv.cli import main
 from atv.config import ATVConfig
 from atv.data import Example, load_tasks
 from atv.evaluation.metrics import load_metric
-from examples import emails, help_desk, house_style, polite, prices, reviews_zh, tickets
+from examples import distil, emails, help_desk, house_style, polite, prices, reviews_zh, tickets
 
 PAGE = blocks("docs/examples.md", (ROOT / "docs" / "examples.md").read_text(encoding="utf-8"))
 SMALL = {"--train-rows": "4", "--valid-rows": "2", "--test-rows": "4", "--epochs": "1", "--seeds": "1"}
@@ -108,6 +110,27 @@ def test_metrics_of_distilled_prompts():
         example = Example(row["prompt"], row["completion"])
         assert obeys(example, row["completion"]) == {"begins": 1, "names_product": 1}
         assert obeys(example, "Hello. We do not know.") == {"begins": 0, "names_product": 0}
+
+
+def test_the_table_of_a_distillation_has_the_means_over_seeds_and_paired_differences(tmp_path, monkeypatch):
+    draw, without = random.Random(1), [1.0 + query / 10 for query in range(20)]
+    found = {"atv": [], "fixed": []}
+    for name, runs in found.items():
+        for seed in (42, 43):
+            own = [draw.uniform(0, 1 if name == "fixed" else 0.5) for _ in without]
+            runs.append({"recovered": 1 - fmean(own) / fmean(without), "divergences": own})
+            about = {"agreement": 0.9, "agreement_without": 0.5, "prompt_tokens": 4, "prompt_tokens_teacher": 9}
+            about |= {"divergences_without": without, "divergence_without": fmean(without)} | runs[-1]
+            (tmp_path / f"{name}-{seed}").mkdir()
+            (tmp_path / f"{name}-{seed}" / "distil.json").write_text(json.dumps(about))
+    (tmp_path / "milliseconds.json").write_text(json.dumps({"teacher": 3.0, "without": 1.0, "steered": 2.0}))
+    monkeypatch.setattr(distil, "score", lambda _: "7%")
+    rows = [line.split(" | ") for line in distil.table(tmp_path, ["atv", "fixed"], [42, 43], "right").splitlines()]
+    share = {name: [run["recovered"] for run in runs] for name, runs in found.items()}
+    for row in rows[4:6]:
+        own = share[row[0].removeprefix("| ")]
+        assert row[1] == f"{100 * fmean(own):.0f}% ± {100 * stdev(own):.0f}"
+    assert int(re.match(r"[+-]\d+", rows[5][3])[0]) == round(100 * (fmean(share["atv"]) - fmean(share["fixed"])))
 
 
 # ---- the page ----
