@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from atv.cli.dataclass_options import group, option, unlisted
 from atv.config import EMBEDDED_GENERATOR, EMBEDDED_LLM, MOST_SEED, TrainConfig
@@ -348,6 +348,10 @@ class Serve:
     training_queries: bool = option(False, panel=MODEL, flags=["--training-queries"])
     """Show clients the training queries nearest to theirs and their answers, read again from where train.json beside
     the adapter says that they came from."""
+    engine: Literal["transformers", "vllm"] = option("transformers", panel=SERVER)
+    """What runs the LLM: transformers, or vllm, which needs an environment of its own (docs/serve-vllm.md)."""
+    engine_options: str | None = option(None, panel=SERVER)
+    """vLLM's own engine arguments as JSON, such as {"max_model_len": 4096, "enforce_eager": true}."""
     host: str = option("127.0.0.1", panel=SERVER)
     """Address to listen on. Any other than this machine's own needs an API key, in the environment as ATV_API_KEY."""
     port: int = option(8000, panel=SERVER, min=0)

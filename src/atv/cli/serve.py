@@ -1,9 +1,11 @@
 """`atv serve`."""
 
 import ipaddress
+import json
 import os
 import socket
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from atv import artifact
 from atv.cli.loading import frozen_llm
@@ -11,6 +13,10 @@ from atv.cli.options import Serve
 from atv.config import EMBEDDED_LLM
 from atv.errors import ATVError
 from atv.progress import log
+
+if TYPE_CHECKING:
+    from atv.serving.engine import Engine
+    from atv.serving.vllm import VLLMEngine
 
 KEY = "ATV_API_KEY"
 
@@ -25,6 +31,7 @@ def serve_adapters(given: Serve) -> None:
         )
     if given.adapters_from is not None and not given.adapters_from.is_dir():
         raise ATVError(f"--adapters-from is {given.adapters_from}; expected a folder.")
+    _check_engine(given)
     adapters = dict(map(_named, given.adapter or ()))
     if len(adapters) < len(given.adapter or ()):
         raise ATVError("Two adapters have one name; give each its own as NAME=DIR.")
@@ -32,7 +39,6 @@ def serve_adapters(given: Serve) -> None:
         import uvicorn
 
         from atv.serving.app import make_app
-        from atv.serving.engine import Engine, Limits
         from atv.serving.models import Models
     except ImportError as error:
         raise ATVError(
@@ -43,7 +49,29 @@ def serve_adapters(given: Serve) -> None:
         first = next(iter(adapters.values()), None)
         name = EMBEDDED_LLM if first is None else artifact.read(artifact.locate(first)).base_llm["name"]
     listening = _listen(given.host, given.port)  # before the LLM is loaded: a port in use is told at once
-    llm, tokenizer = frozen_llm(name, given.loading).load()
+    engine = _engine(name, given)
+    try:
+        models = Models(name, engine.tokenizer, engine.load, given.adapters_from)
+        for each, folder in adapters.items():
+            models.add(each, folder)
+        host, port = listening.getsockname()[:2]
+        address = f"http://{host}:{port}"
+        log.info(
+            f"Serving {', '.join(served.name for served in models)} at {address}/v1, with a page at {address} "
+            "(stop with Ctrl-C)"
+        )
+        hosts = ("127.0.0.1", "localhost", "[::1]", given.host)
+        app = make_app(engine, models, key=key, hosts=hosts, training_queries=given.training_queries)
+        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=10)
+        uvicorn.Server(config).run(sockets=[listening])
+    finally:
+        engine.close()  # vLLM's processes would outlive this one
+
+
+def _engine(name: str, given: Serve) -> "Engine | VLLMEngine":
+    """Load the LLM into the engine that the options choose."""
+    from atv.serving.engine import Engine, Limits
+
     limits = Limits(
         rows=given.rows,
         waiting=given.waiting,
@@ -52,20 +80,50 @@ def serve_adapters(given: Serve) -> None:
         seconds=given.timeout,
         kept=int(given.shared_memory * 2**30),
     )
-    engine = Engine(llm, tokenizer, limits)
-    models = Models(name, tokenizer, engine.load, given.adapters_from)
-    for each, folder in adapters.items():
-        models.add(each, folder)
-    host, port = listening.getsockname()[:2]
-    address = f"http://{host}:{port}"
-    log.info(
-        f"Serving {', '.join(served.name for served in models)} at {address}/v1, with a page at {address} "
-        "(stop with Ctrl-C)"
+    if given.engine == "transformers":
+        return Engine(*frozen_llm(name, given.loading).load(), limits)
+    from atv.lm.load import parse_dtype
+    from atv.serving.vllm import VLLMEngine
+
+    loading = given.loading
+    return VLLMEngine(
+        name,
+        limits,
+        dtype=str(parse_dtype(loading.dtype)).removeprefix("torch."),
+        revision=loading.revision,
+        trust_remote_code=loading.trust_remote_code,
+        options=_json_object(given.engine_options or "{}"),
     )
-    hosts = ("127.0.0.1", "localhost", "[::1]", given.host)
-    app = make_app(engine, models, key=key, hosts=hosts, training_queries=given.training_queries)
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=10)
-    uvicorn.Server(config).run(sockets=[listening])
+
+
+def _check_engine(given: Serve) -> None:
+    """Raise ATVError for options that the chosen engine does not have."""
+    if given.engine == "transformers":
+        if given.engine_options is not None:
+            raise ATVError("--engine-options is for --engine vllm; leave it out.")
+        return
+    plain = Serve()
+    for option, differs in (
+        ("--device", given.loading.device is not None),
+        ("--quantization", given.loading.quantization is not None),
+        ("--tokens", given.tokens != plain.tokens),
+        ("--shared-memory", given.shared_memory != plain.shared_memory),
+    ):
+        if differs:
+            raise ATVError(
+                f"{option} is for --engine transformers. Leave it out; vLLM's own arguments go into --engine-options."
+            )
+    _json_object(given.engine_options or "{}")
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ATVError(f"--engine-options is not JSON: {error}.") from error
+    if not isinstance(found, dict):
+        raise ATVError(f'--engine-options is {text}; expected an object, such as {{"max_model_len": 4096}}.')
+    return found
 
 
 def _named(adapter: str) -> tuple[str, str]:

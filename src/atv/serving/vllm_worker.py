@@ -1,0 +1,297 @@
+"""vLLM's side: a worker that adds vectors of its own to each request, at the request's tokens.
+
+Use it as vLLM's worker class, `--worker-cls atv.serving.vllm_worker.ATVWorker`; `atv.serving.vllm` is the front end. A
+request carries its vectors in `SamplingParams.extra_args` (`Steering.payload`), so the state here lives and ends with
+vLLM's own state of the request. In each step the worker finds the rows of the edited tokens in vLLM's flat batch; in
+each decoder layer a custom op adds the vectors there. Since the op is opaque to torch.compile, compiled graphs stay on.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from atv.config import Positions
+from atv.errors import ATVError
+from atv.progress import log
+
+KEY = "atv"
+"""The entry of `extra_args` that a steered request has."""
+LAYERS = "model.layers"
+"""Where vLLM's Llama-like models have their decoder layers."""
+
+
+@dataclass(frozen=True)
+class Steering:
+    """What is added to one request's hidden states.
+
+    Raises:
+        ATVError: vectors or layers are malformed, or a value is not finite.
+    """
+
+    vectors: Tensor
+    """(vectors, hidden) float32 on the CPU, multiplied by the scale."""
+    layers: tuple[int, ...]
+    """The decoder layer of each vector, in ascending order."""
+    positions: Positions
+
+    def __post_init__(self) -> None:
+        """Validate the fields."""
+        if self.vectors.dim() != 2 or self.vectors.dtype != torch.float32 or len(self.vectors) != len(self.layers):
+            raise ATVError(
+                f"The vectors have the shape {tuple(self.vectors.shape)} and {self.vectors.dtype}; expected float32, "
+                f"with a row for each of the {len(self.layers)} layers."
+            )
+        if list(self.layers) != sorted({int(layer) for layer in self.layers if layer >= 0}):
+            raise ATVError(f"The layers are {list(self.layers)}; expected different ones in ascending order.")
+        if not bool(self.vectors.isfinite().all()):
+            raise ATVError("A task vector has a value that is not finite.")
+
+    def payload(self) -> dict[str, Any]:
+        """Return it as plain values, for `extra_args`."""
+        return {
+            "vectors": self.vectors.numpy().tobytes(),
+            "layers": list(self.layers),
+            "prompt_tokens": self.positions.prompt_tokens,
+            "answer": self.positions.answer,
+        }
+
+    @classmethod
+    def of(cls, payload: Any, num_layers: int, hidden_size: int) -> Self:
+        """Return what a payload contains, which must fit an LLM of this many layers and this width.
+
+        Raises:
+            ATVError: it does not fit or is malformed in any way.
+        """
+        if not isinstance(payload, Mapping):
+            raise ATVError(f"The vectors of a request are a {type(payload).__name__}; expected a mapping.")
+        values, layers, tokens = (payload.get(name) for name in ("vectors", "layers", "prompt_tokens"))
+        if not isinstance(layers, list) or not layers or not all(type(layer) is int for layer in layers):
+            raise ATVError(f"A request's layers are {layers!r:.100}; expected a list of whole numbers.")
+        if not isinstance(values, bytes) or len(values) != 4 * hidden_size * len(layers):
+            raise ATVError(f"A request's vectors are not {len(layers)} times {hidden_size} float32 numbers as bytes.")
+        if max(layers) >= num_layers:
+            raise ATVError(f"A request steers layers {layers}; the LLM has layers 0 to {num_layers - 1}.")
+        if tokens is not None and (type(tokens) is not int or tokens < 1):
+            raise ATVError(f"A request's prompt_tokens is {tokens!r:.100}; expected a whole number from 1, or none.")
+        vectors = torch.frombuffer(bytearray(values), dtype=torch.float32).view(-1, hidden_size)
+        return cls(vectors, tuple(layers), Positions(tokens, payload.get("answer") is True))
+
+    def dense(self, num_layers: int) -> Tensor:
+        """Return the vectors of all layers, (layers, hidden); those of other layers are zero."""
+        every = torch.zeros(num_layers, self.vectors.shape[1])
+        every[list(self.layers)] = self.vectors
+        return every
+
+
+class Part(NamedTuple):
+    """The tokens of one request in a step: rows `start` to `start + new` of vLLM's flat batch."""
+
+    start: int
+    new: int
+    done: int
+    """Tokens of the request's text before them, whose keys and values are cached."""
+    prompt: int
+    """Tokens of its prompt."""
+
+
+def edited_rows(part: Part, positions: Positions) -> range:
+    """Return the rows of a step's flat batch at which a request is edited.
+
+    They depend only on the places of the tokens in the request's text. Therefore a prompt may be read in several steps,
+    start after a cached prefix, or be read once more after a preemption, together with the answer so far.
+    """
+    first = 0 if positions.prompt_tokens is None else max(0, part.prompt - positions.prompt_tokens)
+    end = part.done + part.new if positions.answer else part.prompt
+    shift = part.start - part.done
+    return range(max(first, part.done) + shift, max(min(end, part.done + part.new), first, part.done) + shift)
+
+
+class Step:
+    """What the op adds in the LLM's current forward call.
+
+    Attributes:
+        ran: the layers in which the op has ever been executed.
+    """
+
+    def __init__(self) -> None:
+        self.ran: set[int] = set()
+        self._rows: Tensor | None = None
+
+    @contextmanager
+    def adding(self, parts: Sequence[tuple[range, Tensor]]) -> Iterator[None]:
+        """Inside this context, add to the rows of each part its vectors (layers, hidden), on the LLM's device."""
+        if parts:
+            device = parts[0][1].device
+            self._rows = torch.tensor([row for rows, _ in parts for row in rows], device=device)
+            self._of = torch.tensor([part for part, (rows, _) in enumerate(parts) for _ in rows], device=device)
+            self._vectors = torch.stack([vectors for _, vectors in parts], dim=1)  # (layers, parts, hidden)
+        try:
+            yield
+        finally:
+            self._rows = None
+
+    def add(self, hidden: Tensor, layer: int) -> None:
+        """Add one layer's vectors to hidden states (rows, hidden) in place, in float32 and rounded once."""
+        self.ran.add(layer)
+        if self._rows is not None:
+            # The vectors are float32, so the sum is at least that.
+            hidden[self._rows] = (hidden[self._rows] + self._vectors[layer, self._of]).to(hidden.dtype)
+
+
+step = Step()
+"""A worker process runs one forward call at a time. The op cannot receive this as an argument: a compiled graph would
+then depend on the number of edited rows."""
+
+
+@torch.library.custom_op("atv::add_vectors", mutates_args=("hidden",))
+def add_vectors(hidden: Tensor, layer: int) -> None:
+    """Add the current step's vectors of one layer to hidden states (rows, hidden), in place."""
+    step.add(hidden, layer)
+
+
+class Steered:
+    """vLLM's model runner, whose forward calls are steered by the requests in them.
+
+    It uses private attributes of the runner, which differ between versions of vLLM; those that are used are looked up
+    here, so that a version without them fails when it starts.
+
+    Args:
+        runner: vLLM's V1 model runner, with its model loaded and not compiled yet.
+
+    Attributes:
+        counts: `rows`: edited rows so far, of one layer; `dropped`: requests whose payload was refused, and which run
+            unsteered, because an exception would end the engine for all requests.
+    """
+
+    def __init__(self, runner: Any) -> None:
+        self._runner, self.counts = runner, Counter[str](rows=0, dropped=0)
+        missing = [
+            name
+            for name in ("_model_forward", "input_batch", "query_start_loc", "requests", "model_config", "device")
+            if not hasattr(runner, name)
+        ]
+        if missing:
+            raise ATVError(
+                f"vLLM's {type(runner).__module__}.{type(runner).__name__} has no {', '.join(missing)}: it cannot be "
+                "steered. Expected the V1 model runner of the tested version; set VLLM_USE_V2_MODEL_RUNNER=0."
+            )
+        layers = decoder_layers(runner.get_model())
+        self.num_layers, self.hidden_size = len(layers), int(runner.model_config.get_hidden_size())
+        for number, layer in enumerate(layers):
+            layer.register_forward_hook(_hook(number))
+        forward = runner._model_forward
+
+        def steered(*args: Any, **kwargs: Any) -> Any:
+            with step.adding(self._parts()):
+                return forward(*args, **kwargs)
+
+        runner._model_forward = steered
+
+    def _parts(self) -> list[tuple[range, Tensor]]:
+        """The rows and vectors of the requests that are edited in the current step."""
+        runner, found = self._runner, []
+        batch, starts = runner.input_batch, runner.query_start_loc.np
+        for index, request in enumerate(batch.req_ids[: batch.num_reqs]):
+            state = runner.requests[request]
+            steering = self._steering(state)
+            if steering is None:
+                continue
+            start, end = int(starts[index]), int(starts[index + 1])
+            done, prompt = int(batch.num_computed_tokens_cpu[index]), int(batch.num_prompt_tokens[index])
+            rows = edited_rows(Part(start, end - start, done, prompt), steering[0])
+            if rows:
+                found.append((rows, steering[1]))
+                self.counts["rows"] += len(rows)
+        return found
+
+    def _steering(self, state: Any) -> tuple[Positions, Tensor] | None:
+        """The positions and vectors (layers, hidden) of a request; None: it is not steered. They are kept with it."""
+        if not hasattr(state, "atv_steering"):
+            state.atv_steering = None
+            extra = getattr(state.sampling_params, "extra_args", None)
+            if isinstance(extra, Mapping) and KEY in extra:
+                try:
+                    steering = Steering.of(extra[KEY], self.num_layers, self.hidden_size)
+                    vectors = steering.dense(self.num_layers).to(self._runner.device)
+                    state.atv_steering = steering.positions, vectors
+                except Exception as error:  # whatever it is, it must not end the engine
+                    self.counts["dropped"] += 1
+                    log.error(f"The request {state.req_id} runs unsteered: {error}")
+        return state.atv_steering  # type: ignore[no-any-return]
+
+    def check_ran(self) -> None:
+        """Raise ATVError if the model has been run or compiled without the op in one of its layers."""
+        if missing := sorted({*range(self.num_layers)} - step.ran):
+            raise ATVError(
+                f"vLLM runs the layers {missing} without adding vectors: its compiled graph has been made without "
+                "them. Empty vLLM's compilation cache (VLLM_DISABLE_COMPILE_CACHE=1), or set enforce_eager."
+            )
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the decoder layers of a model as vLLM builds it; ATVError if it is built in another way."""
+    try:
+        return list(cast(nn.ModuleList, model.get_submodule(LAYERS)))
+    except (AttributeError, TypeError) as error:
+        raise ATVError(
+            f"vLLM's {type(model).__name__} has no list of decoder layers called {LAYERS}; it cannot be steered."
+        ) from error
+
+
+def _hook(number: int) -> Any:
+    def add(module: nn.Module, args: Any, output: Any) -> None:
+        del module, args
+        # (hidden, residual): the layer's output is their sum, so adding to one of them changes it.
+        torch.ops.atv.add_vectors(output[0] if isinstance(output, tuple) else output, number)
+
+    return add
+
+
+@cache
+def _worker() -> type:
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from vllm.v1.worker.cpu_worker import CPUWorker as Base
+    else:
+        from vllm.v1.worker.gpu_worker import Worker as Base
+
+    class ATVWorker(Base):  # type: ignore[misc]
+        """vLLM's worker for this platform, steered."""
+
+        def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+            # vLLM caches compiled graphs by its configuration, which does not show the hooks: without this entry it
+            # would run a graph that a plain vLLM has compiled, and the other way round.
+            vllm_config.additional_config = {**(vllm_config.additional_config or {}), "atv": "steered"}
+            super().__init__(vllm_config, *args, **kwargs)
+
+        def load_model(self, *args: Any, **kwargs: Any) -> None:
+            """Load the model and install the hooks, before anything is compiled."""
+            super().load_model(*args, **kwargs)
+            self.steered = Steered(self.model_runner)
+
+        def compile_or_warm_up_model(self, *args: Any, **kwargs: Any) -> Any:
+            """Compile the model, and check that what has been compiled is steered."""
+            found = super().compile_or_warm_up_model(*args, **kwargs)
+            if self.vllm_config.compilation_config.mode != 0:  # 0: not compiled, so hooks cannot be left out
+                self.steered.check_ran()
+            return found
+
+        def atv_counts(self) -> dict[str, int]:
+            """Return the number of edited rows and of dropped requests so far."""
+            return dict(self.steered.counts)
+
+    return ATVWorker
+
+
+def __getattr__(name: str) -> Any:
+    """Define `ATVWorker` when vLLM asks for it: its base class depends on the platform."""
+    if name == "ATVWorker":
+        return _worker()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
