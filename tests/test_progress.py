@@ -4,7 +4,7 @@ import logging
 import subprocess
 import sys
 
-from atv.progress import bar, log, warn_once
+from atv.progress import bar, log, log_once
 
 
 def test_messages_and_bars_go_to_standard_error_and_the_level_silences_them(capsys, monkeypatch):
@@ -22,8 +22,8 @@ def test_messages_and_bars_go_to_standard_error_and_the_level_silences_them(caps
         progress.describe("still")
         progress.reach(3)
     log.info("a message")
-    warn_once("a warning of this test")
-    warn_once("a warning of this test")
+    log_once("a warning of this test")
+    log_once("a warning of this test")
     assert capsys.readouterr().err.splitlines() == ["a warning of this test"]
     log._cache.clear()
 

@@ -36,11 +36,11 @@ if not log.handlers:  # an application that has configured this logger keeps its
 _WARNED: set[str] = set()
 
 
-def warn_once(message: str) -> None:
-    """Log a warning, unless this process has logged the same one before."""
+def log_once(message: str, level: int = logging.WARNING) -> None:
+    """Log a warning, or a message of another level, unless this process has logged the same one before."""
     if message not in _WARNED:
         _WARNED.add(message)
-        log.warning(message)
+        log.log(level, message)
 
 
 class Bar:

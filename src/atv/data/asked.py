@@ -3,6 +3,7 @@
 An adapter records its tasks by name, each with templates, answer prefixes and rendering (`Task.asking`).
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ from atv.data.render import INPUT, Renderer, query_template
 from atv.data.rendering import chat_template_digest, described, recorded
 from atv.data.task import Task, composed
 from atv.errors import ATVError, unknown
-from atv.progress import log
+from atv.progress import log_once
 
 Training = Mapping[str, Any]
 """The training summary of an adapter."""
@@ -67,7 +68,9 @@ def query_renderer(training: Training, reads: str, task: str | None = None, temp
     if not asked:  # several tasks: any of them says how prompts are written around the query
         asked = next(iter(tasks.values()))
         if template is None:
-            log.info(f"No task or template is named: the LLM reads the query alone. Trained tasks: {', '.join(tasks)}.")
+            known = ", ".join(tasks)
+            said = f"No task or template is named: the LLM reads the query alone. Trained tasks: {known}."
+            log_once(said, logging.INFO)
             template = INPUT
     text = asked["templates"][0] if template is None else template
     prefix = asked["answer_prefixes"][0]

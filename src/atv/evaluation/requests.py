@@ -13,7 +13,7 @@ from atv.lm.continuation import Continuation
 from atv.lm.ends import end_ids
 from atv.lm.scoring import Options, longest_answer, task_options
 from atv.methods.base import Choice
-from atv.progress import warn_once
+from atv.progress import log_once
 
 MOST_TOKENS = 256
 """Maximum length of a generated answer, even if the task has longer answers."""
@@ -62,7 +62,7 @@ class Requests:
         options = task_options(tokenizer, task, render) if {"next_token", "loglikelihood"} & {*needs} else None
         longest = longest_answer(tokenizer, task, render) if "generate" in needs else 1
         if longest > MOST_TOKENS:
-            warn_once(
+            log_once(
                 f"{task.name}: its longest answer has {longest} tokens, and generated ones end after {MOST_TOKENS}."
             )
         lines = any("\n" in option for option in task.options)

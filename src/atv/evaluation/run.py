@@ -25,7 +25,7 @@ from atv.lm.scoring import option_ids
 from atv.lm.spans import Tracked
 from atv.methods.base import Choice, Method
 from atv.processes import rank, world_size
-from atv.progress import Bar, bar, log, warn_once
+from atv.progress import Bar, bar, log, log_once
 from atv.steer import steer
 
 Metrics = Sequence[str | Metric | Callable[..., Any]]
@@ -115,7 +115,7 @@ def evaluate(
             for render in renderers[task.name].values():
                 encode(render)  # refuses options with the same tokens before evaluation starts
         for finding in findings(task, encode if "next_token" in needs else None, renderers[task.name]):
-            warn_once(finding)
+            log_once(finding)
     rows: list[dict[str, Any]] = [] if out is None else out.rows
     append = out.append if out is not None else lambda some: rows.extend(map(asdict, some))
     done = {row_key(row) for row in rows}

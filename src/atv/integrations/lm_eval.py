@@ -48,7 +48,7 @@ from atv.methods.lora import AdaptedByLoRA
 from atv.methods.peft_model import Adapted
 from atv.model import ATVModel
 from atv.processes import world_size
-from atv.progress import bar, log, warn_once
+from atv.progress import bar, log, log_once
 from atv.steer import Edit, steer
 from atv.vector_cache import AdapterHash, VectorCache
 
@@ -190,7 +190,7 @@ class ATVLM(HFLM):
 
     def _with_queries(self, requests: Sequence[Instance]) -> list[Instance]:
         if self._chats:
-            warn_once(
+            log_once(
                 "This adapter was trained on chats, and these prompts are plain texts: scores may be far from those of "
                 "atv eval. Ask for the chat template (--apply_chat_template)."
             )

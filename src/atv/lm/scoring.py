@@ -21,7 +21,7 @@ from torch import Tensor
 from atv.data import Renderer, Task, shared_beginnings
 from atv.data.render import answer_ids
 from atv.errors import ATVError
-from atv.progress import warn_once
+from atv.progress import log_once
 
 Prefix = tuple[int, ...]
 """Tokens that several options begin with."""
@@ -190,12 +190,12 @@ def note_shared(tokenizer: Any, tasks: Sequence[Task]) -> None:
     for task in (task for task in tasks if task.chooses):
         options = training_options(tokenizer, task)
         for line in shared_beginnings(task, partial(option_ids, tokenizer, task), task.renderers("first")):
-            warn_once(line)
+            log_once(line)
         continued = [
             text for text, row in zip(options.texts, options.ids, strict=True) if options.judged[text] > len(row)
         ]
         if continued:
-            warn_once(
+            log_once(
                 f"{task.name}: other answers continue {', '.join(map(repr, continued[:4]))}; validation rows with such "
                 "an answer count as wrong in the accuracy shown during training, which ignores where an answer ends."
             )

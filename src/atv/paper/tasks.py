@@ -11,7 +11,7 @@ from typing import NamedTuple
 from atv.data import Rendering, Task, load_tasks
 from atv.data.audit import listed
 from atv.data.folder import Known
-from atv.progress import warn_once
+from atv.progress import log_once
 
 YES_NO = ("Yes", "No")
 TRUE_FALSE = ("True", "False")
@@ -80,5 +80,5 @@ def load_paper_tasks(
         theirs = PAPER[task.name].options if task.name in PAPER else None
         others = [option for option in task.options if theirs is not None and option not in theirs]
         if theirs is not None and others:
-            warn_once(f"{task.name}: answers {listed(others)}, where the paper's task has {listed(theirs)}.")
+            log_once(f"{task.name}: answers {listed(others)}, where the paper's task has {listed(theirs)}.")
     return tasks

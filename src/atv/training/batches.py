@@ -10,7 +10,7 @@ from torch.utils.data import Dataset, Sampler
 
 from atv.data import Task
 from atv.data.collate import IGNORED, EncodedRow, Row
-from atv.progress import warn_once
+from atv.progress import log_once
 
 FEW_OPTIONS = 20
 """With more options than this, unequal frequencies are the rule."""
@@ -62,7 +62,7 @@ def note_imbalance(task: Task) -> None:
     counts = Counter(row.output for row in task.train).most_common()
     (most, often), (least, rarely) = counts[0], counts[-1]
     if len(task.options) <= FEW_OPTIONS and often > IMBALANCED * rarely:
-        warn_once(
+        log_once(
             f"{task.name}: {often} training rows have the answer {most!r} and {rarely} have {least!r}. If rare answers "
             "matter as much as frequent ones, train with --class-weights balanced."
         )

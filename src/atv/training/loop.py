@@ -28,7 +28,7 @@ from atv.lm.quiet import quiet_libraries
 from atv.lm.scoring import note_shared, training_options
 from atv.model import ATVModel
 from atv.processes import barrier, is_main, local_rank, rank, world_size
-from atv.progress import bar, log, warn_once
+from atv.progress import bar, log, log_once
 from atv.provenance import provenance
 from atv.training.batches import Rows, balanced_weights, note_imbalance, training_rows
 from atv.training.calibration import answer_facts
@@ -273,7 +273,7 @@ def _note_unread(model: AdapterModel, tasks: Sequence[Task]) -> None:
     if isinstance(generator, Generator) and generator.tokenizer not in (None, model.tokenizer):
         for task in tasks:
             for line in unread_queries(task, generator.tokenizer, ("train", "valid")):
-                warn_once(line)
+                log_once(line)
 
 
 def _fill(store: PrefixStore, model: AdapterModel, rows: Sequence[EncodedRow], folder: Path) -> None:
