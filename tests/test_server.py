@@ -197,7 +197,7 @@ def test_an_answer_is_cancelled_when_its_client_goes_away(world, monkeypatch):
         while not world.engine.numbers()["running"]:
             time.sleep(0.01)
         connection.sock.close()
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while world.engine.numbers()["running"] and time.monotonic() < deadline:  # counted a moment before it leaves
             time.sleep(0.02)
         assert world.engine.numbers()["cancelled"] == before + 1
