@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     for name, atv in adapters.items():
         models.put(Served(name, atv))
     process = psutil.Process()
-    with _running(make_app(engine, models)) as port, bar("serving", len(CLIENTS) * 2 * options.rounds) as shown:
+    with running(make_app(engine, models)) as port, bar("serving", len(CLIENTS) * 2 * options.rounds) as shown:
         _ask(port, cases[STEERED], 4, min(seconds, 5.0))
         before, every = process.memory_info().rss, list[Seen]()
         rates: dict[str, dict[Any, Figure]] = {PLAIN: {}, STEERED: {}}
@@ -187,9 +187,10 @@ def _ask(port: int, cases: Sequence[Case], clients: int, seconds: float) -> Load
 
 
 @contextmanager
-def _running(app: Any) -> Iterator[int]:
+def running(app: Any) -> Iterator[int]:
+    """Serve an application in a thread, at a free port of 127.0.0.1, which is returned."""
     listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:

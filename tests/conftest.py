@@ -4,6 +4,7 @@ import copy
 import gc
 import itertools
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -247,6 +248,25 @@ def toy_task(name: str = "toy", rows: int = 24) -> Task:
         tuple(examples[third : 2 * third]),
         tuple(examples[2 * third :]),
     )
+
+
+@pytest.fixture
+def atv(monkeypatch, capsys):
+    """Run the command: exit code, standard output and standard error."""
+
+    from atv.cli import main
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["atv", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture

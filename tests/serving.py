@@ -1,12 +1,8 @@
-"""Adapters on one tiny LLM, the sequential loop that a served answer must equal, and a server in a thread."""
+"""Adapters on one tiny LLM, the sequential loop that a served answer must equal."""
 
-import contextlib
-import socket
-import threading
 from dataclasses import replace
 
 import torch
-import uvicorn
 from conftest import PAPER_FORM, byte_level_tokenizer, make_generator, make_llm, toy_task
 from transformers import set_seed
 
@@ -97,17 +93,3 @@ def saved(llm, tokenizer, folder, positions, seed, template=None, prepare=None, 
         prepare(model)
     model.save_pretrained(folder)
     return ATVModel.from_pretrained(folder, llm, tokenizer=tokenizer)
-
-
-@contextlib.contextmanager
-def running(app):
-    """The server's port, while it runs in a thread."""
-    listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-    thread.start()
-    try:
-        yield listening.getsockname()[1]
-    finally:
-        server.should_exit = True
-        thread.join()

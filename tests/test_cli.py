@@ -13,7 +13,6 @@ from conftest import byte_level_tokenizer, make_atv, make_llm, toy_task
 from documents import COMMANDS
 from transformers import LlamaForCausalLM
 
-from atv.cli import main
 from atv.cli.commands import TABLES
 from atv.config import TrainConfig
 from atv.errors import ATVError
@@ -34,23 +33,6 @@ def world(tmp_path_factory):
     (folder / "data" / "toy.json").write_text(json.dumps(splits))
     (folder / "data" / "templates.json").write_text(json.dumps({"toy": list(task.templates)}))
     return folder
-
-
-@pytest.fixture
-def atv(monkeypatch, capsys):
-    """Run the command: exit code, standard output and standard error."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["atv", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def models(world):

@@ -1,7 +1,6 @@
 """Looking inside an ATV: the nearest training queries, the answers, and the lens against loops written by hand."""
 
 import json
-import sys
 from dataclasses import asdict, replace
 
 import pytest
@@ -9,7 +8,6 @@ import torch
 from conftest import byte_level_tokenizer, make_atv, make_llm, toy_task
 
 from atv import ATVConfig, ATVError, Example, TrainConfig, TrainingQueries, inspect_query, load_tasks, predict
-from atv.cli import main
 from atv.data import Task, as_trained
 from atv.evaluation.inspect import Distance, Said
 from atv.lm.scoring import encoded_options
@@ -360,24 +358,11 @@ def run(tmp_path_factory):
     return folder
 
 
-def command(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["atv", *map(str, arguments)])
-    capsys.readouterr()
-    code = 0
-    try:
-        main()
-    except SystemExit as stop:
-        code = stop.code or 0
-    return code, *capsys.readouterr()
-
-
-def test_the_command_says_it_with_the_training_rows_read_again(run, monkeypatch, capsys):
+def test_the_command_says_it_with_the_training_rows_read_again(run, atv, monkeypatch):
     options = ["--llm", run / "llm", "--dtype", "float32"]
     more = ["--generator", run / "generator", "--epochs", 1, "--train-rows", 12, "--valid-rows", 3, "--seed", 3]
     monkeypatch.chdir(run)
-    code, _, err = command(
-        monkeypatch,
-        capsys,
+    code, _, err = atv(
         "train",
         "--data",
         "boats.csv",
@@ -400,7 +385,7 @@ def test_the_command_says_it_with_the_training_rows_read_again(run, monkeypatch,
 
     monkeypatch.chdir(run.parent)
     ask = ["inspect", "--adapter", run / "out", *options, "the harbour leaks 7"]
-    code, text, err = command(monkeypatch, capsys, *ask)
+    code, text, err = atv(*ask)
     assert code == 0, err
     assert "The 3 nearest of 12 training queries and their answers:" in text
     shown = [line.split("'")[1] for line in text.splitlines() if " -> " in line]
@@ -410,36 +395,36 @@ def test_the_command_says_it_with_the_training_rows_read_again(run, monkeypatch,
     assert text.count("Layer by layer") == 1
 
     (run / "other.csv").write_text((run / "boats.csv").read_text().replace(",yes", ",no!"))
-    code, text, err = command(monkeypatch, capsys, *ask, "--data", run / "other.csv")
+    code, text, err = atv(*ask, "--data", run / "other.csv")
     assert code == 0, err
     assert "-> 'no!'" in text or "-> 'no'" in text
     assert f"nearest of {len(whole.train)} training" in text
 
     (run / "boats.csv").rename(run / "away.csv")
-    code, text, err = command(monkeypatch, capsys, *ask)
+    code, text, err = atv(*ask)
     assert code == 0, err
     assert "left out: No file or folder" in text
     assert "Give --data with the training data" in text
     (run / "boats.csv").write_text((run / "other.csv").read_text())
-    assert "has changed since the training" in command(monkeypatch, capsys, *ask)[1]
+    assert "has changed since the training" in atv(*ask)[1]
     record = json.loads((run / "out" / "train.json").read_text())
     record["data"]["boats"].pop("source")
     (run / "out" / "train.json").write_text(json.dumps(record))
-    assert "does not say where the rows of boats came from" in command(monkeypatch, capsys, *ask)[1]
+    assert "does not say where the rows of boats came from" in atv(*ask)[1]
     (run / "out" / "train.json").write_text("{}")
-    assert "is damaged" in command(monkeypatch, capsys, *ask)[1]
+    assert "is damaged" in atv(*ask)[1]
     (run / "out" / "train.json").unlink()
-    code, text, err = command(monkeypatch, capsys, *ask)
+    code, text, err = atv(*ask)
     assert code == 0, err
     assert "the adapter contains none, and" in text
 
-    code, _, err = command(monkeypatch, capsys, *ask, "--input", "text")
+    code, _, err = atv(*ask, "--input", "text")
     assert (code, "expected --data" in err) == (2, True)
-    code, _, err = command(monkeypatch, capsys, *ask, "--data", run / "nowhere.csv")
+    code, _, err = atv(*ask, "--data", run / "nowhere.csv")
     assert (code, "No file or folder" in err) == (2, True)
 
 
-def test_tasks_of_other_data_are_refused_and_built_in_ones_named(run, monkeypatch, capsys):
+def test_tasks_of_other_data_are_refused_and_built_in_ones_named(run, atv, monkeypatch):
     model = make_atv(dtype=torch.float32)
     tasks = load_tasks(["sentiment", "topic"])
     model.training_summary = {"tasks": {task.name: task.asking() | {"answer_tokens": 1} for task in tasks}}
@@ -456,9 +441,9 @@ def test_tasks_of_other_data_are_refused_and_built_in_ones_named(run, monkeypatc
         "topic",
         "the lid",
     ]
-    code, _, err = command(monkeypatch, capsys, *ask, "--data", run / "other.csv")
+    code, _, err = atv(*ask, "--data", run / "other.csv")
     assert (code, "expected one that the adapter was trained on: sentiment, topic" in err) == (2, True)
-    code, text, err = command(monkeypatch, capsys, *ask)
+    code, text, err = atv(*ask)
     assert code == 0, err
     assert "left out" in text  # and not the built-in tasks without a word
 

@@ -15,7 +15,7 @@ import torch
 from browser import browser_of
 from chat_templates import chat_tokenizer
 from conftest import SIZES, byte_level_tokenizer, make_llm, toy_task
-from serving import running, saved, sequential
+from serving import saved, sequential
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from atv.data import Example, Prompt
@@ -27,6 +27,7 @@ from atv.serving.engine import Engine, Limits
 from atv.serving.models import Models, Served
 from atv.serving.why import Reasons
 from atv.vectors import ATV
+from benchmarks.serving import running
 
 QUERY = "the harbour quiet 90"
 BAD = "<img src=x onerror=document.title='bad'> the harbour leaks"

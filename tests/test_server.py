@@ -15,12 +15,13 @@ from chat_templates import chat_tokenizer
 from conftest import SIZES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serving import running, saved
+from serving import saved
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from atv.serving.app import MOST_BYTES, make_app
 from atv.serving.engine import Engine, Limits
 from atv.serving.models import Models
+from benchmarks.serving import running
 
 QUERIES = ["the harbour quiet 90", "the harbour leaks 91", "a harbour of another kind", "leaks leaks leaks"]
 
@@ -253,6 +254,7 @@ def test_wrong_requests_get_an_error_that_says_why(world, change, status):
 
 
 def test_no_body_is_too_large_and_no_stranger_is_served(world):
+    chat(world, "base", QUERIES[0], max_tokens=1)
     assert post(world.port, "/v1/chat/completions", b"x" * (MOST_BYTES + 1))[0] == 413
     assert post(world.port, "/v1/chat/completions", json.dumps(GOOD), {"host": "evil.example"})[0] == 421
     assert post(world.port, "/nothing", "{}")[0] == 404

@@ -313,7 +313,7 @@ def _states(atv: ATVModel, read: Sequence[Sequence[int]]) -> Tensor:
 
 @torch.no_grad()
 def distance(atv: ATV, state: Tensor) -> tuple[float, Distance | None]:
-    """Return the gate of a state (1, state), and the distance behind it if there is a gate."""
+    """Return the gate of a state (1, state) and its distance from the training queries; None without a gate."""
     if not isinstance(atv.expansion, Expansion) or not atv.config.gate or not len(atv.expansion.gate.references):
         return 1.0, None
     gate = atv.expansion.gate

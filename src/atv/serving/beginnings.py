@@ -45,7 +45,7 @@ class Beginnings:
         self._llm, self._limit = llm, limit if counts_positions(llm) else 0
         self._recent: deque[tuple[int, ...]] = deque(maxlen=RECENT)
         self._kept: list[Kept] = []  # the least recently used first
-        self.read_tokens = 0
+        self.reused_tokens = 0
         """Number of prompt tokens that were not read again."""
 
     @property
@@ -84,10 +84,10 @@ class Beginnings:
             known = common
         elif best is not None and known >= LEAST:
             kept = self._kept.pop(best)
+            self.reused_tokens += known
         else:
             return []
         self._kept.append(kept)
-        self.read_tokens += known
         return [(keys[:, :, :known], values[:, :, :known]) for keys, values in kept.sides]
 
     def _read(self, ids: tuple[int, ...]) -> Kept | None:

@@ -30,9 +30,9 @@ MOST_ANSWERS = 64
 class Failed(Exception):
     """An answer that ended without one."""
 
-    def __init__(self, status: int, message: str, kind: str) -> None:
+    def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
-        self.status, self.kind = status, kind
+        self.status = status
 
 
 class Completions:
@@ -101,11 +101,11 @@ class Completions:
                     if piece.finish is not None:
                         end = piece.finish
                     if piece.finish == "timeout":
-                        raise Failed(504, "The answer took too long.", "timeout")
+                        raise Failed(504, "The answer took too long.")
                     if piece.finish == "error":
                         if isinstance(piece.error, ATVError):
                             raise piece.error
-                        raise Failed(500, "The answer failed; see the server's log.", "error")
+                        raise Failed(500, "The answer failed; see the server's log.")
                     yield piece
         except Busy:
             end = "refused"
@@ -121,7 +121,7 @@ class Completions:
         except Exception as error:
             await pieces.put((index, error))
 
-    async def _events(self, asked: Sequence[Asked], form: "Form", usage: bool) -> AsyncIterator[str]:
+    async def _events(self, asked: Sequence[Asked], form: Form, usage: bool) -> AsyncIterator[str]:
         """Yield server-sent events of all answers, as they come."""
         pieces: Pieces = asyncio.Queue()
         tasks = [asyncio.create_task(self._follow(index, each, form.model, pieces)) for index, each in enumerate(asked)]
@@ -180,7 +180,7 @@ async def _until_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
     except asyncio.CancelledError:
         if not gone.is_set():
             raise
-        raise Failed(499, "The client has gone.", "cancelled") from None
+        raise Failed(499, "The client has gone.") from None
     except BaseExceptionGroup as group:  # of the answers to one request: the first that failed
         raise group.exceptions[0] from None
     finally:

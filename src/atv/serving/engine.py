@@ -282,7 +282,7 @@ class Engine:
             "waiting": len(self._waiting),
             "running": sum(map(len, self._batches)),
             "kept_bytes": self._beginnings.bytes,
-            "reused_tokens": self._beginnings.read_tokens,
+            "reused_tokens": self._beginnings.reused_tokens,
             **{
                 name: self._counts[name]
                 for name in ("prompt_tokens", "answer_tokens", "refused", "stop", "length", "timeout", "cancelled")

@@ -11,7 +11,7 @@ from atv import artifact
 from atv.data import check_chat_template, query_renderer
 from atv.data.chat import Chat, has_chat_template
 from atv.data.conversation import example_of, turns_of
-from atv.data.render import INPUT, Example, Prompt, encode_text
+from atv.data.render import Example, Prompt, encode_text
 from atv.errors import ATVError, unknown
 from atv.vectors import ATV
 
@@ -174,8 +174,8 @@ class Models:
         atv = served.adapter.atv
         if atv.own is None and _wrapped(atv, self.tokenizer):
             raise ATVError(
-                f"The prompts of {served.name} have text around the query, and its generator reads the query alone, "
-                "which cannot be told from a finished prompt. Send the query to /v1/chat/completions, or give it here "
+                f"The prompts of {served.name} have text around the query that its generator does not read, and "
+                "which cannot be told from the query. Send the query to /v1/chat/completions, or give it here "
                 "as `query` beside the prompt."
             )
         return Prompt(ids, text)
@@ -188,4 +188,4 @@ def _wrapped(atv: ATV, tokenizer: Any) -> bool:
     if len(atv.training_summary["tasks"]) > 1:
         return True
     prompt = query_renderer(atv.training_summary, atv.config.reads).prompt(tokenizer, Example("a b", ""))
-    return prompt.ids != encode_text(tokenizer, prompt.query) and atv.config.reads != INPUT
+    return prompt.ids != encode_text(tokenizer, prompt.query)
