@@ -14,7 +14,7 @@ from serving import TEXTS, adapters, prompt, sequential
 from atv.data.render import Prompt
 from atv.errors import ATVError
 from atv.serving.batch import Batch, Row
-from atv.serving.beginnings import LEAST, Beginnings
+from atv.serving.beginnings import LEAST, CachedBeginnings
 from atv.serving.engine import Busy, Engine, Limits, Request
 from atv.serving.sampling import Sampler, Sampling
 from atv.serving.text import TextStream
@@ -41,7 +41,7 @@ def test_mixed_rows_equal_each_prompt_alone(name):
 def test_rows_that_come_and_go_change_no_other_row(name):
     llm, tokenizer, models = adapters(name)
     every = [None, *models.values()]
-    beginnings = Beginnings(llm, 2**30)
+    beginnings = CachedBeginnings(llm, 2**30)
     draw = random.Random(5)
     batch, done = None, 0
     expected = {}
@@ -105,7 +105,7 @@ def test_shared_beginnings_are_read_once_and_never_hold_a_steered_token():
     llm, tokenizer, models = adapters()
     text = "Question: the kettle leaks and the lid sticks, yes or no? " * 2
     prompts = [prompt(tokenizer, text + more) for more in ("one", "two two", "three", "three")]
-    beginnings = Beginnings(llm, 2**30)
+    beginnings = CachedBeginnings(llm, 2**30)
     read = []
     handle = llm.model.embed_tokens.register_forward_hook(lambda _, args, __: read.append(args[0].numel()))
     for number, asked in enumerate(prompts):
@@ -122,7 +122,7 @@ def test_shared_beginnings_are_read_once_and_never_hold_a_steered_token():
                 assert cost <= len(asked.ids) - LEAST  # only what is its own
     handle.remove()
     assert beginnings.bytes > 0
-    assert Beginnings(llm, 0).of([(asked.ids, len(asked.ids) - 1) for asked in prompts]) == [[]] * 4
+    assert CachedBeginnings(llm, 0).of([(asked.ids, len(asked.ids) - 1) for asked in prompts]) == [None] * 4
 
 
 def test_prompts_of_one_batch_share_their_beginning():
@@ -130,7 +130,7 @@ def test_prompts_of_one_batch_share_their_beginning():
     asked = prompt(tokenizer, TEXTS[0] * 3)
     read = []
     handle = llm.model.embed_tokens.register_forward_hook(lambda _, args, __: read.append(args[0].numel()))
-    Batch(llm, [Row(asked, models["last"]) for _ in range(4)], 0, Beginnings(llm, 2**30))
+    Batch(llm, [Row(asked, models["last"]) for _ in range(4)], 0, CachedBeginnings(llm, 2**30))
     handle.remove()
     assert sum(read) == len(asked.ids) - 1 + 4
 
@@ -138,11 +138,11 @@ def test_prompts_of_one_batch_share_their_beginning():
 def test_kept_beginnings_stay_within_their_limit():
     llm, tokenizer, _ = adapters()
     ids = prompt(tokenizer, TEXTS[0] * 3).ids
-    one = Beginnings(llm, 2**30)
+    one = CachedBeginnings(llm, 2**30)
     for _ in range(2):
         one.of([(ids, len(ids))])
     size = one.bytes
-    small = Beginnings(llm, size)
+    small = CachedBeginnings(llm, size)
     for text in (TEXTS[0] * 3, TEXTS[1] * 3, TEXTS[3] * 3):
         for _ in range(3):
             small.of([(prompt(tokenizer, text).ids[: len(ids)], len(ids))])

@@ -27,8 +27,9 @@ from atv.serving import vllm, vllm_worker
 from atv.serving.batch import Row
 from atv.serving.engine import Busy, Limits, Request
 from atv.serving.sampling import Sampling
+from atv.serving.steers import Steering
 from atv.serving.vllm import VLLMEngine, cache_salt, check_config, likelihood
-from atv.serving.vllm_worker import KEY, Steered, Steering
+from atv.serving.vllm_worker import KEY, Steered
 
 POSITIONS = ("last", "last:3", "answer", "all")
 LAYERS, HIDDEN = 3, 4
@@ -595,7 +596,12 @@ def test_a_missing_vllm_and_another_version_are_refused(monkeypatch):
         (("--engine", "vllm", "--shared-memory", "0.1"), "--shared-memory is for"),
         (("--engine", "vllm", "--engine-options", "{"), "not JSON"),
         (("--engine", "vllm", "--engine-options", "[1]"), "expected an object"),
-        (("--engine-options", "{}"), "is for --engine vllm"),
+        (("--engine-options", "{}"), "is for --engine vllm and llamacpp"),
+        (("--engine", "llamacpp"), "--gguf FILE"),
+        (("--gguf", "llm.gguf"), "--gguf is for --engine llamacpp"),
+        (("--engine", "llamacpp", "--gguf", "llm.gguf", "--dtype", "float16"), "--dtype is for"),
+        (("--engine", "llamacpp", "--gguf", "llm.gguf", "--engine-options", '{"n_ctx": 1}'), "n_ctx"),
+        (("--engine", "llamacpp", "--gguf", "llm.gguf"), "llama-cpp-python"),
     ],
 )
 def test_the_command_line_says_what_is_missing_and_what_does_not_apply(monkeypatch, capsys, options, words):

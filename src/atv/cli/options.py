@@ -348,10 +348,13 @@ class Serve:
     training_queries: bool = option(False, panel=MODEL, flags=["--training-queries"])
     """Show clients the training queries nearest to theirs and their answers, read again from where train.json beside
     the adapter says that they came from."""
-    engine: Literal["transformers", "vllm"] = option("transformers", panel=SERVER)
-    """What runs the LLM: transformers, or vllm, which needs an environment of its own (docs/serve-vllm.md)."""
+    engine: Literal["transformers", "vllm", "llamacpp"] = option("transformers", panel=SERVER)
+    """What runs the LLM: transformers; vllm, which needs an environment of its own (docs/serve-vllm.md); or llamacpp
+    (docs/serve-llamacpp.md)."""
+    gguf: Path | None = option(None, panel=SERVER)
+    """The LLM's file for llama.cpp."""
     engine_options: str | None = option(None, panel=SERVER)
-    """vLLM's own engine arguments as JSON, such as {"max_model_len": 4096, "enforce_eager": true}."""
+    """Options of vLLM or llama.cpp as JSON, such as {"max_model_len": 4096} or {"n_threads": 4}."""
     host: str = option("127.0.0.1", panel=SERVER)
     """Address to listen on. Any other than this machine's own needs an API key, in the environment as ATV_API_KEY."""
     port: int = option(8000, panel=SERVER, min=0)

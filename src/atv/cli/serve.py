@@ -15,8 +15,7 @@ from atv.errors import ATVError
 from atv.progress import log
 
 if TYPE_CHECKING:
-    from atv.serving.engine import Engine
-    from atv.serving.vllm import VLLMEngine
+    from atv.serving.engine import Serving
 
 KEY = "ATV_API_KEY"
 
@@ -68,7 +67,7 @@ def serve_adapters(given: Serve) -> None:
         engine.close()  # vLLM's processes would outlive this one
 
 
-def _engine(name: str, given: Serve) -> "Engine | VLLMEngine":
+def _engine(name: str, given: Serve) -> "Serving":
     """Load the LLM into the engine that the options choose."""
     from atv.serving.engine import Engine, Limits
 
@@ -82,38 +81,43 @@ def _engine(name: str, given: Serve) -> "Engine | VLLMEngine":
     )
     if given.engine == "transformers":
         return Engine(*frozen_llm(name, given.loading).load(), limits)
+    loading = given.loading
+    options: dict[str, Any] = {
+        "revision": loading.revision,
+        "trust_remote_code": loading.trust_remote_code,
+        "options": _json_object(given.engine_options or "{}"),
+    }
+    if given.gguf is not None:
+        from atv.serving.llamacpp import LlamaCppEngine
+
+        return LlamaCppEngine(given.gguf, name, limits, **options)
     from atv.lm.load import parse_dtype
     from atv.serving.vllm import VLLMEngine
 
-    loading = given.loading
-    return VLLMEngine(
-        name,
-        limits,
-        dtype=str(parse_dtype(loading.dtype)).removeprefix("torch."),
-        revision=loading.revision,
-        trust_remote_code=loading.trust_remote_code,
-        options=_json_object(given.engine_options or "{}"),
-    )
+    return VLLMEngine(name, limits, dtype=str(parse_dtype(loading.dtype)).removeprefix("torch."), **options)
 
 
 def _check_engine(given: Serve) -> None:
     """Raise ATVError for options that the chosen engine does not have."""
-    if given.engine == "transformers":
-        if given.engine_options is not None:
-            raise ATVError("--engine-options is for --engine vllm; leave it out.")
-        return
-    plain = Serve()
-    for option, differs in (
-        ("--device", given.loading.device is not None),
-        ("--quantization", given.loading.quantization is not None),
-        ("--tokens", given.tokens != plain.tokens),
-        ("--shared-memory", given.shared_memory != plain.shared_memory),
-    ):
-        if differs:
-            raise ATVError(
-                f"{option} is for --engine transformers. Leave it out; vLLM's own arguments go into --engine-options."
-            )
+    if (given.gguf is None) == (given.engine == "llamacpp"):
+        raise ATVError(
+            "--engine llamacpp needs the LLM's GGUF file: --gguf FILE."
+            if given.gguf is None
+            else "--gguf is for --engine llamacpp; leave it out."
+        )
     _json_object(given.engine_options or "{}")
+    plain = Serve()
+    others = {
+        "--engine-options": (given.engine_options is not None, ("vllm", "llamacpp")),
+        "--device": (given.loading.device is not None, ("transformers",)),
+        "--quantization": (given.loading.quantization is not None, ("transformers",)),
+        "--dtype": (given.loading.dtype != plain.loading.dtype, ("transformers", "vllm")),
+        "--tokens": (given.tokens != plain.tokens, ("transformers", "llamacpp")),
+        "--shared-memory": (given.shared_memory != plain.shared_memory, ("transformers", "llamacpp")),
+    }
+    for option, (differs, engines) in others.items():
+        if differs and given.engine not in engines:
+            raise ATVError(f"{option} is for --engine {' and '.join(engines)}; leave it out.")
 
 
 def _json_object(text: str) -> dict[str, Any]:

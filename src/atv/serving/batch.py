@@ -19,7 +19,7 @@ from atv.lm.hooks import base_llm, input_device
 from atv.lm.prefix import as_cache, attention_alone, call_llm, full_sides
 from atv.lm.spans import Known, Span
 from atv.model import ATVModel, ReadAndSteer
-from atv.serving.beginnings import Beginnings, right_aligned
+from atv.serving.beginnings import CachedBeginnings, right_aligned
 from atv.steer import Edit, steer
 
 
@@ -104,11 +104,14 @@ class Batch:
     """
 
     @torch.no_grad()
-    def __init__(self, llm: nn.Module, rows: Sequence[Row], pad_id: int, beginnings: Beginnings | None = None) -> None:
+    def __init__(
+        self, llm: nn.Module, rows: Sequence[Row], pad_id: int, beginnings: CachedBeginnings | None = None
+    ) -> None:
         self._llm, self.rows = llm, list(rows)
-        known = [] if beginnings is None else beginnings.of([(row.prompt.ids, row.clean) for row in rows])
+        prompts = [(row.prompt.ids, row.clean) for row in rows]
+        known = [None] * len(rows) if beginnings is None else beginnings.of(prompts)
         sides, width = right_aligned(known)
-        counts = [each[0][0].shape[2] if each else 0 for each in known] or [0] * len(rows)
+        counts = [each[0][0].shape[2] if each else 0 for each in known]
         own = left_padded([row.prompt.ids[count:] for row, count in zip(rows, counts, strict=True)], pad_id)
         device = input_device(llm)
         # The columns of a row: padding, its known beginning, padding, its other tokens.

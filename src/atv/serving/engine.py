@@ -9,14 +9,15 @@ import asyncio
 import queue
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from atv import artifact
 from atv.data.collate import pad_id
@@ -29,7 +30,7 @@ from atv.methods.atv import ATVMethod
 from atv.model import ATVModel
 from atv.progress import log
 from atv.serving.batch import Batch, Row
-from atv.serving.beginnings import Beginnings
+from atv.serving.beginnings import Beginnings, CachedBeginnings
 from atv.serving.sampling import Likelihood, Sampler, Sampling
 from atv.serving.text import TextStream
 
@@ -104,6 +105,8 @@ class Piece(NamedTuple):
 class Serving(Protocol):
     """An engine of any kind, as the server uses it."""
 
+    tokenizer: Any
+
     def load(self, folder: Path) -> Any:
         """Load an adapter, as `Request.model` takes it; an object with the attribute `atv`."""
 
@@ -146,26 +149,50 @@ class _Work(Row):
         return len(self.prompt.ids) + self.request.sampling.max_tokens
 
 
-class Engine:
-    """Answers requests in the order in which they come, as many together as fit.
+class Decoded(Protocol):
+    """Rows that an LLM has read and decodes together."""
 
-    `submit`, `stream`, `answer` and `run` may be called from any thread or event loop.
+    rows: list[Row]
+    logits: Tensor
+    """(rows, vocabulary) float32 on the CPU, after each row's last token."""
+
+    @property
+    def joins(self) -> bool:
+        """Whether rows of other batches can be added."""
+
+    def step(self, tokens: Sequence[int]) -> None:
+        """Read one more token of each row."""
+
+    def keep(self, indices: Sequence[int]) -> None:
+        """Keep only these rows, in this order."""
+
+    def join(self, other: Any) -> None:
+        """Add the rows of another batch, which must not be used again."""
+
+
+class BatchEngine(ABC):
+    """Answers requests in the order in which they come, as many together as fit, in a thread of its own.
+
+    `submit`, `stream`, `answer` and `run` may be called from any thread or event loop. A subclass says what reads the
+    prompts: it makes its LLM ready and then calls this constructor.
 
     Args:
-        llm: the frozen LLM; nobody else may call it while the engine runs.
         tokenizer: the LLM's.
+        ends: tokens that end an answer.
+        context: most tokens of a text that the LLM reads; None: any.
+        beginnings: known beginnings of prompts.
         limits: what it takes on.
     """
 
-    def __init__(self, llm: nn.Module, tokenizer: Any, limits: Limits | None = None) -> None:
-        self.llm, self.tokenizer, self.limits = llm.eval(), tokenizer, limits or Limits()
-        self._ends = frozenset(end_ids(llm, tokenizer))
-        self._pad = pad_id(tokenizer)
-        self._beginnings = Beginnings(llm, self.limits.kept)
+    def __init__(
+        self, tokenizer: Any, ends: Iterable[int], context: int | None, beginnings: Beginnings[Any], limits: Limits
+    ) -> None:
+        self.tokenizer, self.limits = tokenizer, limits
+        self._ends, self._context, self._beginnings = frozenset(ends), context, beginnings
         self._wake = threading.Condition()
         self._waiting: deque[_Work] = deque()
         self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
-        self._batches: list[Batch] = []
+        self._batches: list[Decoded] = []
         self._closing = False
         self._counts: Counter[str] = Counter()
         self._pace = 1.0  # seconds per finished request, smoothed
@@ -173,20 +200,17 @@ class Engine:
         self._thread = threading.Thread(target=self._loop, name="atv-engine", daemon=True)
         self._thread.start()
 
-    def load(self, folder: Path) -> ATVModel:
+    @abstractmethod
+    def load(self, folder: Path) -> Any:
         """Load an adapter for this engine's LLM; call it through `run` once there are requests.
 
         Raises:
-            ATVError: it is not an adapter, is for another LLM, or its method changes more than hidden states.
+            ATVError: it is not an adapter, is for another LLM, or cannot be served.
         """
-        saved = artifact.read(folder)
-        method = METHODS.get(saved.method)
-        if method is None or not issubclass(method, ATVMethod):
-            raise ATVError(
-                f"{folder} is an adapter of the method {saved.method}, which cannot be served: expected atv or fixed, "
-                "whose vectors differ from row to row of a batch."
-            )
-        return method.model_class.from_pretrained(folder, self.llm, tokenizer=self.tokenizer)
+
+    @abstractmethod
+    def _read(self, rows: Sequence[Row]) -> Decoded:
+        """Read prompts; called in the engine's thread."""
 
     # ---- from any thread ----
 
@@ -195,7 +219,7 @@ class Engine:
         tokens, asked = len(request.prompt.ids), request.sampling.max_tokens
         if asked > self.limits.answer:
             raise ATVError(f"max_tokens is {asked}; expected at most {self.limits.answer}.")
-        limits = {"the LLM's context": context_length(self.llm), "the server's limit": self.limits.tokens}
+        limits = {"the LLM's context": self._context, "the server's limit": self.limits.tokens}
         for what, limit in limits.items():
             if limit is not None and tokens + asked > limit:
                 raise ATVError(f"The prompt has {tokens} tokens, max_tokens is {asked}, and {what} is {limit} tokens.")
@@ -280,7 +304,7 @@ class Engine:
         """Return counters and gauges by name."""
         return {
             "waiting": len(self._waiting),
-            "running": sum(map(len, self._batches)),
+            "running": sum(len(batch.rows) for batch in self._batches),
             "kept_bytes": self._beginnings.bytes,
             "reused_tokens": self._beginnings.reused_tokens,
             **{
@@ -349,7 +373,7 @@ class Engine:
     def _begin(self, new: list[_Work]) -> None:
         """Read prompts. If that fails, each is read alone, so that a request fails for its own reasons only."""
         try:
-            batch = Batch(self.llm, new, self._pad, self._beginnings)
+            batch = self._read(new)
         except Exception as error:
             if len(new) > 1:
                 for work in new:
@@ -366,7 +390,7 @@ class Engine:
         else:
             other.join(batch)
 
-    def _step(self, batch: Batch) -> None:
+    def _step(self, batch: Decoded) -> None:
         try:
             batch.step([cast(_Work, row).next for row in batch.rows])
         except Exception as error:
@@ -378,7 +402,7 @@ class Engine:
         if not batch.rows:
             self._batches.remove(batch)
 
-    def _choose(self, batch: Batch) -> None:
+    def _choose(self, batch: Decoded) -> None:
         """Choose the next token of each row, and drop the rows that end."""
         now, remain = time.monotonic(), []
         for index, (row, logits) in enumerate(zip(batch.rows, batch.logits, strict=True)):
@@ -423,6 +447,39 @@ class Engine:
             work.deliver(piece)
         except Exception:  # its receiver is gone, such as a closed event loop
             work.cancelled = True
+
+
+class Engine(BatchEngine):
+    """A `BatchEngine` on a transformers model.
+
+    Args:
+        llm: the frozen LLM; nobody else may call it while the engine runs.
+        tokenizer: the LLM's.
+        limits: what it takes on.
+    """
+
+    def __init__(self, llm: nn.Module, tokenizer: Any, limits: Limits | None = None) -> None:
+        self.llm, limits = llm.eval(), limits or Limits()
+        self._pad, self._shared = pad_id(tokenizer), CachedBeginnings(llm, limits.kept)
+        super().__init__(tokenizer, end_ids(llm, tokenizer), context_length(llm), self._shared, limits)
+
+    def load(self, folder: Path) -> ATVModel:
+        """Load an adapter for this engine's LLM; call it through `run` once there are requests.
+
+        Raises:
+            ATVError: it is not an adapter, is for another LLM, or its method changes more than hidden states.
+        """
+        saved = artifact.read(folder)
+        method = METHODS.get(saved.method)
+        if method is None or not issubclass(method, ATVMethod):
+            raise ATVError(
+                f"{folder} is an adapter of the method {saved.method}, which cannot be served: expected atv or fixed, "
+                "whose vectors differ from row to row of a batch."
+            )
+        return method.model_class.from_pretrained(folder, self.llm, tokenizer=self.tokenizer)
+
+    def _read(self, rows: Sequence[Row]) -> Batch:
+        return Batch(self.llm, rows, self._pad, self._shared)
 
 
 def _call(future: "Future[Any]", function: Callable[[], Any]) -> None:

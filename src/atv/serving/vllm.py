@@ -10,25 +10,21 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from atv import adapter, artifact
-from atv.config import SELF, Positions
 from atv.errors import ATVError
 from atv.lm.ends import end_ids
-from atv.lm.hooks import decoder_layers
 from atv.lm.load import load_outline, load_tokenizer, resolve
 from atv.progress import log
 from atv.serving.engine import Busy, Finish, Limits, Piece, Request
 from atv.serving.sampling import Likelihood, Sampling
+from atv.serving.steers import Steering, Steers, load_steers
 from atv.serving.text import TextStream
-from atv.serving.vllm_worker import KEY, LAYERS, Steering
-from atv.vectors import ATV
+from atv.serving.vllm_worker import KEY
 
 T = TypeVar("T")
 TESTED = "0.32.0"
@@ -43,26 +39,6 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
 """Defaults of environment variables that vLLM reads when it is imported."""
-
-
-@dataclass(frozen=True, eq=False)
-class Steers:
-    """An adapter without its LLM, as this engine's requests name it."""
-
-    atv: ATV
-    layer_numbers: tuple[int, ...]
-    """The decoder layer of each vector."""
-
-    def steering(self, query: str, scale: float | None = None) -> Steering:
-        """Return what is added for a query.
-
-        Args:
-            query: what the generator reads.
-            scale: strength. None: the adapter's own.
-        """
-        vectors = self.atv.task_vectors([query])[0].cpu()
-        scaled = (self.atv.config.scale if scale is None else scale) * vectors
-        return Steering(scaled.contiguous(), self.layer_numbers, Positions.parse(self.atv.config.positions))
 
 
 def cache_salt(steering: Steering, prompt_tokens: int) -> str:
@@ -130,32 +106,7 @@ class VLLMEngine:
         Raises:
             ATVError: it is not an adapter, is for another LLM, or steers in a way that the worker cannot.
         """
-        saved = artifact.read(folder)
-        if saved.method not in ("atv", "fixed"):
-            raise ATVError(
-                f"{folder} is an adapter of the method {saved.method}, which vLLM cannot be steered with; expected atv "
-                "or fixed."
-            )
-        config = adapter.read_config(saved, folder)
-        for name, found, expected in (
-            ("site", config.site, ("layer",)),
-            ("edit", config.edit, ("add",)),
-            ("layer_path", config.layer_path, (None, LAYERS)),
-        ):
-            if found not in expected:
-                raise ATVError(
-                    f"The adapter {folder} has the {name} {found!r}; on vLLM only {expected[-1]!r} can be steered. "
-                    "Serve it with --engine transformers."
-                )
-        if config.generator == SELF:
-            raise ATVError(
-                f"The generator of the adapter {folder} is {SELF}: the LLM would make the vectors while it reads the "
-                "prompt, which vLLM cannot do. Serve it with --engine transformers."
-            )
-        artifact.check_llm(saved, self._outline, folder)
-        atv = ATV.load(folder, method=saved.method)
-        layers = tuple(config.layer_indices(len(decoder_layers(self._outline))))
-        return Steers(atv, layers)
+        return load_steers(folder, self._outline, "vLLM")
 
     def check(self, request: Request) -> None:
         """Raise ATVError if a request can never be answered."""
@@ -222,7 +173,7 @@ class VLLMEngine:
         model = cast(Steers | None, request.model)
         if model is None:
             return prompt, None
-        steering = await asyncio.to_thread(model.steering, request.prompt.query, request.scale)
+        (steering,) = await asyncio.to_thread(model.steerings, [request.prompt.query], request.scale)
         return prompt | {"cache_salt": cache_salt(steering, len(request.prompt.ids))}, {KEY: steering.payload()}
 
     async def run(self, function: Callable[[], T]) -> T:

@@ -9,9 +9,8 @@ each decoder layer a custom op adds the vectors there. Since the op is opaque to
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,97 +18,10 @@ from torch import Tensor, nn
 from atv.config import Positions
 from atv.errors import ATVError
 from atv.progress import log
+from atv.serving.steers import LAYERS, Part, Steering, edited_rows
 
 KEY = "atv"
 """The entry of `extra_args` that a steered request has."""
-LAYERS = "model.layers"
-"""Where vLLM's Llama-like models have their decoder layers."""
-
-
-@dataclass(frozen=True)
-class Steering:
-    """What is added to one request's hidden states.
-
-    Raises:
-        ATVError: vectors or layers are malformed, or a value is not finite.
-    """
-
-    vectors: Tensor
-    """(vectors, hidden) float32 on the CPU, multiplied by the scale."""
-    layers: tuple[int, ...]
-    """The decoder layer of each vector, in ascending order."""
-    positions: Positions
-
-    def __post_init__(self) -> None:
-        """Validate the fields."""
-        if self.vectors.dim() != 2 or self.vectors.dtype != torch.float32 or len(self.vectors) != len(self.layers):
-            raise ATVError(
-                f"The vectors have the shape {tuple(self.vectors.shape)} and {self.vectors.dtype}; expected float32, "
-                f"with a row for each of the {len(self.layers)} layers."
-            )
-        if list(self.layers) != sorted({int(layer) for layer in self.layers if layer >= 0}):
-            raise ATVError(f"The layers are {list(self.layers)}; expected different ones in ascending order.")
-        if not bool(self.vectors.isfinite().all()):
-            raise ATVError("A task vector has a value that is not finite.")
-
-    def payload(self) -> dict[str, Any]:
-        """Return it as plain values, for `extra_args`."""
-        return {
-            "vectors": self.vectors.numpy().tobytes(),
-            "layers": list(self.layers),
-            "prompt_tokens": self.positions.prompt_tokens,
-            "answer": self.positions.answer,
-        }
-
-    @classmethod
-    def of(cls, payload: Any, num_layers: int, hidden_size: int) -> Self:
-        """Return what a payload contains, which must fit an LLM of this many layers and this width.
-
-        Raises:
-            ATVError: it does not fit or is malformed in any way.
-        """
-        if not isinstance(payload, Mapping):
-            raise ATVError(f"The vectors of a request are a {type(payload).__name__}; expected a mapping.")
-        values, layers, tokens = (payload.get(name) for name in ("vectors", "layers", "prompt_tokens"))
-        if not isinstance(layers, list) or not layers or not all(type(layer) is int for layer in layers):
-            raise ATVError(f"A request's layers are {layers!r:.100}; expected a list of whole numbers.")
-        if not isinstance(values, bytes) or len(values) != 4 * hidden_size * len(layers):
-            raise ATVError(f"A request's vectors are not {len(layers)} times {hidden_size} float32 numbers as bytes.")
-        if max(layers) >= num_layers:
-            raise ATVError(f"A request steers layers {layers}; the LLM has layers 0 to {num_layers - 1}.")
-        if tokens is not None and (type(tokens) is not int or tokens < 1):
-            raise ATVError(f"A request's prompt_tokens is {tokens!r:.100}; expected a whole number from 1, or none.")
-        vectors = torch.frombuffer(bytearray(values), dtype=torch.float32).view(-1, hidden_size)
-        return cls(vectors, tuple(layers), Positions(tokens, payload.get("answer") is True))
-
-    def dense(self, num_layers: int) -> Tensor:
-        """Return the vectors of all layers, (layers, hidden); those of other layers are zero."""
-        every = torch.zeros(num_layers, self.vectors.shape[1])
-        every[list(self.layers)] = self.vectors
-        return every
-
-
-class Part(NamedTuple):
-    """The tokens of one request in a step: rows `start` to `start + new` of vLLM's flat batch."""
-
-    start: int
-    new: int
-    done: int
-    """Tokens of the request's text before them, whose keys and values are cached."""
-    prompt: int
-    """Tokens of its prompt."""
-
-
-def edited_rows(part: Part, positions: Positions) -> range:
-    """Return the rows of a step's flat batch at which a request is edited.
-
-    They depend only on the places of the tokens in the request's text. Therefore a prompt may be read in several steps,
-    start after a cached prefix, or be read once more after a preemption, together with the answer so far.
-    """
-    first = 0 if positions.prompt_tokens is None else max(0, part.prompt - positions.prompt_tokens)
-    end = part.done + part.new if positions.answer else part.prompt
-    shift = part.start - part.done
-    return range(max(first, part.done) + shift, max(min(end, part.done + part.new), first, part.done) + shift)
 
 
 class Step:

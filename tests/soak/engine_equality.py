@@ -1,10 +1,11 @@
-"""Steered requests on vLLM against transformers with hooks, in float32, and the price of steering.
+"""Steered requests on vLLM or llama.cpp against transformers with hooks, in float32, and the price of steering.
 
-    python tests/soak/vllm_equality.py --adapter runs/house --adapter runs/topic
+    python tests/soak/engine_equality.py --engine vllm --adapter runs/house --adapter runs/topic
+    python tests/soak/engine_equality.py --engine llamacpp
 
-Needs the environment of docs/serve-vllm.md. Not part of the gate. Besides the trained adapters that are named, it uses
-four with random vectors, of a tenth of the residual stream's size, with different positions and layers. Checked are the
-tokens of greedy answers and the log-probabilities of the 20 likeliest tokens at each of them.
+Needs the environment of docs/serve-vllm.md or docs/serve-llamacpp.md. Not part of the gate. Besides the trained
+adapters that are named, it uses four with random vectors, of a tenth of the residual stream's size, with different positions and
+layers. Checked are the tokens of greedy answers and the log-probabilities of the 20 likeliest tokens at each of them.
 """
 
 import argparse
@@ -31,7 +32,9 @@ from atv.lm.load import load_tokenizer
 from atv.methods import METHODS
 from atv.serving.engine import Limits, Request
 from atv.serving.sampling import Sampling
-from atv.serving.vllm import VLLMEngine
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from gguf_files import write_gguf
 
 RANDOM = (("last", "all"), ("last:3", "0-2"), ("answer", "top"), ("all", "bottom"))
 TEXTS = (
@@ -146,11 +149,12 @@ async def text_of(engine, request):
 
 
 class World:
-    """Requests and their references, which are computed before vLLM is started."""
+    """Requests and their references, which are computed before the engine is started."""
 
-    def __init__(self, name, folders, folder, quick):
-        self.name, self.tokenizer = name, load_tokenizer(name)
+    def __init__(self, engine, name, folders, folder, quick):
+        self.engine, self.name, self.tokenizer = engine, name, load_tokenizer(name)
         llm = load_llm(name, dtype="float32", device="cpu")
+        self.gguf = write_gguf(llm, folder / "llm.gguf") if engine == "llamacpp" else None
         self.ends = frozenset(end_ids(llm, self.tokenizer))
         self.folders = [*random_adapters(llm, self.tokenizer, folder), *folders]
         models = [
@@ -205,13 +209,17 @@ class World:
 
 def start(world, **options):
     began = time.monotonic()
-    engine = VLLMEngine(
-        world.name,
-        Limits(rows=32, waiting=512),
-        dtype="float32",
-        options={"max_model_len": 512, "block_size": 32, "kv_cache_memory_bytes": 2**29} | options,
-    )
-    print(f"vLLM started in {time.monotonic() - began:.0f} s with {options}", flush=True)
+    limits = Limits(rows=32, waiting=512, kept=2**26)
+    if world.engine == "llamacpp":
+        from atv.serving.llamacpp import LlamaCppEngine
+
+        engine = LlamaCppEngine(world.gguf, world.name, limits, options={"cache_type": "f32"} | options)
+    else:
+        from atv.serving.vllm import VLLMEngine
+
+        given = {"max_model_len": 512, "block_size": 32, "kv_cache_memory_bytes": 2**29} | options
+        engine = VLLMEngine(world.name, limits, dtype="float32", options=given)
+    print(f"{world.engine} started in {time.monotonic() - began:.0f} s with {options}", flush=True)
     return engine, [engine.load(artifact.locate(folder)) for folder in world.folders]
 
 
@@ -221,7 +229,7 @@ def request(adapters, adapter, prompt, count, **options):
 
 
 async def everything(world, checks, quick, load):
-    """The engine as it is started by default: compiled, prefix caching on."""
+    """The engine as it is started by default, prefix caching on."""
     engine, adapters = start(world)
     try:
         every = [request(adapters, *each, 16) for each in world.mixed]
@@ -258,10 +266,24 @@ async def everything(world, checks, quick, load):
         together = await asyncio.gather(*(answer(engine, each) for each in drawn + every))
         same = [[told.token for told in found] for found in together[:6]] == alone
         checks.require("a seed gives the same answer alone and in a batch", same)
-        counts = await engine.worker_counts()
-        checks.require("no request was dropped", counts["dropped"] == 0, **counts)
+        if world.engine == "vllm":
+            counts = await engine.worker_counts()
+            checks.require("no request was dropped", counts["dropped"] == 0, **counts)
         if load:
             await price(world, engine, adapters, checks, quick)
+    finally:
+        engine.close()
+
+
+async def chunked(world, checks):
+    """Prompts read in pieces of at most 32 tokens."""
+    engine, adapters = start(world, n_ubatch=32)
+    try:
+        found = await asyncio.gather(*(answer(engine, request(adapters, *each, 16)) for each in world.mixed))
+        checks.compare("chunked prefill", found, world.expected)
+        some = [request(adapters, *each, world.long_tokens) for each in world.long]
+        found = await asyncio.gather(*(answer(engine, each) for each in some))
+        checks.compare("longer answers", found, world.long_expected)
     finally:
         engine.close()
 
@@ -288,7 +310,7 @@ async def pressed(world, checks):
 
 
 def cpu_seconds():
-    """CPU time so far of this process and of vLLM's."""
+    """CPU time so far of this process and of the engine's."""
     this = psutil.Process()
     times = [process.cpu_times() for process in (this, *this.children(recursive=True))]
     return sum(each.user + each.system for each in times)
@@ -307,7 +329,7 @@ async def price(world, engine, adapters, checks, quick):
                 prompts = [Prompt(encode_text(world.tokenizer, text)[:110], text) for text in texts]
                 if kind == "vectors cached":
                     for prompt in prompts:
-                        adapters[0].steering(prompt.query)
+                        adapters[0].steerings([prompt.query])
                 some = [
                     request(adapters, None if kind == "plain" else 0, prompt, count, logprobs=None)
                     for prompt in prompts
@@ -330,6 +352,7 @@ async def price(world, engine, adapters, checks, quick):
 def main():
     """Compare, print, and return 1 if anything was wrong."""
     options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--engine", choices=("vllm", "llamacpp"), required=True)
     options.add_argument("--llm", default="embedded:smollm2-135m")
     options.add_argument("--adapter", type=Path, action="append", default=[])
     options.add_argument("--out", type=Path)
@@ -338,9 +361,9 @@ def main():
     chosen = options.parse_args()
     checks = Checks(chosen.out)
     with tempfile.TemporaryDirectory() as folder:
-        world = World(chosen.llm, chosen.adapter, Path(folder), chosen.quick)
+        world = World(chosen.engine, chosen.llm, chosen.adapter, Path(folder), chosen.quick)
         asyncio.run(everything(world, checks, chosen.quick, not chosen.no_load))
-        asyncio.run(pressed(world, checks))
+        asyncio.run((pressed if chosen.engine == "vllm" else chunked)(world, checks))
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     seconds = round(sum(each.ru_utime + each.ru_stime for each in used))
     wrong = [case for case, about in checks.found.items() if not about.get("right", True)]
