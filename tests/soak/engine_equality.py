@@ -4,8 +4,9 @@
     python tests/soak/engine_equality.py --engine llamacpp
 
 Needs the environment of docs/serve-vllm.md or docs/serve-llamacpp.md. Not part of the gate. Besides the trained
-adapters that are named, it uses four with random vectors, of a tenth of the residual stream's size, with different positions and
-layers. Checked are the tokens of greedy answers and the log-probabilities of the 20 likeliest tokens at each of them.
+adapters that are named, it uses four with random vectors, of a tenth of the residual stream's size, with different
+positions and layers. Checked are the tokens of greedy answers and the log-probabilities of the 20 likeliest tokens at
+each of them.
 """
 
 import argparse
