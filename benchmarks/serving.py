@@ -1,6 +1,7 @@
 """The server under load: requests with two adapters in turn beside the same requests without one, over HTTP.
 
-Every answer is compared with the one that the LLM gives to its prompt alone.
+Every answer is compared with the one that the LLM gives to its prompt alone: the transformers model with hooks or, with
+`--gguf`, llama.cpp asked one request at a time.
 """
 
 import http.client
@@ -11,9 +12,10 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import quantiles
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, cast
 
 import psutil
@@ -25,7 +27,7 @@ from atv.lm.ends import end_ids
 from atv.model import ATVModel
 from atv.progress import bar
 from atv.serving.app import make_app
-from atv.serving.engine import Engine, Limits
+from atv.serving.engine import BatchEngine, Engine, Limits
 from atv.serving.models import Models, Served
 from benchmarks.common import SEED, Figure, Record, options_of, parser, ratio
 from benchmarks.subjects import make_atv, pairs_of, small_llm
@@ -33,6 +35,15 @@ from benchmarks.subjects import make_atv, pairs_of, small_llm
 PLAIN, STEERED = "unsteered", "two adapters in turn"
 CLIENTS, NEW_TOKENS, PROMPTS = (1, 4, 16), 16, 24
 BASE = "llm"
+
+
+class Asked(NamedTuple):
+    """A request."""
+
+    body: bytes
+    name: str
+    """Of the model."""
+    prompt: Prompt
 
 
 class Case(NamedTuple):
@@ -67,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """Serve, and let 1, 4 and 16 clients ask as fast as they are answered."""
     parse = parser("benchmarks.serving", __doc__)
     parse.add_argument("--seconds", type=float, default=20.0, help="of each side in each round")
+    parse.add_argument("--gguf", type=Path, help="serve this file of SmolLM2-135M with llama.cpp")
     given = parse.parse_args(argv)
     options = options_of(given, "benchmarks.serving", argv)
     seconds = 0.3 if options.tiny else given.seconds
@@ -75,21 +87,36 @@ def main(argv: Sequence[str] | None = None) -> Path:
     for atv in adapters.values():
         atv.vector_cache.limit = 0
     tokens = 24 if options.tiny else 110
-    cases = {side: _cases(side, adapters, tokens) for side in (PLAIN, STEERED)}
+    sides = {side: _requests(side, tokenizer, list(adapters), tokens) for side in (PLAIN, STEERED)}
     record = Record(
-        "serving",
-        "The server under load",
+        "serving" if given.gguf is None else "serving_llamacpp",
+        "The server under load" + ("" if given.gguf is None else f", llama.cpp with {given.gguf.name}"),
         options,
         llm="tiny" if options.tiny else "SmolLM2-135M",
         generator="MiniLM",
         **{"prompt tokens": tokens, "answer tokens": NEW_TOKENS, "seconds per side and round": seconds},
     )
-    engine = Engine(llm, tokenizer, Limits())
+    engine = _engine(llm, tokenizer, given.gguf)
     models = Models(BASE, tokenizer, engine.load)
-    for name, atv in adapters.items():
-        models.put(Served(name, atv))
+    with TemporaryDirectory() as folder:
+        for name, atv in adapters.items():
+            if given.gguf is None:
+                models.put(Served(name, atv))
+            else:
+                atv.save_pretrained(Path(folder) / name)
+                served = models.add(name, str(Path(folder) / name))
+                served.adapter.atv.vector_cache.limit = 0
     process = psutil.Process()
-    with running(make_app(engine, models)) as port, bar("serving", len(CLIENTS) * 2 * options.rounds) as shown:
+    with running(make_app(engine, models)) as port, ExitStack() as stack:
+        cases: dict[str, list[Case]] = {}
+        with bar("expected", 2 * PROMPTS) as waiting:
+            for side, requests in sides.items():
+                cases[side] = []
+                for asked in requests:
+                    text = _alone(adapters, asked) if given.gguf is None else _answer(port, asked.body)
+                    cases[side].append(Case(asked.body, text))
+                    waiting.advance()
+        shown = stack.enter_context(bar("serving", len(CLIENTS) * 2 * options.rounds))
         _ask(port, cases[STEERED], 4, min(seconds, 5.0))
         before, every = process.memory_info().rss, list[Seen]()
         rates: dict[str, dict[Any, Figure]] = {PLAIN: {}, STEERED: {}}
@@ -128,29 +155,45 @@ def _measure(record: Record, clients: int, found: dict[str, list[Load]]) -> dict
     return rates
 
 
-@torch.no_grad()
-def _cases(side: str, adapters: dict[str, ATVModel], tokens: int) -> list[Case]:
-    """Return requests, and the answers of the LLM to each prompt alone."""
-    one = next(iter(adapters.values()))
-    names = [BASE] if side == PLAIN else list(adapters)
+def _engine(llm: Any, tokenizer: Any, gguf: Path | None) -> BatchEngine:
+    if gguf is None:
+        return Engine(llm, tokenizer, Limits())
+    from atv.serving.llamacpp import LlamaCppEngine
+
+    return LlamaCppEngine(gguf, llm.name_or_path, Limits(tokens=2**13))
+
+
+def _requests(side: str, tokenizer: Any, adapters: Sequence[str], tokens: int) -> list[Asked]:
+    """Return requests to the plain LLM or to the adapters in turn."""
     found = []
-    with bar(f"expected: {side}", PROMPTS) as shown:
-        for (query, pairs), name in zip(pairs_of(one.tokenizer, PROMPTS, tokens, 1), itertools.cycle(names)):
-            ids = pairs[0][0]
-            atv = adapters.get(name, one)
-            how: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
-            if name == BASE:
-                inputs = torch.tensor([ids])
-                how |= {"pad_token_id": 0, "eos_token_id": end_ids(one.llm, one.tokenizer)}
-                answer = cast(Any, one.llm).generate(inputs, attention_mask=torch.ones_like(inputs), **how)
-                text = one.tokenizer.decode(answer[0, len(ids) :], skip_special_tokens=True)
-            else:
-                (text,) = atv.generate([Prompt(ids, query)], **how)
-            body: dict[str, Any] = {"model": name, "prompt": ids, "temperature": 0, "max_tokens": NEW_TOKENS}
-            body |= {} if name == BASE else {"query": query}
-            found.append(Case(json.dumps(body).encode(), text))
-            shown.advance()
+    names = itertools.cycle([BASE] if side == PLAIN else adapters)
+    for (query, pairs), name in zip(pairs_of(tokenizer, PROMPTS, tokens, 1), names, strict=False):
+        ids = pairs[0][0]
+        body: dict[str, Any] = {"model": name, "prompt": ids, "temperature": 0, "max_tokens": NEW_TOKENS}
+        body |= {} if name == BASE else {"query": query}
+        found.append(Asked(json.dumps(body).encode(), name, Prompt(ids, query)))
     return found
+
+
+@torch.no_grad()
+def _alone(adapters: dict[str, ATVModel], asked: Asked) -> str:
+    """Return the answer of the transformers model to a prompt alone."""
+    atv = adapters.get(asked.name) or next(iter(adapters.values()))
+    how: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+    if asked.name in adapters:
+        (text,) = atv.generate([asked.prompt], **how)
+        return text
+    inputs = torch.tensor([asked.prompt.ids])
+    how |= {"pad_token_id": 0, "eos_token_id": end_ids(atv.llm, atv.tokenizer)}
+    answer = cast(Any, atv.llm).generate(inputs, attention_mask=torch.ones_like(inputs), **how)
+    return str(atv.tokenizer.decode(answer[0, len(asked.prompt.ids) :], skip_special_tokens=True))
+
+
+def _answer(port: int, body: bytes, connection: http.client.HTTPConnection | None = None) -> str:
+    """Return the server's answer."""
+    connection = connection or http.client.HTTPConnection("127.0.0.1", port, timeout=300)
+    connection.request("POST", "/v1/completions", body, {"content-type": "application/json"})
+    return str(json.loads(connection.getresponse().read())["choices"][0]["text"])
 
 
 def _ask(port: int, cases: Sequence[Case], clients: int, seconds: float) -> Load:
@@ -166,9 +209,7 @@ def _ask(port: int, cases: Sequence[Case], clients: int, seconds: float) -> Load
         while time.perf_counter() < until:
             case, began = draw.choice(cases), time.perf_counter()
             try:
-                connection.request("POST", "/v1/completions", case.body, {"content-type": "application/json"})
-                answer = connection.getresponse()
-                text = json.loads(answer.read())["choices"][0]["text"]
+                text = _answer(port, case.body, connection)
             except (OSError, http.client.HTTPException, KeyError, ValueError):
                 lost += 1
                 connection.close()

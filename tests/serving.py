@@ -2,16 +2,20 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 from conftest import PAPER_FORM, byte_level_tokenizer, make_generator, make_llm, toy_task
 from transformers import set_seed
 
 from atv.config import ATVConfig
-from atv.data import Rendering
+from atv.data import Example, Rendering
 from atv.data.collate import edit_mask
 from atv.data.render import Prompt, encode_text
 from atv.data.rendering import chat_template_digest
+from atv.evaluation.predict import Predictor
+from atv.methods.atv import ATVMethod
 from atv.model import ATVModel
+from atv.serving.predict import EngineAnswers
 
 TEXTS = (
     *("The harbour was quiet before the first boats came in.", "Is this opinion positive or negative?", "yes"),
@@ -93,3 +97,31 @@ def saved(llm, tokenizer, folder, positions, seed, template=None, prepare=None, 
         prepare(model)
     model.save_pretrained(folder)
     return ATVModel.from_pretrained(folder, llm, tokenizer=tokenizer)
+
+
+OPTIONS = ["yes", "no", "yes no", "no no no", "one two three", "one two four"]
+"""Options that share tokens, and of which some continue others."""
+
+
+def same_predictions(engine, adapter, model):
+    """Compare the answers to rows from an engine with those of the transformers model: scored options, and texts."""
+    task = toy_task()
+    summary = {"tasks": {task.name: task.asking()}, "chat_template": chat_template_digest(model.tokenizer)}
+    long = ["quiet " * 400] if engine.context == model.llm.config.max_position_embeddings else []
+    rows = [Example(text, "") for text in (*(text[:20] for text in TEXTS[:5]), " ", *long)]
+    for about in ({"options": OPTIONS, "temperature": 1.7}, {"options": None, "answer_tokens": 3}):
+        training = summary | {"tasks": {name: asked | about for name, asked in summary["tasks"].items()}}
+        own = Predictor(ATVMethod(model), training, batch_size=3)
+        expected = {index: answer for batch in own.answers(rows) for index, answer in batch}
+        engines = EngineAnswers(engine, adapter, training, batch_size=4)
+        found = {index: answer for batch in engines.answers(rows) for index, answer in batch}
+        assert sorted(found) == list(range(len(rows)))
+        if long:  # an engine's cut is a token shorter
+            assert expected.pop(6).problem == found[6].problem == ""
+        for index, answer in expected.items():
+            # a server leaves out special tokens, an evaluation only end tokens
+            text = answer.text.replace("<unk>", "").replace("<s>", "").replace("<pad>", "").strip()
+            assert (found[index].text, found[index].problem) == (text, answer.problem)
+            chances = answer.probabilities
+            assert found[index].probabilities == (None if chances is None else pytest.approx(chances, rel=2e-3))
+        assert len({answer.text for answer in expected.values()}) > 2 or about["options"]

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llama_library import Library
 from refusals import refused
-from serving import TEXTS, prompt, saved, sequential
+from serving import TEXTS, prompt, same_predictions, saved, sequential
 
 from atv.config import Positions
 from atv.errors import ATVError
@@ -110,6 +110,11 @@ def test_prompts_with_a_shared_beginning_equal_each_alone(world, engine):
         compare(world, engine, asked)
     assert engine.numbers()["reused_tokens"] > 20 * len(prompt(world.tokenizer, shared).ids)
     assert 0 < engine.numbers()["kept_bytes"] <= LIMITS.kept
+
+
+@pytest.mark.parametrize("positions", ["last", "answer", "all"])
+def test_predictions_equal_those_of_the_model(world, engine, positions):
+    same_predictions(engine, engine.load(world.folder / positions), world.models[positions])
 
 
 def test_a_cancelled_request_leaves_the_others_as_they_are(world, engine, monkeypatch):
@@ -234,6 +239,10 @@ def test_a_file_of_the_same_llm_is_accepted_and_another_training_of_it_is_not(na
             other.get_parameter(weight).add_(0.1)
         with refused("contains another LLM"):
             check_gguf(write_gguf(changed(other, weight, factor), tmp_path / "other.gguf"), outline)
+    other = make_llm(name, torch.float32)
+    other.config.rms_norm_eps *= 3
+    with refused("epsilon differs"):
+        check_gguf(write_gguf(other, tmp_path / "other.gguf"), outline)
 
 
 def test_files_that_are_not_the_llm_are_refused(world, tmp_path):

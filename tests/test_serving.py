@@ -9,7 +9,7 @@ import torch
 from conftest import ARCHITECTURES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serving import TEXTS, adapters, prompt, sequential
+from serving import TEXTS, adapters, prompt, same_predictions, sequential
 
 from atv.data.render import Prompt
 from atv.errors import ATVError
@@ -187,6 +187,11 @@ def test_concurrent_requests_equal_each_alone(world):
         assert pieces[-1].finish == ("stop" if expected[-1][0] == 3 else "length")
         assert pieces[-1].generated == len(expected)
     assert engine.numbers()["running"] == engine.numbers()["waiting"] == 0
+
+
+def test_predictions_equal_those_of_the_model(world):
+    engine, models = world
+    same_predictions(engine, models["answer"], models["answer"])
 
 
 def test_sampling_depends_on_the_seed_alone(world):

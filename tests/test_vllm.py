@@ -14,7 +14,7 @@ from conftest import PAPER_FORM, byte_level_tokenizer, make_generator, make_llm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import refused
-from serving import TEXTS, prompt, sequential
+from serving import TEXTS, prompt, same_predictions, sequential
 from torch import nn
 from transformers import set_seed
 
@@ -312,7 +312,7 @@ class FakeLLM:
         if params.extra_args is not None:
             payload = params.extra_args[KEY]
             steering = Steering.of(payload, len(self.llm.model.layers), self.llm.config.hidden_size)
-        length, waiting = len(ids), []
+        length, waiting = (steering and steering.prompt) or len(ids), []
         try:
             for step in range(params.max_tokens):
                 await asyncio.sleep(self.slow)
@@ -322,21 +322,22 @@ class FakeLLM:
                 reason = "stop" if token in params.stop_token_ids else None
                 reason = reason or ("length" if step == params.max_tokens - 1 else None)
                 waiting.append((token, logits.log_softmax(-1)))
+                assert params.logprob_token_ids is None or len(params.logprob_token_ids) == params.logprobs
                 if step % 2 and reason is None:
                     continue  # outputs may have several tokens
                 finished = reason is not None
-                yield SimpleNamespace(outputs=[self.output(waiting, params.logprobs, reason)])
+                yield SimpleNamespace(outputs=[self.output(waiting, params, reason)])
                 waiting = []
                 if finished:
                     return
         finally:
             self.aborted += not finished
 
-    def output(self, waiting, count, reason):
-        entries = []
+    def output(self, waiting, params, reason):
+        entries, count = [], params.logprobs
         for token, row in waiting:
             order = row.argsort(descending=True).tolist()
-            kept = {*order[: count or 0], token}
+            kept = {*(params.logprob_token_ids or order[: count or 0]), token}
             entries.append(
                 {each: SimpleNamespace(logprob=float(row[each]), rank=order.index(each) + 1) for each in kept}
             )
@@ -408,6 +409,12 @@ def ask(engine, *requests):
         return await asyncio.gather(*map(one, requests))
 
     return asyncio.run(every())
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_predictions_equal_those_of_the_model(world, engine, positions):
+    same_predictions(engine, engine.load(world.folder / positions), world.models[positions])
+    assert len(set(engine._llm.salts)) <= 5  # what an answer begins with does not change how its prompt is cached
 
 
 def test_answers_equal_each_prompt_alone(world, engine):

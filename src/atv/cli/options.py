@@ -18,6 +18,7 @@ from atv.paper.experiments import known_experiments
 from atv.paper.profiles import PROFILES
 
 MODEL, DATA, METHOD, TRAINING, SERVER, OUTPUT = "Model", "Data", "Method", "Training", "Server", "Output"
+ENGINE = "Engine"
 DEFAULT_RUNS = Path("runs")
 
 
@@ -243,6 +244,21 @@ class Generate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Engines:
+    """What runs the LLM of `atv serve` and `atv predict`."""
+
+    PANEL: ClassVar[str] = ENGINE
+
+    engine: Literal["transformers", "vllm", "llamacpp"] = option("transformers")
+    """What runs the LLM: transformers; vllm, which needs an environment of its own (docs/serve-vllm.md); or llamacpp
+    (docs/serve-llamacpp.md)."""
+    gguf: Path | None = option(None)
+    """The LLM's file for llama.cpp."""
+    engine_options: str | None = option(None)
+    """Options of vLLM or llama.cpp as JSON, such as {"max_model_len": 4096} or {"n_threads": 4}."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Predict:
     """Of `atv predict`."""
 
@@ -262,7 +278,8 @@ class Predict:
     max_new_tokens: int | None = option(None, panel=OUTPUT, min=1)
     """Maximum number of tokens of a generated answer. Default: twice those of the longest answer in training."""
     batch_size: int = option(16, panel=OUTPUT, min=1)
-    """Prompts per call of the LLM."""
+    """Prompts per call of the LLM; on vLLM and llama.cpp rows that are asked at the same time."""
+    engines: Engines = group(Engines)
     out: str = option(panel=OUTPUT, parser=model)
     """CSV, TSV, JSONL or Parquet file to write, or - for JSON lines on standard output. All columns are kept."""
     force: bool = force_field()
@@ -348,13 +365,7 @@ class Serve:
     training_queries: bool = option(False, panel=MODEL, flags=["--training-queries"])
     """Show clients the training queries nearest to theirs and their answers, read again from where train.json beside
     the adapter says that they came from."""
-    engine: Literal["transformers", "vllm", "llamacpp"] = option("transformers", panel=SERVER)
-    """What runs the LLM: transformers; vllm, which needs an environment of its own (docs/serve-vllm.md); or llamacpp
-    (docs/serve-llamacpp.md)."""
-    gguf: Path | None = option(None, panel=SERVER)
-    """The LLM's file for llama.cpp."""
-    engine_options: str | None = option(None, panel=SERVER)
-    """Options of vLLM or llama.cpp as JSON, such as {"max_model_len": 4096} or {"n_threads": 4}."""
+    engines: Engines = group(Engines)
     host: str = option("127.0.0.1", panel=SERVER)
     """Address to listen on. Any other than this machine's own needs an API key, in the environment as ATV_API_KEY."""
     port: int = option(8000, panel=SERVER, min=0)

@@ -5,6 +5,7 @@ from functools import cached_property
 from typing import Any
 
 from atv import artifact
+from atv.cli.engines import check_engine, start_engine
 from atv.cli.loading import frozen_llm
 from atv.cli.options import Predict
 from atv.cli.output import print_lines
@@ -15,6 +16,8 @@ from atv.data.table import query_columns
 from atv.errors import ATVError
 from atv.evaluation.predict import Predictor, RowAnswers, answer_columns
 from atv.methods import METHODS
+from atv.serving.engine import Limits, Serving
+from atv.serving.predict import EngineAnswers
 
 
 class _Lazy:
@@ -27,18 +30,31 @@ class _Lazy:
 
     @cached_property
     def answers(self) -> RowAnswers:
+        given = self.given
+        options: dict[str, Any] = {
+            "task": given.task,
+            "template": given.template,
+            "max_new_tokens": given.max_new_tokens,
+            "batch_size": given.batch_size,
+        }
+        if given.engines.engine != "transformers":
+            return RowAnswers(EngineAnswers(self.engine, self.adapter, self.saved.training, **options), self.columns)
         llm, tokenizer = self.llm.load()
         method = METHODS[self.saved.method].load(llm, tokenizer, self.folder)
-        given = self.given
-        predictor = Predictor(
-            method,
-            self.saved.training,
-            task=given.task,
-            template=given.template,
-            max_new_tokens=given.max_new_tokens,
-            batch_size=given.batch_size,
-        )
-        return RowAnswers(predictor, self.columns)
+        return RowAnswers(Predictor(method, self.saved.training, **options), self.columns)
+
+    @cached_property
+    def engine(self) -> Serving:
+        limits = Limits(rows=min(self.given.batch_size, 64), tokens=2**14, kept=2**28, seconds=3600.0)
+        return start_engine(self.llm.llm, self.given.engines, self.given.loading, limits)
+
+    @cached_property
+    def adapter(self) -> Any:
+        return self.engine.load(self.folder)
+
+    def close(self) -> None:
+        if "engine" in vars(self):
+            self.engine.close()  # vLLM's processes would outlive this one
 
     def __call__(self, rows: list[tuple[int, Row]]) -> Iterator[list[tuple[int, Row]]]:
         if not self.columns:
@@ -57,6 +73,7 @@ def predict_file(given: Predict) -> None:
     if saved.method not in METHODS:
         raise ATVError(f"{folder} is an adapter of the method {saved.method}, which is not known here.")
     query_renderer(saved.training, saved.config.get("reads", "query"), given.task, given.template)
+    check_engine(given.engines, given.loading)
     answers = _Lazy(given, folder, saved)
     settings = {
         "adapter": artifact.identity(folder),
@@ -66,8 +83,15 @@ def predict_file(given: Predict) -> None:
         "template": given.template,
         "max_new_tokens": given.max_new_tokens,
     }
+    if given.engines.engine != "transformers":
+        file = given.engines.gguf
+        settings |= {"engine": given.engines.engine, "gguf": file and [file.name, file.stat().st_size]}
+        settings |= {"engine_options": given.engines.engine_options}
     columns = answer_columns(trained_task(saved.training, given.task)[1].get("options"))
-    asked = predict_stream(given.file, given.out, columns, answers, settings, given.force)
-    answers.report()
+    try:
+        asked = predict_stream(given.file, given.out, columns, answers, settings, given.force)
+        answers.report()
+    finally:
+        answers.close()
     if str(given.out) != STANDARD:
         print_lines([f"Answers: {given.out} ({asked} rows answered now)"])

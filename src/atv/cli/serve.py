@@ -1,21 +1,20 @@
 """`atv serve`."""
 
 import ipaddress
-import json
 import os
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from atv import artifact
-from atv.cli.loading import frozen_llm
+from atv.cli.engines import check_engine, start_engine
 from atv.cli.options import Serve
 from atv.config import EMBEDDED_LLM
 from atv.errors import ATVError
 from atv.progress import log
 
 if TYPE_CHECKING:
-    from atv.serving.engine import Serving
+    from atv.serving.engine import Limits
 
 KEY = "ATV_API_KEY"
 
@@ -30,7 +29,7 @@ def serve_adapters(given: Serve) -> None:
         )
     if given.adapters_from is not None and not given.adapters_from.is_dir():
         raise ATVError(f"--adapters-from is {given.adapters_from}; expected a folder.")
-    _check_engine(given)
+    _check(given)
     adapters = dict(map(_named, given.adapter or ()))
     if len(adapters) < len(given.adapter or ()):
         raise ATVError("Two adapters have one name; give each its own as NAME=DIR.")
@@ -48,7 +47,7 @@ def serve_adapters(given: Serve) -> None:
         first = next(iter(adapters.values()), None)
         name = EMBEDDED_LLM if first is None else artifact.read(artifact.locate(first)).base_llm["name"]
     listening = _listen(given.host, given.port)  # before the LLM is loaded: a port in use is told at once
-    engine = _engine(name, given)
+    engine = start_engine(name, given.engines, given.loading, _limits(given))
     try:
         models = Models(name, engine.tokenizer, engine.load, given.adapters_from)
         for each, folder in adapters.items():
@@ -67,11 +66,10 @@ def serve_adapters(given: Serve) -> None:
         engine.close()  # vLLM's processes would outlive this one
 
 
-def _engine(name: str, given: Serve) -> "Serving":
-    """Load the LLM into the engine that the options choose."""
-    from atv.serving.engine import Engine, Limits
+def _limits(given: Serve) -> "Limits":
+    from atv.serving.engine import Limits
 
-    limits = Limits(
+    return Limits(
         rows=given.rows,
         waiting=given.waiting,
         tokens=given.tokens,
@@ -79,55 +77,19 @@ def _engine(name: str, given: Serve) -> "Serving":
         seconds=given.timeout,
         kept=int(given.shared_memory * 2**30),
     )
-    if given.engine == "transformers":
-        return Engine(*frozen_llm(name, given.loading).load(), limits)
-    loading = given.loading
-    options: dict[str, Any] = {
-        "revision": loading.revision,
-        "trust_remote_code": loading.trust_remote_code,
-        "options": _json_object(given.engine_options or "{}"),
-    }
-    if given.gguf is not None:
-        from atv.serving.llamacpp import LlamaCppEngine
-
-        return LlamaCppEngine(given.gguf, name, limits, **options)
-    from atv.lm.load import parse_dtype
-    from atv.serving.vllm import VLLMEngine
-
-    return VLLMEngine(name, limits, dtype=str(parse_dtype(loading.dtype)).removeprefix("torch."), **options)
 
 
-def _check_engine(given: Serve) -> None:
+def _check(given: Serve) -> None:
     """Raise ATVError for options that the chosen engine does not have."""
-    if (given.gguf is None) == (given.engine == "llamacpp"):
-        raise ATVError(
-            "--engine llamacpp needs the LLM's GGUF file: --gguf FILE."
-            if given.gguf is None
-            else "--gguf is for --engine llamacpp; leave it out."
-        )
-    _json_object(given.engine_options or "{}")
+    check_engine(given.engines, given.loading)
     plain = Serve()
-    others = {
-        "--engine-options": (given.engine_options is not None, ("vllm", "llamacpp")),
-        "--device": (given.loading.device is not None, ("transformers",)),
-        "--quantization": (given.loading.quantization is not None, ("transformers",)),
-        "--dtype": (given.loading.dtype != plain.loading.dtype, ("transformers", "vllm")),
-        "--tokens": (given.tokens != plain.tokens, ("transformers", "llamacpp")),
-        "--shared-memory": (given.shared_memory != plain.shared_memory, ("transformers", "llamacpp")),
-    }
-    for option, (differs, engines) in others.items():
-        if differs and given.engine not in engines:
-            raise ATVError(f"{option} is for --engine {' and '.join(engines)}; leave it out.")
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise ATVError(f"--engine-options is not JSON: {error}.") from error
-    if not isinstance(found, dict):
-        raise ATVError(f'--engine-options is {text}; expected an object, such as {{"max_model_len": 4096}}.')
-    return found
+    changed = {"--tokens": given.tokens != plain.tokens, "--shared-memory": given.shared_memory != plain.shared_memory}
+    for option, differs in changed.items():
+        if differs and given.engines.engine == "vllm":
+            raise ATVError(
+                f"{option} is for --engine transformers and llamacpp. Leave it out; vLLM's own arguments go into "
+                "--engine-options."
+            )
 
 
 def _named(adapter: str) -> tuple[str, str]:

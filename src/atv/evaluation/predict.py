@@ -1,5 +1,6 @@
 """Answers to queries whose answers are not known, asked as in an adapter's training."""
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -44,25 +45,101 @@ class Answer(NamedTuple):
         return None if self.probabilities is None else self.probabilities[self.text]
 
 
-class Predictor:
-    """Answers queries with a trained method, in prompts written as in its training.
+class Answers(ABC):
+    """Answers queries with a trained adapter, in prompts written as in its training.
 
     If the training task has options, the answer is the likeliest of them as a whole; otherwise it is generated
     greedily. Probabilities are the softmax of the options' log-probabilities, divided by the temperature that was
-    calibrated on validation rows in training.
+    calibrated on validation rows in training. Subclasses say what runs the LLM.
 
     Args:
-        method: a trained method on its LLM.
-        training: the training summary of its adapter.
+        tokenizer: the LLM's.
+        training: the training summary of the adapter.
+        reads: what the generator reads, as in `ATVConfig.reads`.
         task: name of the training task. None: the only one; if there are several, the query alone is asked and answers
             are generated.
         template: used instead of the task's first one.
         max_new_tokens: most tokens of a generated answer. None: twice those of the longest answer in training.
-        batch_size: prompts per call of the LLM.
 
     Raises:
-        ATVError: the task is unknown, the LLM's chat template is not that of training, or the method does not answer
-            single queries with the LLM.
+        ATVError: the task is unknown, or the LLM's chat template is not that of training.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        training: Mapping[str, Any],
+        reads: str,
+        task: str | None = None,
+        template: str | None = None,
+        max_new_tokens: int | None = None,
+    ) -> None:
+        check_chat_template(training, tokenizer)
+        self.tokenizer, self.render = tokenizer, query_renderer(training, reads, task, template)
+        self.task, asked = trained_task(training, task)
+        options: Sequence[str] | None = asked.get("options")
+        self.options = None if options is None else encoded_options(tokenizer, self.render, tuple(options))
+        self.temperature = float(asked.get("temperature") or 1.0)
+        self.limit = max_new_tokens or 2 * int(asked.get("answer_tokens") or MOST_TOKENS // 2)
+        self.lines = options is None or any("\n" in option for option in options)
+
+    @property
+    @abstractmethod
+    def room(self) -> int | None:
+        """Most tokens of a prompt; None: any number."""
+
+    @abstractmethod
+    def ask(self, prompts: Mapping[int, Prompt]) -> Iterator[list[tuple[int, Answer]]]:
+        """Yield the answer to each prompt, in batches in any order."""
+
+    @torch.no_grad()
+    def answers(self, examples: Sequence[Example]) -> Iterator[list[tuple[int, Answer]]]:
+        """Answer queries.
+
+        A query that does not fit the LLM's context is cut at its end. One that is empty, or that the chat template
+        refuses, has a `problem` instead of an answer.
+
+        Args:
+            examples: their outputs are not used.
+
+        Yields:
+            Indices in `examples`, each with its answer; each index once.
+        """
+        prompts: dict[int, Prompt] = {}
+        problems = []
+        for index, example in enumerate(examples):
+            if not example.input.strip():
+                problems.append((index, Answer("", problem="The query is empty.")))
+                continue
+            try:
+                prompt = fitting(self.render, self.tokenizer, example, self.room)
+            except ATVError as error:
+                problems.append((index, Answer("", problem=str(error))))
+            else:
+                prompts[index] = prompt._replace(task=self.task)
+        if problems:
+            yield problems
+        if prompts:
+            yield from self.ask(prompts)
+
+    def chosen(self, values: Sequence[float]) -> Answer:
+        """Return the answer, given the options' log-probabilities."""
+        assert self.options is not None
+        chances = (torch.tensor(values, dtype=torch.float64) / self.temperature).softmax(0).tolist()
+        ranked = sorted(zip(self.options.texts, chances, strict=True), key=lambda pair: -pair[1])
+        return Answer(ranked[0][0], dict(ranked))
+
+
+class Predictor(Answers):
+    """Answers queries with a trained method on a transformers model.
+
+    Args:
+        method: a trained method on its LLM.
+        training: as for `Answers`, like `task`, `template` and `max_new_tokens`.
+        batch_size: prompts per call of the LLM, of like lengths.
+
+    Raises:
+        ATVError: as for `Answers`; or the method does not answer single queries with the LLM.
     """
 
     def __init__(
@@ -80,72 +157,38 @@ class Predictor:
                 f"The method {method.name} does not answer single queries with the LLM; expected a method that is "
                 "trained and steers or adapts the LLM, such as atv, fixed or lora."
             )
-        check_chat_template(training, method.tokenizer)
+        super().__init__(method.tokenizer, training, method.reads, task, template, max_new_tokens)
         self.method, self.batch_size = method, batch_size
-        self.render = query_renderer(training, method.reads, task, template)
-        self.task, asked = trained_task(training, task)
-        options: Sequence[str] | None = asked.get("options")
-        self.temperature = float(asked.get("temperature") or 1.0)
         self.requests = Requests(
             method.llm,
             method.tokenizer,
             self.render,
-            {"generate" if options is None else "loglikelihood"},
-            options=None if options is None else encoded_options(method.tokenizer, self.render, tuple(options)),
-            limit=max_new_tokens or 2 * int(asked.get("answer_tokens") or MOST_TOKENS // 2),
-            lines=options is None or any("\n" in option for option in options),
+            {"generate" if self.options is None else "loglikelihood"},
+            options=self.options,
+            limit=self.limit,
+            lines=self.lines,
         )
 
     @property
-    def options(self) -> list[str] | None:
-        """The options of the task, if it has any."""
-        return None if self.requests.options is None else self.requests.options.texts
-
-    @torch.no_grad()
-    def answers(self, examples: Sequence[Example]) -> Iterator[list[tuple[int, Answer]]]:
-        """Answer queries in batches of prompts of like lengths.
-
-        A query that does not fit the LLM's context is cut at its end. One that is empty, or that the chat template
-        refuses, has a `problem` instead of an answer.
-
-        Args:
-            examples: their outputs are not used.
-
-        Yields:
-            Indices in `examples`, each with its answer; each index once.
-        """
-        prompts: dict[int, Prompt] = {}
-        problems = []
+    def room(self) -> int | None:
+        """Most tokens of a prompt; None: any number."""
         limit = context_length(self.method.llm)
-        room = None if limit is None else limit - self.requests.read_after
-        for index, example in enumerate(examples):
-            if not example.input.strip():
-                problems.append((index, Answer("", problem="The query is empty.")))
-                continue
-            try:
-                prompt = fitting(self.render, self.method.tokenizer, example, room)
-            except ATVError as error:
-                problems.append((index, Answer("", problem=str(error))))
-            else:
-                prompts[index] = prompt._replace(task=self.task)
-        if problems:
-            yield problems
-        if not prompts:
-            return
+        return None if limit is None else limit - self.requests.read_after
+
+    def ask(self, prompts: Mapping[int, Prompt]) -> Iterator[list[tuple[int, Answer]]]:
+        """Yield the answer to each prompt, in batches of prompts of like lengths."""
         shared = SharedPrefix(self.method.llm, [prompt.ids for prompt in prompts.values()], self.method.edited_tokens)
         by_length = sorted(prompts, key=lambda index: len(prompts[index].ids))
         for start in range(0, len(by_length), self.batch_size):
             batch = by_length[start : start + self.batch_size]
             found = read_batch(self.method, self.requests, shared, [prompts[index] for index in batch])
-            yield [(index, self._answer(outputs)) for index, outputs in zip(batch, found, strict=True)]
-
-    def _answer(self, outputs: Mapping[Any, Any]) -> Answer:
-        if "generate" in outputs:
-            return Answer(outputs["generate"])
-        scores = outputs["loglikelihood"]
-        chances = (torch.tensor(scores.values, dtype=torch.float64) / self.temperature).softmax(0).tolist()
-        ranked = sorted(zip(scores.options, chances, strict=True), key=lambda pair: -pair[1])
-        return Answer(ranked[0][0], dict(ranked))
+            yield [
+                (
+                    index,
+                    self.chosen(outputs["loglikelihood"].values) if self.options else Answer(outputs["generate"]),
+                )
+                for index, outputs in zip(batch, found, strict=True)
+            ]
 
 
 def answer_columns(options: Sequence[str] | None) -> list[str]:
@@ -161,9 +204,10 @@ class RowAnswers:
         columns: those that make a query (`query_columns`).
     """
 
-    def __init__(self, predictor: Predictor, columns: Sequence[str]) -> None:
+    def __init__(self, predictor: Answers, columns: Sequence[str]) -> None:
         self.predictor, self.columns = predictor, columns
         self.problems: Counter[str] = Counter()
+        self.options = None if predictor.options is None else predictor.options.texts
 
     def __call__(self, rows: Sequence[tuple[int, Mapping[str, Any]]]) -> Iterator[list[tuple[int, dict[str, Any]]]]:
         """Yield batches of row numbers, each with its new columns: None in all of them if there is no answer.
@@ -184,7 +228,7 @@ class RowAnswers:
             yield [(numbers[index], self._columns(answer)) for index, answer in batch]
 
     def _columns(self, answer: Answer) -> dict[str, Any]:
-        options = self.predictor.options
+        options = self.options
         if answer.problem:
             self.problems[answer.problem] += 1
             return dict.fromkeys(answer_columns(options))
@@ -238,7 +282,7 @@ def predict(
     method, training = loaded_method(adapter, llm)
     options: dict[str, Any] = {"task": task, "template": template, "max_new_tokens": max_new_tokens}
     answers = RowAnswers(Predictor(method, training, batch_size=batch_size, **options), columns)
-    if taken := set(there) & set(answer_columns(answers.predictor.options)):
+    if taken := set(there) & set(answer_columns(answers.options)):
         raise ATVError(f"The rows have a column {min(taken)!r} already, which is the name of a new one; rename it.")
     found: dict[int, dict[str, Any]] = {}
     with bar("predict", len(given)) if progress else nullcontext() as shown:

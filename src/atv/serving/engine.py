@@ -86,6 +86,8 @@ class Request:
     scale: float | None = None
     """Strength of its vectors; None: the adapter's own."""
     sampling: Sampling = field(default_factory=Sampling)
+    begun: tuple[int, ...] = ()
+    """Tokens with which the answer begins; they are read, and not part of what is answered."""
 
 
 class Piece(NamedTuple):
@@ -106,6 +108,9 @@ class Serving(Protocol):
     """An engine of any kind, as the server uses it."""
 
     tokenizer: Any
+    limits: Limits
+    context: int | None
+    """Most tokens of a text that the LLM reads; None: any."""
 
     def load(self, folder: Path) -> Any:
         """Load an adapter, as `Request.model` takes it; an object with the attribute `atv`."""
@@ -146,7 +151,12 @@ class _Work(Row):
     @property
     def most(self) -> int:
         """Number of tokens that its prompt and answer may have."""
-        return len(self.prompt.ids) + self.request.sampling.max_tokens
+        return _tokens(self.request)
+
+
+def _tokens(request: Request) -> int:
+    """Return the number of tokens that a request's prompt and answer may have."""
+    return len(request.prompt.ids) + len(request.begun) + request.sampling.max_tokens
 
 
 class Decoded(Protocol):
@@ -188,7 +198,7 @@ class BatchEngine(ABC):
         self, tokenizer: Any, ends: Iterable[int], context: int | None, beginnings: Beginnings[Any], limits: Limits
     ) -> None:
         self.tokenizer, self.limits = tokenizer, limits
-        self._ends, self._context, self._beginnings = frozenset(ends), context, beginnings
+        self.context, self._ends, self._beginnings = context, frozenset(ends), beginnings
         self._wake = threading.Condition()
         self._waiting: deque[_Work] = deque()
         self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
@@ -216,10 +226,11 @@ class BatchEngine(ABC):
 
     def check(self, request: Request) -> None:
         """Raise ATVError if a request can never be answered."""
-        tokens, asked = len(request.prompt.ids), request.sampling.max_tokens
+        asked = request.sampling.max_tokens
+        tokens = _tokens(request) - asked
         if asked > self.limits.answer:
             raise ATVError(f"max_tokens is {asked}; expected at most {self.limits.answer}.")
-        limits = {"the LLM's context": self._context, "the server's limit": self.limits.tokens}
+        limits = {"the LLM's context": self.context, "the server's limit": self.limits.tokens}
         for what, limit in limits.items():
             if limit is not None and tokens + asked > limit:
                 raise ATVError(f"The prompt has {tokens} tokens, max_tokens is {asked}, and {what} is {limit} tokens.")
@@ -410,14 +421,19 @@ class BatchEngine(ABC):
             if work.cancelled or work.deadline < now:
                 self._finish(work, "cancelled" if work.cancelled else "timeout")
                 continue
+            remaining = work.request.begun[work.tokens :]
+            if remaining:
+                work.next = remaining[0]
+                remain.append(index)
+                continue
             work.next = work.sampler.choose(logits)
             work.generated += 1
             self._counts["answer_tokens"] += 1
-            if work.next in self._ends:
-                self._finish(work, "stop")
-                continue
             told = work.sampler.told(logits, work.next)
             tokens = () if told is None else (told,)
+            if work.next in self._ends:
+                self._finish(work, "stop", tokens=tokens if work.request.sampling.scored else ())
+                continue
             text = work.text.push(work.next)
             if work.text.stopped or work.generated >= work.request.sampling.max_tokens:
                 self._finish(work, "stop" if work.text.stopped else "length", text=text, tokens=tokens)

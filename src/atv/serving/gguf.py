@@ -41,7 +41,8 @@ def check_gguf(file: Path, outline: nn.Module) -> None:
             f"{layers} of width {width}. Give the GGUF file of that LLM."
         )
     names = found.names()
-    different = [place for place in (_norms(base, found, names), _embeddings(base, found)) if place is not None]
+    compared = (_settings(text_config(outline), found), _norms(base, found, names), _embeddings(base, found))
+    different = [place for place in compared if place is not None]
     if different:
         raise ATVError(
             f"{file} contains another LLM than {name!r}, which the adapters are for: {different[0]} differs. Vectors "
@@ -68,6 +69,11 @@ class _Gguf:
             self.layers, self.width = (
                 int(reader.fields[f"{self.kind}.{name}"].contents()) for name in ("block_count", "embedding_length")
             )
+            self.settings = {
+                name: float(reader.fields[key].contents())
+                for name in ("rope.freq_base", "attention.layer_norm_rms_epsilon")
+                if (key := f"{self.kind}.{name}") in reader.fields
+            }
             self.tensors: dict[str, Any] = {tensor.name: tensor for tensor in reader.tensors}
         except Exception as error:  # whatever a damaged file makes the reader do
             reason = " ".join(str(error).split())[:200]
@@ -92,6 +98,19 @@ class _Gguf:
         tensor = self.tensors[name]
         data = tensor.data if rows is None else tensor.data[rows.numpy()]
         return torch.from_numpy(np.array(dequantize(data, tensor.tensor_type), dtype=np.float32))
+
+
+def _settings(config: Any, found: _Gguf) -> str | None:
+    """Return a setting that differs, of those that have one meaning in all LLMs; None: all are equal."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    own: dict[str, Any] = {
+        "rope.freq_base": (rope.get("full_attention") or rope).get("rope_theta"),
+        "attention.layer_norm_rms_epsilon": getattr(config, "rms_norm_eps", None),
+    }
+    for name, value in found.settings.items():
+        if own[name] is not None and abs(value - own[name]) > ROUNDED * own[name]:
+            return name
+    return None
 
 
 def _norms(base: nn.Module, found: _Gguf, names: Any) -> str | None:

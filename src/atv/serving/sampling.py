@@ -31,6 +31,8 @@ class Sampling:
     """Texts that end the answer and are not part of it."""
     logprobs: int | None = None
     """Number of likeliest tokens told for each token; 0: the token's own log-probability alone; None: nothing."""
+    scored: tuple[int, ...] = ()
+    """Tokens whose log-probabilities are told for each token, whether they are likely or not."""
 
     def __post_init__(self) -> None:
         """Validate the fields."""
@@ -54,6 +56,8 @@ class Likelihood:
     logprob: float
     top: list[tuple[int, float]] = field(default_factory=list)
     """The likeliest tokens with theirs, the likeliest first."""
+    scored: dict[int, float] = field(default_factory=dict)
+    """Those of `Sampling.scored`."""
 
 
 class Sampler:
@@ -80,8 +84,10 @@ class Sampler:
 
     def told(self, logits: Tensor, token: int) -> Likelihood | None:
         """Return what is told about a chosen token; None if nothing was asked for."""
-        if self._sampling.logprobs is None:
+        asked = self._sampling
+        if asked.logprobs is None and not asked.scored:
             return None
         every = logits.log_softmax(-1)
-        values, ids = every.topk(min(self._sampling.logprobs, len(every)))
-        return Likelihood(token, float(every[token]), list(zip(ids.tolist(), values.tolist(), strict=True)))
+        values, ids = every.topk(min(asked.logprobs or 0, len(every)))
+        scored = dict(zip(asked.scored, every[list(asked.scored)].tolist(), strict=True))
+        return Likelihood(token, float(every[token]), list(zip(ids.tolist(), values.tolist(), strict=True)), scored)

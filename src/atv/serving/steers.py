@@ -31,6 +31,8 @@ class Steering:
     layers: tuple[int, ...]
     """The decoder layer of each vector, in ascending order."""
     positions: Positions
+    prompt: int | None = None
+    """Tokens of the prompt, if what the engine reads first is longer: also the beginning of the answer."""
 
     def __post_init__(self) -> None:
         """Validate the fields."""
@@ -51,6 +53,7 @@ class Steering:
             "layers": list(self.layers),
             "prompt_tokens": self.positions.prompt_tokens,
             "answer": self.positions.answer,
+            "prompt": self.prompt,
         }
 
     @classmethod
@@ -62,17 +65,20 @@ class Steering:
         """
         if not isinstance(payload, Mapping):
             raise ATVError(f"The vectors of a request are a {type(payload).__name__}; expected a mapping.")
-        values, layers, tokens = (payload.get(name) for name in ("vectors", "layers", "prompt_tokens"))
+        values, layers, tokens, prompt = (
+            payload.get(name) for name in ("vectors", "layers", "prompt_tokens", "prompt")
+        )
         if not isinstance(layers, list) or not layers or not all(type(layer) is int for layer in layers):
             raise ATVError(f"A request's layers are {layers!r:.100}; expected a list of whole numbers.")
         if not isinstance(values, bytes) or len(values) != 4 * hidden_size * len(layers):
             raise ATVError(f"A request's vectors are not {len(layers)} times {hidden_size} float32 numbers as bytes.")
         if max(layers) >= num_layers:
             raise ATVError(f"A request steers layers {layers}; the LLM has layers 0 to {num_layers - 1}.")
-        if tokens is not None and (type(tokens) is not int or tokens < 1):
-            raise ATVError(f"A request's prompt_tokens is {tokens!r:.100}; expected a whole number from 1, or none.")
+        for name, value in {"prompt_tokens": tokens, "prompt": prompt}.items():
+            if value is not None and (type(value) is not int or value < 1):
+                raise ATVError(f"A request's {name} is {value!r:.100}; expected a whole number from 1, or none.")
         vectors = torch.frombuffer(bytearray(values), dtype=torch.float32).view(-1, hidden_size)
-        return cls(vectors, tuple(layers), Positions(tokens, payload.get("answer") is True))
+        return cls(vectors, tuple(layers), Positions(tokens, payload.get("answer") is True), prompt)
 
     def dense(self, num_layers: int) -> Tensor:
         """Return the vectors of all layers, (layers, hidden); those of other layers are zero."""

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
+from dataclasses import replace
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
@@ -31,6 +32,8 @@ TESTED = "0.32.0"
 """The version of vLLM that the worker was compared with transformers on; it uses private attributes of vLLM."""
 CACHE = 2**31
 """Bytes of keys and values on a CPU, where vLLM would otherwise reserve most of the memory."""
+SCORED = 128
+"""Most tokens whose log-probabilities vLLM tells."""
 OURS = ("model", "tokenizer", "worker_cls", "worker_extension_cls", "max_num_seqs", "additional_config")
 ENVIRONMENT = {
     "VLLM_USE_V2_MODEL_RUNNER": "0",
@@ -91,7 +94,7 @@ class VLLMEngine:
         self._ends = frozenset(end_ids(self._outline, self.tokenizer))
         given = {"model": resolve(llm), "dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
         self._llm = _start(given | {"max_num_seqs": self.limits.rows} | dict(options or {}))
-        self.context = int(self._llm.model_config.max_model_len)
+        self.context: int | None = int(self._llm.model_config.max_model_len)
         self._counts: Counter[str] = Counter()
         self._names = count()
         self._active, self._closed = 0, False
@@ -110,10 +113,10 @@ class VLLMEngine:
 
     def check(self, request: Request) -> None:
         """Raise ATVError if a request can never be answered."""
-        tokens, asked = len(request.prompt.ids), request.sampling.max_tokens
+        tokens, asked = len(request.prompt.ids) + len(request.begun), request.sampling.max_tokens
         if asked > self.limits.answer:
             raise ATVError(f"max_tokens is {asked}; expected at most {self.limits.answer}.")
-        if tokens + asked > self.context:
+        if self.context is not None and tokens + asked > self.context:
             raise ATVError(
                 f"The prompt has {tokens} tokens, max_tokens is {asked}, and vLLM's context is {self.context} tokens."
             )
@@ -169,12 +172,15 @@ class VLLMEngine:
 
     async def _submission(self, request: Request) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """The prompt and `extra_args` for vLLM. Everything is validated here: an error in its worker would end it."""
-        prompt: dict[str, Any] = {"type": "token", "prompt_token_ids": list(request.prompt.ids)}
+        ids = [*request.prompt.ids, *request.begun]
+        prompt: dict[str, Any] = {"type": "token", "prompt_token_ids": ids}
         model = cast(Steers | None, request.model)
         if model is None:
             return prompt, None
         (steering,) = await asyncio.to_thread(model.steerings, [request.prompt.query], request.scale)
-        return prompt | {"cache_salt": cache_salt(steering, len(request.prompt.ids))}, {KEY: steering.payload()}
+        length = len(request.prompt.ids)
+        salt = cache_salt(steering, length)
+        return prompt | {"cache_salt": salt}, {KEY: replace(steering, prompt=length).payload()}
 
     async def run(self, function: Callable[[], T]) -> T:
         """Call a function in another thread. vLLM runs in a process of its own and need not wait for it."""
@@ -215,11 +221,15 @@ class _Answer:
         text, likely, finish = "", [], cast(Finish | None, None)
         for place, token in enumerate(output.token_ids):
             self.generated += 1
+            asked = self._sampling
+            if asked.scored or (asked.logprobs is not None and token not in self._ends):
+                told = likelihood(token, output.logprobs[place], asked.logprobs or 0)
+                likely.append(
+                    replace(told, scored={each: output.logprobs[place][each].logprob for each in asked.scored})
+                )
             if token in self._ends:
                 finish = "stop"
                 break
-            if self._sampling.logprobs is not None:
-                likely.append(likelihood(token, output.logprobs[place], self._sampling.logprobs))
             text += self.text.push(token)
             if self.text.stopped:
                 finish = "stop"
@@ -298,7 +308,8 @@ def _start(arguments: dict[str, Any]) -> Any:
     try:
         config = AsyncEngineArgs(
             worker_cls="atv.serving.vllm_worker.ATVWorker",
-            **{"compilation_config": {"cudagraph_mode": "NONE"}, "generation_config": "vllm"} | arguments,
+            **{"compilation_config": {"cudagraph_mode": "NONE"}, "generation_config": "vllm", "max_logprobs": SCORED}
+            | arguments,
         ).create_engine_config()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ATVError(f"vLLM refuses its options: {' '.join(str(error).split())[:500]}") from error
@@ -323,7 +334,8 @@ def _sampling_params(sampling: Sampling, ends: frozenset[int], extra: dict[str, 
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         seed=None if sampling.seed is None else sampling.seed % 2**63,  # vLLM takes -1 for none
-        logprobs=sampling.logprobs,
+        logprobs=len(sampling.scored) or sampling.logprobs,
+        logprob_token_ids=list(sampling.scored) or None,
         stop_token_ids=sorted(ends),
         ignore_eos=True,  # they are among `ends`
         detokenize=False,

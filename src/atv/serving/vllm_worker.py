@@ -115,15 +115,21 @@ class Steered:
             if steering is None:
                 continue
             start, end = int(starts[index]), int(starts[index + 1])
-            done, prompt = int(batch.num_computed_tokens_cpu[index]), int(batch.num_prompt_tokens[index])
-            rows = edited_rows(Part(start, end - start, done, prompt), steering[0])
+            positions, vectors, prompt = steering
+            done = int(batch.num_computed_tokens_cpu[index])
+            # What vLLM calls the prompt may include the beginning of the answer.
+            length = int(batch.num_prompt_tokens[index]) if prompt is None else prompt
+            rows = edited_rows(Part(start, end - start, done, length), positions)
             if rows:
-                found.append((rows, steering[1]))
+                found.append((rows, vectors))
                 self.counts["rows"] += len(rows)
         return found
 
-    def _steering(self, state: Any) -> tuple[Positions, Tensor] | None:
-        """The positions and vectors (layers, hidden) of a request; None: it is not steered. They are kept with it."""
+    def _steering(self, state: Any) -> tuple[Positions, Tensor, int | None] | None:
+        """A request's positions, vectors (layers, hidden) and tokens of the prompt; None: it is not steered.
+
+        They are kept with it.
+        """
         if not hasattr(state, "atv_steering"):
             state.atv_steering = None
             extra = getattr(state.sampling_params, "extra_args", None)
@@ -131,7 +137,7 @@ class Steered:
                 try:
                     steering = Steering.of(extra[KEY], self.num_layers, self.hidden_size)
                     vectors = steering.dense(self.num_layers).to(self._runner.device)
-                    state.atv_steering = steering.positions, vectors
+                    state.atv_steering = steering.positions, vectors, steering.prompt
                 except Exception as error:  # whatever it is, it must not end the engine
                     self.counts["dropped"] += 1
                     log.error(f"The request {state.req_id} runs unsteered: {error}")
