@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from atv.cli.loading import frozen_llm
 from atv.cli.options import Engines, Loading
 from atv.errors import ATVError
+from atv.processes import world_size
 
 if TYPE_CHECKING:
     from atv.serving.engine import Limits, Serving
@@ -41,6 +42,11 @@ def check_engine(given: Engines, loading: Loading) -> None:
             else "--gguf is for --engine llamacpp; leave it out."
         )
     engine_options(given)
+    if given.engine != "transformers" and world_size() > 1:
+        raise ATVError(
+            f"A launcher started {world_size()} processes, each of which would start --engine {given.engine} for "
+            "itself; start one process, or one for each part of the file."
+        )
     others = {
         "--engine-options": (given.engine_options is not None, ("vllm", "llamacpp")),
         "--device": (loading.device is not None, ("transformers",)),
