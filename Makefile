@@ -1,4 +1,4 @@
-# make setup | demo | check | test | test-all | test-minimum | bench | sweep | docs   (all work twice in a row and from a path with spaces)
+# make setup | demo | check | test | test-all | test-minimum | bench | sweep | docs | dist   (all work twice in a row and from a path with spaces)
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
@@ -9,7 +9,7 @@ EXTRAS := analysis data embedded quantized report serve
 NOT_CORE := benchmarks docs embedded page
 comma := ,
 
-.PHONY: setup demo check test test-all test-minimum bench sweep docs clean
+.PHONY: setup demo check test test-all test-minimum bench sweep docs dist clean
 
 setup: $(STAMP)
 
@@ -66,5 +66,18 @@ $(DOCS_STAMP): $(STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	@touch $(DOCS_STAMP)
 
+# The wheel and the source distribution, checked, and the wheel installed into an environment of its own
+dist: setup
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check build twine
+	@rm -rf dist .venv-dist
+	@$(BIN)/python -m build --outdir dist . > /dev/null
+	@$(BIN)/python -m twine check --strict dist/*
+	@$(PYTHON) -m venv .venv-dist
+	@.venv-dist/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	@.venv-dist/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	@cd dist && ../.venv-dist/bin/atv --version && ../.venv-dist/bin/atv train --help > /dev/null
+	@rm -rf .venv-dist
+	@ls -1 dist
+
 clean:
-	rm -rf .venv .venv-minimum runs site
+	rm -rf .venv .venv-minimum .venv-dist dist runs site

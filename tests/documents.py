@@ -75,7 +75,10 @@ class Block:
 
 def pages() -> list[Path]:
     """Everything that a reader finds: the files beside the source, and docs/."""
-    return [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *(ROOT / "docs").rglob("*.md")]
+    return [
+        *(ROOT / name for name in ("README.md", "AGENTS.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+        *(ROOT / "docs").rglob("*.md"),
+    ]
 
 
 def blocks(page: str, markdown: str) -> list[Block]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import make_atv, make_llm, toy_task
 from forks import ended, forked
+from huggingface_hub import ModelCard
 from refusals import refused
 
 from atv import artifact
@@ -235,10 +236,17 @@ def test_a_hub_id_is_downloaded_without_pickles(tmp_path, monkeypatch):
 
 
 def test_the_model_card_names_llm_generator_and_tasks(tmp_path):
-    _, path = saved(tmp_path)
-    card = (path / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: adaptive-task-vectors")
-    for word in ("toy", "positions | last", "3 layers of width 32"):
+    atv, path = saved(tmp_path)
+    for found in ({}, {"best_eval_loss": 0.25, "best_eval_accuracy": 0.75, "train": {"seed": 7}}):
+        atv.training_summary |= found
+        atv.save_pretrained(path)
+        data = ModelCard.load(path / "README.md").data
+        assert (data.library_name, data.pipeline_tag) == ("adaptive-task-vectors", "text-generation")
+        assert data.metrics == (["accuracy"] if found else None)
+        card = (path / "README.md").read_text()
+        for word in ("toy", "positions | last", "3 layers of width 32"):
+            assert word in card
+    for word in ("loss 0.250, accuracy 75.0%", "| seed | 7 |"):
         assert word in card
 
 

@@ -13,6 +13,7 @@ from conftest import byte_level_tokenizer, make_atv, make_llm, toy_task
 from documents import COMMANDS
 from transformers import LlamaForCausalLM
 
+from atv import __version__
 from atv.cli.commands import TABLES
 from atv.config import TrainConfig
 from atv.errors import ATVError
@@ -691,3 +692,8 @@ def test_a_mistyped_set_of_variants_is_refused_before_the_llm_is_loaded(atv, tmp
     options = ["--llm", tmp_path / "no-llm", "--task", "topic", "--variants", "some", "--out", tmp_path / "out"]
     code, _, err = atv("eval", *options)
     assert (code, "some" in err and "diagonal" in err, "no-llm" in err) == (2, True, False)
+
+
+def test_the_version_is_that_of_the_package(atv):
+    code, out, _ = atv("--version")
+    assert (code, out.strip()) == (0, __version__)

@@ -30,6 +30,21 @@ paper = typer.Typer(
 )
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(version("adaptive-task-vectors"))  # noqa: T201
+        raise typer.Exit
+
+
+@app.callback()
+def every(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
+) -> None:
+    """Adaptive Task Vectors: adapt a frozen large language model to each query."""
+
+
 def main() -> None:
     """Run the command line; a user's mistake is one line on standard error and exit code 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no hints about generation and the like
