@@ -160,7 +160,8 @@ def _engine(llm: Any, tokenizer: Any, gguf: Path | None) -> BatchEngine:
         return Engine(llm, tokenizer, Limits())
     from atv.serving.llamacpp import LlamaCppEngine
 
-    return LlamaCppEngine(gguf, llm.name_or_path, Limits(tokens=2**13))
+    # With keys and values in float16, likeliest tokens that are as good as equal change with what else is in a batch.
+    return LlamaCppEngine(gguf, llm.name_or_path, Limits(tokens=2**13), options={"cache_type": "f32"})
 
 
 def _requests(side: str, tokenizer: Any, adapters: Sequence[str], tokens: int) -> list[Asked]:
