@@ -1,5 +1,8 @@
 """Adapters on one tiny LLM, the sequential loop that a served answer must equal."""
 
+import json
+import urllib.error
+import urllib.request
 from dataclasses import replace
 
 import pytest
@@ -97,6 +100,18 @@ def saved(llm, tokenizer, folder, positions, seed, template=None, prepare=None, 
         prepare(model)
     model.save_pretrained(folder)
     return ATVModel.from_pretrained(folder, llm, tokenizer=tokenizer)
+
+
+def post(world, path, key=None, **body):
+    """The JSON that a server at a port of this machine answers."""
+    headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
+    asked = urllib.request.Request(f"http://127.0.0.1:{world.port}{path}", json.dumps(body).encode(), headers)
+    try:
+        with urllib.request.urlopen(asked) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError as error:
+        error.msg = error.read().decode()
+        raise
 
 
 OPTIONS = ["yes", "no", "yes no", "no no no", "one two three", "one two four"]

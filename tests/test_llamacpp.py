@@ -12,19 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llama_library import Library
 from refusals import refused
-from serving import TEXTS, prompt, same_predictions, saved, sequential
+from serving import TEXTS, post, prompt, same_predictions, saved, sequential
 
 from atv.config import Positions
 from atv.errors import ATVError
 from atv.lm.load import load_outline
 from atv.serving import llamacpp, llamacpp_context
+from atv.serving.app import make_app
 from atv.serving.batch import Row
 from atv.serving.engine import Limits, Request
 from atv.serving.gguf import check_gguf
 from atv.serving.llamacpp import LlamaCppEngine
 from atv.serving.llamacpp_context import Options, Reading, _calls, edits
+from atv.serving.models import Models
 from atv.serving.sampling import Sampling
 from atv.serving.steers import Part, Steering, edited_rows
+from benchmarks.serving import running
 
 POSITIONS = {"last": "all", "last:3": "0,2", "answer": "1,2", "all": "all"}
 LIMITS = Limits(rows=6, tokens=2048, answer=16, seconds=60, kept=2**17)
@@ -292,3 +295,20 @@ def test_a_missing_or_untested_llama_cpp_is_refused(world, monkeypatch):
         llamacpp_context.libraries.cache_clear()
         with refused(message):
             LlamaCppEngine(world.file, str(world.folder / "llm"))
+
+
+def test_the_server_answers_and_explains_with_it(world, engine):
+    models = Models("base", world.tokenizer, engine.load)
+    models.add("style", str(world.folder / "answer"))
+    with running(make_app(engine, models)) as port:
+        server = SimpleNamespace(port=port)
+        for name, model in (("base", None), ("style", world.models["answer"])):
+            asked = {"model": name, "prompt": TEXTS[0], "temperature": 0, "max_tokens": 4}
+            found = post(server, "/v1/completions", **asked | ({"query": TEXTS[0]} if model else {}))
+            row = Row(prompt(world.tokenizer, TEXTS[0]), model)
+            tokens = [token for token, _ in sequential(world.llm, row, engine._ends, 4) if token not in engine._ends]
+            assert found["choices"][0]["text"] == world.tokenizer.decode(tokens, skip_special_tokens=True)
+        why = post(server, "/v1/steer", model="style", query=TEXTS[0])
+        (vectors,) = world.models["answer"].task_vectors([TEXTS[0]]) * world.models["answer"].config.scale
+        assert [layer["layer"] for layer in why["layers"]] == [1, 2]
+        assert [layer["norm"] for layer in why["layers"]] == pytest.approx(vectors.norm(dim=-1).tolist(), rel=1e-3)

@@ -1,7 +1,6 @@
 """The server's page in a real browser, and what it shows of an adapter against loops written by hand."""
 
 import asyncio
-import json
 import threading
 import time
 import urllib.error
@@ -15,7 +14,7 @@ import torch
 from browser import browser_of
 from chat_templates import chat_tokenizer
 from conftest import SIZES, byte_level_tokenizer, make_llm, toy_task
-from serving import saved, sequential
+from serving import post, saved, sequential
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from atv.data import Example, Prompt
@@ -92,13 +91,6 @@ def training_tasks(folder):
     if folder.name != "gated":
         raise ATVError("/a/file/of/the/server does not exist.")
     return [TASK]
-
-
-def post(world, path, key=None, **body):
-    headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
-    asked = urllib.request.Request(f"http://127.0.0.1:{world.port}{path}", json.dumps(body).encode(), headers)
-    with urllib.request.urlopen(asked) as answer:
-        return json.load(answer)
 
 
 def chat(world, model, query=QUERY, **options):
