@@ -120,9 +120,6 @@ class Batch:
         self._ids = torch.nn.functional.pad(own["input_ids"], (width, 0), value=pad_id).to(device)
         self._read(self._ids.shape[1] - width, as_cache(sides) if width else None)
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
     @torch.no_grad()
     def step(self, tokens: Sequence[int]) -> None:
         """Read one more token of each row."""
