@@ -4,7 +4,7 @@ import logging
 import subprocess
 import sys
 
-from atv.progress import bar, log, log_once
+from atv.progress import Steps, bar, log, log_once
 
 
 def test_messages_and_bars_go_to_standard_error_and_the_level_silences_them(capsys, monkeypatch):
@@ -35,3 +35,25 @@ def test_a_configured_logger_keeps_its_handlers_and_level():
         "assert same is log and len(log.handlers) == 1 and log.level == 40 and log.propagate"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_time_left_is_that_of_steps_of_the_same_kind(monkeypatch, caplog):
+    now = [0.0]
+    monkeypatch.setattr("atv.progress.time.perf_counter", lambda: now[0])
+    steps = Steps(["quick", "slow", "quick", "slow", "quick", "slow"])
+    said = []
+    caplog.set_level("INFO", logger="atv")
+    for kind, minutes, new in (("quick", 1, True), ("quick", 0, False), ("slow", 9, True), ("slow", 11, True)):
+        steps.begin(kind, kind)
+        said.append(caplog.messages[-1])
+        now[0] += 60 * minutes
+        steps.end(new)
+    steps.begin("quick", "quick")
+    said.append(caplog.messages[-1])
+    assert said == [
+        "[1 of 6] quick",
+        "[2 of 6] quick; more than 2 min left",  # nothing is known of the slow ones
+        "[3 of 6] slow; more than 1 min left",
+        "[4 of 6] slow; about 19 min left",
+        "[5 of 6] quick; about 11 min left",
+    ]

@@ -101,9 +101,8 @@ class Steps:
             self._seconds.setdefault(self._kind, []).append(time.perf_counter() - self._began)
 
     def _rest(self) -> str:
-        if not self._seconds:
-            return ""
-        of_all = fmean(second for seconds in self._seconds.values() for second in seconds)
         known = {kind: fmean(seconds) for kind, seconds in self._seconds.items()}
-        minutes = sum(count * known.get(kind, of_all) for kind, count in self._left.items()) / 60
+        minutes = sum(count * known.get(kind, 0.0) for kind, count in self._left.items()) / 60
+        if any(count and kind not in known for kind, count in self._left.items()):  # it may be the slowest of all
+            return f"; more than {minutes:.0f} min left" if minutes >= 1 else ""
         return f"; about {minutes:.0f} min left" if minutes >= 1 else "; less than a minute left"
