@@ -261,7 +261,7 @@ def model_card(llm: dict[str, Any], config: ATVConfig, generator: Generator, tra
     if accuracy is not None:
         about.append("metrics: [accuracy]")
     measured = [f"loss {loss:.3f}"] if loss is not None else []
-    measured += [f"accuracy {100 * accuracy:.1f}%"] if accuracy else []
+    measured += [f"accuracy {100 * accuracy:.1f}%"] if accuracy is not None else []
     return "\n".join(["---", *about, "---", _CARD.format(
         name=name,
         layers=llm["num_layers"],

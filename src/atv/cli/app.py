@@ -7,6 +7,7 @@ import sys
 
 import typer
 
+from atv import __version__
 from atv.cli import options
 from atv.cli.commands import HELP, Group, Interrupted, command, train_command
 from atv.errors import ATVError
@@ -32,9 +33,7 @@ paper = typer.Typer(
 
 def _version(asked: bool) -> None:
     if asked:
-        from importlib.metadata import version
-
-        print(version("adaptive-task-vectors"))  # noqa: T201
+        print(__version__)  # noqa: T201
         raise typer.Exit
 
 

@@ -45,7 +45,9 @@ class _Lazy:
 
     @cached_property
     def engine(self) -> Serving:
-        limits = Limits(rows=min(self.given.batch_size, 64), tokens=2**14, kept=2**28, seconds=3600.0)
+        # Answers are as long as --max-new-tokens says. vLLM has a limit of its own for all tokens.
+        own = {"tokens": 2**31} if self.given.engines.engine == "vllm" else {}
+        limits = Limits(rows=min(self.given.batch_size, 64), answer=2**31, seconds=3600.0, **own)
         return start_engine(self.llm.llm, self.given.engines, self.given.loading, limits)
 
     @cached_property

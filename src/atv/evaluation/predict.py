@@ -45,7 +45,7 @@ class Answer(NamedTuple):
         return None if self.probabilities is None else self.probabilities[self.text]
 
 
-class Answers(ABC):
+class QueryAnswers(ABC):
     """Answers queries with a trained adapter, in prompts written as in its training.
 
     If the training task has options, the answer is the likeliest of them as a whole; otherwise it is generated
@@ -130,16 +130,16 @@ class Answers(ABC):
         return Answer(ranked[0][0], dict(ranked))
 
 
-class Predictor(Answers):
+class Predictor(QueryAnswers):
     """Answers queries with a trained method on a transformers model.
 
     Args:
         method: a trained method on its LLM.
-        training: as for `Answers`, like `task`, `template` and `max_new_tokens`.
+        training: as for `QueryAnswers`, like `task`, `template` and `max_new_tokens`.
         batch_size: prompts per call of the LLM, of like lengths.
 
     Raises:
-        ATVError: as for `Answers`; or the method does not answer single queries with the LLM.
+        ATVError: as for `QueryAnswers`; or the method does not answer single queries with the LLM.
     """
 
     def __init__(
@@ -204,7 +204,7 @@ class RowAnswers:
         columns: those that make a query (`query_columns`).
     """
 
-    def __init__(self, predictor: Answers, columns: Sequence[str]) -> None:
+    def __init__(self, predictor: QueryAnswers, columns: Sequence[str]) -> None:
         self.predictor, self.columns = predictor, columns
         self.problems: Counter[str] = Counter()
         self.options = None if predictor.options is None else predictor.options.texts

@@ -9,18 +9,17 @@ import torch
 
 from atv.data import Prompt
 from atv.errors import ATVError
-from atv.evaluation.predict import Answer, Answers
+from atv.evaluation.predict import Answer, QueryAnswers
 from atv.lm.scoring import Options
 from atv.serving.engine import Piece, Request, Serving
 from atv.serving.sampling import Likelihood, Sampling
+from atv.serving.vllm import SCORED
 
-SCORED = 128
-"""Most tokens that one request scores: vLLM's limit."""
 Branches = dict[tuple[int, ...], list[int]]
 """Beginnings of options, and the tokens with which options go on after each."""
 
 
-class EngineAnswers(Answers):
+class EngineAnswers(QueryAnswers):
     """Answers queries with an adapter on an engine, as many at a time as the engine takes.
 
     The options of a task are scored token by token: one request for each beginning that options have, of which only the
@@ -29,7 +28,7 @@ class EngineAnswers(Answers):
     Args:
         engine: the engine; nobody else should use it.
         adapter: loaded by the engine.
-        training: as for `Answers`, like the others.
+        training: as for `QueryAnswers`, like the others.
         batch_size: rows whose answers are yielded together.
     """
 

@@ -33,7 +33,7 @@ TESTED = "0.32.0"
 CACHE = 2**31
 """Bytes of keys and values on a CPU, where vLLM would otherwise reserve most of the memory."""
 SCORED = 128
-"""Most tokens whose log-probabilities vLLM tells."""
+"""Most tokens whose log-probabilities vLLM tells for one request."""
 OURS = ("model", "tokenizer", "worker_cls", "worker_extension_cls", "max_num_seqs", "additional_config")
 ENVIRONMENT = {
     "VLLM_USE_V2_MODEL_RUNNER": "0",
