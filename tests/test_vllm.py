@@ -10,7 +10,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from conftest import PAPER_FORM, byte_level_tokenizer, make_generator, make_llm
+from conftest import PAPER_FORM, byte_level_tokenizer, make_generator, make_llm, toy_task
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import refused
@@ -617,6 +617,16 @@ def test_the_command_line_says_what_is_missing_and_what_does_not_apply(monkeypat
         main()
     assert exit.value.code == 2
     assert words in capsys.readouterr().err
+
+
+def test_predictions_name_a_missing_gguf_file(world, monkeypatch, capsys):
+    options = ["--adapter", str(world.folder / "told"), "--engine", "llamacpp", "--gguf", "none.gguf", "--out", "o.csv"]
+    world.models["last"].training_summary = {"tasks": {"toy": toy_task().asking()}}
+    world.models["last"].save_pretrained(world.folder / "told")
+    monkeypatch.setattr(sys, "argv", ["atv", "predict", "rows.csv", *options])
+    with pytest.raises(SystemExit):
+        main()
+    assert "The GGUF file none.gguf does not exist." in capsys.readouterr().err
 
 
 def test_ties_and_the_chosen_token_are_told_once():

@@ -87,6 +87,8 @@ def predict_file(given: Predict) -> None:
     }
     if given.engines.engine != "transformers":
         file = given.engines.gguf
+        if file is not None and not file.is_file():
+            raise ATVError(f"The GGUF file {file} does not exist.")
         settings |= {"engine": given.engines.engine, "gguf": file and [file.name, file.stat().st_size]}
         settings |= {"engine_options": given.engines.engine_options}
     columns = answer_columns(trained_task(saved.training, given.task)[1].get("options"))
