@@ -136,7 +136,7 @@ def edit(**changes):
         (lambda path: (path / "expansion.safetensors").unlink(), "expansion.safetensors is missing"),
         (lambda path: (path / "atv_config.json").write_text("{"), "is not valid JSON"),
         (lambda path: (path / "atv_config.json").unlink(), "No adapter at"),
-        (edit(format=99), "has format 99; this version reads format 6"),
+        (edit(format=99), "has format 99; this version reads format 7"),
         (edit(config={"scale": "strong"}), "is damaged"),
         (edit(sha256={"../../etc/passwd": "0"}), "is not inside the folder"),
         (edit(sha256={"generator/pytorch_model.bin": "0"}), "could run code; expected safetensors"),

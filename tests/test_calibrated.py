@@ -1,4 +1,4 @@
-"""What is learned: v_l = r_l (b_l + a W_l z). Each part against a formula or a loop written by hand."""
+"""What is learned: v_l = r_l (b_l + a (c_l + s W_l z)). Each part against a formula or a loop written by hand."""
 
 import random
 from dataclasses import replace
@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import byte_level_tokenizer, make_atv, make_llm, toy_task
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rendering import encode_pair, prompt_text
 
 from atv.config import ATVConfig, TrainConfig
@@ -40,9 +42,9 @@ def test_the_vectors_are_the_formula():
     for p in expansion.parameters():
         torch.nn.init.normal_(p)
     states, sizes = torch.randn(9, 5) * 3 + 1, torch.tensor([0.5, 2.0, 7.0])
-    expansion.calibrate(states, sizes)
+    expansion.calibrate([states], sizes)
     state, share = torch.randn(2, 5), torch.tensor([1.0, 0.25])
-    found = expansion(state, share).detach().numpy()
+    found = expansion(state, None, share).detach().numpy()
     W, b = expansion.map.weight.detach().numpy().reshape(3, 4, 5), expansion.common.detach().numpy()
     mean, deviation = states.numpy().mean(0), states.numpy().std(0)
     for row in range(2):
@@ -52,12 +54,37 @@ def test_the_vectors_are_the_formula():
             np.testing.assert_allclose(found[row, layer], expected, rtol=1e-4, atol=1e-5)
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 5), min_size=2, max_size=4), st.integers(0, 2**16))
+def test_with_several_tasks_each_has_its_part_and_its_own_mean(counts, seed):
+    torch.manual_seed(seed)
+    expansion = Expansion(6, 2, 3)
+    states = [torch.randn(count, 6, dtype=torch.float64) + 4 * torch.randn(6) for count in counts]
+    expansion.double().calibrate(states, torch.tensor([1.0, 3.0]))
+    for p in expansion.parameters():
+        torch.nn.init.normal_(p)
+    asked, openness, strength = torch.randn(5, 6).double(), torch.rand(5).double(), torch.rand(5).double()
+    found = expansion(asked, None, openness, strength).detach().numpy()
+    W, b = expansion.map.weight.detach().numpy().reshape(2, 3, 6), expansion.common.detach().numpy()
+    means = [of_task.numpy().mean(0) for of_task in states]
+    within = np.concatenate([of_task.numpy() - mean for of_task, mean in zip(states, means, strict=True)])
+    deviation = np.sqrt((within**2).mean(0))
+    deviation = np.maximum(deviation, 0.1 * deviation.mean()) if deviation.any() else np.ones(6)
+    for row, state in enumerate(asked.numpy()):
+        cosines = [state @ mean / np.linalg.norm(state) / np.linalg.norm(mean) for mean in means]
+        task = int(np.argmax(cosines))
+        own = strength[row].item() * (W @ ((state - means[task]) / deviation))
+        rest = openness[row].item() * (expansion.task_parts[task].detach().numpy() + own)
+        np.testing.assert_allclose(found[row], np.array([[1.0], [3.0]]) * (b + rest), rtol=1e-6, atol=1e-8)
+
+
 def test_a_dimension_that_hardly_varies_is_not_blown_up():
     expansion = Expansion(3, 1, 2)
-    expansion.calibrate(torch.tensor([[1.0, 5.0, 2.0], [-1.0, 5.0, 2.0]]), torch.ones(1))
-    assert expansion.standardised(torch.tensor([[0.0, 5.1, 2.0]])).abs().max() < 5
-    expansion.calibrate(torch.ones(4, 3), torch.ones(1))  # queries that are all alike
-    assert expansion.standardised(torch.ones(1, 3)).abs().max() == 0
+    only = torch.zeros(1, dtype=torch.long)
+    expansion.calibrate([torch.tensor([[1.0, 5.0, 2.0], [-1.0, 5.0, 2.0]])], torch.ones(1))
+    assert expansion.standardised(torch.tensor([[0.0, 5.1, 2.0]]), only).abs().max() < 5
+    expansion.calibrate([torch.ones(4, 3)], torch.ones(1))  # queries that are all alike
+    assert expansion.standardised(torch.ones(1, 3), only).abs().max() == 0
 
 
 def test_an_untrained_atv_is_the_plain_llm_bit_for_bit():
@@ -87,7 +114,7 @@ def test_states_of_the_training_queries_are_standardised():
     rows = rows_of(atv)
     atv.calibrate(rows)
     states = torch.stack([atv.generator(torch.tensor([row.query]), torch.ones(1, len(row.query)))[0] for row in rows])
-    z = atv.expansion.standardised(states)
+    z = atv.expansion.standardised(states, torch.zeros(len(states), dtype=torch.long))
     assert z.mean(0).abs().max() < 1e-6
     assert z.std(0, correction=0).max().item() == pytest.approx(1)
 
@@ -95,7 +122,7 @@ def test_states_of_the_training_queries_are_standardised():
 def test_in_training_a_share_of_the_queries_has_the_common_vector_alone():
     atv = calibrated()
     states = torch.randn(400, 24, dtype=torch.float64)
-    alone = atv.expansion(states, torch.zeros(400))
+    alone = atv.expansion(states, None, torch.zeros(400))
     atv.atv.adaptive_dropout = 0.3
     assert not (atv.atv.expand(states) == alone).all(-1).all(-1).any()  # in use it is off
     atv.train()
@@ -110,7 +137,7 @@ def test_in_training_a_share_of_the_queries_has_the_common_vector_alone():
 def test_the_gate_is_what_a_loop_over_neighbours_says():
     torch.manual_seed(0)
     gate, known, asked = Gate(6), torch.randn(20, 6), torch.randn(7, 6)
-    gate.fit(known, 0.1)
+    gate.fit(known, 0.1, valid := torch.randn(4, 6))
 
     def near(state: np.ndarray, others: list) -> float:
         cosines = [float(state @ o / np.linalg.norm(state) / np.linalg.norm(o)) for o in others]
@@ -119,7 +146,8 @@ def test_the_gate_is_what_a_loop_over_neighbours_says():
     rows = [row.numpy() for row in known]
     own = [near(row, rows[:i] + rows[i + 1 :]) for i, row in enumerate(rows)]
     start, median = np.quantile(own, 0.1), np.quantile(own, 0.5, method="lower")
-    for state, found in zip(asked, gate(asked), strict=True):
+    assert gate.validated.tolist() == pytest.approx([near(row.numpy(), rows) for row in valid], abs=1e-6)
+    for state, found in zip(asked, gate.openness(asked), strict=True):
         expected = (near(state.numpy(), rows) - (start - (median - start))) / (median - start)
         assert found.item() == pytest.approx(min(1, max(0, expected)), abs=1e-4)
 
@@ -127,38 +155,27 @@ def test_the_gate_is_what_a_loop_over_neighbours_says():
 def test_the_gate_is_open_among_the_training_queries_and_closed_far_from_them():
     torch.manual_seed(0)
     gate, centre = Gate(16), torch.randn(16)
-    gate.fit(centre + 0.3 * torch.randn(50, 16), 0.05)
-    assert gate(centre + 0.3 * torch.randn(50, 16)).mean() > 0.8
-    assert gate(-centre + 0.3 * torch.randn(50, 16)).max() == 0
+    gate.fit(centre + 0.3 * torch.randn(50, 16), 0.05, torch.randn(4, 16))
+    assert gate.openness(centre + 0.3 * torch.randn(50, 16)).mean() > 0.8
+    assert gate.openness(-centre + 0.3 * torch.randn(50, 16)).max() == 0
 
 
-def test_a_query_has_the_mean_strength_of_the_validation_rows_nearest_to_it():
-    torch.manual_seed(0)
-    gate, states, strengths, asked = Gate(6), torch.randn(40, 6), torch.rand(40), torch.randn(30, 6)
-    gate.judge(states, strengths)
-    for state, share in zip(asked.numpy(), gate(asked), strict=True):
-        cosines = [float(state @ o / np.linalg.norm(state) / np.linalg.norm(o)) for o in states.numpy()]
-        nearest = np.argsort(cosines)[-16:]
-        assert share.item() == pytest.approx(strengths.numpy()[nearest].mean(), abs=1e-6)
-    few = Gate(6)
-    few.judge(states[:3], torch.tensor([0.0, 0.5, 1.0]))
-    assert torch.allclose(few(asked), torch.full((30,), 0.5))
-
-
-def test_the_strength_of_a_task_is_that_with_the_lowest_loss_on_its_validation_rows():
+def test_the_strength_of_a_task_is_that_with_the_likeliest_answers_on_its_validation_rows():
     """Beside a loop that reads each validation prompt alone."""
     atv = calibrated(dtype=torch.float32).eval()
-    rows = [replace(row, task=("even", "odd")[i % 2]) for i, row in enumerate(rows_of(atv, 20))]
+    names = ("even", "odd")
+    rows = [replace(row, task=names[i % 2]) for i, row in enumerate(rows_of(atv, 20))]
     atv.calibrate(rows)
     torch.manual_seed(0)
     with torch.no_grad():  # so strong that full strength is not best
         atv.expansion.map.weight.copy_(3 * torch.randn_like(atv.expansion.map.weight))
+        atv.expansion.task_parts.normal_()
     atv.set_gate(rows[:12], valid := rows[12:])
-    losses = {name: dict.fromkeys(STRENGTHS, 0.0) for name in ("even", "odd")}
+    found = {name: dict.fromkeys(STRENGTHS, 0.0) for name in names}
     for share in STRENGTHS:
         for row in valid:
             read = atv.generator(torch.tensor([row.query]), torch.ones(1, len(row.query), dtype=torch.long))
-            vectors = atv.expansion(read, torch.tensor([share]))
+            vectors = atv.expansion(read, torch.tensor([names.index(row.task)]), None, torch.tensor([share]))
             (prompt, answer) = row.pairs[0]
             with torch.no_grad():
                 with atv.steer([""], vectors=vectors):
@@ -168,18 +185,18 @@ def test_the_strength_of_a_task_is_that_with_the_lowest_loss_on_its_validation_r
                     cached = read_prompt.past_key_values
                     logits.append(atv.llm(torch.tensor([answer[:-1]]), past_key_values=cached).logits[0])
             at = torch.cat(logits).double().log_softmax(-1)
-            losses[row.task][share] -= at[range(len(answer)), answer].mean().item()
-    best = {name: min(of, key=of.get) for name, of in losses.items()}
-    assert atv.expansion.gate.strengths.tolist() == [best[row.task] for row in valid]
+            found[row.task][share] += at[range(len(answer)), answer].mean().exp().item()
+    best = {name: max(of, key=of.get) for name, of in found.items()}
+    assert atv.expansion.gate.strengths.tolist() == [best[name] for name in names]
     assert min(best.values()) < max(best.values())
 
 
 def test_the_same_query_twice_in_training_does_not_make_the_gate_strict():
     torch.manual_seed(0)
     once, twice, states = Gate(8), Gate(8), torch.randn(30, 8)
-    once.fit(states, 0.05)
-    twice.fit(states.repeat(4, 1), 0.05)
-    assert torch.allclose(once(states + 0.1), twice(states + 0.1), atol=1e-6)
+    once.fit(states, 0.05, states)
+    twice.fit(states.repeat(4, 1), 0.05, states)
+    assert torch.allclose(once.openness(states + 0.1), twice.openness(states + 0.1), atol=1e-6)
 
 
 def test_before_it_knows_anything_and_switched_off_the_gate_changes_nothing():
@@ -205,20 +222,45 @@ def test_a_closed_gate_leaves_the_common_vector():
     assert torch.allclose(atv.task_vectors(["whatever"])[0], expected)
 
 
+@pytest.mark.parametrize("tasks", [1, 3])
 @pytest.mark.parametrize("options", [{}, {"expansion_rank": 3}, {"gate": 0.0}])
-def test_an_adapter_holds_calibration_and_gate(tmp_path, options):
+def test_an_adapter_holds_calibration_and_gate(tmp_path, options, tasks):
     atv = calibrated(dtype=torch.float32, **options)
-    atv.calibrate(rows := rows_of(atv))
+    atv.calibrate(rows := [replace(row, task=str(i % tasks)) for i, row in enumerate(rows_of(atv))])
+    if tasks > 1:
+        torch.nn.init.normal_(atv.expansion.task_parts)
     atv.set_gate(rows, rows)
     atv.save_pretrained(tmp_path / "a")
     loaded = ATVModel.from_pretrained(tmp_path / "a", make_llm(dtype=torch.float32), tokenizer=atv.tokenizer)
     queries = ["the harbour quiet 3", "something else"]
     assert torch.allclose(loaded.task_vectors(queries), atv.task_vectors(queries), atol=1e-6)
-    for kept in ("references", "limits", "judged", "strengths"):
+    for kept in ("references", "limits", "validated", "strengths"):
         assert torch.equal(getattr(loaded.expansion.gate, kept), getattr(atv.expansion.gate, kept))
     other = make_atv(dtype=torch.float32, parametrisation="calibrated", **options)
     other.load_weights(tmp_path / "a")
     assert torch.allclose(other.task_vectors(queries), atv.task_vectors(queries), atol=1e-6)
+
+
+def test_in_training_the_task_of_a_row_is_known_and_in_use_it_is_the_nearest(tmp_path):
+    """Two tasks; the generator, which is trained, says nothing of the task at first, as its weights are random."""
+    other = Task("other", ("What of {input}",), *(
+        tuple(Example(f"boats before opinion {row.input}", row.output) for row in split)
+        for split in (toy_task().train, toy_task().valid, toy_task().test)
+    ))  # fmt: skip
+    atv = make_atv(parametrisation="calibrated", dtype=torch.float32, reads="prompt", train_generator=True)
+    train(atv, [toy_task(), other], tmp_path / "out", TrainConfig(epochs=3, batch_size=8, generator_start=0.0))
+    rows = [atv.encode_row(row) for task in (toy_task(), other) for row in training_rows(task, reads="prompt")]
+    batch = atv.collator()(rows)
+    assert batch["query_tasks"].tolist() == [0] * 8 + [1] * 8
+    states = atv.atv.states([row.query for row in rows])
+    means = [states[:8].mean(0), states[8:].mean(0)]  # of the trained generator, not of that before training
+    assert torch.allclose(atv.expansion.centres, torch.stack([m / m.norm() for m in means]), atol=1e-5)
+    assert not torch.allclose(atv.expansion.means, torch.stack(means), atol=1e-5)
+    assert (atv.expansion.task_parts[0] - atv.expansion.task_parts[1]).abs().max() > 0.1
+    atv.config.gate = 0.0
+    cosines = torch.nn.functional.cosine_similarity(states[:, None], torch.stack(means)[None], dim=-1)
+    assert torch.equal(atv.atv.expand(states), atv.atv.expand(states, cosines.argmax(1)))
+    assert not torch.equal(atv.atv.expand(states), atv.atv.expand(states, cosines.argmin(1)))
 
 
 def test_self_is_calibrated_on_prompts():
@@ -228,7 +270,7 @@ def test_self_is_calibrated_on_prompts():
     atv.calibrate(rows)
     prompts = [prompt for row in rows for prompt, _ in row.pairs]
     states = [make_llm()(torch.tensor([ids]), output_hidden_states=True).hidden_states[1][0, -1] for ids in prompts]
-    assert torch.allclose(atv.expansion.mean, torch.stack(states).mean(0), atol=1e-6)
+    assert torch.allclose(atv.expansion.means[0], torch.stack(states).mean(0), atol=1e-6)
 
 
 @pytest.mark.parametrize("reads", ["query", "prompt"])

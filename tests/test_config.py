@@ -134,11 +134,12 @@ def test_a_share_that_is_none_is_refused(name, value):
 
 
 @pytest.mark.parametrize(
-    ("rows", "epochs"), [(10, 100), (90, 67), (200, 31), (450, 14), (800, 8), (1600, 4), (100_000, 4)]
+    ("rows", "least", "epochs"),
+    [(10, 0, 100), (90, 3200, 71), (200, 0, 32), (450, 0, 14), (450, 16_000, 36), (1600, 0, 4), (100_000, 64_000, 4)],
 )
-def test_by_default_training_is_about_four_hundred_steps(rows, epochs):
-    assert TrainConfig().epochs_of(rows) == epochs
-    assert TrainConfig(epochs=3).epochs_of(rows) == 3
+def test_by_default_6400_rows_are_read_or_as_many_as_the_tasks_need(rows, least, epochs):
+    assert TrainConfig().epochs_of(rows, least) == epochs
+    assert TrainConfig(epochs=3).epochs_of(rows, least) == 3
 
 
 @pytest.mark.parametrize("value", [0, 1, 0.0])

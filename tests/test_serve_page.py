@@ -47,8 +47,9 @@ def gated(model):
     for weights in model.expansion.parameters():
         torch.nn.init.normal_(weights, std=0.5)
     gate = model.eval().expansion.gate
-    gate.fit(torch.stack([state_of(model, row.input) for row in TASK.train]), 0.05)
-    gate.judge(torch.stack([state_of(model, row.input) for row in TASK.valid]), torch.full((len(TASK.valid),), 0.5))
+    train, valid = (torch.stack([state_of(model, row.input) for row in rows]) for rows in (TASK.train, TASK.valid))
+    gate.fit(train, 0.05, valid)
+    gate.strengths = torch.full((1,), 0.5)
 
 
 def two_tasks(model):

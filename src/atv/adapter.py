@@ -43,8 +43,10 @@ def require_savable(config: ATVConfig, generator: Generator, expansion: Expansio
         if kind is Generator and found != expected:
             raise unsavable(f"the generator's {name} is {found!r}; the configuration says {expected!r}")
     with torch.device("meta"):
-        parts: list[tuple[str, nn.Module, nn.Module]] = []
-        parts.append(("expansion", expansion, new_expansion(config, generator.hidden_size, *_shape(expansion))))
+        built = new_expansion(config, generator.hidden_size, *_shape(expansion))
+        if isinstance(built, Expansion) and isinstance(expansion, Expansion):
+            built.set_tasks(len(expansion.means))
+        parts: list[tuple[str, nn.Module, nn.Module]] = [("expansion", expansion, built)]
         if kind is Generator:
             whole = new_model(generator.model_config)
             parts.append(("generator's encoder", generator.encoder, reading_part(whole)))

@@ -20,7 +20,7 @@ from atv.errors import ATVError
 from atv.files import local, occupied, read_json, recover_folder, replace_folder, sha256, write_json
 from atv.lm.identity import describe_llm, different_weights
 
-FORMAT = 6
+FORMAT = 7
 CONFIG_FILE = "atv_config.json"
 CARD_FILE = "README.md"
 """The model card: the only file that users may edit."""

@@ -53,6 +53,8 @@ PAPER_TRAINING: dict[str, Any] = {
 BEST_EPOCH = ("accuracy", "loss")
 CLASS_WEIGHTS = ("none", "balanced")
 REPORT_TO = ("none", "tensorboard", "wandb", "trackio")
+READ = 6400
+"""Rows that a training reads by default, each as often as it is read."""
 ENOUGH_TO_TRAIN = 200
 """Training rows per task from which a trained generator is more accurate than a frozen one (docs/lab-notes.md)."""
 
@@ -166,13 +168,13 @@ class ATVConfig(Checked):
     scale: float = 0.05
     """lambda, the strength of the injection."""
     parametrisation: Literal["calibrated", "paper"] = "calibrated"
-    """What is learned. calibrated: a common vector and the query's own part, both relative to the size of the residual
-    stream at each layer. paper: one linear map of the generator's state; all other options of the method and its
-    training then default to the paper's values."""
+    """What is learned. calibrated: a common vector, a part for each task and the query's own part, relative to the size
+    of the residual stream at each layer. paper: one linear map of the generator's state; all other options of the
+    method and its training then default to the paper's values."""
     gate: float = 0.05
-    """Fade out the query's own part for queries unlike the training queries, from the similarity that this share of
-    the training queries fall below, at the strength that its task's validation rows choose; 0: never, and full
-    strength. Calibrated only."""
+    """Fade out all but the common vector for queries unlike the training queries, from the similarity that this share
+    of the training queries fall below, and give the query's own part the strength that its task's validation rows
+    choose; 0: never, and full strength. Calibrated only."""
     train_generator: bool | None = field(default=None, metadata={"flags": ["--train-generator/--freeze-generator"]})
     """Train the generator too (the paper), or keep it frozen. Default: train it from 200 rows per task on. `self` is
     never trained, a new decoder always."""
@@ -292,7 +294,8 @@ class TrainConfig(Checked):
     """How an ATV or another method is trained; `TrainConfig.paper` has the paper's values."""
 
     epochs: int | None = None
-    """Passes over the training rows. Default: enough for about 400 steps, at least 4 and at most 100."""
+    """Passes over the training rows. Default: so many that 6,400 rows are read, for an ATV at least 3,200 per task; at
+    least 4 and at most 100."""
     batch_size: int = 16
     """Rows per optimiser step, over all processes."""
     learning_rate: float = field(default=0.1, metadata={"flags": ["--learning-rate", "--lr"]})
@@ -306,7 +309,8 @@ class TrainConfig(Checked):
     """Keep the epoch with the best validation accuracy (ties: the lowest loss), or with the lowest validation loss, as
     always with a teacher."""
     patience: int | None = None
-    """Stop after this many epochs without improvement. Default: a third of the epochs, at least 5."""
+    """Stop after this many epochs without improvement. Default: half of the epochs, at least 5, since the best ones are
+    often the last ones, in which the learning rate is low."""
     gradient_accumulation_steps: int = 1
     """Parts into which each process splits its share of a batch: less memory, the same step up to rounding."""
     bf16: bool = False
@@ -391,13 +395,13 @@ class TrainConfig(Checked):
 
     def patience_of(self, epochs: int) -> int:
         """Return the patience of a training of `epochs` epochs."""
-        return max(5, epochs // 3) if self.patience is None else self.patience
+        return max(5, epochs // 2) if self.patience is None else self.patience
 
-    def epochs_of(self, rows: int) -> int:
-        """Return the number of passes over that many training rows."""
+    def epochs_of(self, rows: int, least: int = 0) -> int:
+        """Return the number of passes over that many training rows; at least `least` rows are to be read in all."""
         if self.epochs is not None:
             return self.epochs
-        return min(100, max(4, round(400 / math.ceil(rows / self.batch_size))))
+        return min(100, max(4, round(max(READ, least) / rows)))
 
     def rows_per_call(self, processes: int) -> int:
         """Return the rows that each of `processes` reads at once; ATVError if they cannot split a batch equally."""

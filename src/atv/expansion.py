@@ -1,6 +1,7 @@
 """The expansion maps a generator's state to one vector per layer: the calibrated default, and the paper's form."""
 
-from typing import cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +31,13 @@ class PaperExpansion(nn.Module):
 
 
 class Expansion(nn.Module):
-    """Maps the generator's state to one vector per layer, `r_l * (b_l + a * W_l z)`.
+    """Maps the generator's state to one vector per layer, `r_l * (b_l + a * (c_l + s * W_l z))`.
 
-    b and W start at zero, so an untrained ATV is the plain LLM. Before `calibrate`, z is the unmodified state and r_l
-    is 1.
+    c is the part that the queries of one training task share, and z is the state standardised within that task. A query
+    belongs to the task whose mean state its own state is most similar to. With a single task there is no c.
+
+    b, c and W start at zero, so an untrained ATV is the plain LLM. Before `calibrate`, z is the unmodified state and
+    r_l is 1.
 
     Args:
         state_size: width of the generator's hidden state; 0: there is no W, and all queries get the same vectors.
@@ -46,58 +50,116 @@ class Expansion(nn.Module):
         super().__init__()
         self.shape = (layers, hidden_size)
         self.common = nn.Parameter(torch.zeros(layers, hidden_size))
+        self.register_parameter("task_parts", None)
         self.map = _linear(state_size, layers * hidden_size, rank, bias=False) if state_size else None
         if self.map is not None:
             nn.init.zeros_(list(self.map.parameters())[-1])
         self.gate = Gate(state_size)
         self.register_buffer("sizes", torch.ones(layers))
-        self.register_buffer("mean", torch.zeros(state_size))
+        self.register_buffer("means", torch.zeros(1, state_size))
         self.register_buffer("deviation", torch.ones(state_size))
+        self.register_buffer("centres", torch.zeros(1, state_size))
 
+    task_parts: nn.Parameter | None
+    """(tasks, layers, hidden), c; None: there is a single task."""
     sizes: Tensor
-    mean: Tensor
+    means: Tensor
+    """(tasks, state), before training."""
     deviation: Tensor
+    """(state,), within tasks, before training."""
+    centres: Tensor
+    """(tasks, state), mean states of norm 1."""
     dropout = 0.0
     """Dropout on z in training mode."""
 
-    def calibrate(self, states: Tensor, sizes: Tensor) -> None:
+    def set_tasks(self, count: int) -> None:
+        """Have parts for `count` tasks, which start at zero."""
+        state_size = self.means.shape[1]
+        self.means, self.centres = self.means.new_zeros(count, state_size), self.centres.new_zeros(count, state_size)
+        parts = None if count == 1 else nn.Parameter(self.common.new_zeros(count, *self.shape).detach())
+        self.task_parts = parts
+
+    def calibrate(self, states: Sequence[Tensor], sizes: Tensor) -> None:
         """Set r and the standardisation of z from training rows.
 
         Args:
-            states: (queries, state), of the training queries.
+            states: for each task (queries, state), of its training queries.
             sizes: (layers,), root mean square of the residual stream's entries at the prompts' last token.
         """
         self.sizes.copy_(sizes)
         if self.map is None:
             return
-        deviation = states.std(0, correction=0)
+        if len(states) != len(self.means):
+            self.set_tasks(len(states))
+        self.means.copy_(torch.stack([of_task.mean(0) for of_task in states]))
+        within = torch.cat([of_task - mean for of_task, mean in zip(states, self.means, strict=True)])
+        deviation = within.pow(2).mean(0).sqrt()
         least = 0.1 * deviation.mean()  # dimensions that hardly vary here may vary for other queries
-        self.mean.copy_(states.mean(0))
         self.deviation.copy_(deviation.clamp(min=least) if least > 0 else torch.ones_like(deviation))
+        self.locate(states)
+
+    def locate(self, states: Sequence[Tensor]) -> None:
+        """Set the states that a task is recognised by.
+
+        Args:
+            states: as for `calibrate`; a generator that was trained returns others than before.
+        """
+        self.centres.copy_(nn.functional.normalize(torch.stack([of_task.mean(0) for of_task in states]), dim=-1))
+
+    def nearest_tasks(self, state: Tensor) -> Tensor:
+        """Return the numbers of the tasks whose centres are most similar to states (batch, state): (batch,) int64."""
+        return (nn.functional.normalize(state, dim=-1) @ self.centres.T).argmax(1)
 
     def rates(self, rate: float) -> list[tuple[nn.Parameter, float]]:
-        """Return the learning rates of b and W, where `rate` is that of b.
+        """Return the learning rates of b, c and W, where `rate` is that of b and c.
 
         Adam moves each weight by about its rate per step, so W z moves by the rate times the sum of |z|, which grows
         with the width of the state. W's rate is divided by that width: with any generator, the query's own part moves
         about three times as far per step as the common vector. It differs from query to query, so changes that are
         wrong for most queries cancel out.
         """
+        shared = [self.common] if self.task_parts is None else [self.common, self.task_parts]
         own = [] if self.map is None else list(self.map.parameters())
-        return [(self.common, rate), *((weight, 3 * rate / weight.shape[1]) for weight in own)]
+        return [*((part, rate) for part in shared), *((weight, 3 * rate / weight.shape[1]) for weight in own)]
 
-    def standardised(self, state: Tensor) -> Tensor:
-        """Return z for `state`; both are (batch, state)."""
-        return (state - self.mean) / self.deviation
+    def standardised(self, state: Tensor, tasks: Tensor) -> Tensor:
+        """Return z for states (batch, state) of queries of these tasks (batch,): (batch, state)."""
+        return (state - self.means[tasks]) / self.deviation
 
-    def forward(self, state: Tensor, share: Tensor | None = None) -> Tensor:
-        """Map (batch, state) to (batch, layers, hidden); `share`, (batch,), is a, by default 1."""
+    def forward(
+        self,
+        state: Tensor,
+        tasks: Tensor | None = None,
+        openness: Tensor | None = None,
+        strength: Tensor | None = None,
+    ) -> Tensor:
+        """Map states to vectors.
+
+        Args:
+            state: (batch, state).
+            tasks: numbers of the queries' tasks, (batch,) int64; by default the nearest ones.
+            openness: a, (batch,), by default 1.
+            strength: s, (batch,), by default 1.
+
+        Returns:
+            (batch, layers, hidden).
+        """
         vectors = self.common.expand(len(state), -1, -1)
         if self.map is not None:
-            z = nn.functional.dropout(self.standardised(state), self.dropout, self.training)
+            tasks = self.nearest_tasks(state) if tasks is None else tasks
+            z = nn.functional.dropout(self.standardised(state, tasks), self.dropout, self.training)
             own = self.map(z).unflatten(-1, self.shape)
-            vectors = vectors + (own if share is None else share[:, None, None] * own)
+            own = own if strength is None else strength[:, None, None] * own
+            own = own if self.task_parts is None else self.task_parts[tasks] + own
+            vectors = vectors + (own if openness is None else openness[:, None, None] * own)
         return self.sizes[:, None] * vectors
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        """Have as many tasks as were saved before loading."""
+        saved = state_dict.get(f"{prefix}means")
+        if saved is not None and saved.dim() == 2 and len(saved) != len(self.means):
+            self.set_tasks(len(saved))
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
 
 def new_expansion(config: ATVConfig, state_size: int, vectors: int, hidden_size: int) -> Expansion | PaperExpansion:

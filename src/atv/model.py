@@ -99,9 +99,13 @@ class ATVModel(AdapterModel):
         self.atv = atv
         self.training_summary = atv.training_summary
         self._start = 0.0
+        self._tasks: dict[str, int] = {}
         self.to(input_device(llm))
 
     method = "atv"
+    read_per_task = (
+        3200  # with less, a task of 90 rows among five is not learned as well as by itself (docs/lab-notes.md)
+    )
     layers: list[nn.Module]
     """The steered sites, by default decoder layers."""
 
@@ -185,34 +189,42 @@ class ATVModel(AdapterModel):
         """
         if isinstance(self.expansion, Expansion):
             sizes = self._residual_sizes(rows[:: -(-len(rows) // 64)])
-            self.expansion.calibrate(self._row_states(rows), sizes.repeat_interleave(self._vectors_per_site))
+            states = self._states_by_task(rows)
+            self._tasks = {task: number for number, task in enumerate(states)}
+            self.expansion.calibrate(list(states.values()), sizes.repeat_interleave(self._vectors_per_site))
 
     @torch.no_grad()
     def set_gate(self, rows: Sequence[EncodedRow], valid: Sequence[EncodedRow]) -> None:
         """Fit the gate to training rows, and choose the strength of the query's own part on validation rows.
 
         Args:
-            rows: from `encode_row`.
-            valid: from `encode_row`; only each row's first prompt is used. For each task the strength with the lowest
-                mean loss of its rows is kept.
+            rows: those of `calibrate`.
+            valid: from `encode_row`, of the same tasks; only each row's first prompt is used. For each task the
+                strength with the highest mean probability of its rows' answers is kept (per token, as a geometric
+                mean). Unlike the loss it is bounded: a few confident mistakes do not decide.
         """
-        if not isinstance(self.expansion, Expansion) or not self.config.gate or self.expansion.map is None:
+        if not isinstance(self.expansion, Expansion) or self.expansion.map is None:
             return
-        gate, losses = self.expansion.gate, []
+        states = self._states_by_task(rows)
+        self.expansion.locate([states[task] for task in self._tasks])
+        if not self.config.gate:
+            return
+        gate, found = self.expansion.gate, []
         for strength in STRENGTHS:
             with gate.set_to(strength):
-                losses.append(self._first_losses(valid))
-        strengths = torch.empty(len(valid))
-        for task in dict.fromkeys(row.task for row in valid):
+                found.append((-self._first_losses(valid)).exp())
+        chosen = []
+        for task in self._tasks:
             own = torch.tensor([row.task == task for row in valid])
-            means = [each[own].mean().item() for each in losses]
-            strengths[own] = best = STRENGTHS[means.index(min(means))]
+            means = [each[own].mean().item() for each in found]
+            chosen.append(STRENGTHS[means.index(max(means))])
             log.info(
-                f"{task}: strength of the query's own part {best}: validation loss {min(means):.4f}, of a common "
-                f"vector alone {means[0]:.4f}"
+                f"{task}: strength of the query's own part {chosen[-1]}: mean probability of a token of the right "
+                f"answers {max(means):.3f}, without it {means[0]:.3f}"
             )
-        gate.fit(self._row_states(rows), self.config.gate)
-        gate.judge(self._states_of(valid), strengths)
+        gate.strengths = torch.tensor(chosen).to(gate.limits)
+        near = torch.cat(list(self._states_by_task(valid).values()))
+        gate.fit(torch.cat(list(states.values())), self.config.gate, near)
 
     def _first_losses(self, rows: Sequence[EncodedRow]) -> Tensor:
         """Return the loss of each row's first prompt, (rows,), on the CPU."""
@@ -222,23 +234,19 @@ class ATVModel(AdapterModel):
             losses.append(self(**{name: tensor.to(input_device(self.llm)) for name, tensor in batch.items()}).losses)
         return torch.cat(losses).cpu()
 
-    def _states_of(self, rows: Sequence[EncodedRow]) -> Tensor:
-        """Return the rows' states, (rows, state); the generator `self` reads each row's first prompt."""
-        read = [row.pairs[0][0] if self.own else row.query for row in rows]
-        return torch.cat([self.atv.states(read[start : start + 16]) for start in range(0, len(read), 16)])
-
-    def _row_states(self, rows: Sequence[EncodedRow]) -> Tensor:
-        """Return the states of distinct queries, (queries, state); for the generator `self`, of distinct prompts."""
-        read = (
-            {tuple(prompt) for row in rows for prompt, _ in row.pairs} if self.own else {tuple(r.query) for r in rows}
-        )
+    def _states_by_task(self, rows: Sequence[EncodedRow]) -> dict[str, Tensor]:
+        """Return the states of each task's distinct queries, (queries, state); for the generator `self`, of prompts."""
+        read: dict[str, set[tuple[int, ...]]] = {}
+        for row in rows:
+            own = [prompt for prompt, _ in row.pairs] if self.own else [row.query]
+            read.setdefault(row.task, set()).update(map(tuple, own))
         was_training = self.training
         self.eval()
-        states = []
-        for batch in like_lengths(read, READ_TOKENS):
-            states.append(self.atv.states(batch))
+        found = dict[tuple[int, ...], Tensor]()
+        for batch in like_lengths(set().union(*read.values()), READ_TOKENS):
+            found |= dict(zip(batch, self.atv.states(batch), strict=True))
         self.train(was_training)
-        return torch.cat(states)
+        return {task: torch.stack([found[ids] for ids in sorted(of_task)]) for task, of_task in read.items()}
 
     def _residual_sizes(self, rows: Sequence[EncodedRow]) -> Tensor:
         """Return the root mean square of each steered layer's output at the last token of these prompts, (layers,)."""
@@ -297,11 +305,15 @@ class ATVModel(AdapterModel):
         position_ids: Tensor,
         edit_mask: Tensor,
         labels: Tensor,
+        query_tasks: Tensor | None = None,
     ) -> AnswerLoss:
-        """Return the loss of the steered LLM's answers; see `AdapterModel.forward`."""
+        """Return the loss of the steered LLM's answers; see `AdapterModel.forward`.
+
+        `query_tasks`, (queries,) int64, are the numbers of the queries' tasks, if there are several.
+        """
         keep = labels.shape[1]
         ends = labels.new_full((len(labels),), -keep)  # a prompt's last column predicts the answer's first token
-        vectors = None if self.own else self.atv(query_input_ids, query_attention_mask)  # (queries, vectors, hidden)
+        vectors = None if self.own else self.atv(query_input_ids, query_attention_mask, query_tasks)
         edit = self.edit(vectors, learn=True)
         logits = steered_logits(
             self.llm,
@@ -328,7 +340,8 @@ class ATVModel(AdapterModel):
 
     def collator(self) -> Collator:
         """Return the collator that makes batches for `forward` from rows of `encode_row`."""
-        return Collator(self.positions, pad_id(self.tokenizer), pad_id(self.generator.tokenizer))
+        tasks = self._tasks if len(self._tasks) > 1 and not self.own else {}
+        return Collator(self.positions, pad_id(self.tokenizer), pad_id(self.generator.tokenizer), tasks)
 
     # ---- use ----
 

@@ -2,11 +2,12 @@
 
 query --Generator--> state (batch, state) --Expansion--> task vectors (batch, layers, hidden)
 
-    v_l = r_l * (b_l + a * W_l z)
+    v_l = r_l * (b_l + a * (c_l + s * W_l z))
 
-z is the standardised state; b_l is common to all queries; W_l z is the query's own part; r_l is the size of the
-residual stream at layer l; a, between 0 and 1, fades out the query's own part far from the training queries and where
-it hurt validation rows. `atv.steer` adds the vectors inside a frozen LLM.
+b_l is common to all queries; c_l is shared by the queries of one training task; W_l z is the query's own part, where z
+is the state standardised within the task; r_l is the size of the residual stream at layer l. a, between 0 and 1, fades
+out all but b_l far from the training queries, and s holds the own part back where it hurt validation rows. `atv.steer`
+adds the vectors inside a frozen LLM.
 """
 
 from collections.abc import Sequence
@@ -105,19 +106,31 @@ class ATV(nn.Module):
 
     # ---- the path of a query ----
 
-    def forward(self, query_input_ids: Tensor, query_attention_mask: Tensor) -> Tensor:
-        """Map encoded queries (queries, query seq) to task vectors (queries, layers, hidden), float32 with gradient."""
-        return self.expand(self.generator(query_input_ids, query_attention_mask))
+    def forward(
+        self, query_input_ids: Tensor, query_attention_mask: Tensor, query_tasks: Tensor | None = None
+    ) -> Tensor:
+        """Map encoded queries (queries, query seq) to task vectors (queries, layers, hidden), float32 with gradient.
 
-    def expand(self, states: Tensor) -> Tensor:
-        """Map states (queries, state) to task vectors (queries, layers, hidden)."""
+        `query_tasks`, (queries,) int64, are the numbers of their tasks, if these are known.
+        """
+        return self.expand(self.generator(query_input_ids, query_attention_mask), query_tasks)
+
+    def expand(self, states: Tensor, tasks: Tensor | None = None) -> Tensor:
+        """Map states (queries, state), of queries of these tasks if they are known, to task vectors."""
         if isinstance(self.expansion, PaperExpansion):
             return cast(Tensor, self.expansion(states))
         if self.training:
             kept = torch.rand(len(states), device=states.device) >= self.adaptive_dropout
-            return cast(Tensor, self.expansion(states, kept.to(states.dtype)))
-        share = self.expansion.gate(states) if self.config.gate else None
-        return cast(Tensor, self.expansion(states, share))
+            return cast(Tensor, self.expansion(states, tasks, kept.to(states.dtype)))
+        return cast(Tensor, self.expansion(states, *self._gated(states, tasks)))
+
+    def _gated(self, states: Tensor, tasks: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        """Return tasks, openness and strength of queries, as the expansion takes them."""
+        assert isinstance(self.expansion, Expansion)
+        if not self.config.gate:
+            return tasks, None, None
+        gate, tasks = self.expansion.gate, self.expansion.nearest_tasks(states) if tasks is None else tasks
+        return tasks, gate.openness(states), gate.strength(tasks)
 
     def states(self, encoded: Sequence[Sequence[int]]) -> Tensor:
         """Return the generator's states of encoded queries, (queries, state)."""
@@ -154,8 +167,10 @@ class ATV(nn.Module):
 
     @torch.no_grad()
     def gate(self, queries: Sequence[str]) -> Tensor:
-        """Return the gate of each query at inference, (queries,), from 0 to 1; see `atv.gate.Gate`."""
+        """Return the share of each query's own part that is added, (queries,): openness times strength (`atv.gate`)."""
         states = self.states(self.generator.encode(queries))
-        if isinstance(self.expansion, Expansion) and self.config.gate:
-            return cast(Tensor, self.expansion.gate(states))
-        return states.new_ones(len(states))
+        share = states.new_ones(len(states))
+        if isinstance(self.expansion, Expansion):
+            for factor in self._gated(states)[1:]:
+                share = share if factor is None else share * factor
+        return share

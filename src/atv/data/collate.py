@@ -5,7 +5,7 @@ row. Position ids are always explicit. The mask of the tokens that receive a vec
 """
 
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -116,12 +116,15 @@ class Collator:
     positions: Positions
     pad_id: int
     query_pad_id: int
+    tasks: Mapping[str, int] = field(default_factory=dict)
+    """Number of each row's task, if the model needs it."""
 
     def __call__(self, rows: Sequence[EncodedRow]) -> dict[str, Tensor]:
         """Return the tensors of one batch; each row is expanded to its prompts.
 
         Returns:
             `query_input_ids`, `query_attention_mask`: (queries, query seq);
+            `query_tasks`: (queries,), if there are `tasks`;
             `input_ids`, `attention_mask`, `position_ids`, `edit_mask` (bool): (batch, seq);
             `labels`: (batch, answer), -100 where an answer is shorter.
         """
@@ -134,7 +137,8 @@ class Collator:
         read = labels[:, :-1].masked_fill(read_mask == 0, self.pad_id)
         attention = torch.cat([prompt_mask, read_mask], dim=1)  # (batch, seq)
         steered = read_mask.bool() & self.positions.answer
-        return {
+        known = {"query_tasks": torch.tensor([self.tasks[row.task] for row in rows])} if self.tasks else {}
+        return known | {
             "query_input_ids": queries,
             "query_attention_mask": query_mask,
             "input_ids": torch.cat([prompt, read], dim=1),

@@ -71,7 +71,7 @@ class Distance:
     share: float
     """Factor of the gate by distance, from 0 to 1."""
     strength: float
-    """Factor of the gate that suited the validation rows nearest to the query, from 0 to 1."""
+    """Factor of the gate that suited the validation rows of the query's task best, from 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -318,11 +318,9 @@ def distance(atv: ATV, state: Tensor) -> tuple[float, Distance | None]:
         return 1.0, None
     gate = atv.expansion.gate
     closed, opened = gate.limits.tolist()
-    nearness = gate.nearness(state).item()
-    strength = gate.strength(state).item() if len(gate.strengths) else 1.0
-    value = gate(state).item()
-    share = min(max((nearness - closed) / max(opened - closed, 1e-6), 0.0), 1.0)
-    return value, Distance(nearness, 2 * opened - closed, opened, closed, share, strength)
+    share = gate.openness(state).item()
+    strength = gate.strength(atv.expansion.nearest_tasks(state)).item()
+    return share * strength, Distance(gate.nearness(state).item(), 2 * opened - closed, opened, closed, share, strength)
 
 
 # ---- the answers ----

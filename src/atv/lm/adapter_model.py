@@ -90,6 +90,8 @@ class AdapterModel(nn.Module, ABC):
     """Number of a prompt's last tokens whose states depend on what is learned; None: all may. The tokens before them
     are read once for the whole training."""
 
+    read_per_task = 0
+    """Rows of each task that a training reads by default, at least, each as often as it is read."""
     writes = True
     """Whether answers are the LLM's tokens, rather than the classes of a model without an LLM."""
 

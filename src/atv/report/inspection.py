@@ -50,12 +50,12 @@ def _distance(gate: float, distance: "Distance | None") -> str:
         f"training queries to each other {distance.typical:.2f}. The gate begins to close below {distance.opened:.2f} "
         f"and is closed at {distance.closed:.2f}. "
     )
-    factors = [(distance.share, "for the distance"), (distance.strength, "chosen on validation rows like it")]
+    factors = [(distance.share, "for the distance"), (distance.strength, "chosen on its task's validation rows")]
     why = ", ".join(f"{factor:.2f} {reason}" for factor, reason in factors if factor < 1)
     if gate == 1:
         return f"{line}Here it is 1: the query's own part of the vectors is added in full."
     if gate == 0:
-        return f"{line}Here it is 0 ({why}): only the vectors that are common to all queries are added."
+        return f"{line}Here it is 0 ({why}): nothing of the query's own part of the vectors is added."
     return f"{line}Here it is {gate:.2f} ({why}): {gate:.0%} of the query's own part of the vectors is added."
 
 

@@ -93,11 +93,11 @@ function nearness({ distance, gate }) {
   lines.push(gate === 1
     ? "The gate is open (1): the query's own part of the vectors is added in full."
     : gate === 0
-      ? "The gate is closed (0): only the vectors that are common to all queries are added."
+      ? "The gate is closed (0): nothing of the query's own part of the vectors is added."
       : `The gate is at ${two(gate)}: that share of the query's own part of the vectors is added.`);
   if (gate < 1) {
     lines.push(`It is the product of ${two(distance.share)} for the distance and ${two(distance.strength)} chosen on ` +
-      "validation rows like this query.");
+      "the validation rows of its task.");
   }
   return lines;
 }

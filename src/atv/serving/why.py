@@ -43,8 +43,8 @@ class Domain:
     @torch.no_grad()
     def of_gate(cls, gate: Gate) -> "Domain":
         """Measure it on the rows that a fitted gate contains."""
-        if len(gate.judged) >= ENOUGH:
-            return cls(gate.nearness(gate.judged).quantile(SHARE).item(), "validation rows")
+        if len(gate.validated) >= ENOUGH:
+            return cls(gate.validated.quantile(SHARE).item(), "validation rows")
         return cls(gate.nearness(gate.references, leave_out=1).quantile(SHARE).item(), "training queries")
 
 

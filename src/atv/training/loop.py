@@ -107,7 +107,7 @@ def train(
         return TrainResult(out / "adapter", record)
     data = {task.name: dict(task.prepared) for task in tasks}
     rows = Rows(_encoded(model, tasks, "train", data, config.class_weights == "balanced"), config.templates_per_row)
-    epochs = config.epochs_of(len(rows))
+    epochs = config.epochs_of(len(rows), model.read_per_task * len(tasks))
     note_shared(model.tokenizer, tasks)
     _note_unread(model, tasks)
     if config.class_weights == "none":
