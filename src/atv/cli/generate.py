@@ -59,4 +59,4 @@ def answer(given: Generate) -> None:
     plain, gates = unsteered(atv, prompts, **how), atv.gate([p.query for p in prompts]).tolist()
     for query, without, with_vectors, gate in zip(given.query, plain, steered, gates, strict=True):
         lines = [f"query:     {query}", f"unsteered: {without.strip()!r}", f"steered:   {with_vectors!r}"]
-        print_lines([*lines, f"gate:      {gate:.2f} (1: with the query's own part, 0: the common vector alone)", ""])
+        print_lines([*lines, f"gate:      {gate:.2f} (1: with the query's own part, 0: without it)", ""])
