@@ -1,12 +1,12 @@
 """Training: it learns, it resumes bit for bit after a kill, it stops before NaN, it keeps the best epoch."""
 
 import json
+import math
 import os
 import shutil
 import signal
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,9 +34,10 @@ from atv.methods.prefix_tuning import PrefixTuning
 from atv.model import ATVModel
 from atv.training import loop as training
 from atv.training import record as records
+from atv.training import trainer
 from atv.training.batches import PADDING, Batches, Rows, training_rows
 from atv.training.loop import train
-from atv.training.trainer import ValidationMetrics
+from atv.training.trainer import latest_of_the_best
 
 
 def test_it_learns_a_toy_task(tmp_path):
@@ -428,35 +429,43 @@ def test_the_epoch_is_kept_that_the_configuration_asks_for(tmp_path, kept):
     config = quick(epochs=6, learning_rate=0.05, best_epoch=kept)
     record = train(tiny(), [toy_task(rows=27)], tmp_path / "out", config).record
     validated = [entry for entry in record["history"] if "eval_loss" in entry]
-    order = {
-        "accuracy": lambda entry: (-entry["eval_accuracy"], entry["eval_loss"]),
-        "loss": lambda entry: entry["eval_loss"],
-    }
-    best = min(validated, key=order[kept])
+    if kept == "loss":
+        best = min(validated, key=lambda entry: entry["eval_loss"])
+    else:  # nine validation rows
+        highest = max(entry["eval_accuracy"] for entry in validated)
+        least = highest - math.sqrt(highest * (1 - highest) / 9)
+        best = [entry for entry in validated if entry["eval_accuracy"] >= least][-1]
     assert (record["best_step"], record["best_eval_accuracy"]) == (best["step"], best["eval_accuracy"])
 
 
-@given(st.lists(st.tuples(st.integers(0, 7), st.floats(0, 50)), min_size=1, max_size=6))
-def test_half_an_answer_never_outweighs_one_and_equal_accuracies_go_by_loss(epochs):
-    """Seven rows: what is highest is the accuracy, then the lowest loss."""
-    choices = []
-    for right, loss in epochs:
-        rows = SimpleNamespace(predictions=np.full((7, 1), loss), label_ids=np.arange(7)[:, None] < right)
-        choices.append(ValidationMetrics("accuracy")(rows)["choice"])
-    best = choices.index(max(choices))
-    expected = min(range(len(epochs)), key=lambda i: (-epochs[i][0], epochs[i][1]))
-    assert epochs[best][0] == epochs[expected][0]
-    assert epochs[best][1] == pytest.approx(epochs[expected][1], abs=1e-9)
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=8))
+def test_the_last_epoch_is_kept_that_is_not_worse_than_the_best_by_a_standard_error(right):
+    """Epoch by epoch, as training asks, and by what is known in the end."""
+    found = [count / 30 for count in right]
+    choices = [latest_of_the_best(found[: epoch + 1], 30) for epoch in range(len(found))]
+    error = np.std([1] * max(right) + [0] * (30 - max(right))) / np.sqrt(30)
+    expected = max(epoch for epoch, accuracy in enumerate(found) if accuracy >= max(found) - error)
+    assert choices.index(max(choices)) == expected
 
 
 @pytest.mark.parametrize(("start", "epochs"), [(0.0, 3), (0.5, 7)])
-def test_it_stops_when_no_epoch_has_been_better_for_long_enough(tmp_path, capsys, start, epochs):
+def test_it_stops_when_the_last_epochs_are_worse_than_the_one_that_is_kept(
+    tmp_path, capsys, monkeypatch, start, epochs
+):
     """Counted from the epoch in which the generator begins to learn: before that it had no chance to be better."""
-    config = quick(epochs=9, learning_rate=0.0, best_epoch="accuracy", patience=2, generator_start=start)
+    accuracies = iter([1.0] + [0.0] * 8)
+    monkeypatch.setattr(trainer, "validation_metrics", lambda rows: {"loss": 1.0, "accuracy": next(accuracies)})
+    config = quick(epochs=9, best_epoch="accuracy", patience=2, generator_start=start)
     record = train(tiny(), [toy_task()], tmp_path / "out", config).record
     assert len([entry for entry in record["history"] if "eval_loss" in entry]) == epochs
     assert record["finished"]
-    assert "No improvement in 2 epochs" in capsys.readouterr().err
+    assert "The last 2 epochs are worse than the one that is kept" in capsys.readouterr().err
+
+
+def test_epochs_that_are_as_good_as_the_best_do_not_stop_it(tmp_path):
+    config = quick(epochs=6, learning_rate=0.0, best_epoch="accuracy", patience=2)
+    record = train(tiny(), [toy_task()], tmp_path / "out", config).record
+    assert record["best_step"] == record["history"][-1]["step"] == 6 * 2
 
 
 def test_too_few_validation_rows_to_choose_by_are_said(tmp_path, capsys):
@@ -470,7 +479,7 @@ class Stopped(Exception):
 
 def stopped_after_its_last_checkpoint(out, monkeypatch):
     """Leaves a best epoch that is not the last one: the second of four."""
-    measure, validated = ValidationMetrics.__call__, []
+    measure, validated = trainer.validation_metrics, []
 
     class Interrupted(training.Progress):
         def on_save(self, args, state, control, **about):
@@ -478,13 +487,13 @@ def stopped_after_its_last_checkpoint(out, monkeypatch):
             if round(state.epoch) == 4:
                 raise Stopped
 
-    def best_is_the_second(self, rows):
+    def best_is_the_second(rows):
         validated.append(rows)
-        return measure(self, rows) | {"choice": float(len(validated) == 2)}
+        return measure(rows) | {"loss": float(len(validated) != 2)}
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "Progress", Interrupted)
-        patch.setattr(ValidationMetrics, "__call__", best_is_the_second)
+        patch.setattr(trainer, "validation_metrics", best_is_the_second)
         with pytest.raises(Stopped):
             train(tiny(), [toy_task(rows=27)], out, quick(epochs=4))
 

@@ -306,11 +306,10 @@ class TrainConfig(Checked):
     )
     """Peak learning rate of the generator. Default: 5e-5, or 1e-3 for one that starts from random weights."""
     best_epoch: Literal["accuracy", "loss"] = "accuracy"
-    """Keep the epoch with the best validation accuracy (ties: the lowest loss), or with the lowest validation loss, as
-    always with a teacher."""
+    """Keep the last epoch whose validation accuracy is at most one standard error below the best one, or the epoch with
+    the lowest validation loss, as always with a teacher."""
     patience: int | None = None
-    """Stop after this many epochs without improvement. Default: half of the epochs, at least 5, since the best ones are
-    often the last ones, in which the learning rate is low."""
+    """Stop after this many epochs that are worse than the one to keep. Default: a third of the epochs, at least 5."""
     gradient_accumulation_steps: int = 1
     """Parts into which each process splits its share of a batch: less memory, the same step up to rounding."""
     bf16: bool = False
@@ -395,7 +394,7 @@ class TrainConfig(Checked):
 
     def patience_of(self, epochs: int) -> int:
         """Return the patience of a training of `epochs` epochs."""
-        return max(5, epochs // 2) if self.patience is None else self.patience
+        return max(5, epochs // 3) if self.patience is None else self.patience
 
     def epochs_of(self, rows: int, least: int = 0) -> int:
         """Return the number of passes over that many training rows; at least `least` rows are to be read in all."""

@@ -49,6 +49,21 @@ COMPLETE = "complete"
 """Empty file that marks a completely written checkpoint folder."""
 
 
+def latest_of_the_best(accuracies: Sequence[float], rows: int) -> float:
+    """Return the value of the latest epoch; the highest value of all epochs belongs to the one to keep.
+
+    That is the last epoch whose accuracy is at most one standard error below the best one. Accuracies on few rows differ
+    by chance, and the later one of two such epochs has learned with a lower learning rate.
+
+    Args:
+        accuracies: of all epochs up to this one, from 0 to 1.
+        rows: number of validation rows.
+    """
+    best = max(accuracies)
+    error = math.sqrt(best * (1 - best) / rows)
+    return float(len(accuracies)) if accuracies[-1] >= best - error else 0.0
+
+
 def first_step(start: float, steps: int) -> int:
     """Return the first of `steps` steps at which a share of `start` is done."""
     return sum(step / steps < start for step in range(steps))
@@ -76,9 +91,14 @@ class ATVTrainer(Trainer):
     """
 
     def __init__(
-        self, *args: Any, train_config: TrainConfig, metric: ValidationScore | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        train_config: TrainConfig,
+        best_epoch: str,
+        metric: ValidationScore | None = None,
+        **kwargs: Any,
     ) -> None:
-        self.train_config, self.metric = train_config, metric
+        self.train_config, self.best_epoch, self.metric = train_config, best_epoch, metric
         self._share = 1.0
         super().__init__(*args, **kwargs)
 
@@ -184,14 +204,20 @@ class ATVTrainer(Trainer):
         return None, output.losses.view(shape), correct.view(shape)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Return losses and scores of the validation rows; a user's metric takes the place of the epoch's choice."""
+        """Return loss and accuracy of the validation rows, and `eval_choice`, whose maximum selects the epoch."""
         output = super().evaluation_loop(*args, **kwargs)
+        metrics = cast(dict[str, float], output.metrics)
         if self.metric is not None:
             score = float(self.metric(cast(AdapterModel, self.model)))
             if not math.isfinite(score):
                 raise ATVError(f"The metric that selects the epoch is {score}; expected a finite number.")
-            metrics = cast(dict[str, float], output.metrics)
             metrics |= {"eval_metric": score, "eval_choice": score + 1e-9 / (1 + metrics["eval_loss"])}
+        elif self.best_epoch == "loss":
+            metrics["eval_choice"] = -metrics["eval_loss"]
+        else:
+            before = [entry["eval_accuracy"] for entry in self.state.log_history if "eval_accuracy" in entry]
+            found = [*before, metrics["eval_accuracy"]]
+            metrics["eval_choice"] = latest_of_the_best(found, len(cast(Rows, self.eval_dataset)))
         return output
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -280,7 +306,7 @@ class Progress(TrainerCallback):
         self.progress.reach(state.global_step)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **about: Any) -> None:
-        """Log the epoch's validation scores; stop if no epoch was better for long enough."""
+        """Log the epoch's validation scores; stop if the epoch to keep has been the same for long enough."""
         del args
         metrics = about["metrics"]
         accuracy, loss = metrics["eval_accuracy"], metrics["eval_loss"]
@@ -291,7 +317,7 @@ class Progress(TrainerCallback):
         # Epochs before the last group starts training do not count for patience.
         since = len(found) - 1 - max(found.index(max(found)), math.ceil(self.start * self.epochs) - 1)
         if since >= self.patience and len(found) < self.epochs:
-            log.info(f"No improvement in {since} epochs: stopped.")
+            log.info(f"The last {since} epochs are worse than the one that is kept: stopped.")
             control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -302,18 +328,9 @@ class Progress(TrainerCallback):
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
 
 
-@dataclass
-class ValidationMetrics:
-    """Validation metrics from the outputs of `ATVTrainer.prediction_step`, and the value that selects the epoch."""
-
-    best_epoch: str
-
-    def __call__(self, rows: Any) -> dict[str, float]:
-        """Return mean loss, share of right answers, and the value whose maximum selects the epoch."""
-        loss, accuracy = rows.predictions.mean(dtype=float), rows.label_ids.mean(dtype=float)
-        # Accuracies differ by whole answers, so adding less than half an answer's worth only breaks ties.
-        ties = 1 / (1 + loss) / (2 * rows.label_ids.size)
-        return {"loss": loss, "accuracy": accuracy, "choice": -loss if self.best_epoch == "loss" else accuracy + ties}
+def validation_metrics(rows: Any) -> dict[str, float]:
+    """Return mean loss and share of right answers from the outputs of `ATVTrainer.prediction_step`."""
+    return {"loss": rows.predictions.mean(dtype=float), "accuracy": rows.label_ids.mean(dtype=float)}
 
 
 def _some_unused(model: AdapterModel, row: EncodedRow) -> bool:
@@ -368,9 +385,10 @@ def make_trainer(
         data_collator=JudgedCollator(model.collator()),
         train_dataset=rows,
         eval_dataset=valid,
-        compute_metrics=ValidationMetrics("loss" if rows.rows[0].taught is not None else config.best_epoch),
+        compute_metrics=validation_metrics,
         callbacks=list(callbacks),
         train_config=config,
+        best_epoch="loss" if rows.rows[0].taught is not None else config.best_epoch,
         metric=metric,
     )
     trainer.remove_callback(PrinterCallback)
