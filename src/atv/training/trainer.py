@@ -52,8 +52,8 @@ COMPLETE = "complete"
 def latest_of_the_best(accuracies: Sequence[float], rows: int) -> float:
     """Return the value of the latest epoch; the highest value of all epochs belongs to the one to keep.
 
-    That is the last epoch whose accuracy is at most one standard error below the best one. Accuracies on few rows differ
-    by chance, and the later one of two such epochs has learned with a lower learning rate.
+    That is the last epoch whose accuracy is at most one standard error below the best one. Accuracies on few rows
+    differ by chance, and the later one of two such epochs has learned with a lower learning rate.
 
     Args:
         accuracies: of all epochs up to this one, from 0 to 1.
