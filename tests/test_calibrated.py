@@ -137,7 +137,7 @@ def test_in_training_a_share_of_the_queries_has_the_common_vector_alone():
 def test_the_gate_is_what_a_loop_over_neighbours_says():
     torch.manual_seed(0)
     gate, known, asked = Gate(6), torch.randn(20, 6), torch.randn(7, 6)
-    gate.fit(known, 0.1, valid := torch.randn(4, 6))
+    gate.fit([known], 0.1, [valid := torch.randn(4, 6)])
 
     def near(state: np.ndarray, others: list) -> float:
         cosines = [float(state @ o / np.linalg.norm(state) / np.linalg.norm(o)) for o in others]
@@ -147,7 +147,7 @@ def test_the_gate_is_what_a_loop_over_neighbours_says():
     own = [near(row, rows[:i] + rows[i + 1 :]) for i, row in enumerate(rows)]
     start, median = np.quantile(own, 0.1), np.quantile(own, 0.5, method="lower")
     assert gate.validated.tolist() == pytest.approx([near(row.numpy(), rows) for row in valid], abs=1e-6)
-    for state, found in zip(asked, gate.openness(asked), strict=True):
+    for state, found in zip(asked, gate.openness(asked, torch.zeros(7, dtype=torch.long)), strict=True):
         expected = (near(state.numpy(), rows) - (start - (median - start))) / (median - start)
         assert found.item() == pytest.approx(min(1, max(0, expected)), abs=1e-4)
 
@@ -155,9 +155,27 @@ def test_the_gate_is_what_a_loop_over_neighbours_says():
 def test_the_gate_is_open_among_the_training_queries_and_closed_far_from_them():
     torch.manual_seed(0)
     gate, centre = Gate(16), torch.randn(16)
-    gate.fit(centre + 0.3 * torch.randn(50, 16), 0.05, torch.randn(4, 16))
-    assert gate.openness(centre + 0.3 * torch.randn(50, 16)).mean() > 0.8
-    assert gate.openness(-centre + 0.3 * torch.randn(50, 16)).max() == 0
+    gate.fit([centre + 0.3 * torch.randn(50, 16)], 0.05, [torch.randn(4, 16)])
+    only = torch.zeros(50, dtype=torch.long)
+    assert gate.openness(centre + 0.3 * torch.randn(50, 16), only).mean() > 0.8
+    assert gate.openness(-centre + 0.3 * torch.randn(50, 16), only).max() == 0
+
+
+def test_each_task_has_a_gate_of_its_own():
+    """As if the other tasks did not exist, also for a task with fewer queries than neighbours."""
+    torch.manual_seed(0)
+    tasks = [torch.randn(30, 8), torch.ones(8) + 0.1 * torch.randn(20, 8), torch.randn(2, 8), torch.randn(1, 8)]
+    asked, valid = torch.randn(12, 8) + 0.5, [torch.randn(5, 8) for _ in tasks]
+    together = Gate(8)
+    together.fit(tasks, 0.1, valid)
+    for number, states in enumerate(tasks):
+        alone = Gate(8)
+        alone.fit([states], 0.1, [valid[number]])
+        only, of_it = torch.zeros(12, dtype=torch.long), torch.full((12,), number)
+        assert torch.allclose(together.openness(asked, of_it), alone.openness(asked, only), atol=1e-6)
+        own = together.validated_tasks == number
+        assert torch.allclose(together.validated[own], alone.validated, atol=1e-6)
+    assert (together.limits[1] > together.limits[0] + 0.2).all()
 
 
 def test_the_strength_of_a_task_is_that_with_the_likeliest_answers_on_its_validation_rows():
@@ -194,9 +212,10 @@ def test_the_strength_of_a_task_is_that_with_the_likeliest_answers_on_its_valida
 def test_the_same_query_twice_in_training_does_not_make_the_gate_strict():
     torch.manual_seed(0)
     once, twice, states = Gate(8), Gate(8), torch.randn(30, 8)
-    once.fit(states, 0.05, states)
-    twice.fit(states.repeat(4, 1), 0.05, states)
-    assert torch.allclose(once.openness(states + 0.1), twice.openness(states + 0.1), atol=1e-6)
+    once.fit([states], 0.05, [states])
+    twice.fit([states.repeat(4, 1)], 0.05, [states])
+    only = torch.zeros(30, dtype=torch.long)
+    assert torch.allclose(once.openness(states + 0.1, only), twice.openness(states + 0.1, only), atol=1e-6)
 
 
 def test_before_it_knows_anything_and_switched_off_the_gate_changes_nothing():
@@ -217,7 +236,7 @@ def test_a_closed_gate_leaves_the_common_vector():
     atv = calibrated()
     atv.calibrate(rows := rows_of(atv))
     atv.set_gate(rows, rows)
-    atv.expansion.gate.limits = torch.tensor([2.0, 3.0], dtype=torch.float64)
+    atv.expansion.gate.limits = torch.tensor([[2.0, 3.0]], dtype=torch.float64)
     expected = atv.expansion.sizes[:, None] * atv.expansion.common
     assert torch.allclose(atv.task_vectors(["whatever"])[0], expected)
 
@@ -234,7 +253,7 @@ def test_an_adapter_holds_calibration_and_gate(tmp_path, options, tasks):
     loaded = ATVModel.from_pretrained(tmp_path / "a", make_llm(dtype=torch.float32), tokenizer=atv.tokenizer)
     queries = ["the harbour quiet 3", "something else"]
     assert torch.allclose(loaded.task_vectors(queries), atv.task_vectors(queries), atol=1e-6)
-    for kept in ("references", "limits", "validated", "strengths"):
+    for kept in ("references", "reference_tasks", "limits", "validated", "validated_tasks", "strengths"):
         assert torch.equal(getattr(loaded.expansion.gate, kept), getattr(atv.expansion.gate, kept))
     other = make_atv(dtype=torch.float32, parametrisation="calibrated", **options)
     other.load_weights(tmp_path / "a")

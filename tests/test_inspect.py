@@ -36,7 +36,7 @@ def gated(task):
     for weights in model.expansion.parameters():
         torch.nn.init.normal_(weights, std=0.1)
     train, valid = (torch.stack([state_of(model, row.input) for row in rows]) for rows in (task.train, task.valid))
-    model.expansion.gate.fit(train, 0.05, valid)
+    model.expansion.gate.fit([train], 0.05, [valid])
     return model.double()
 
 

@@ -48,7 +48,7 @@ def gated(model):
         torch.nn.init.normal_(weights, std=0.5)
     gate = model.eval().expansion.gate
     train, valid = (torch.stack([state_of(model, row.input) for row in rows]) for rows in (TASK.train, TASK.valid))
-    gate.fit(train, 0.05, valid)
+    gate.fit([train], 0.05, [valid])
     gate.strengths = torch.full((1,), 0.5)
 
 

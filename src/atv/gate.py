@@ -4,7 +4,7 @@ It fades out for queries that are far from the training queries. After training,
 of the query's own part for each task.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,10 +23,11 @@ class Gate(nn.Module):
     """Two factors from 1 (keep) to 0 (drop); both are 1 everywhere before they are set.
 
     **Openness** multiplies all that is not common to all queries. A query's nearness is the mean cosine between its
-    state and those of the nearest training queries. States are not centred, since cosines of centred states say little
-    if all training queries are of one kind. The gate begins to close at the nearness that a share of the training
-    queries fall below (each compared with the others), and is fully closed as far below that point as that point is
-    below their median.
+    state and those of the nearest training queries of its task. States are not centred, since cosines of centred states
+    say little if all training queries are of one kind. The gate begins to close at the nearness that a share of the
+    task's training queries fall below (each compared with the others), and is fully closed as far below that point as
+    that point is below their median. Each task has its own limits, since some tasks' queries are much more alike than
+    others'.
 
     **Strength** multiplies the query's own part. Each task has one, chosen on its validation rows.
 
@@ -37,36 +38,48 @@ class Gate(nn.Module):
     def __init__(self, state_size: int) -> None:
         super().__init__()
         self.register_buffer("references", torch.empty(0, state_size))
-        self.register_buffer("limits", torch.zeros(2))
+        self.register_buffer("reference_tasks", torch.empty(0, dtype=torch.long))
+        self.register_buffer("limits", torch.zeros(1, 2))
         self.register_buffer("validated", torch.empty(0))
+        self.register_buffer("validated_tasks", torch.empty(0, dtype=torch.long))
         self.register_buffer("strengths", torch.empty(0))
         self._set: float | None = None
 
     references: Tensor
     """(kept, state), of norm 1."""
+    reference_tasks: Tensor
+    """(kept,) int64, the number of each one's task."""
     limits: Tensor
-    """(2,), the nearness at which the gate is closed and the one at which it is open."""
+    """(tasks, 2), the nearness at which the gate is closed and the one at which it is open."""
     validated: Tensor
     """(validation queries,), their nearness."""
+    validated_tasks: Tensor
+    """(validation queries,) int64."""
     strengths: Tensor
     """(tasks,)."""
 
     @torch.no_grad()
-    def fit(self, states: Tensor, share: float, valid: Tensor) -> None:
+    def fit(self, states: Sequence[Tensor], share: float, valid: Sequence[Tensor]) -> None:
         """Store the training queries' states, and measure how near they and the validation queries are to them.
 
         Args:
-            states: (queries, state), as the generator returns them.
-            share: share of the training queries themselves for which the gate begins to close.
-            valid: (validation queries, state).
+            states: for each task (queries, state), as the generator returns them.
+            share: share of a task's training queries themselves for which the gate begins to close.
+            valid: for each task (validation queries, state).
         """
-        kept = states.unique(dim=0)
-        kept = kept[:: -(-len(kept) // MOST)]
-        self.references = nn.functional.normalize(kept, dim=-1)
-        near = self.nearness(kept, leave_out=1)
-        start, median = near.quantile(share), near.median()
-        self.limits = torch.stack([start - (median - start), start])
-        self.validated = self.nearness(valid)
+        distinct = [of_task.unique(dim=0) for of_task in states]
+        every = -(-sum(map(len, distinct)) // MOST)
+        kept = [of_task[::every] for of_task in distinct]
+        self.references = nn.functional.normalize(torch.cat(kept), dim=-1)
+        self.reference_tasks = _numbers(kept, self.limits.device)
+        limits = []
+        for task, of_task in enumerate(kept):
+            near = self.nearness(of_task, self.reference_tasks[self.reference_tasks == task], leave_out=1)
+            start, median = near.quantile(share), near.median()
+            limits.append(torch.stack([start - (median - start), start]))
+        self.limits = torch.stack(limits)
+        self.validated_tasks = _numbers(valid, self.limits.device)
+        self.validated = self.nearness(torch.cat(list(valid)), self.validated_tasks)
 
     @contextmanager
     def set_to(self, strength: float) -> Iterator[None]:
@@ -77,18 +90,31 @@ class Gate(nn.Module):
         finally:
             self._set = None
 
-    def nearness(self, states: Tensor, leave_out: int = 0) -> Tensor:
-        """Return the mean cosine to the nearest references after the first `leave_out`: (batch, state) to (batch,)."""
-        cosines = nn.functional.normalize(states, dim=-1) @ self.references.T  # (batch, kept)
-        count = min(NEAREST + leave_out, cosines.shape[1])
-        return cosines.topk(count, dim=1).values[:, min(leave_out, count - 1) :].mean(1)
+    def nearness(self, states: Tensor, tasks: Tensor, leave_out: int = 0) -> Tensor:
+        """Return the mean cosine to the nearest references of the same task, after the first `leave_out`.
 
-    def openness(self, states: Tensor) -> Tensor:
-        """Map states (batch, state), as the generator returns them, to factors (batch,)."""
+        Args:
+            states: (batch, state), as the generator returns them.
+            tasks: numbers of their tasks, (batch,) int64.
+            leave_out: 1 for states that are references themselves.
+
+        Returns:
+            (batch,).
+        """
+        cosines = nn.functional.normalize(states, dim=-1) @ self.references.T  # (batch, kept)
+        same = self.reference_tasks == tasks[:, None]
+        top = cosines.masked_fill(~same, -2.0).topk(min(NEAREST + leave_out, cosines.shape[1]), dim=1).values
+        count = same.sum(1, keepdim=True).clamp(max=top.shape[1])  # a task may have fewer references
+        place = torch.arange(top.shape[1], device=top.device)
+        used = (place < count) & (place >= (count - 1).clamp(max=leave_out))
+        return (top * used).sum(1) / used.sum(1)
+
+    def openness(self, states: Tensor, tasks: Tensor) -> Tensor:
+        """Map states (batch, state) of queries of these tasks (batch,) to factors (batch,)."""
         if not len(self.references):
             return states.new_ones(len(states))
-        closed, opened = self.limits
-        share: Tensor = (self.nearness(states) - closed) / (opened - closed).clamp(min=1e-6)
+        closed, opened = self.limits[tasks].unbind(1)
+        share: Tensor = (self.nearness(states, tasks) - closed) / (opened - closed).clamp(min=1e-6)
         return share.clamp(0, 1)
 
     def strength(self, tasks: Tensor) -> Tensor:
@@ -99,8 +125,14 @@ class Gate(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         """Resize the buffers to the number of saved rows before loading."""
-        for name in ("references", "validated", "strengths"):
+        for name in ("references", "reference_tasks", "limits", "validated", "validated_tasks", "strengths"):
             saved = state_dict.get(f"{prefix}{name}")
             if saved is not None:
                 setattr(self, name, getattr(self, name).new_empty(saved.shape))
         super()._load_from_state_dict(state_dict, prefix, *others)
+
+
+def _numbers(by_task: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Return the number of its task for each row of `by_task`."""
+    counts = torch.tensor([len(of_task) for of_task in by_task], device=device)
+    return torch.arange(len(by_task), device=device).repeat_interleave(counts)

@@ -223,8 +223,8 @@ class ATVModel(AdapterModel):
                 f"answers {max(means):.3f}, without it {means[0]:.3f}"
             )
         gate.strengths = torch.tensor(chosen).to(gate.limits)
-        near = torch.cat(list(self._states_by_task(valid).values()))
-        gate.fit(torch.cat(list(states.values())), self.config.gate, near)
+        near = self._states_by_task(valid)
+        gate.fit([states[task] for task in self._tasks], self.config.gate, [near[task] for task in self._tasks])
 
     def _first_losses(self, rows: Sequence[EncodedRow]) -> Tensor:
         """Return the loss of each row's first prompt, (rows,), on the CPU."""

@@ -130,7 +130,7 @@ class ATV(nn.Module):
         if not self.config.gate:
             return tasks, None, None
         gate, tasks = self.expansion.gate, self.expansion.nearest_tasks(states) if tasks is None else tasks
-        return tasks, gate.openness(states), gate.strength(tasks)
+        return tasks, gate.openness(states, tasks), gate.strength(tasks)
 
     def states(self, encoded: Sequence[Sequence[int]]) -> Tensor:
         """Return the generator's states of encoded queries, (queries, state)."""

@@ -61,9 +61,9 @@ class Distance:
     """How far a query is from the training queries, as the gate measures it (`atv.gate.Gate`)."""
 
     nearness: float
-    """Mean cosine to the three nearest training queries."""
+    """Mean cosine to the three nearest training queries of the query's task."""
     typical: float
-    """Median nearness of the training queries, each to the others."""
+    """Median nearness of that task's training queries, each to the others."""
     opened: float
     """From this nearness on the distance does not close the gate."""
     closed: float
@@ -316,11 +316,14 @@ def distance(atv: ATV, state: Tensor) -> tuple[float, Distance | None]:
     """Return the gate of a state (1, state) and its distance from the training queries; None without a gate."""
     if not isinstance(atv.expansion, Expansion) or not atv.config.gate or not len(atv.expansion.gate.references):
         return 1.0, None
-    gate = atv.expansion.gate
-    closed, opened = gate.limits.tolist()
-    share = gate.openness(state).item()
-    strength = gate.strength(atv.expansion.nearest_tasks(state)).item()
-    return share * strength, Distance(gate.nearness(state).item(), 2 * opened - closed, opened, closed, share, strength)
+    gate, task = atv.expansion.gate, atv.expansion.nearest_tasks(state)
+    closed, opened = gate.limits[task].squeeze(0).tolist()
+    nearness, share, strength = (
+        gate.nearness(state, task).item(),
+        gate.openness(state, task).item(),
+        gate.strength(task).item(),
+    )
+    return share * strength, Distance(nearness, 2 * opened - closed, opened, closed, share, strength)
 
 
 # ---- the answers ----

@@ -41,11 +41,14 @@ class Domain:
 
     @classmethod
     @torch.no_grad()
-    def of_gate(cls, gate: Gate) -> "Domain":
-        """Measure it on the rows that a fitted gate contains."""
-        if len(gate.validated) >= ENOUGH:
-            return cls(gate.validated.quantile(SHARE).item(), "validation rows")
-        return cls(gate.nearness(gate.references, leave_out=1).quantile(SHARE).item(), "training queries")
+    def of_gate(cls, gate: Gate, task: int) -> "Domain":
+        """Measure it on the rows of a task that a fitted gate contains."""
+        validated = gate.validated[gate.validated_tasks == task]
+        if len(validated) >= ENOUGH:
+            return cls(validated.quantile(SHARE).item(), "validation rows")
+        own = gate.reference_tasks == task
+        near = gate.nearness(gate.references[own], gate.reference_tasks[own], leave_out=1)
+        return cls(near.quantile(SHARE).item(), "training queries")
 
 
 class Reasons:
@@ -59,7 +62,7 @@ class Reasons:
 
     def __init__(self, engine: Serving, training: bool) -> None:
         self._engine, self._training = engine, training
-        self._domains: WeakKeyDictionary[Served, Domain] = WeakKeyDictionary()
+        self._domains: WeakKeyDictionary[Served, dict[int, Domain]] = WeakKeyDictionary()
         self._known: WeakKeyDictionary[Served, asyncio.Task[TrainingQueries | str]] = WeakKeyDictionary()
 
     async def explain(self, served: Served, prompt: Prompt, factor: float | None) -> dict[str, Any]:
@@ -98,18 +101,19 @@ class Reasons:
             "scale": scale,
             "query": prompt.query,
             "gate": gate,
-            "distance": None if near is None else asdict(near) | self._judged(served, near.nearness),
+            "distance": None if near is None else asdict(near) | self._judged(served, state, near.nearness),
             "layers": layers,
             "lens": lens,
         }, state[0]
 
-    def _judged(self, served: Served, nearness: float) -> dict[str, Any]:
+    def _judged(self, served: Served, state: Tensor, nearness: float) -> dict[str, Any]:
         """Whether a query is out of domain, and by which threshold."""
-        domain = self._domains.get(served)
+        expansion = served.adapter.atv.expansion
+        assert isinstance(expansion, Expansion)  # there is a distance, and so a gate
+        task, domains = int(expansion.nearest_tasks(state).item()), self._domains.setdefault(served, {})
+        domain = domains.get(task)
         if domain is None:
-            expansion = served.adapter.atv.expansion
-            assert isinstance(expansion, Expansion)  # there is a distance, and so a gate
-            domain = self._domains[served] = Domain.of_gate(expansion.gate)
+            domain = domains[task] = Domain.of_gate(expansion.gate, task)
         return {
             "threshold": domain.threshold,
             "threshold_of": domain.of,
