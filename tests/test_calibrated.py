@@ -282,6 +282,21 @@ def test_in_training_the_task_of_a_row_is_known_and_in_use_it_is_the_nearest(tmp
     assert not torch.equal(atv.atv.expand(states), atv.atv.expand(states, cosines.argmin(1)))
 
 
+def test_what_was_trained_on_one_task_can_be_trained_on_several():
+    """The gate of the one task says nothing of the others."""
+    atv = calibrated()
+    rows = rows_of(atv)
+    atv.calibrate(rows)
+    atv.set_gate(rows, rows)
+    several = [replace(row, task=str(i % 3)) for i, row in enumerate(rows)]
+    atv.calibrate(several)
+    batch = atv.collator()(several)
+    assert batch["query_tasks"].max() == 2
+    assert atv(**batch).loss.isfinite()
+    atv.set_gate(several, several)
+    assert len(atv.expansion.gate.strengths) == len(atv.expansion.gate.limits) == 3
+
+
 def test_self_is_calibrated_on_prompts():
     config = ATVConfig(generator="self")
     atv = ATVModel(make_llm(), config, tokenizer=make_atv().tokenizer).double()

@@ -73,11 +73,12 @@ class Expansion(nn.Module):
     """Dropout on z in training mode."""
 
     def set_tasks(self, count: int) -> None:
-        """Have parts for `count` tasks, which start at zero."""
+        """Have parts for `count` tasks, which start at zero, and a gate that knows none of them."""
         state_size = self.means.shape[1]
         self.means, self.centres = self.means.new_zeros(count, state_size), self.centres.new_zeros(count, state_size)
         parts = None if count == 1 else nn.Parameter(self.common.new_zeros(count, *self.shape).detach())
         self.task_parts = parts
+        self.gate = Gate(state_size).to(self.common)
 
     def calibrate(self, states: Sequence[Tensor], sizes: Tensor) -> None:
         """Set r and the standardisation of z from training rows.

@@ -116,7 +116,10 @@ class ATV(nn.Module):
         return self.expand(self.generator(query_input_ids, query_attention_mask), query_tasks)
 
     def expand(self, states: Tensor, tasks: Tensor | None = None) -> Tensor:
-        """Map states (queries, state), of queries of these tasks if they are known, to task vectors."""
+        """Map states (queries, state) to task vectors (queries, layers, hidden).
+
+        `tasks`, (queries,) int64, are the numbers of the queries' tasks; by default the nearest ones.
+        """
         if isinstance(self.expansion, PaperExpansion):
             return cast(Tensor, self.expansion(states))
         if self.training:
