@@ -1,9 +1,10 @@
 """The server under load: requests with two adapters in turn beside the same requests without one, over HTTP.
 
 Every answer is compared with the one that the LLM gives to its prompt alone: the transformers model with hooks or, with
-`--gguf`, llama.cpp asked one request at a time.
+another `--engine`, that engine asked one request at a time.
 """
 
+import argparse
 import http.client
 import itertools
 import json
@@ -27,7 +28,7 @@ from atv.lm.ends import end_ids
 from atv.model import ATVModel
 from atv.progress import bar
 from atv.serving.app import make_app
-from atv.serving.engine import BatchEngine, Engine, Limits
+from atv.serving.engine import Engine, Limits, Serving
 from atv.serving.models import Models, Served
 from benchmarks.common import SEED, Figure, Record, options_of, parser, ratio
 from benchmarks.subjects import make_atv, pairs_of, small_llm
@@ -35,6 +36,7 @@ from benchmarks.subjects import make_atv, pairs_of, small_llm
 PLAIN, STEERED = "unsteered", "two adapters in turn"
 CLIENTS, NEW_TOKENS, PROMPTS = (1, 4, 16), 16, 24
 BASE = "llm"
+TITLES = {"transformers": "", "vllm": ", vLLM", "llamacpp": ", llama.cpp"}
 
 
 class Asked(NamedTuple):
@@ -76,10 +78,7 @@ class Load(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Serve, and let 1, 4 and 16 clients ask as fast as they are answered."""
-    parse = parser("benchmarks.serving", __doc__)
-    parse.add_argument("--seconds", type=float, default=20.0, help="of each side in each round")
-    parse.add_argument("--gguf", type=Path, help="serve this file of SmolLM2-135M with llama.cpp")
-    given = parse.parse_args(argv)
+    given = _parse(argv)
     options = options_of(given, "benchmarks.serving", argv)
     seconds = 0.3 if options.tiny else given.seconds
     llm, tokenizer = small_llm(options)
@@ -89,53 +88,73 @@ def main(argv: Sequence[str] | None = None) -> Path:
     tokens = 24 if options.tiny else 110
     sides = {side: _requests(side, tokenizer, list(adapters), tokens) for side in (PLAIN, STEERED)}
     record = Record(
-        "serving" if given.gguf is None else "serving_llamacpp",
-        "The server under load" + ("" if given.gguf is None else f", llama.cpp with {given.gguf.name}"),
+        "serving" if given.engine == "transformers" else f"serving_{given.engine}",
+        "The server under load" + TITLES[given.engine],
         options,
         llm="tiny" if options.tiny else "SmolLM2-135M",
         generator="MiniLM",
         **{"prompt tokens": tokens, "answer tokens": NEW_TOKENS, "seconds per side and round": seconds},
     )
-    engine = _engine(llm, tokenizer, given.gguf)
+    engine = _engine(given.engine, llm, tokenizer, given.gguf)
     models = Models(BASE, tokenizer, engine.load)
     with TemporaryDirectory() as folder:
         for name, atv in adapters.items():
-            if given.gguf is None:
-                models.put(Served(name, atv))
-            else:
-                atv.save_pretrained(Path(folder) / name)
-                served = models.add(name, str(Path(folder) / name))
-                served.adapter.atv.vector_cache.limit = 0
-    process = psutil.Process()
+            _serve(models, name, atv, None if given.engine == "transformers" else Path(folder) / name)
     with running(make_app(engine, models)) as port, ExitStack() as stack:
         cases: dict[str, list[Case]] = {}
         with bar("expected", 2 * PROMPTS) as waiting:
             for side, requests in sides.items():
                 cases[side] = []
                 for asked in requests:
-                    text = _alone(adapters, asked) if given.gguf is None else _answer(port, asked.body)
+                    here = given.engine == "transformers"
+                    text = _alone(adapters, asked) if here else _answer(port, asked.body)
                     cases[side].append(Case(asked.body, text))
                     waiting.advance()
         shown = stack.enter_context(bar("serving", len(CLIENTS) * 2 * options.rounds))
-        _ask(port, cases[STEERED], 4, min(seconds, 5.0))
-        before, every = process.memory_info().rss, list[Seen]()
+        _ask(port, [*cases[PLAIN], *cases[STEERED]], max(CLIENTS), min(seconds, 30.0))
+        before, every = _memory(), list[Seen]()
         rates: dict[str, dict[Any, Figure]] = {PLAIN: {}, STEERED: {}}
         for clients in CLIENTS:
             found: dict[str, list[Load]] = {PLAIN: [], STEERED: []}
+            after = []
             for _ in range(options.rounds):
                 for side, rounds in found.items():
                     rounds.append(_ask(port, cases[side], clients, seconds))
                     shown.advance()
+                after.append(_memory())
             for side, figure in _measure(record, clients, found).items():
                 rates[side][clients] = figure
+            record.measure(f"{clients} clients: growth of memory after the first round", "MiB", after[-1] - after[0])
             every += [one for rounds in found.values() for load in rounds for one in load.clients]
-        grown = process.memory_info().rss - before
+        grown = _memory() - before
     record.measure("answers compared", "", sum(len(one.seconds) for one in every))
     record.measure("wrong answers", "", sum(one.wrong for one in every), ("at most", 0))
     record.measure("lost requests", "", sum(one.lost for one in every), ("at most", 0))
-    record.measure("growth of memory during the load", "MiB", grown / 2**20)
+    record.measure("growth of memory during the load", "MiB", grown)
     record.plot("Requests per second", "clients", "requests/s", rates, kind="bars")
     return record.finish()
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parse = parser("benchmarks.serving", __doc__)
+    parse.add_argument("--seconds", type=float, default=20.0, help="of each side in each round")
+    parse.add_argument("--engine", choices=tuple(TITLES), default="transformers")
+    parse.add_argument("--gguf", type=Path, help="the file of SmolLM2-135M that llama.cpp serves")
+    given = parse.parse_args(argv)
+    if (given.engine == "llamacpp") != (given.gguf is not None):
+        parse.error("--gguf and --engine llamacpp need each other.")
+    if given.tiny and given.engine != "transformers":
+        parse.error("--tiny is for --engine transformers; the others load SmolLM2-135M from its files.")
+    return given
+
+
+def _serve(models: Models, name: str, atv: ATVModel, folder: Path | None) -> None:
+    """Serve an adapter as it is, or from a folder for an engine that loads it itself; its vectors are not cached."""
+    if folder is None:
+        models.put(Served(name, atv))
+    else:
+        atv.save_pretrained(folder)
+        models.add(name, folder).adapter.atv.vector_cache.limit = 0
 
 
 def _measure(record: Record, clients: int, found: dict[str, list[Load]]) -> dict[str, Figure]:
@@ -155,13 +174,25 @@ def _measure(record: Record, clients: int, found: dict[str, list[Load]]) -> dict
     return rates
 
 
-def _engine(llm: Any, tokenizer: Any, gguf: Path | None) -> BatchEngine:
-    if gguf is None:
+def _memory() -> float:
+    """MiB of this process and of an engine's own."""
+    this = psutil.Process()
+    return float(sum(one.memory_info().rss for one in (this, *this.children(recursive=True)))) / 2**20
+
+
+def _engine(name: str, llm: Any, tokenizer: Any, gguf: Path | None) -> Serving:
+    if name == "transformers":
         return Engine(llm, tokenizer, Limits())
+    if name == "vllm":
+        from atv.serving.vllm import VLLMEngine
+
+        return VLLMEngine(
+            llm.name_or_path, Limits(), dtype="float32", options={"max_model_len": 512, "kv_cache_memory_bytes": 2**29}
+        )
     from atv.serving.llamacpp import LlamaCppEngine
 
     # With keys and values in float16, likeliest tokens that are as good as equal change with what else is in a batch.
-    return LlamaCppEngine(gguf, llm.name_or_path, Limits(tokens=2**13), options={"cache_type": "f32"})
+    return LlamaCppEngine(cast(Path, gguf), llm.name_or_path, Limits(tokens=2**13), options={"cache_type": "f32"})
 
 
 def _requests(side: str, tokenizer: Any, adapters: Sequence[str], tokens: int) -> list[Asked]:
