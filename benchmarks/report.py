@@ -51,6 +51,7 @@ def missing(name: str) -> str:
     """The text of a block without measurements."""
     cuda = name.endswith("-cuda")
     command = "python -m benchmarks.gpu_day --device cuda" if cuda else f"python -m benchmarks.{name}"
+    command = command.replace("serving_", "serving --engine ")
     return f"*Not measured yet: `{command}`, then `python -m benchmarks.report`.*"
 
 

@@ -1,7 +1,9 @@
 """The artifact: round trip, damage refused, another LLM refused, a kill leaves the former or the new one."""
 
+import hashlib
 import itertools
 import json
+import math
 import os
 import signal
 import sys
@@ -14,6 +16,7 @@ from conftest import make_atv, make_llm, toy_task
 from forks import ended, forked
 from huggingface_hub import ModelCard
 from refusals import refused
+from safetensors.torch import load_file, save_file
 
 from atv import artifact
 from atv.config import ATVConfig, TrainConfig
@@ -136,9 +139,11 @@ def edit(**changes):
         (lambda path: (path / "expansion.safetensors").unlink(), "expansion.safetensors is missing"),
         (lambda path: (path / "atv_config.json").write_text("{"), "is not valid JSON"),
         (lambda path: (path / "atv_config.json").unlink(), "No adapter at"),
+        (lambda path: os.truncate(path / "atv_config.json", 2**25 + 1), "has 33,554,433 bytes; expected at most"),
         (edit(format=99), "has format 99; this version reads format 7"),
         (edit(config={"scale": "strong"}), "is damaged"),
         (edit(sha256={"../../etc/passwd": "0"}), "is not inside the folder"),
+        (edit(sha256={"a\0b": "0"}), "names the file 'a"),
         (edit(sha256={"generator/pytorch_model.bin": "0"}), "could run code; expected safetensors"),
         (edit(sha256={}), "lists the weight files"),
         (lambda path: (path / "generator" / "tokenizer.json").unlink(), "tokenizer.json is missing"),
@@ -150,6 +155,20 @@ def test_damage_is_refused_and_named(tmp_path, damage, named):
     _, path = saved(tmp_path)
     damage(path)
     with pytest.raises(ATVError, match=named):
+        load(path)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("file", ["expansion.safetensors", "generator/model.safetensors"])
+def test_weights_of_a_stranger_that_are_not_finite_are_refused_though_the_digest_fits(tmp_path, file, value):
+    _, path = saved(tmp_path)
+    tensors = load_file(path / file)
+    name = sorted(tensors)[-1]
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, path / file, metadata={"format": "pt"})
+    written = json.loads((path / "atv_config.json").read_text())
+    edit(sha256=written["sha256"] | {file: hashlib.sha256((path / file).read_bytes()).hexdigest()})(path)
+    with refused(path / file, name, "NaN or infinite"):
         load(path)
 
 
@@ -310,6 +329,10 @@ def test_an_adapter_that_diverged_is_not_saved(tmp_path):
         ("training", {"tasks": {"toy": ["{input}"]}}),
         ("training", {"tasks": {"toy": toy_task().asking() | {"renderer": "atv.data.render.Template"}}}),
         ("training", {"tasks": {"toy": toy_task().asking() | {"templates": None}}}),
+        ("training", {"tasks": {"toy": toy_task().asking() | {"templates": []}}}),
+        ("training", {"tasks": {"toy": toy_task().asking() | {"templates": [None]}}}),
+        ("training", {"tasks": {"toy": toy_task().asking() | {"answer_prefixes": []}}}),
+        ("training", {"tasks": {"toy": toy_task().asking() | {"answer_prefixes": [{}]}}}),
         ("generator", None),
     ],
 )

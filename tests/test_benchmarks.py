@@ -179,7 +179,14 @@ def test_a_missing_gpu_is_said(tmp_path):
 
 def test_the_page_has_a_place_for_every_benchmark():
     places = set(report.BLOCK.findall(report.PAGE.read_text(encoding="utf-8")))
-    assert places == {*SCRIPTS, "serving_llamacpp", "serving_vllm", "gpu_equality-cuda", "inference-cuda", "gpu_training-cuda"}
+    assert places == {
+        *SCRIPTS,
+        "serving_llamacpp",
+        "serving_vllm",
+        "gpu_equality-cuda",
+        "inference-cuda",
+        "gpu_training-cuda",
+    }
 
 
 def test_the_day_on_a_gpu_runs_to_its_end_and_finds_the_devices_equal(tmp_path):

@@ -312,6 +312,41 @@ def test_limited_rows_of_a_sorted_file_are_drawn_by_seed(atv, world, tmp_path, m
     check_refused(*atv(*again, "--seed", "7"), ["made with other settings", "demonstrations from.toy"])
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["generate", "q", "--adapter", "x", "--llm", ""], ["--llm is empty"]),
+        (["eval", "--method", ""], ["--method is empty"]),
+        (["serve", "--adapters-from", ""], ["it is empty; expected a path"]),
+        (["generate", "q", "--adapter", " "], ["it is empty; expected a path"]),
+        (["generate", "q", "--adapter", "x", "--temperature", "inf"], ["--temperature", "less than or equal to 2"]),
+        (["compare", "--seeds", "9" * 20], ["--seeds", "less than or equal to 1000"]),
+    ],
+)
+def test_an_empty_or_endless_value_is_not_taken_for_a_default(atv, words, said):
+    check_refused(*atv(*words), said)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[train]\nepochs = true\n", "epochs is true; expected a number"),
+        ("[train]\nepochs = false\n", "epochs is false; expected a number"),
+        ("[lora]\nrank = true\n", "rank is True; expected a whole number"),
+    ],
+)
+def test_a_boolean_in_a_file_is_no_number(atv, world, tmp_path, text, said):
+    (tmp_path / "a.toml").write_text(text)
+    method = ["--method", "lora"] if "lora" in text else []
+    config = ["--config", tmp_path / "a.toml", "--out", tmp_path / "out"]
+    check_refused(*atv("train", *models(world), "--data", world / "data", *method, *config), [said])
+
+
+def test_a_rank_above_that_of_the_full_map_is_refused(atv, world, tmp_path):
+    options = [*train_options(world), "--expansion-rank", "99", "--out", tmp_path / "out"]
+    check_refused(*atv("train", *options), ["expansion_rank is 99", "expected at most 24"])
+
+
 def test_report_writes_nothing_without_out(atv, world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "report.md").write_text("mine")

@@ -259,7 +259,7 @@ def test_rows_go_to_standard_output_while_later_ones_are_answered(tmp_path, monk
         ("a.jsonl", b'{"input": "\xff"}\n', ["line 1: not UTF-8"]),
         ("a.json", b'{"train": []}', ["expected a list of objects."]),
         ("a.json", b"[1,\n", ["line 2: no JSON"]),
-        ("a.parquet", b"PAR1", ["a.parquet is not a Parquet file"]),
+        ("a.parquet", b"PAR1", ["a.parquet cannot be read as Parquet"]),
         ("a.txt", b"a", ["'.txt'", ".parquet"]),
         ("a.csv", b"id,answer\n1,a\n", ["a column 'answer' already", "rename"]),
     ],

@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 from collections import Counter
+from contextlib import suppress
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from refusals import refused
 
 from atv.data import Example, load_table, load_tasks
 from atv.data.table import same
+from atv.errors import ATVError
 
 LABELS = ("billing", "how to", "007")
 ROWS = [Example(f"ticket {number}, please", LABELS[number % 3]) for number in range(60)]
@@ -87,13 +89,15 @@ def test_columns_of_other_names_are_given_and_unknown_ones_are_named(tmp_path):
         load_table(path, input="body")
 
 
-def test_the_names_of_classes_are_the_labels():
+def test_the_names_of_classes_are_the_labels(tmp_path):
     datasets = pytest.importorskip("datasets")
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
     rows = {"text": [f"t {n}" for n in range(20)], "label": [n % 2 for n in range(20)]}
-    task = load_table(datasets.Dataset.from_dict(rows, features=features))
-    assert task.options == ("no", "yes")
-    assert Example("t 3", "yes") in everything(task)
+    data = datasets.Dataset.from_dict(rows, features=features)
+    data.to_parquet(tmp_path / "classes.parquet")
+    for task in (load_table(data), load_table(tmp_path / "classes.parquet")):
+        assert task.options == ("no", "yes")
+        assert Example("t 3", "yes") in everything(task)
 
 
 def test_the_splits_of_a_folder_and_of_a_file_are_used(tmp_path):
@@ -186,6 +190,37 @@ def test_what_is_wrong_is_one_line_that_names_it(tmp_path, name, text, said):
     (tmp_path / name).write_text(text)
     with refused(*said):
         load_table(tmp_path / name)
+
+
+@pytest.mark.parametrize("at", [0, 0.1, 0.5, 0.9, 1])
+def test_a_damaged_parquet_file_is_named(tmp_path, at):
+    datasets = pytest.importorskip("datasets")
+    file = tmp_path / "t.parquet"
+    datasets.Dataset.from_dict({"input": [row[0] for row in ROWS], "output": [row[1] for row in ROWS]}).to_parquet(file)
+    data = bytearray(file.read_bytes())
+    begin = int(at * (len(data) - 40))
+    data[begin : begin + 40] = b"\xff" * 40
+    file.write_bytes(data)
+    with refused(file) if at in (0, 1) else suppress(ATVError):  # damage between the parts that are read is not seen
+        load_table(file)
+
+
+@pytest.mark.parametrize("name", ["hub:", "hub:../..", "hub:/etc", "hub:a/b/c", "hub:here"])
+def test_a_name_of_the_hub_never_reads_a_folder_of_this_machine(tmp_path, monkeypatch, name):
+    pytest.importorskip("datasets")
+    (tmp_path / "here").mkdir()
+    as_csv(tmp_path / "here" / "train.csv")
+    monkeypatch.chdir(tmp_path)
+    with refused(name):
+        load_tasks(data=name)
+
+
+def test_an_empty_name_is_not_the_folder_that_one_is_in(tmp_path, monkeypatch):
+    as_csv(tmp_path / "train.csv")
+    monkeypatch.chdir(tmp_path)
+    for name in ("", " "):
+        with refused("empty name"):
+            load_tasks(data=name)
 
 
 def test_bytes_of_another_encoding_are_named(tmp_path):

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -26,6 +26,8 @@ CARD_FILE = "README.md"
 """The model card: the only file that users may edit."""
 UNSAFE = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth", ".py")
 """Endings of files that are unpickled or executed when they are loaded; an adapter has none of them."""
+LARGEST = 2**25
+"""Bytes of a configuration. Parsed JSON takes many times its size in memory, and the file may be a stranger's."""
 LIBRARIES = ("adaptive-task-vectors", "torch", "transformers", "safetensors")
 
 
@@ -74,6 +76,7 @@ def save(
         written["sha256"] = {name: sha256(part / name) for name in _files(part)}
         written["versions"] = {library: version(library) for library in LIBRARIES}
         write_json(part / CONFIG_FILE, written | {"training": training})
+        _require_small(part / CONFIG_FILE)
         _keep_users_files(path, part)
 
 
@@ -130,6 +133,7 @@ def identity(folder: Path) -> str:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
+    _require_small(folder / CONFIG_FILE)
     written = read_json(folder / CONFIG_FILE, "an adapter's configuration")
     if not isinstance(written, dict) or written.get("format") != FORMAT:
         found = written.get("format") if isinstance(written, dict) else type(written).__name__
@@ -140,9 +144,16 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return written
 
 
+def _require_small(file: Path) -> None:
+    if file.is_file() and (size := file.stat().st_size) > LARGEST:
+        raise ATVError(f"{file} has {size:,} bytes; expected at most {LARGEST:,} for an adapter's configuration.")
+
+
 def _safe_names(folder: Path, names: Iterable[str]) -> list[str]:
     """Return the names of an adapter's files; ATVError if one could run code when it is loaded."""
     for name in names:
+        if "\0" in name:
+            raise ATVError(f"{folder / CONFIG_FILE} names the file {name!r}, which cannot be one.")
         if name.lower().endswith(UNSAFE):
             raise ATVError(f"{folder / CONFIG_FILE} names the file {name}, which could run code; expected safetensors.")
     return list(names)
@@ -186,6 +197,8 @@ def read(folder: Path, method: str | None = None) -> Saved:
             state = "altered or truncated" if file.is_file() else "missing"
             raise ATVError(f"{file} is {state}: it is not the file that was saved. Restore it or train again.")
     weights = frozenset(name for name in digests if name.endswith(".safetensors"))
+    for name in sorted(weights):
+        _require_finite(folder / name)
     return Saved(made_by, config, base, training, weights, written)
 
 
@@ -195,8 +208,25 @@ def _asking_parts(tasks: Mapping[str, Any]) -> Iterator[tuple[str, Any, type]]:
         where = f"training.tasks.{task}"
         yield where, asked, dict
         if isinstance(asked, dict):  # otherwise refused already
-            for key, kind in (("templates", list), ("answer_prefixes", list), ("renderer", dict)):
-                yield f"{where}.{key}", asked.get(key), kind
+            yield f"{where}.renderer", asked.get("renderer"), dict
+            for key in ("templates", "answer_prefixes"):
+                found = asked.get(key) or None  # an empty list is none
+                yield f"{where}.{key}", found, list
+                for text in found if isinstance(found, list) else ():
+                    if text is not None or key == "templates":
+                        yield f"a part of {where}.{key}", text, str
+
+
+def _require_finite(file: Path) -> None:
+    """Raise ATVError if a weight is NaN or infinite: every answer would be wrong without a word."""
+    try:
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - it is no mapping
+                tensor = tensors.get_tensor(name)
+                if tensor.is_floating_point() and not tensor.isfinite().all():
+                    raise ATVError(f"{file}: {name} has values that are NaN or infinite. Train the adapter again.")
+    except (SafetensorError, OSError) as error:
+        raise ATVError(f"{file} cannot be read: {' '.join(str(error).split())[:300]}") from error
 
 
 def load_tensors(file: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -105,7 +105,8 @@ def parse_layers(layers: object) -> str | list[int]:
     return indices
 
 
-def _is_whole(value: object, least: int) -> bool:
+def is_whole(value: object, least: int) -> bool:
+    """Whether a value is a whole number from `least`; a boolean is none."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
@@ -227,7 +228,7 @@ class ATVConfig(Checked):
         if self.parametrisation == "paper":
             self.gate = 0.0  # there is no part to fade out
         self._check_generator()
-        if self.expansion_rank is not None and not _is_whole(self.expansion_rank, 1):
+        if self.expansion_rank is not None and not is_whole(self.expansion_rank, 1):
             raise ATVError(f"expansion_rank is {self.expansion_rank!r}; expected a whole number from 1, or none.")
 
     def _check_generator(self) -> None:
@@ -241,7 +242,7 @@ class ATVConfig(Checked):
                     f"query_template is {self.query_template!r}, but the generator {SELF} reads the prompt as it is. "
                     "Leave the query template out."
                 )
-            if self.generator_layer is not None and not _is_whole(self.generator_layer, 0):
+            if self.generator_layer is not None and not is_whole(self.generator_layer, 0):
                 raise ATVError(f"generator_layer is {self.generator_layer!r}; expected a whole number from 0, or none.")
         elif self.generator_layer is not None:
             raise ATVError(
@@ -353,7 +354,7 @@ class TrainConfig(Checked):
             value, least = getattr(self, name), 0 if name == "seed" else 1
             if value is None and name in ("epochs", "patience"):
                 continue
-            if not _is_whole(value, least):
+            if not is_whole(value, least):
                 raise ATVError(f"{name} is {value!r}; expected a whole number from {least}.")
         if self.seed > MOST_SEED:
             raise ATVError(f"seed is {self.seed}; expected a whole number from 0 to {MOST_SEED}.")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from atv.config import ATVConfig
+from atv.errors import ATVError
 from atv.gate import Gate
 
 
@@ -172,4 +173,9 @@ def new_expansion(config: ATVConfig, state_size: int, vectors: int, hidden_size:
 def _linear(inputs: int, outputs: int, rank: int | None, bias: bool) -> nn.Module:
     if rank is None:
         return nn.Linear(inputs, outputs, bias=bias)
+    if rank > min(inputs, outputs):
+        raise ATVError(
+            f"expansion_rank is {rank}; expected at most {min(inputs, outputs)}, the rank of the full map from a state "
+            f"of {inputs} numbers to vectors of {outputs}. Leave it out for the full map."
+        )
     return nn.Sequential(nn.Linear(inputs, rank, bias=False), nn.Linear(rank, outputs, bias=bias))

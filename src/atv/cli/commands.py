@@ -11,6 +11,7 @@ from atv.cli.config_file import ConfigFile
 from atv.cli.dataclass_options import Shown, build, options_of, with_signature
 from atv.cli.options import METHOD, TRAINING, Train
 from atv.config import TrainConfig
+from atv.errors import ATVError
 from atv.files import local
 from atv.methods.settings import Tables, check_tables, learned, method_settings
 
@@ -53,7 +54,9 @@ class FromFile(TyperCommand):
     ) -> Any:
         """The context with the values of the arguments and the file."""
         if file is not None:
-            extra |= {"default_map": file.options(TABLES[str(self.name)], _spellings(self)), "obj": file}
+            values = file.options(TABLES[str(self.name)], _spellings(self))
+            _require_numbers(self, values, file)
+            extra |= {"default_map": values, "obj": file}
         return super().make_context(info_name, args, parent, **extra)
 
 
@@ -177,6 +180,14 @@ def _said(args: Sequence[str], flag: str) -> str | None:
 def _file(args: Sequence[str]) -> ConfigFile | None:
     file = _said(args, "--config")
     return None if file is None else ConfigFile(local(file), TABLES.values())
+
+
+def _require_numbers(command: Any, values: dict[str, Any], file: ConfigFile) -> None:
+    """Raise ATVError for a boolean where a number belongs: it would be read as 0 or 1."""
+    for option in command.params:
+        value = values.get(option.name)
+        if isinstance(value, bool) and option.type_descriptor.annotation in (int, float):
+            raise ATVError(f"{file.file}: {option.name} is {str(value).lower()}; expected a number.")
 
 
 def _spellings(command: Any) -> dict[str, str]:

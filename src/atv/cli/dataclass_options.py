@@ -21,6 +21,8 @@ import typer
 from atv.files import local
 
 T = TypeVar("T")
+MAY_BE_EMPTY = ("system", "query")
+"""Options whose empty text means something; elsewhere it would be taken for an option that was left out."""
 
 
 def option(
@@ -134,7 +136,7 @@ def _typed(hint: Any, default: Any) -> tuple[Any, dict[str, Any]]:
         return str, {"parser": lambda value: value, "metavar": "TEXT"}  # a file may contain a list
     (kind,) = kinds
     if Path in (kind, *get_args(kind)):
-        how = {"parser": lambda text: local(str(text)), "metavar": "PATH"}
+        how = {"parser": _path, "metavar": "PATH"}
         return (kind | None if optional else kind), how
     if get_origin(kind) is Literal:
         return str | None if optional else str, {"metavar": f"[{'|'.join(get_args(kind))}]"}
@@ -148,6 +150,12 @@ def _typed(hint: Any, default: Any) -> tuple[Any, dict[str, Any]]:
 
 def _is_union(hint: Any) -> bool:
     return hasattr(hint, "__args__") and get_origin(hint) not in (list, tuple, dict, Literal)
+
+
+def _path(text: Any) -> Path:
+    if not str(text).strip():  # would be the folder that one is in
+        raise typer.BadParameter("it is empty; expected a path")
+    return local(str(text))
 
 
 def toml_value(text: Any) -> Any:
@@ -182,7 +190,12 @@ def with_signature(run: Callable[..., None], options: Iterable[Shown]) -> Callab
         )
 
     def command(**values: Any) -> None:
-        run(values.pop("context"), **values)
+        context = values.pop("context")
+        for name, value in values.items():
+            if name not in MAY_BE_EMPTY and "" in (value if isinstance(value, list) else [value]):
+                given = name.replace("_", "-")
+                raise typer.BadParameter(f"--{given} is empty; expected a value. Leave it out for its default", context)
+        run(context, **values)
 
     command.__signature__ = inspect.Signature(listed)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in listed}

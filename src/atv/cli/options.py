@@ -235,7 +235,7 @@ class Generate:
     """The LLM's prompt, with {input} where the query goes."""
     max_new_tokens: int = option(16, panel=OUTPUT, min=1)
     """Maximum number of answer tokens."""
-    temperature: float = option(0.0, panel=OUTPUT, min=0)
+    temperature: float = option(0.0, panel=OUTPUT, min=0, max=2)
     """0 is greedy; above 0 samples."""
     seed: int = seed_field(OUTPUT)
     """Seed of sampling."""
@@ -340,7 +340,7 @@ class Compare:
     """Metric, as for eval; repeatable. Default: that of each data set."""
     shots: int | None = option(None, panel=METHOD)
     """Number of demonstrations, for methods that use them. Default: 16."""
-    seeds: int = option(3, panel=METHOD, min=1)
+    seeds: int = option(3, panel=METHOD, min=1, max=1000)
     """Number of seeds: 42, 43, 44, ..."""
     batch_size: int = option(16, panel=METHOD, min=1)
     """Prompts per call of the LLM in evaluation."""

@@ -42,6 +42,8 @@ def load_tasks(
         chat_template_kwargs: options of the LLM's chat template, as a mapping or JSON; by default those in a table's
             column of that name.
     """
+    if isinstance(data, str) and not data.strip():
+        raise ATVError("The data have an empty name; expected a file, a folder or hub:NAME.")
     options = chat_template_kwargs if isinstance(chat_template_kwargs, str) else json.dumps(chat_template_kwargs or {})
     if format is None and (system is not None or options != "{}"):
         format = "chat"

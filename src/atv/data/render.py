@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from atv.errors import ATVError
+from atv.errors import ATVError, unknown
 
 INPUT = "{input}"
 """Placeholder of the query in a text."""
@@ -109,7 +109,10 @@ def query_template(reads: str, text: str, answer_prefix: str | None) -> str:
         text: text of that template, the first one of a task.
         answer_prefix: the answer prefix of training.
     """
-    return {"query": INPUT, "prompt": with_prefix(text, answer_prefix), "conversation": CONVERSATION}[reads]
+    known = {"query": INPUT, "prompt": with_prefix(text, answer_prefix), "conversation": CONVERSATION}
+    if reads not in known:
+        raise unknown("reads", reads, known)
+    return known[reads]
 
 
 @dataclass(frozen=True)

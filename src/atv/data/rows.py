@@ -112,7 +112,7 @@ def _readable(file: Path) -> Iterator[None]:
     except UnicodeDecodeError:
         raise _not_utf8(str(file), _first_bad_line(file)) from None
     except OSError as error:
-        raise ATVError(f"{file} cannot be read: {error.strerror}.") from error
+        raise ATVError(f"{file} cannot be read: {error.strerror or ' '.join(str(error).split())[:200]}.") from error
 
 
 def _first_bad_line(file: Path) -> int:
@@ -155,12 +155,8 @@ def _csv_rows(name: str, reader: "csv.DictReader[str]") -> Iterator[Row]:
 
 def _parquet_file(file: Path) -> Any:
     """Return an open `pyarrow.parquet.ParquetFile`; ATVError if it is none or has two columns of one name."""
-    arrow, parquet = _arrow(file)
-    try:
-        with _readable(file):
-            found = parquet.ParquetFile(file)
-    except arrow.ArrowException as error:
-        raise ATVError(f"{file} is not a Parquet file: {' '.join(str(error).split())[:200]}") from None
+    with _reading_parquet(file):
+        found = _arrow(file)[1].ParquetFile(file)
     columns = found.schema_arrow.names
     if len(set(columns)) < len(columns):
         raise ATVError(f"{file} has two columns of one name; found {columns}.")
@@ -168,12 +164,29 @@ def _parquet_file(file: Path) -> Any:
 
 
 def _parquet_batches(file: Path) -> Iterator[Any]:
+    with _reading_parquet(file):
+        yield from _parquet_file(file).iter_batches(batch_size=PARQUET_ROWS)
+
+
+@contextmanager
+def _reading_parquet(file: Path) -> Iterator[None]:
+    """Turn what goes wrong in reading a Parquet file into errors for users."""
     arrow, _ = _arrow(file)
     try:
         with _readable(file):
-            yield from _parquet_file(file).iter_batches(batch_size=PARQUET_ROWS)
+            yield
     except arrow.ArrowException as error:
-        raise ATVError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from None
+        raise ATVError(f"{file} cannot be read as Parquet: {' '.join(str(error).split())[:200]}") from None
+
+
+def class_names(file: Path) -> dict[str, list[str]]:
+    """Names of the classes of columns of whole numbers, which the library `datasets` notes in a Parquet file."""
+    noted = (_parquet_file(file).schema_arrow.metadata or {}).get(b"huggingface", b"{}")
+    try:
+        features = json.loads(noted).get("info", {}).get("features", {})
+        return {column: list(about["names"]) for column, about in features.items() if "names" in about}
+    except (ValueError, AttributeError, TypeError):
+        return {}  # another program's note
 
 
 def require_writable(file: Path) -> str:

@@ -6,6 +6,7 @@ The columns are recognised by name or given. `atv.data.rows` reads text files. P
 
 import json
 import random
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 from atv.data.conversation import example_of, turns_of
 from atv.data.render import INPUT, Example
 from atv.data.rendering import Rendering
-from atv.data.rows import SUFFIXES, Row, load_json, objects, read_rows, suffix_of
+from atv.data.rows import SUFFIXES, Row, class_names, load_json, objects, read_rows, suffix_of
 from atv.data.task import SPLITS, Task, composed, text_of
 from atv.errors import ATVError
 from atv.files import local
@@ -206,6 +207,7 @@ def _datasets(what: str) -> Any:
 
 def _load_hub(name: str, config: str | None) -> Any:
     library = _datasets(f"{HUB}{name}")
+    _require_hub_name(name)
     try:
         return library.load_dataset(name, config)
     except Exception as error:  # whatever goes wrong between here and the hub
@@ -213,14 +215,19 @@ def _load_hub(name: str, config: str | None) -> Any:
         raise ATVError(f"The data set {name} could not be loaded from the hub: {reason}") from error
 
 
+def _require_hub_name(name: str) -> None:
+    """Raise ATVError unless `name` is a data set of the hub: the library would also read a folder of this machine."""
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise ATVError(f"{HUB}{name} does not name a data set of the hub; expected {HUB}ORG/NAME[:CONFIG].")
+    if local(name).exists():
+        raise ATVError(f"{HUB}{name} is a file or folder here: leave out {HUB} to read it, or rename it.")
+
+
 def _read_file(file: Path) -> Loaded:
     suffix = suffix_of(file, SUFFIXES)
-    if suffix == ".parquet":
-        made = _datasets(str(file)).Dataset
-        return _from_datasets(str(file), made.from_parquet(str(file), keep_in_memory=True))
     if suffix == ".json":
         return Loaded(_json_splits(file, load_json(file)), {})
-    return Loaded({"train": list(read_rows(file))}, {})
+    return Loaded({"train": list(read_rows(file))}, class_names(file) if suffix == ".parquet" else {})
 
 
 def _json_splits(file: Path, found: Any) -> dict[str, list[Row]]:
