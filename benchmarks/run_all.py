@@ -13,6 +13,7 @@ from benchmarks import (
     positions,
     profile_step,
     prompt_length,
+    reading,
     report,
     serving,
     training,
@@ -20,7 +21,7 @@ from benchmarks import (
 )
 from benchmarks.common import options_of, output, parser, show
 
-ON_CPU = (vectors, answers, positions, profile_step, inference, prompt_length, peft_methods, serving, training)
+ON_CPU = (vectors, answers, positions, profile_step, inference, prompt_length, reading, peft_methods, serving, training)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -5,12 +5,15 @@ import errno
 import pytest
 import torch
 from conftest import ARCHITECTURES, make_atv, toy_task
+from hypothesis import given
+from hypothesis import strategies as st
 from rendering import row_of
 from safetensors.torch import load_file
 from training_runs import quick, tiny, weights
 
 from atv.data.collate import left_padded
-from atv.lm.prefix import read_prefix
+from atv.lm import prefix_tree
+from atv.lm.prefix import counts_positions, read_prefix
 from atv.lm.prefix_store import PrefixStore
 from atv.training.loop import train
 
@@ -87,6 +90,83 @@ def test_only_rows_that_are_not_kept_are_read(tmp_path, monkeypatch):
         torch.testing.assert_close(a.keys.transpose(1, 2)[attended], b.keys.transpose(1, 2)[attended])
 
 
+TEMPLATES = ("{}\nyes or no? A:", "{}\nIs it so? Answer:", "System: be brief. {}\nA:", "System: be brief. {}")
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("budgets", BUDGETS.values(), ids=BUDGETS)
+def test_prompts_that_begin_alike_are_kept_as_if_each_was_read_alone(name, budgets, tmp_path, monkeypatch):
+    atv = make_atv(name)  # float64
+    if not counts_positions(atv.llm):
+        atv.llm.config.sliding_window = 500  # in which all prompts fit, with the padding beside them
+    prefixes = [atv.tokenizer(template.format(text))["input_ids"] for text in TEXTS for template in TEMPLATES]
+    monkeypatch.setattr("atv.lm.prefix_store.READ_TOKENS", 60)  # several batches
+    store = filled(atv, budgets, tmp_path, prefixes)
+    calls = count_reads(monkeypatch)
+    for size in (1, 3):
+        for start in range(0, len(prefixes), size):
+            inputs = left_padded(prefixes[start : start + size], 0)
+            attended = inputs["attention_mask"].bool()
+            calls.clear()
+            ours = store.read(atv.llm, **inputs)
+            assert budgets[1] == 0 or budgets == BUDGETS["none"] or not calls
+            for kept, fresh in zip(ours.layers, read_prefix(atv.llm, **inputs).layers, strict=True):
+                for side in ("keys", "values"):
+                    sides = [getattr(layer, side).transpose(1, 2)[attended] for layer in (kept, fresh)]
+                    torch.testing.assert_close(*sides, atol=1e-9, rtol=0)
+
+
+def test_a_shared_beginning_is_read_and_kept_once():
+    atv = make_atv(dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    system, *own = [torch.randint(4, 380, (size,), generator=generator).tolist() for size in (200, *[12] * 50)]
+    store = filled(atv, (BIG, 0), None, [system + ids for ids in own])
+    apart = filled(atv, (BIG, 0), None, own)
+    assert store.tokens_read == 200 + 50 * 12
+    assert store.memory_used - apart.memory_used == apart.memory_used / (50 * 12) * 200
+    assert store.left_out == 0
+
+
+def test_a_beginning_that_does_not_fit_leaves_out_what_follows_it():
+    atv = make_atv(dtype=torch.float32)
+    system = list(range(4, 104))
+    prefixes = [[*system, 10 + number, 7] for number in range(9)]
+    store = filled(atv, (1000, 0), None, prefixes)
+    assert (store.left_out, store.memory_used, store._pieces) == (9, 0, {})
+
+
+PROMPTS = st.sets(st.lists(st.integers(0, 2), min_size=1, max_size=12).map(tuple), min_size=1, max_size=30)
+
+
+@given(prompts=PROMPTS, least=st.integers(1, 5), tokens=st.integers(1, 40))
+def test_every_prompt_is_made_of_pieces_that_are_read_in_order(prompts, least, tokens):
+    starts = prefix_tree.tree(prompts, least)
+    for prompt in prompts:
+        pieces = prefix_tree.pieces_of(prompt, starts)
+        assert pieces[-1] == prompt
+        assert [starts[piece] for piece in pieces] == [0, *map(len, pieces[:-1])]
+        assert all(prompt[: len(piece)] == piece for piece in pieces)
+    for ids, start in starts.items():
+        followed = [piece for piece in starts if starts[piece] == len(ids) and piece[: len(ids)] == ids]
+        assert ids in prompts or (len(followed) > 1 and len(ids) - start >= least)
+    read = set()
+    for batch in prefix_tree.batches(starts, tokens):
+        new = [len(ids) - starts[ids] for ids in batch]
+        assert len(batch) == 1 or len(batch) * max(new) <= tokens
+        assert not read & set(batch)
+        assert all(starts[ids] == 0 or ids[: starts[ids]] in read for ids in batch)
+        read |= set(batch)
+    assert read == starts.keys()
+    assert sum(len(ids) - start for ids, start in starts.items()) <= sum(map(len, prompts))
+
+
+@given(prompts=PROMPTS)
+def test_with_one_shared_token_worth_a_piece_every_token_is_read_once(prompts):
+    starts = prefix_tree.tree(prompts, 1)
+    nodes = {prompt[:end] for prompt in prompts for end in range(1, len(prompt) + 1)}
+    assert sum(len(ids) - start for ids, start in starts.items()) == len(nodes)
+
+
 @pytest.fixture(scope="module")
 def trained_without_a_store(tmp_path_factory):
     """Weights after a training that reads every prompt again each time."""
@@ -100,8 +180,9 @@ def trained_with(store, folder):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in BUDGETS if kind != "none"])
-def test_a_training_is_bit_for_bit_the_one_without_a_store(kind, tmp_path, trained_without_a_store):
+def test_a_training_is_bit_for_bit_the_one_without_a_store(kind, tmp_path, trained_without_a_store, monkeypatch):
     """Equal batches: every prompt of equal length, all of them in each batch, read so by the store as well."""
+    monkeypatch.setattr(prefix_tree, "LEAST", 10**6)  # a beginning that is read on its own is rounded otherwise
     store = PrefixStore(*BUDGETS[kind])
     stored = trained_with(store, tmp_path)
     assert (store.memory_used > 0, store.disk_used > 0) == (BUDGETS[kind][0] > 0, BUDGETS[kind][1] > 0)

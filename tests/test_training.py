@@ -52,8 +52,10 @@ def test_it_learns_a_toy_task(tmp_path):
     assert result.adapter == tmp_path / "out" / "adapter"
 
 
-def test_the_first_step_is_adam_with_coupled_decay_written_by_hand(tmp_path):
+def test_the_first_step_is_adam_with_coupled_decay_written_by_hand(tmp_path, monkeypatch):
     """One step on one batch: m = g, v = g^2 after bias correction, so w - lr * g / (|g| + eps), g with decay in it."""
+    # Gradients near zero decide by their sign, which rounding changes: prompts are read as in the batch by hand.
+    monkeypatch.setattr("atv.lm.prefix_tree.LEAST", 10**6)
     task, config = toy_task(rows=12), quick(epochs=1, batch_size=4, weight_decay=0.1, generator_learning_rate=1e-3)
     atv = tiny()
     for module in atv.modules():

@@ -39,17 +39,20 @@ def call_llm(llm: nn.Module, *, keep: int, **inputs: Any) -> Any:
 
 
 @torch.no_grad()
-def read_prefix(llm: nn.Module, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Any:
+def read_prefix(
+    llm: nn.Module, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: Any = None
+) -> Any:
     """Return the keys and values of a prompt prefix, unsteered and without gradient.
 
     Args:
         llm: the frozen LLM.
-        input_ids: (batch, prefix), like the other two.
-        attention_mask: 1 where a token is.
+        input_ids: (batch, new), like `position_ids`.
+        attention_mask: 1 where a token is, (batch, past + new).
         position_ids: explicit positions.
+        past: keys and values of what comes before, of `past` columns; None: nothing does.
 
     Returns:
-        A transformers `Cache` of `prefix` columns; None from an LLM without one (a recurrent LLM).
+        A transformers `Cache` of `past + new` columns; None from an LLM without one (a recurrent LLM).
     """
     output = call_llm(
         llm,
@@ -57,6 +60,7 @@ def read_prefix(llm: nn.Module, input_ids: Tensor, attention_mask: Tensor, posit
         input_ids=input_ids,
         attention_mask=attention_mask,
         position_ids=position_ids,
+        past_key_values=past,
         use_cache=True,
     )
     return getattr(output, "past_key_values", None)

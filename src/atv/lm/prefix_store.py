@@ -1,8 +1,8 @@
 """Keys and values of the training prompts' prefixes, computed once and cached for all epochs.
 
 They do not depend on the vectors (`prefix`), so later epochs cost the LLM only the edited tokens and the answer.
-They are cached in the LLM's dtype, without loss: in main memory up to its budget, then in memory-mapped safetensors
-files. What fits in neither is read again each time.
+Beginnings that prompts share are read and cached once (`prefix_tree`). All are cached in the LLM's dtype, without loss:
+in main memory up to its budget, then in memory-mapped safetensors files. What fits in neither is read again each time.
 """
 
 import hashlib
@@ -19,11 +19,12 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from atv.data.collate import left_padded, like_lengths
+from atv.data.collate import left_padded, pad
 from atv.files import write_bytes
 from atv.lm.hooks import input_device
 from atv.lm.identity import llm_digest
-from atv.lm.prefix import as_cache, full_sides, read_prefix
+from atv.lm.prefix import as_cache, counts_positions, full_sides, read_prefix
+from atv.lm.prefix_tree import Ids, batches, pieces_of, tree
 from atv.progress import log
 
 READ_TOKENS = 2048
@@ -49,7 +50,10 @@ class PrefixStore:
         self.disk_used = 0
         self.left_out = 0
         """Number of prefixes that `fill` could not cache."""
-        self._kept: dict[str, Tensor] = {}  # key -> (layers * 2, heads, tokens, head width), on the CPU
+        self.tokens_read = 0
+        """Number of tokens that `fill` has let the LLM read, without padding."""
+        self._kept: dict[str, Tensor] = {}  # key of a piece -> (layers * 2, heads, own tokens, head width), on the CPU
+        self._pieces: dict[str, list[str]] = {}  # key of a prefix -> keys of its pieces, if all of them are cached
 
     def fill(
         self,
@@ -73,44 +77,87 @@ class PrefixStore:
         files = _Files(folder, llm_digest(llm), self.disk, self._share) if folder is not None else None
         if files is not None:
             self._kept |= files.found()
+        shares = bool(rows) and counts_positions(llm, 2 * max(map(len, rows)))  # those before a piece are padded
+        starts = tree(rows) if shares else dict.fromkeys(rows, 0)
         room = True
-        for number, batch in enumerate(like_lengths(rows, READ_TOKENS)):
-            room = room and self._keep(llm, batch, number, files)
-            advance(len(batch))
+        for number, batch in enumerate(batches(starts, READ_TOKENS)):
+            room = room and self._keep(llm, [pieces_of(ids, starts) for ids in batch], number, files)
+            advance(sum(ids in rows for ids in batch))
         self.disk_used = files.used if files is not None else 0
-        self.left_out = sum(_key(torch.tensor(row)) not in self._kept for row in rows)
+        for row in rows:
+            keys = _keys(pieces_of(row, starts))
+            if all(key in self._kept for key in keys):
+                self._pieces[_key(row)] = keys
+        self.left_out = sum(_key(row) not in self._pieces for row in rows)
 
-    def _keep(self, llm: nn.Module, batch: list[tuple[int, ...]], number: int, files: "_Files | None") -> bool:
-        """Read and cache those of a batch of prefixes that are missing; return false if one cannot be cached."""
-        keys = [_key(torch.tensor(ids)) for ids in batch]
-        missing = [row for row, key in enumerate(keys) if key not in self._kept]
+    def _keep(self, llm: nn.Module, batch: list[list[Ids]], number: int, files: "_Files | None") -> bool:
+        """Read and cache those of a batch of pieces that are missing; return false if one cannot be cached.
+
+        Args:
+            llm: the frozen LLM.
+            batch: the pieces that lead to each piece, and it itself, as the tokens up to their ends.
+            number: of the batch.
+            files: where pieces are written for which memory has no room.
+        """
+        keys = [_keys(pieces) for pieces in batch]
+        missing = [row for row, of_row in enumerate(keys) if of_row[-1] not in self._kept]
         if not missing:
             return True
-        device = input_device(llm)
-        cache = read_prefix(llm, **{name: value.to(device) for name, value in left_padded(batch, 0).items()})
-        stacked = _stack(cache, len(batch[-1]))
+        if any(key not in self._kept for of_row in keys for key in of_row[:-1]):
+            return False
+        stacked = self._read_pieces(llm, batch, [of_row[:-1] for of_row in keys])
         if stacked is None:
             return False
         overflow: dict[str, Tensor] = {}
         for row in missing:
-            tokens = stacked[:, row, :, -len(batch[row]) :]  # (layers * 2, heads, tokens, head width)
+            new = len(batch[row][-1]) - sum(self._kept[key].shape[2] for key in keys[row][:-1])
+            self.tokens_read += new
+            tokens = stacked[:, row, :, :new] if keys[row][:-1] else stacked[:, row, :, -new:]
             own = tokens.clone(memory_format=torch.contiguous_format)  # a view would keep the whole batch
             fits = self.memory_used + own.nbytes <= self.memory
             self.memory_used += own.nbytes if fits else 0
-            (self._kept if fits else overflow)[keys[row]] = own
+            (self._kept if fits else overflow)[keys[row][-1]] = own
         if not overflow:
             return True
         written = files.write(number, overflow) if files is not None else {}
         self._kept |= written
         return bool(written)
 
+    def _read_pieces(self, llm: nn.Module, batch: list[list[Ids]], before: list[list[str]]) -> Tensor | None:
+        """Let the LLM read a batch of pieces after those before them; return their keys and values.
+
+        Returns:
+            (layers * 2, batch, heads, tokens, head width), padded on the right, or on the left if nothing is before
+            them; None if the LLM's cache is not uniform.
+        """
+        device = input_device(llm)
+        if not any(before):
+            inputs = left_padded([pieces[-1] for pieces in batch], 0)
+            cache = read_prefix(llm, **{name: value.to(device) for name, value in inputs.items()})
+            return _stack(cache, inputs["input_ids"].shape[1])
+        known = [[self._kept[key] for key in keys] for keys in before]
+        starts = [sum(tokens.shape[2] for tokens in pieces) for pieces in known]
+        width = max(starts)
+        own, mask = pad([pieces[-1][start:] for pieces, start in zip(batch, starts, strict=True)], 0, "right")
+        seen = torch.arange(width) >= width - torch.tensor(starts)[:, None]  # (batch, width), padded on the left
+        places = torch.tensor(starts)[:, None] + torch.arange(own.shape[1])
+        cache = read_prefix(
+            llm,
+            own.to(device),
+            torch.cat([seen.to(mask), mask], dim=1).to(device),
+            places.to(device),
+            _gather(known, width, device),
+        )
+        return _stack(cache, width + own.shape[1], width)
+
     def read(self, llm: nn.Module, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Any:
         """Like `prefix.read_prefix`, from the cache; the LLM reads only rows that are not cached."""
         attended = attention_mask.bool().cpu()
         lengths = attended.sum(1).tolist()
-        kept = [self._kept.get(_key(ids[mask])) for ids, mask in zip(input_ids.cpu(), attended, strict=True)]
-        new = [row for row, length in enumerate(lengths) if length and kept[row] is None]
-        if all(tokens is None for tokens in kept):
+        known = [self._pieces.get(_key(ids[mask]), []) for ids, mask in zip(input_ids.cpu(), attended, strict=True)]
+        kept = [[self._kept[key] for key in keys] for keys in known]
+        new = [row for row, length in enumerate(lengths) if length and not kept[row]]
+        if not any(kept):
             return read_prefix(llm, input_ids, attention_mask, position_ids)
         if new:
             fresh = read_prefix(llm, input_ids[new], attention_mask[new], position_ids[new])
@@ -118,7 +165,7 @@ class PrefixStore:
             if stacked is None:
                 return read_prefix(llm, input_ids, attention_mask, position_ids)
             for place, row in enumerate(new):
-                kept[row] = stacked[:, place, :, -lengths[row] :]
+                kept[row] = [stacked[:, place, :, -lengths[row] :]]
         return _gather(kept, input_ids.shape[1], input_ids.device)
 
 
@@ -169,28 +216,40 @@ class _Files:
         return None
 
 
-def _key(ids: Tensor) -> str:
-    """Return the key of a prefix: the digest of its token ids, (tokens,) int64, on the CPU."""
-    return hashlib.sha256(ids.numpy().tobytes()).hexdigest()
+def _key(ids: Ids | Tensor, start: int = 0) -> str:
+    """Return the key of a piece, the tokens from `start` on of token ids (tokens,) int64, or of a whole prefix."""
+    digest = hashlib.sha256(torch.as_tensor(ids).numpy().tobytes()).hexdigest()
+    return f"{digest}-{start}" if start else digest
 
 
-def _stack(cache: Any, width: int) -> Tensor | None:
-    """Return a cache as (layers * 2, batch, heads, width, head width) on the CPU; None if not uniform and full."""
-    sides = [side.cpu() for pair in full_sides(cache, width) or () for side in pair]
+def _keys(pieces: Sequence[Ids]) -> list[str]:
+    """Return the keys of the pieces of a prefix, each given as the tokens up to its end."""
+    starts = [0, *map(len, pieces[:-1])]
+    return [_key(ids, start) for ids, start in zip(pieces, starts, strict=True)]
+
+
+def _stack(cache: Any, width: int, start: int = 0) -> Tensor | None:
+    """Return a cache from column `start` on as (layers * 2, batch, heads, columns, head width) on the CPU.
+
+    None if it is not uniform, or does not have all `width` columns.
+    """
+    sides = [side[:, :, start:].cpu() for pair in full_sides(cache, width) or () for side in pair]
     return torch.stack(sides) if sides and all(side.shape == sides[0].shape for side in sides) else None
 
 
-def _gather(kept: Sequence[Tensor | None], width: int, device: torch.device) -> DynamicCache:
-    """Join prefixes (layers * 2, heads, tokens, head width) to one left-padded cache of `width` columns.
+def _gather(kept: Sequence[Sequence[Tensor]], width: int, device: torch.device) -> DynamicCache:
+    """Join pieces of prefixes, (layers * 2, heads, tokens, head width), to one left-padded cache of `width` columns.
 
     Each is copied once, directly into place; padding is zero, and masked.
     """
-    like = next(tokens for tokens in kept if tokens is not None)
+    like = next(pieces[0] for pieces in kept if pieces)
     sides, heads, _, head = like.shape
     batch = torch.empty(sides, len(kept), heads, width, head, dtype=like.dtype, device=device)
-    for row, tokens in enumerate(kept):
-        start = width - (0 if tokens is None else tokens.shape[2])
+    for row, pieces in enumerate(kept):
+        start = width - sum(tokens.shape[2] for tokens in pieces)
         batch[:, row, :, :start] = 0
-        if tokens is not None:
-            batch[:, row, :, start:] = tokens
+        for tokens in pieces:
+            end = start + tokens.shape[2]
+            batch[:, row, :, start:end] = tokens
+            start = end
     return as_cache((batch[side], batch[side + 1]) for side in range(0, sides, 2))

@@ -281,8 +281,11 @@ def _fill(store: PrefixStore, model: AdapterModel, rows: Sequence[EncodedRow], f
     if model.dependent_tokens is None:
         return
     prefixes = {tuple(prompt[: -model.dependent_tokens]) for row in rows for prompt, _ in row.pairs} - {()}
+    before = store.tokens_read
     with bar("read prompts", len(prefixes)) as progress:
         store.fill(model.llm, prefixes, progress.advance, folder)
+    read, tokens = store.tokens_read - before, sum(map(len, prefixes))
+    log.info(f"Read {read:,} tokens for prompts that have {tokens:,}: beginnings that they share are read once")
     kept = f"Kept {store.memory_used / 2**20:.0f} MiB of prompt prefixes in memory"
     kept += f" and {store.disk_used / 2**20:.0f} MiB in {folder}" if store.disk_used else ""
     log.info(kept + (f"; {store.left_out} of {len(prefixes)} are read again each time" if store.left_out else ""))
