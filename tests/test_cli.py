@@ -410,6 +410,7 @@ def test_ctrl_c_is_one_line_that_says_how_to_resume(world, tmp_path, command):
     assert "Traceback" not in err
 
 
+@pytest.mark.exhaustive  # three new processes, of which each imports torch
 def test_ctrl_c_on_several_processes_is_said_once(world, tmp_path):
     (tmp_path / "slowly.py").write_text(SLOWLY)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", tmp_path / "slowly.py"]
