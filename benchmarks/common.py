@@ -61,7 +61,9 @@ def options_of(given: argparse.Namespace, module: str, argv: Sequence[str] | Non
         raise SystemExit("--rounds and --threads: expected a whole number from 1.")
     torch.set_num_threads(given.threads)
     set_seed(SEED)
-    words = sys.argv[1:] if argv is None else argv
+    words = list(sys.argv[1:] if argv is None else argv)
+    if "--out" in words:  # where the record lies does not belong to how it was made
+        del words[words.index("--out") : words.index("--out") + 2]
     return Options(
         given.device,
         given.threads,

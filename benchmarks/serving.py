@@ -1,7 +1,8 @@
 """The server under load: requests with two adapters in turn beside the same requests without one, over HTTP.
 
 Every answer is compared with the one that the LLM gives to its prompt alone: the transformers model with hooks or, with
-another `--engine`, that engine asked one request at a time.
+another `--engine`, that engine asked one request at a time. Prompts whose answers end early are left out, so that both
+sides decode equally many tokens.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import quantiles
@@ -35,6 +36,8 @@ from benchmarks.subjects import make_atv, pairs_of, small_llm
 
 PLAIN, STEERED = "unsteered", "two adapters in turn"
 CLIENTS, NEW_TOKENS, PROMPTS = (1, 4, 16), 16, 24
+DRAWN = 120
+"""Prompts that are tried until there are so many with long answers."""
 BASE = "llm"
 TITLES = {"transformers": "", "vllm": ", vLLM", "llamacpp": ", llama.cpp"}
 
@@ -86,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     for atv in adapters.values():
         atv.vector_cache.limit = 0
     tokens = 24 if options.tiny else 110
-    sides = {side: _requests(side, tokenizer, list(adapters), tokens) for side in (PLAIN, STEERED)}
+    sides = {side: _requests(side, tokenizer, list(adapters), tokens, options.tiny) for side in (PLAIN, STEERED)}
     record = Record(
         "serving" if given.engine == "transformers" else f"serving_{given.engine}",
         "The server under load" + TITLES[given.engine],
@@ -101,15 +104,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
         for name, atv in adapters.items():
             _serve(models, name, atv, None if given.engine == "transformers" else Path(folder) / name)
     with running(make_app(engine, models)) as port, ExitStack() as stack:
-        cases: dict[str, list[Case]] = {}
         with bar("expected", 2 * PROMPTS) as waiting:
-            for side, requests in sides.items():
-                cases[side] = []
-                for asked in requests:
-                    here = given.engine == "transformers"
-                    text = _alone(adapters, asked) if here else _answer(port, asked.body)
-                    cases[side].append(Case(asked.body, text))
-                    waiting.advance()
+            here = adapters if given.engine == "transformers" else None
+            cases = {side: _cases(port, requests, here, waiting.advance) for side, requests in sides.items()}
         shown = stack.enter_context(bar("serving", len(CLIENTS) * 2 * options.rounds))
         _ask(port, [*cases[PLAIN], *cases[STEERED]], max(CLIENTS), min(seconds, 30.0))
         before, every = _memory(), list[Seen]()
@@ -195,15 +192,30 @@ def _engine(name: str, llm: Any, tokenizer: Any, gguf: Path | None) -> Serving:
     return LlamaCppEngine(cast(Path, gguf), llm.name_or_path, Limits(tokens=2**13), options={"cache_type": "f32"})
 
 
-def _requests(side: str, tokenizer: Any, adapters: Sequence[str], tokens: int) -> list[Asked]:
+def _requests(side: str, tokenizer: Any, adapters: Sequence[str], tokens: int, tiny: bool) -> list[Asked]:
     """Return requests to the plain LLM or to the adapters in turn."""
     found = []
     names = itertools.cycle([BASE] if side == PLAIN else adapters)
-    for (query, pairs), name in zip(pairs_of(tokenizer, PROMPTS, tokens, 1), names, strict=False):
+    for (query, pairs), name in zip(pairs_of(tokenizer, PROMPTS if tiny else DRAWN, tokens, 1), names, strict=False):
         ids = pairs[0][0]
         body: dict[str, Any] = {"model": name, "prompt": ids, "temperature": 0, "max_tokens": NEW_TOKENS}
         body |= {} if name == BASE else {"query": query}
         found.append(Asked(json.dumps(body).encode(), name, Prompt(ids, query)))
+    return found
+
+
+def _cases(
+    port: int, requests: Sequence[Asked], adapters: dict[str, ATVModel] | None, advance: Callable[[], None]
+) -> list[Case]:
+    """Return requests with long answers; those of adapters that are given are made by transformers with hooks."""
+    found: list[Case] = []
+    for asked in requests:
+        text, ended = _answer(port, asked.body)
+        if not ended or len(requests) <= PROMPTS:
+            found.append(Case(asked.body, text if adapters is None else _alone(adapters, asked)))
+            advance()
+        if len(found) == PROMPTS:
+            break
     return found
 
 
@@ -221,11 +233,12 @@ def _alone(adapters: dict[str, ATVModel], asked: Asked) -> str:
     return str(atv.tokenizer.decode(answer[0, len(asked.prompt.ids) :], skip_special_tokens=True))
 
 
-def _answer(port: int, body: bytes, connection: http.client.HTTPConnection | None = None) -> str:
-    """Return the server's answer."""
+def _answer(port: int, body: bytes, connection: http.client.HTTPConnection | None = None) -> tuple[str, bool]:
+    """Return the server's answer, and whether it ended before its last token."""
     connection = connection or http.client.HTTPConnection("127.0.0.1", port, timeout=300)
     connection.request("POST", "/v1/completions", body, {"content-type": "application/json"})
-    return str(json.loads(connection.getresponse().read())["choices"][0]["text"])
+    (found,) = json.loads(connection.getresponse().read())["choices"]
+    return str(found["text"]), found["finish_reason"] != "length"
 
 
 def _ask(port: int, cases: Sequence[Case], clients: int, seconds: float) -> Load:
@@ -241,7 +254,7 @@ def _ask(port: int, cases: Sequence[Case], clients: int, seconds: float) -> Load
         while time.perf_counter() < until:
             case, began = draw.choice(cases), time.perf_counter()
             try:
-                text = _answer(port, case.body, connection)
+                text, _ = _answer(port, case.body, connection)
             except (OSError, http.client.HTTPException, KeyError, ValueError):
                 lost += 1
                 connection.close()

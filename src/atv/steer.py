@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from atv.config import Positions
 from atv.errors import ATVError
 from atv.lm.calls import Calls, around_methods, eager
-from atv.lm.hooks import base_llm, edit_outputs
+from atv.lm.hooks import base_llm, edit_outputs, require_eval
 from atv.lm.spans import GENERATES, Span, Spans
 
 
@@ -61,7 +61,7 @@ def steer(llm: nn.Module, edit: Edit, spans: Spans) -> Iterator[None]:
         spans: which tokens to edit: `Known`, `Lengths` or `Tracked`.
     """
     base = base_llm(llm)
-    llm.eval()
+    require_eval(llm)
 
     def edited(call: Mapping[str, Any]) -> AbstractContextManager[None] | None:
         span = spans(call)
@@ -132,7 +132,7 @@ def rows_of(vectors: Tensor, hidden: Tensor, span: Span) -> Tensor:
             f"A layer returned {tuple(hidden.shape[:2])} tokens; the edit mask has {tuple(span.where.shape)} and there "
             f"are {len(vectors)} task vectors. Expected a mask of that shape and a whole number of rows per vector."
         )
-    return vectors.repeat_interleave(rows_per_query, dim=0)
+    return vectors if rows_per_query == 1 else vectors.repeat_interleave(rows_per_query, dim=0)
 
 
 def add_from(span: Span, hidden: Tensor, vectors: Tensor, scale: float) -> Tensor:

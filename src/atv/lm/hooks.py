@@ -31,6 +31,12 @@ def uncompiled(module: nn.Module) -> nn.Module:
     return cast(nn.Module, getattr(module, "_orig_mod", module))
 
 
+def require_eval(llm: nn.Module) -> None:
+    """Set eval mode if a part of the LLM is in training mode; looking costs a fifth of setting it."""
+    if any(module.training for module in llm.modules()):
+        llm.eval()
+
+
 def base_llm(llm: nn.Module) -> nn.Module:
     """Return the Hugging Face model inside a PEFT wrapper (whose `generate` calls it), or the model itself."""
     unwrap = getattr(llm, "get_base_model", None)

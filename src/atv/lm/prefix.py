@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from atv.data.collate import left_padded, position_ids
 from atv.lm.attention import grouped, shared
-from atv.lm.hooks import accepted, base_llm, flat_head, input_device, text_config
+from atv.lm.hooks import accepted, base_llm, flat_head, input_device, require_eval, text_config
 from atv.lm.spans import first_edited
 
 ReadPrefix = Callable[[nn.Module, Tensor, Tensor, Tensor], Any]
@@ -193,7 +193,7 @@ def steered_logits(
     Returns:
         Logits (batch, keep, vocabulary).
     """
-    llm.eval()  # in case it was set to training mode
+    require_eval(llm)
     # Columns whose logits are returned must be read now, edited or not.
     split = min(first_edited(edit_mask), input_ids.shape[1] - keep)
     past = None
