@@ -12,12 +12,14 @@ import openai
 import pytest
 import torch
 from chat_templates import chat_tokenizer
-from conftest import SIZES
+from conftest import SIZES, byte_level_tokenizer, make_llm
+from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving import saved
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
+from atv.cli import main
 from atv.serving.app import MOST_BYTES, make_app
 from atv.serving.engine import Engine, Limits
 from atv.serving.models import Models
@@ -345,3 +347,22 @@ class _Idle:
 
     def close(self):
         pass
+
+
+def test_the_command_serves_the_llm_of_a_folder_by_the_folders_name(tmp_path, monkeypatch):
+    """Its path is nobody else's business."""
+    make_llm().save_pretrained(tmp_path / "my-llm")
+    byte_level_tokenizer().save_pretrained(tmp_path / "my-llm")
+    told = []
+
+    def run(server, sockets):
+        with TestClient(server.config.app, base_url="http://localhost") as client:
+            told.extend(model["id"] for model in client.get("/v1/models").json()["data"])
+        sockets[0].close()
+
+    monkeypatch.setattr("uvicorn.Server.run", run)
+    monkeypatch.setattr("sys.argv", ["atv", "serve", "--llm", str(tmp_path / "my-llm"), "--port", "0"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    assert told == ["my-llm"]

@@ -11,6 +11,7 @@ from atv.cli.engines import check_engine, start_engine
 from atv.cli.options import Serve
 from atv.config import EMBEDDED_LLM
 from atv.errors import ATVError
+from atv.lm.identity import public_name
 from atv.progress import log
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def serve_adapters(given: Serve) -> None:
     listening = _listen(given.host, given.port)  # before the LLM is loaded: a port in use is told at once
     engine = start_engine(name, given.engines, given.loading, _limits(given))
     try:
-        models = Models(name, engine.tokenizer, engine.load, given.adapters_from)
+        models = Models(public_name(name), engine.tokenizer, engine.load, given.adapters_from)
         for each, folder in adapters.items():
             models.add(each, folder)
         host, port = listening.getsockname()[:2]
