@@ -189,7 +189,7 @@ def main() -> int:
 def make_world(world: Path) -> None:
     """Write the LLM and the versions of the adapters."""
     torch.manual_seed(0)
-    llm, _, made = adapters(dtype=torch.float32)
+    llm, _, made = adapters(dtype=torch.float32, scale=4.0)  # so that most answers tell which vectors were added
     llm.save_pretrained(world / "llm")
     byte_level_tokenizer().save_pretrained(world / "llm")
     for name, versions in VERSIONS.items():
@@ -210,7 +210,11 @@ def references(server: Server) -> dict[tuple[str, str, str], str]:
                     sys.exit(f"{name} {version}: {status} {said}")
                 found[name, version, text] = said
     steered = sum(found[key] != found[BASE, "", key[2]] for key in found if key[0] != BASE)
-    print(f"{len(found)} answers, of which vectors change {steered}", flush=True)
+    one, other = ([found[CHANGES, version, text] for text in TEXTS] for version in VERSIONS[CHANGES])
+    apart = sum(a != b for a, b in zip(one, other, strict=True))
+    print(
+        f"{len(found)} answers: vectors change {steered}; {apart} differ between the versions of {CHANGES}", flush=True
+    )
     return found
 
 
