@@ -43,6 +43,8 @@ STRANGE = (None, True, -1, 10**13, 0.5, "", "x", "../../outside", [], [[]], {}, 
 
 HUGE = "9" * 23
 """As a maximum number of rows it is right."""
+TAKES_MANY = ("generate", "inspect", "report")
+"""Commands that take several arguments."""
 ROWS = [{"input": f"the harbour is {'quiet' if n % 2 else 'loud'} {n}", "output": str(n % 2)} for n in range(12)]
 
 
@@ -251,7 +253,9 @@ def options(world: Path, folder: Path) -> Iterator[Case]:
     for command, arguments in begin.items():
         out = [] if command not in outputs else ["--out", folder / f"out{'.csv' * (command == 'predict')}"]
         yield Case(f"{command} --no-such-option", [*arguments, *out, "--no-such-option"])
-        yield Case(f"{command}, an argument too many", [*arguments, *out, "one", "two", "three"], command != "inspect")
+        yield Case(
+            f"{command}, an argument too many", [*arguments, *out, "one", "two", "three"], command not in TAKES_MANY
+        )
         for parameter in COMMANDS[command].params:
             if parameter.param_type_name != "option" or parameter.is_flag or parameter.name in ("help", "out"):
                 continue
