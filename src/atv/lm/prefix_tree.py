@@ -10,6 +10,8 @@ from itertools import groupby, takewhile
 Ids = tuple[int, ...]
 LEAST = 8
 """Fewer shared tokens than this are not worth a piece of their own."""
+COPIED = 4
+"""What comes before a batch's pieces is copied for each of them, which bounds the batch as well."""
 
 
 def tree(prompts: Set[Ids], least: int | None = None) -> dict[Ids, int]:
@@ -53,7 +55,7 @@ def batches(starts: Mapping[Ids, int], tokens: int) -> Iterator[list[Ids]]:
 
     Args:
         starts: from `tree`.
-        tokens: most new tokens in a batch, padding included; with the tokens before them, eight times as many.
+        tokens: most new tokens in a batch, padding included; with the tokens before them, `COPIED` times as many.
     """
     after: dict[Ids, list[Ids]] = {}
     for ids, start in starts.items():
@@ -72,7 +74,7 @@ def _like_lengths(pieces: list[Ids], starts: Mapping[Ids, int], tokens: int) -> 
     for ids in sorted(pieces, key=lambda ids: (len(ids) - starts[ids], starts[ids], ids)):
         size, longest = len(batch) + 1, max(before, starts[ids])
         new = len(ids) - starts[ids]
-        if batch and (size * new > tokens or size * (new + longest) > 8 * tokens):
+        if batch and (size * new > tokens or size * (new + longest) > COPIED * tokens):
             yield batch
             batch, longest = [], starts[ids]
         batch.append(ids)
