@@ -77,9 +77,9 @@ def test_every_file_has_a_room():
     assert {room_of(path) for path in FILES} == set(LEVEL)
 
 
-def test_reports_load_no_torch():
+def test_reports_and_lists_of_tasks_load_no_torch():
     import subprocess
     import sys
 
-    code = "import sys, atv, atv.report, atv.evaluation.records, atv.cli; sys.exit('torch' in sys.modules)"
+    code = "import sys, atv, atv.report, atv.evaluation.records, atv.cli.tasks; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

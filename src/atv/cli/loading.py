@@ -3,18 +3,22 @@
 import random
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from atv.cli.options import Loading, Tasks
 from atv.data import Example, Task, as_trained, load_tasks
 from atv.data.rendering import Format, Rendering
 from atv.data.table import Queries, is_table, load_queries, load_table
 from atv.errors import ATVError
-from atv.evaluation.measure import Frozen
+
+if TYPE_CHECKING:
+    from atv.evaluation.measure import Frozen
 
 
-def frozen_llm(name: str, loading: Loading) -> Frozen:
+def frozen_llm(name: str, loading: Loading) -> "Frozen":
     """Which LLM and how it is loaded."""
+    from atv.evaluation.measure import Frozen
+
     return Frozen(name, **asdict(loading))
 
 

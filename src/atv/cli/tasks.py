@@ -1,4 +1,4 @@
-"""`atv tasks`."""
+"""`atv tasks`. Without --audit it does not import torch, which takes seconds."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -12,9 +12,6 @@ from atv.cli.output import output, print_lines
 from atv.config import EMBEDDED_GENERATOR, random_sizes
 from atv.data import Task, findings, long_prompts, refuse_shared_inputs, unread_queries
 from atv.errors import ATVError
-from atv.generator import GENERATORS
-from atv.lm.load import load_context_length, load_tokenizer
-from atv.lm.scoring import option_ids
 from atv.progress import log
 
 
@@ -38,6 +35,9 @@ def list_tasks(given: ListTasks) -> None:
 
 def _audit(tasks: Sequence[Task], llm: str | None, generator: str | None) -> None:
     """Refuse what evaluation refuses, print the findings; no weights are loaded."""
+    from atv.lm.load import load_context_length, load_tokenizer
+    from atv.lm.scoring import option_ids
+
     refuse_shared_inputs(list(tasks))
     tokenizer = None if llm is None else load_tokenizer(llm)
     limit = None if llm is None else load_context_length(llm)
@@ -52,6 +52,9 @@ def _audit(tasks: Sequence[Task], llm: str | None, generator: str | None) -> Non
 
 def _generator_tokenizer(name: str | None) -> Any:
     """A generator's tokenizer; None for one that reads the LLM's tokens, and for a default that is not installed."""
+    from atv.generator import GENERATORS
+    from atv.lm.load import load_tokenizer
+
     if name is None:
         try:
             return load_tokenizer(EMBEDDED_GENERATOR)
