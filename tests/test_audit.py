@@ -229,7 +229,7 @@ def test_the_audit_reads_with_the_given_generator_or_the_default_one(tmp_path, t
     with refused("--generator is only used with --audit"):
         list_tasks(ListTasks(tasks=tasks, generator="self"))
     loaded = []
-    monkeypatch.setattr("atv.cli.tasks.load_tokenizer", lambda name: loaded.append(name) or wordpiece_tokenizer())
+    monkeypatch.setattr("atv.lm.load.load_tokenizer", lambda name: loaded.append(name) or wordpiece_tokenizer())
     list_tasks(ListTasks(tasks=tasks, audit=True))
     assert loaded == [EMBEDDED_GENERATOR]
     assert said in capsys.readouterr().out
@@ -237,7 +237,7 @@ def test_the_audit_reads_with_the_given_generator_or_the_default_one(tmp_path, t
     def missing(name):
         raise ATVError("not installed")
 
-    monkeypatch.setattr("atv.cli.tasks.load_tokenizer", missing)
+    monkeypatch.setattr("atv.lm.load.load_tokenizer", missing)
     list_tasks(ListTasks(tasks=tasks, audit=True))
     shown = capsys.readouterr()
     assert "the most frequent answer" in shown.out

@@ -320,6 +320,8 @@ def test_limited_rows_of_a_sorted_file_are_drawn_by_seed(atv, world, tmp_path, m
         (["serve", "--adapters-from", ""], ["it is empty; expected a path"]),
         (["generate", "q", "--adapter", " "], ["it is empty; expected a path"]),
         (["generate", "q", "--adapter", "x", "--temperature", "inf"], ["--temperature", "less than or equal to 2"]),
+        (["serve", "--timeout", "inf"], ["--timeout is inf", "a finite number"]),
+        (["serve", "--shared-memory", "1e999"], ["--shared-memory is inf", "a finite number"]),
         (["compare", "--seeds", "9" * 20], ["--seeds", "less than or equal to 1000"]),
     ],
 )

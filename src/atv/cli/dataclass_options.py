@@ -6,6 +6,7 @@ the field's metadata, set by `option`.
 
 import ast
 import inspect
+import math
 import textwrap
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -192,9 +193,11 @@ def with_signature(run: Callable[..., None], options: Iterable[Shown]) -> Callab
     def command(**values: Any) -> None:
         context = values.pop("context")
         for name, value in values.items():
+            given = f"--{name.replace('_', '-')}"
             if name not in MAY_BE_EMPTY and "" in (value if isinstance(value, list) else [value]):
-                given = name.replace("_", "-")
-                raise typer.BadParameter(f"--{given} is empty; expected a value. Leave it out for its default", context)
+                raise typer.BadParameter(f"{given} is empty; expected a value. Leave it out for its default", context)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise typer.BadParameter(f"{given} is {value}; expected a finite number", context)
         run(context, **values)
 
     command.__signature__ = inspect.Signature(listed)  # type: ignore[attr-defined]
