@@ -181,7 +181,7 @@ def again(job: Job, out: Path) -> str | None:
 
 
 def alike(found: Any, expected: Any) -> bool:
-    """Whether results are equal; numbers in a table up to rounding, as rows that go on share batches with other rows."""
+    """Whether results are equal; numbers in a table up to rounding, since rows share batches with other rows."""
     if not isinstance(found, bytes):
         return bool(found == expected)
     tables = [list(csv.reader(io.StringIO(data.decode()))) for data in (found, expected)]
