@@ -192,16 +192,20 @@ def alike(found: Any, expected: Any) -> bool:
 
 
 def mount(folder: Path, options: str) -> bool:
-    """Mount a file system in memory, or change how it is mounted."""
-    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], check=True)
-    return True
+    """Mount a file system in memory, or change how it is mounted; return whether that was possible.
+
+    Linux does not make a file system read-only in which a file is open for writing.
+    """
+    words = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    return subprocess.run(words, check=False, stderr=subprocess.DEVNULL).returncode == 0
 
 
 @contextmanager
 def mounted(folder: Path, options: str) -> Iterator[Path]:
     """A file system of its own at a folder."""
     folder.mkdir(exist_ok=True)
-    mount(folder, options)
+    if not mount(folder, options):
+        sys.exit(f"No file system could be mounted at {folder}: are you root?")
     try:
         yield folder
     finally:
