@@ -3,8 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 DOCS_STAMP := .venv/installed-docs
-# Modules are compiled when they are first imported: compiling all that torch and others hold takes longer than the rest.
-PIP := pip install --quiet --disable-pip-version-check --no-compile
+PIP := pip install --quiet --disable-pip-version-check
 
 .PHONY: setup demo check test test-all test-versions bench sweep docs dist clean
 

@@ -173,8 +173,8 @@ def _check_command(words: list[str], block: Block, run: bool, monkeypatch: Any) 
         _check_atv(words[4:], where)
     elif words[0] == "torchrun":
         _check_atv(words[words.index("atv") + 1 :], where)
-    elif words[:2] == ["python", "-m"]:
-        assert set(flags(words)) <= _benchmark_options(words[2], where), where
+    elif "python" in words[:2]:
+        _check_python(words, where)
     elif words[:2] == ["pip", "install"]:
         extras = {name for word in words for names in re.findall(r"\[(.+)\]", word) for name in names.split(",")}
         assert extras <= set(project()["optional-dependencies"]), where
@@ -182,6 +182,16 @@ def _check_command(words: list[str], block: Block, run: bool, monkeypatch: Any) 
         Load.model_validate_json(words[words.index("-d") + 1])
     else:
         assert words == ["source", ".venv/bin/activate"], f"{where}: not a command that this test knows"
+
+
+def _check_python(words: list[str], where: str) -> None:
+    """A module of benchmarks or examples, or a script of the soak, with options that it has."""
+    if words[:2] == ["PYTHONPATH=tests", "python"]:
+        known = set(re.findall(r'"(--[\w-]+)"', (ROOT / words[2]).read_text(encoding="utf-8")))
+    else:
+        assert words[1] == "-m", where
+        known = _benchmark_options(words[2], where)
+    assert set(flags(words)) <= known, where
 
 
 def _check_atv(words: list[str], where: str) -> None:

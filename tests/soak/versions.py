@@ -66,7 +66,7 @@ def install(python: Path, constraints: Path, transformers: str) -> bool:
     """Install the package with one version of transformers, or the lowest of everything."""
     pinned = (ROOT / "constraints.txt").read_text().splitlines()
     torch = next(line for line in pinned if line.startswith("torch=="))
-    pip = (python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile")
+    pip = (python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
     package, about = f"{ROOT}[{','.join(EXTRAS)}]", []
     if transformers == "lowest":
         only = constraints.with_suffix(".torch.txt")
