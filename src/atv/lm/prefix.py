@@ -10,7 +10,6 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import takewhile
 from typing import Any, cast
 
 import torch
@@ -21,6 +20,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from atv.data.collate import left_padded, position_ids
 from atv.lm.attention import grouped, shared
 from atv.lm.hooks import accepted, base_llm, flat_head, input_device, require_eval, text_config
+from atv.lm.prefix_tree import common
 from atv.lm.spans import first_edited
 
 ReadPrefix = Callable[[nn.Module, Tensor, Tensor, Tensor], Any]
@@ -132,10 +132,8 @@ class SharedPrefix:
         self._sides: list[tuple[Tensor, Tensor]] = []
         if edited is None or len(prompts) < 2 or not counts_positions(llm):
             return
-        pairs = zip(
-            *(choose(map(list, prompts)) for choose in (min, max)), strict=False
-        )  # the common beginning of the first and last in order is that of all
-        length = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        ordered = list(map(tuple, prompts))
+        length = common(min(ordered), max(ordered))  # of the first and the last in order, and so of all
         length = min(length, min(map(len, prompts)) - max(1, edited))
         if length < least:
             return

@@ -29,7 +29,7 @@ def tree(prompts: Set[Ids], least: int | None = None) -> dict[Ids, int]:
     groups = [(sorted(prompts), 0)] if prompts else []
     while groups:
         group, start = groups.pop()
-        same = _common(group[0], group[-1])  # of the first and the last in order, and so of all
+        same = common(group[0], group[-1])  # of the first and the last in order, and so of all
         if len(group) > 1 and same - start >= least:
             starts[group[0][:same]] = start
             start = same
@@ -83,6 +83,6 @@ def _like_lengths(pieces: list[Ids], starts: Mapping[Ids, int], tokens: int) -> 
         yield batch
 
 
-def _common(one: Ids, other: Ids) -> int:
+def common(one: Ids, other: Ids) -> int:
     """Return the number of tokens with which both begin."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
