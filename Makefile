@@ -1,11 +1,11 @@
-# make setup | demo | check | test | test-all | test-versions | bench | sweep | docs | dist   (all work twice in a row and from a path with spaces)
+# make setup | demo | check | test | test-all | test-versions | bench | evidence | sweep | docs | dist   (all work twice in a row and from a path with spaces)
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 DOCS_STAMP := .venv/installed-docs
 PIP := pip install --quiet --disable-pip-version-check
 
-.PHONY: setup demo check test test-all test-versions bench sweep docs dist clean
+.PHONY: setup demo check test test-all test-versions bench evidence sweep docs dist clean
 
 setup: $(STAMP)
 
@@ -41,6 +41,10 @@ test-versions:
 
 bench: setup
 	@$(BIN)/python -m benchmarks.run_all
+
+# The figures of README and docs/ that are not of `make bench`: hours, resumable. DATA=FOLDER for those on the paper's tasks
+evidence: setup
+	@$(BIN)/python -m benchmarks.evidence $(if $(DATA),--data "$(DATA)")
 
 sweep: setup
 	@PYTHONPATH=tests $(BIN)/python tests/sweep_architectures.py

@@ -185,7 +185,16 @@ class Record:
     def plot(
         self, title: str, x: str, y: str, series: Mapping[str, Mapping[Any, Figure]], *, kind: str, log: bool = False
     ) -> None:
-        """Add a panel to the benchmark's plot: `series` maps legend entries to {x: figure}; `kind` is bars or lines."""
+        """Add a panel to the benchmark's plot.
+
+        Args:
+            title: of the panel.
+            x: name of the x axis.
+            y: name of the y axis.
+            series: {x: figure} by legend entry.
+            kind: bars, stacked (bars), lines (x on a scale of powers of two) or curves.
+            log: whether y is on a logarithmic scale.
+        """
         drawn = {
             label: [{"x": at, **asdict(figure)} for at, figure in points.items()] for label, points in series.items()
         }

@@ -87,7 +87,7 @@ def plot(record: Mapping[str, Any], file: Path) -> None:
     figure = Figure(figsize=(4 + 3.2 * len(panels), 3.8), layout="constrained", facecolor="white")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, panel in zip(axes, panels, strict=True):
-        {"lines": _lines, "bars": _bars, "stacked": _stacked}[panel["kind"]](axis, panel["series"])
+        {"lines": _lines, "curves": _curves, "bars": _bars, "stacked": _stacked}[panel["kind"]](axis, panel["series"])
         axis.set(title=panel["title"], xlabel=panel["x"], ylabel=panel["y"])
         if panel["log"]:
             axis.set_yscale("log")
@@ -114,6 +114,15 @@ def _lines(axis: Axes, series: Mapping[str, Any]) -> None:
         axis.errorbar(x, y, _spread(points), label=label, color=colour, marker=marker, capsize=3)
     axis.set_xscale("log", base=2)
     axis.set_xticks(x, [str(value) for value in x])
+
+
+def _curves(axis: Axes, series: Mapping[str, Any]) -> None:
+    """Lines whose points lie anywhere, as in time."""
+    for index, (label, points) in enumerate(series.items()):
+        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+        axis.plot([p["x"] for p in points], [p["value"] for p in points], label=label, color=colour, marker=marker)
+    axis.set_xscale("log")
+    axis.xaxis.set_major_formatter(ScalarFormatter())
 
 
 def _groups(axis: Axes, series: Mapping[str, Any]) -> list[Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from atv.progress import log
 from benchmarks import (
     answers,
+    batch_size,
     inference,
     peft_methods,
     positions,
@@ -21,7 +22,19 @@ from benchmarks import (
 )
 from benchmarks.common import options_of, output, parser, show
 
-ON_CPU = (vectors, answers, positions, profile_step, inference, prompt_length, reading, peft_methods, serving, training)
+ON_CPU = (
+    vectors,
+    answers,
+    positions,
+    profile_step,
+    inference,
+    prompt_length,
+    reading,
+    batch_size,
+    peft_methods,
+    serving,
+    training,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

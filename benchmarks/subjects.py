@@ -101,13 +101,20 @@ def _random_llm(config: LlamaConfig, options: Options, dtype: torch.dtype) -> tu
 
 
 def make_atv(
-    options: Options, llm: nn.Module, tokenizer: Any, generator: str = "minilm", positions: str = "last"
+    options: Options,
+    llm: nn.Module,
+    tokenizer: Any,
+    generator: str = "minilm",
+    positions: str = "last",
+    **changed: Any,
 ) -> ATVModel:
-    """An ATV in training mode with the generator `minilm`, `self`, or `gpt2`: GPT-2's shape with random weights."""
+    """An ATV in training mode with the generator `minilm`, `self`, or `gpt2`: GPT-2's shape with random weights.
+
+    Its form is the paper's, with a generator that is trained, unless `changed` says otherwise.
+    """
     pooling: Any = "mean" if generator == "minilm" else "last"
-    config = ATVConfig(
-        generator=generator, pooling=pooling, positions=positions, parametrisation="paper", train_generator=True
-    )
+    form: dict[str, Any] = {"parametrisation": "paper", "train_generator": True} | changed
+    config = ATVConfig(generator=generator, pooling=pooling, positions=positions, **form)
     words = tokenizer if tokenizer is memory_tokenizer() else load_tokenizer(EMBEDDED_GENERATOR)
     if generator == "minilm" and not options.tiny:
         config.generator = EMBEDDED_GENERATOR

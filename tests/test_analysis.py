@@ -16,6 +16,7 @@ from refusals import refused
 from atv.cli import main
 from atv.config import TrainConfig
 from atv.data import Example, Task
+from atv.errors import ATVError
 from atv.lm.hooks import capture_outputs, decoder_layers
 from atv.lm.lens import Readout
 from atv.methods.elicit import Elicit, ElicitConfig
@@ -442,6 +443,19 @@ def test_tables_say_what_the_record_says(record):
     lines = markdown(tables["Map of vectors"]).splitlines()
     assert all(len(re.findall(r"(?<!\\)\|", line)) == 8 for line in lines if line.startswith("|"))
     assert any(r"count \| five" in line for line in lines)
+
+
+def test_a_damaged_record_is_named(record):
+    """With one of its parts missing or of another kind. Not all of them are needed for tables."""
+    for key in record:
+        for changed in ({}, {key: 5}, {key: []}, {key: {}}):
+            damaged = {name: part for name, part in record.items() if name != key} | changed | {"file": "a.json"}
+            try:
+                analysis_tables(damaged)
+            except ATVError as error:
+                assert str(error).startswith("a.json is damaged: ")  # noqa: PT017
+    with refused("a.json is damaged: KeyError('norms'). Make it again with atv paper analysis."):
+        analysis_tables({key: value for key, value in record.items() if key != "norms"} | {"file": "a.json"})
 
 
 def test_the_interval_is_that_of_means_over_queries_drawn_within_tasks(record):

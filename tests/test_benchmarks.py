@@ -128,7 +128,7 @@ def quick(tmp_path):
     "name",
     [
         pytest.param(name, marks=[pytest.mark.exhaustive] if name in ("peft_methods", "prompt_length") else [])
-        for name in (*SCRIPTS, "gpu_training")
+        for name in (*SCRIPTS, "to_accuracy", "gpu_training")
     ],
 )
 def test_every_script_runs_to_its_end_and_its_record_is_shown(name, tmp_path):
@@ -181,6 +181,7 @@ def test_the_page_has_a_place_for_every_benchmark():
     places = set(report.BLOCK.findall(report.PAGE.read_text(encoding="utf-8")))
     assert places == {
         *SCRIPTS,
+        "to_accuracy",
         "serving_llamacpp",
         "serving_vllm",
         "gpu_equality-cuda",

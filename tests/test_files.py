@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import refused
 
-from atv.files import read_json, recover_folder, replace_folder, sha256, write_json, write_text
+from atv.files import read_json, recover_folder, replace_folder, require_writable, sha256, write_json, write_text
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -258,3 +258,19 @@ def test_files_of_a_folder_have_the_mode_that_the_umask_gives(tmp_path, umask, m
         os.umask(former)
     found = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "adapter").rglob("*") if file.is_file()}
     assert found == {"private": mode, "open": mode}
+
+
+def test_a_place_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    for place in ("file", "file/below", "file/below/it", "dangling", "dangling/below"):
+        with refused("is a file", "expected a folder"):
+            require_writable(tmp_path / place)
+    for place in ("new", "new/below", "."):
+        require_writable(tmp_path / place)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dangling", "file"]  # nothing was made
+    monkeypatch.setattr(os, "access", lambda place, mode: Path(place) != tmp_path)  # as on a read-only disk
+    (tmp_path / "new").mkdir()
+    require_writable(tmp_path / "new/below")
+    with refused(f"Nothing can be written to {tmp_path}."):
+        require_writable(tmp_path / "other")

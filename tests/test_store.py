@@ -1,6 +1,8 @@
 """The prefix store: what is kept is what was read, in memory, on disk or not at all, and its budgets hold."""
 
 import errno
+from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -125,6 +127,22 @@ def test_a_shared_beginning_is_read_and_kept_once():
     assert store.tokens_read == 200 + 50 * 12
     assert store.memory_used - apart.memory_used == apart.memory_used / (50 * 12) * 200
     assert store.left_out == 0
+
+
+def test_the_seconds_of_prompts_are_those_of_their_batches(monkeypatch):
+    """Each batch takes a second by this clock. A shared beginning counts once, and a second reading changes nothing."""
+    clock = SimpleNamespace(perf_counter=map(float, count()).__next__)
+    monkeypatch.setattr("atv.lm.prefix_store.time", clock)
+    calls, atv = count_reads(monkeypatch), make_atv(dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    system, *own = [torch.randint(4, 380, (size,), generator=generator).tolist() for size in (200, *[12] * 50)]
+    prompts = [system + ids for ids in own]
+    store = filled(atv, (BIG, 0), None, prompts)
+    assert store.seconds_of(prompts) == pytest.approx(len(calls))
+    assert store.seconds_of(prompts[:1]) in [pytest.approx(1 + 1 / rows) for rows in calls[1:]]
+    store.fill(atv.llm, prompts, lambda _: None)
+    assert store.seconds_of(prompts) == pytest.approx(len(calls))
+    assert store.seconds_of([[1, 2, 3]]) == 0
 
 
 def test_a_beginning_that_does_not_fit_leaves_out_what_follows_it():

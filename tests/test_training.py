@@ -24,6 +24,7 @@ from atv.data.collate import EncodedRow
 from atv.errors import ATVError
 from atv.files import sha256
 from atv.generator import Generator
+from atv.lm.prefix_store import PrefixStore
 from atv.methods.encoder import EncoderConfig, EncoderModel
 from atv.methods.fixed import FixedModel
 from atv.methods.full import FullModel
@@ -144,6 +145,18 @@ def test_killed_and_resumed_the_weights_are_bit_equal(tmp_path, start):
     losses = [[entry["eval_loss"] for entry in h if "eval_loss" in entry] for h in histories]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 5
+    seconds = [entry["seconds"] for entry in histories[1]]
+    assert seconds == sorted(seconds)  # the time before the kill counts
+
+
+def test_the_seconds_are_those_of_a_training_on_its_own(tmp_path, monkeypatch):
+    """Prompts that another training has read into the same store count with what they took then."""
+    store, task = PrefixStore(), toy_task()
+    first = train(tiny(), [task], tmp_path / "first", quick(epochs=1), store=store).record
+    monkeypatch.setattr(PrefixStore, "seconds_of", lambda self, prefixes: 1e6)
+    again = train(tiny(), [task], tmp_path / "again", quick(epochs=1), store=store).record
+    assert 0 < first["history"][-1]["seconds"] <= first["seconds"] < 1000
+    assert 1e6 < again["history"][0]["seconds"] <= again["seconds"] < 1e6 + 1000
 
 
 def test_a_nan_loss_stops_and_keeps_the_last_good_state(tmp_path):

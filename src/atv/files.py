@@ -74,6 +74,16 @@ def occupied(folder: Path) -> bool:
     return folder.is_file() or (folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()))
 
 
+def require_writable(folder: Path) -> None:
+    """Raise ATVError if a folder, which need not exist yet, is a file or cannot be written to."""
+    folder = local(folder).absolute()
+    there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    if not there.is_dir():
+        raise ATVError(f"{there} is a file; expected a folder. Name another one for what is to be written.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ATVError(f"Nothing can be written to {there}. Name another folder than {folder}, or change permissions.")
+
+
 def same_settings(former: dict[str, Any], settings: dict[str, Any], folder: Path) -> None:
     """Raise ATVError that names the differences if `folder` was made with settings other than `settings`."""
     settings = json.loads(json.dumps(settings))  # as read back from a file

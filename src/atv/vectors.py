@@ -23,6 +23,7 @@ from atv.data.collate import pad, pad_id
 from atv.errors import ATVError
 from atv.expansion import Expansion, PaperExpansion, new_expansion
 from atv.generator import Generator, Itself, check_queries, load_generator
+from atv.lm.hooks import require_eval
 from atv.vector_cache import AdapterHash, Lock, VectorCache
 
 
@@ -162,11 +163,12 @@ class ATV(nn.Module):
             return self.expand(self.states(self.generator.encode(queries)))
         with self._making:  # all threads share the mode
             was_training = self.training
-            self.eval()
+            require_eval(self)
             try:
                 return self.expand(self.states(self.generator.encode(queries)))
             finally:
-                self.train(was_training)
+                if was_training:
+                    self.train()
 
     @torch.no_grad()
     def gate(self, queries: Sequence[str]) -> Tensor:

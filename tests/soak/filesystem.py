@@ -87,7 +87,8 @@ def read_only(world: Path, job: Job) -> Iterator[tuple[str, str | None]]:
             stopped = share > 0 and not over(process, share * job.seconds) and mount(disk, "remount,ro")
             code, said = ended(process)
             mount(disk, "remount,rw")
-            problem = refused(code, said, "Read-only file system") if share == 0 or stopped else None
+            reasons = ("Read-only file system", "Nothing can be written to")
+            problem = refused(code, said, *reasons) if share == 0 or stopped else None
             yield f"read-only after {share:.0%} (ended with {code}: {said[-160:]})", problem or again(job, disk / "out")
 
 
@@ -162,12 +163,17 @@ def ended(process: "subprocess.Popen[str]") -> tuple[int, str]:
     return process.returncode, said.strip()
 
 
-def refused(code: int, said: str, reason: str) -> str | None:
-    """Return what is wrong with an ending that must be one line with a reason."""
+def refused(code: int, said: str, *reasons: str) -> str | None:
+    """Return what is wrong with an ending that must be one line with one of some reasons."""
     last = (said.splitlines() or [""])[-1]
     if code == 0:
         return None  # there was room enough
-    if code != 2 or "Traceback" in said or not last.startswith("atv: ") or reason not in last:
+    if (
+        code != 2
+        or "Traceback" in said
+        or not last.startswith("atv: ")
+        or not any(reason in last for reason in reasons)
+    ):
         return f"ended with {code} and {said[-1500:]}"
     return None
 

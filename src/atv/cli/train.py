@@ -9,7 +9,7 @@ from atv.cli.options import Train
 from atv.cli.output import print_lines
 from atv.data import UNSEEN
 from atv.errors import ATVError, unknown
-from atv.files import write_json
+from atv.files import require_writable, write_json
 from atv.lm.prefix_store import PrefixStore
 from atv.methods import METHODS
 from atv.methods.settings import Settings, method_settings
@@ -31,6 +31,7 @@ def train_adapter(given: Train, store: PrefixStore | None = None) -> Path:
         The adapter's folder.
     """
     name = given.method
+    require_writable(given.out)
     settings = method_settings(name, [given.file.tables, {name: given.settings}], given.seed)
     settings.train.rows_per_call(world_size())
     memory, disk = (_bytes(f"prefix_{kind}", getattr(given, f"prefix_{kind}")) for kind in ("memory", "disk"))

@@ -31,10 +31,10 @@ def uncompiled(module: nn.Module) -> nn.Module:
     return cast(nn.Module, getattr(module, "_orig_mod", module))
 
 
-def require_eval(llm: nn.Module) -> None:
-    """Set eval mode if a part of the LLM is in training mode; looking costs a fifth of setting it."""
-    if any(module.training for module in llm.modules()):
-        llm.eval()
+def require_eval(model: nn.Module) -> None:
+    """Set eval mode if a part of the model is in training mode; looking costs a fifth of setting it."""
+    if any(module.training for module in model.modules()):
+        model.eval()
 
 
 def base_llm(llm: nn.Module) -> nn.Module:

@@ -8,6 +8,7 @@ in main memory up to its budget, then in memory-mapped safetensors files. What f
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ class PrefixStore:
         """Number of prefixes that `fill` could not cache."""
         self.tokens_read = 0
         """Number of tokens that `fill` has let the LLM read, without padding."""
+        self._seconds: dict[str, float] = {}  # key of a piece -> its share of the time that reading its batch took
         self._kept: dict[str, Tensor] = {}  # key of a piece -> (layers * 2, heads, own tokens, head width), on the CPU
         self._pieces: dict[str, list[str]] = {}  # key of a prefix -> keys of its pieces, if all of them are cached
 
@@ -90,6 +92,11 @@ class PrefixStore:
                 self._pieces[_key(row)] = keys
         self.left_out = sum(_key(row) not in self._pieces for row in rows)
 
+    def seconds_of(self, prefixes: Iterable[Sequence[int]]) -> float:
+        """Return the seconds that `fill` took for the cached ones of some prefixes, whenever that was."""
+        pieces = {key for prefix in prefixes for key in self._pieces.get(_key(tuple(prefix)), ())}
+        return sum(self._seconds.get(key, 0.0) for key in pieces)
+
     def _keep(self, llm: nn.Module, batch: list[list[Ids]], number: int, files: "_Files | None") -> bool:
         """Read and cache those of a batch of pieces that are missing; return false if one cannot be cached.
 
@@ -105,23 +112,26 @@ class PrefixStore:
             return True
         if any(key not in self._kept for of_row in keys for key in of_row[:-1]):
             return False
+        began = time.perf_counter()
         stacked = self._read_pieces(llm, batch, [of_row[:-1] for of_row in keys])
         if stacked is None:
             return False
         overflow: dict[str, Tensor] = {}
+        read = dict[str, int]()
         for row in missing:
             new = len(batch[row][-1]) - sum(self._kept[key].shape[2] for key in keys[row][:-1])
-            self.tokens_read += new
+            read[keys[row][-1]] = new
             tokens = stacked[:, row, :, :new] if keys[row][:-1] else stacked[:, row, :, -new:]
             own = tokens.clone(memory_format=torch.contiguous_format)  # a view would keep the whole batch
             fits = self.memory_used + own.nbytes <= self.memory
             self.memory_used += own.nbytes if fits else 0
             (self._kept if fits else overflow)[keys[row][-1]] = own
-        if not overflow:
-            return True
-        written = files.write(number, overflow) if files is not None else {}
+        written = files.write(number, overflow) if files is not None and overflow else {}
         self._kept |= written
-        return bool(written)
+        self.tokens_read += sum(read.values())
+        each = (time.perf_counter() - began) / sum(read.values())
+        self._seconds |= {key: each * tokens for key, tokens in read.items()}
+        return bool(written) or not overflow
 
     def _read_pieces(self, llm: nn.Module, batch: list[list[Ids]], before: list[list[str]]) -> Tensor | None:
         """Let the LLM read a batch of pieces after those before them; return their keys and values.

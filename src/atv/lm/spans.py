@@ -145,6 +145,11 @@ class Span:
         """The first column in which a row is edited; computed once, since it synchronises with the device."""
         return first_edited(self.where) if self.where.shape[1] > 1 else 0
 
+    @property
+    def edited(self) -> "Span":
+        """The same without the columns before the first edited one."""
+        return Span(self.where[:, self.first :], None)
+
 
 def first_edited(where: Tensor) -> int:
     """Return the first column of (rows, seq) in which a row is edited; seq if there is none."""

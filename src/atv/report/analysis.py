@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from atv.errors import ATVError
 from atv.report.statistics import RESAMPLES, bootstrap
 from atv.report.tables import MISSING, Table, footnote, marked, meaning, undefined
 
@@ -25,7 +26,20 @@ def analysis_tables(record: Record) -> list[Table]:
 
     Args:
         record: from `atv.paper.analysis.analyse` or `load_analyses`. In the latter case the tables name its file.
+
+    Raises:
+        ATVError: a record that was read from a file lacks something, or something in it is of another kind.
     """
+    try:
+        return _tables(record)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        if "file" not in record:
+            raise
+        message = f"{record['file']} is damaged: {error!r}. Make it again with atv paper analysis."
+        raise ATVError(message) from error
+
+
+def _tables(record: Record) -> list[Table]:
     lens = [_layers_table(record), _lens_table(record)] if record["lens"] else []
     return [
         _short_table(record),

@@ -185,7 +185,8 @@ def _cost(found: Comparison) -> Table:
         query = scores(own, "seconds", tasks).in_domain
         lines.append([method, *costs, MISSING if query is None else f"{query.mean:.4f}"])
     note = (
-        "Means over data sets and seeds. Training seconds are those of the training loop: they include neither loading "
-        "nor the reading of prompts, which methods share. A dash: nothing is trained by a training loop."
+        "Means over data sets and seeds. Training seconds are those of a whole training on its own: reading the "
+        "prompts counts for each method, although it is done once for all; loading the LLM does not. A dash: nothing "
+        "is trained."
     )
     return Table("Cost", ["method", "trained parameters", "training s", "s/query"], lines, note, text=1)

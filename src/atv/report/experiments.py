@@ -116,8 +116,8 @@ def _overview(found: Found, rows: Sequence[Row]) -> Table:
     note = (
         f"{found.asks} Reference: {found.reference}. In-domain: mean of the categories; unseen: mean of the unseen "
         f"tasks, in percent. {meaning(names)} Training: "
-        "seconds without prefill of prompts, which conditions share. A dash: nothing is trained by a "
-        "training loop."
+        "seconds of a whole training on its own, which include reading the prompts, although that is done once "
+        "for all conditions. A dash: nothing is trained."
     )
     return Table(
         f"Conditions: {rows[0]['llm']}",

@@ -7,7 +7,8 @@ of its own adapter at its own tokens, and unsteered rows pass through unchanged.
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Self
+from functools import cached_property
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from atv.lm.prefix import as_cache, attention_alone, call_llm, full_sides
 from atv.lm.spans import Known, Span
 from atv.model import ATVModel, ReadAndSteer
 from atv.serving.beginnings import CachedBeginnings, right_aligned
-from atv.steer import Edit, steer
+from atv.steer import AddVectors, Edit, steer
 
 
 @dataclass(eq=False)
@@ -59,6 +60,22 @@ class Part:
     span: Span
     """Of these rows alone."""
 
+    @property
+    def adds(self) -> bool:
+        """Whether the edit adds a vector to the only token of each row."""
+        own = type(self.edit) is AddVectors and len(self.edit.vectors) == len(self.rows)
+        return own and self.span.where.shape[1] == 1 and bool(self.span.where.all())
+
+    @cached_property
+    def first(self) -> int:
+        """The first column that the edit gets: adding needs no states of others, another edit may read them."""
+        return self.span.first if type(self.edit) is AddVectors else 0
+
+    @cached_property
+    def given(self) -> Span:
+        """The span of the columns that the edit gets."""
+        return self.span.edited if self.first else self.span
+
 
 class Mixed:
     """An `Edit` that applies several edits, each to its own rows.
@@ -76,17 +93,41 @@ class Mixed:
                 at.setdefault(module, []).append((part, site))
         self.sites = list(at) if len(parts) == 1 else [module for module in base_llm(llm).modules() if module in at]
         self._parts = [at[module] for module in self.sites]
+        self._adds = all(part.adds for part in parts)
+        self._sum: Tensor | None = None  # (sites, rows, hidden), made in the first call
 
     def __call__(self, site: int, hidden: Tensor, span: Span) -> Tensor:
         """Return hidden states (rows, seq, hidden) with the edits of all parts at this site."""
         del span
+        if self._adds:
+            wide = torch.promote_types(hidden.dtype, torch.float32)
+            if self._sum is None:
+                self._sum = self._added(len(hidden), wide)
+            return (hidden.to(wide) + self._sum[site][:, None].to(hidden.device)).to(hidden.dtype)
+        edited = hidden
         for part, own in self._parts[site]:
             rows = part.rows.to(hidden.device)
-            given = hidden if len(rows) == len(hidden) else hidden[rows]
-            changed = part.edit(own, given, part.span)
-            if changed is not given:
-                hidden = changed if len(rows) == len(hidden) else hidden.index_copy(0, rows, changed)
-        return hidden
+            given = hidden[:, part.first :] if len(rows) == len(hidden) else hidden[rows, part.first :]
+            changed = part.edit(own, given, part.given)
+            if changed is given:
+                continue
+            if changed.shape == hidden.shape:
+                return changed
+            edited = hidden.clone() if edited is hidden else edited  # once for all parts: prompts are long
+            edited[rows, part.first :] = changed
+        return edited
+
+    def _added(self, rows: int, dtype: torch.dtype) -> Tensor:
+        """What a decoding step adds to each row at each site, (sites, rows, hidden): one addition for all parts."""
+        sums: Tensor | None = None
+        for site, parts in enumerate(self._parts):
+            for part, own in parts:
+                edit = cast(AddVectors, part.edit)
+                if sums is None:
+                    sums = edit.vectors.new_zeros(len(self.sites), rows, edit.vectors.shape[2], dtype=dtype)
+                sums[site, part.rows.to(sums.device)] = edit.scale * edit.vectors[:, own].to(sums)
+        assert sums is not None
+        return sums
 
 
 class Batch:

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -92,6 +93,7 @@ def train(
             saved; or the loss became NaN or infinite: then `out/adapter` contains the best epoch before that, if there
             was one.
     """
+    began = time.perf_counter()
     config, out = config or TrainConfig(), local(out)
     model.settle(tasks)
     _require_possible(model, config, metric)
@@ -132,7 +134,8 @@ def train(
     barrier()  # other processes write nothing before old files have been removed
     set_seed(config.seed)
     store = store or PrefixStore()
-    _fill(store, model, [*rows.of_epochs(epochs), *valid.of_epochs(1)], out / "prefixes" / str(rank()))
+    # A store that is shared may have read them for another training: each training counts its own prompts.
+    began -= _fill(store, model, [*rows.of_epochs(epochs), *valid.of_epochs(1)], out / "prefixes" / str(rank()))
     checkpoints = out / "checkpoints"
     steps = epochs * math.ceil(len(rows) / config.batch_size)
     # Torch's fused attention has a slow backward pass on a CPU: LoRA's whole step takes 1.4 times as long with it. If
@@ -141,7 +144,7 @@ def train(
     both = [*rows.rows, *valid.rows]
     with model.in_training(config, store.read, both), bar("train", steps) as progress, attention:
         model.calibrate(rows.rows)
-        said = Progress(model, rows, progress, epochs, config)
+        said = Progress(model, rows, progress, epochs, config, began)
         trainer = make_trainer(model, rows, valid, config, epochs, checkpoints, [said, *callbacks], metric)
         finite = _run(trainer, checkpoints)
         if trainer.state.best_model_checkpoint is not None:
@@ -153,7 +156,7 @@ def train(
         shutil.rmtree(out / "prefixes" / str(rank()), ignore_errors=True)
         barrier()  # a process that fails first must not end the one that writes
         raise ATVError(message)
-    finish(trainer, model, record, out, found)
+    finish(trainer, model, record, out, found, said.seconds)
     return TrainResult(out / "adapter", record)
 
 
@@ -276,12 +279,16 @@ def _note_unread(model: AdapterModel, tasks: Sequence[Task]) -> None:
                 log_once(line)
 
 
-def _fill(store: PrefixStore, model: AdapterModel, rows: Sequence[EncodedRow], folder: Path) -> None:
-    """Fill the store with every prompt up to its first edited token."""
+def _fill(store: PrefixStore, model: AdapterModel, rows: Sequence[EncodedRow], folder: Path) -> float:
+    """Fill the store with every prompt up to its first edited token.
+
+    Returns:
+        The seconds that reading took before, for those prompts that the store had already.
+    """
     if model.dependent_tokens is None:
-        return
+        return 0.0
     prefixes = {tuple(prompt[: -model.dependent_tokens]) for row in rows for prompt, _ in row.pairs} - {()}
-    before = store.tokens_read
+    before, saved = store.tokens_read, store.seconds_of(prefixes)
     with bar("read prompts", len(prefixes)) as progress:
         store.fill(model.llm, prefixes, progress.advance, folder)
     read, tokens = store.tokens_read - before, sum(map(len, prefixes))
@@ -289,3 +296,4 @@ def _fill(store: PrefixStore, model: AdapterModel, rows: Sequence[EncodedRow], f
     kept = f"Kept {store.memory_used / 2**20:.0f} MiB of prompt prefixes in memory"
     kept += f" and {store.disk_used / 2**20:.0f} MiB in {folder}" if store.disk_used else ""
     log.info(kept + (f"; {store.left_out} of {len(prefixes)} are read again each time" if store.left_out else ""))
+    return saved

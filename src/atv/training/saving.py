@@ -67,7 +67,12 @@ def _read_back(model: AdapterModel, adapter: Path) -> None:
 
 
 def finish(
-    trainer: ATVTrainer, model: AdapterModel, record: dict[str, Any], out: Path, found: Mapping[str, dict[str, Any]]
+    trainer: ATVTrainer,
+    model: AdapterModel,
+    record: dict[str, Any],
+    out: Path,
+    found: Mapping[str, dict[str, Any]],
+    seconds: float,
 ) -> None:
     """Write the adapter, mark the record as finished and remove what only a running training needs.
 
@@ -77,11 +82,11 @@ def finish(
         record: the record of the training.
         out: its folder.
         found: facts about each task's answers that the adapter records, by the task's name.
+        seconds: that the whole training took, which includes reading the prompts.
     """
     _save(trainer, model, record, out, found)
-    runtime = [entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry]
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    record |= {"finished": True, "seconds": runtime[-1] if runtime else None, "trainable_parameters": parameters}
+    record |= {"finished": True, "seconds": round(seconds, 3), "trainable_parameters": parameters}
     if is_main():
         write_json(out / RECORD_FILE, record)
         clear(out)

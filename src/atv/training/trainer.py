@@ -1,6 +1,7 @@
 """transformers' Trainer as this project uses it: optimiser, rates, batches, progress, and the choice of the epoch."""
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -270,16 +271,39 @@ class JudgedCollator:
 
 
 class Progress(TrainerCallback):
-    """Rotates the rows' templates, updates the bar, marks complete checkpoints and stops early."""
+    """Rotates the rows' templates, updates the bar, records the time, marks complete checkpoints and stops early.
 
-    def __init__(self, model: AdapterModel, rows: Rows, progress: Bar, epochs: int, config: TrainConfig) -> None:
-        self.model, self.rows, self.progress, self.epochs = model, rows, progress, epochs
+    Args:
+        model: the model that is trained.
+        rows: its training rows.
+        progress: a bar of optimiser steps.
+        epochs: most epochs of the training.
+        config: its configuration.
+        began: `time.perf_counter()` when the work began, which includes reading the prompts.
+    """
+
+    def __init__(
+        self, model: AdapterModel, rows: Rows, progress: Bar, epochs: int, config: TrainConfig, began: float
+    ) -> None:
+        self.model, self.rows, self.progress, self.epochs, self.began = model, rows, progress, epochs, began
+        self.before = 0.0
         self.patience = config.patience_of(epochs)
         self.start = max(group.get("start", 0.0) for group in model.parameter_groups(config))
 
+    @property
+    def seconds(self) -> float:
+        """Seconds since the training began, including those of interrupted calls up to the checkpoint resumed from."""
+        return self.before + time.perf_counter() - self.began
+
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Record the time of an entry of the history."""
+        del args, control
+        state.log_history[-1]["seconds"] = round(self.seconds, 3)
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Point a resumed Trainer to the best checkpoint in its current folder, which may have been moved."""
+        """Go on with a resumed Trainer's time, and its best checkpoint in its current folder, which may have moved."""
         del control
+        self.before = max((entry.get("seconds", 0.0) for entry in state.log_history), default=0.0)
         if state.best_global_step is None:
             return
         best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"

@@ -14,7 +14,7 @@ from atv.data import Task
 from atv.errors import ATVError
 from atv.evaluation.measure import Frozen
 from atv.evaluation.records import ANALYSIS_FILE, SCHEMA
-from atv.files import write_json
+from atv.files import require_writable, write_json
 from atv.lm.hooks import input_device
 from atv.methods.elicit import Elicit
 from atv.model import ATVModel
@@ -61,8 +61,7 @@ def write_analysis(
         out: folder for the record, tables and plots; existing ones are replaced.
         how: `rows`, `query` and `seed`, as for `analyse`.
     """
-    if out.is_file():
-        raise ATVError(f"{out} is a file; expected a folder, for {ANALYSIS_FILE}, tables and plots. Name another.")
+    require_writable(out)
     llm, tokenizer = named.load()
     atv = ATVModel.from_pretrained(adapter, llm, tokenizer=tokenizer)
     elicit = Elicit.load(llm, tokenizer, library) if library else None
