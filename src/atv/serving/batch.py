@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from atv.config import Positions
 from atv.data.collate import left_padded, position_ids
 from atv.data.render import Prompt
-from atv.lm.hooks import base_llm, input_device
+from atv.lm.hooks import base_llm, edit_outputs, input_device
 from atv.lm.prefix import as_cache, attention_alone, call_llm, full_sides
-from atv.lm.spans import Known, Span
+from atv.lm.spans import Span
 from atv.model import ATVModel, ReadAndSteer
 from atv.serving.beginnings import CachedBeginnings, right_aligned
-from atv.steer import AddVectors, Edit, steer
+from atv.steer import AddVectors, Edit
 
 
 @dataclass(eq=False)
@@ -78,7 +78,7 @@ class Part:
 
 
 class Mixed:
-    """An `Edit` that applies several edits, each to its own rows.
+    """Applies several edits, each to its own rows, to the outputs of all their sites.
 
     Args:
         llm: the LLM, which gives the order of the sites.
@@ -86,7 +86,6 @@ class Mixed:
     """
 
     def __init__(self, llm: nn.Module, parts: Sequence[Part]) -> None:
-        self.positions = Positions.parse("all")  # the parts know theirs
         at: dict[nn.Module, list[tuple[Part, int]]] = {}
         for part in parts:
             for site, module in enumerate(part.edit.sites):
@@ -94,16 +93,13 @@ class Mixed:
         self.sites = list(at) if len(parts) == 1 else [module for module in base_llm(llm).modules() if module in at]
         self._parts = [at[module] for module in self.sites]
         self._adds = all(part.adds for part in parts)
-        self._sum: Tensor | None = None  # (sites, rows, hidden), made in the first call
+        self._sums: Sequence[Tensor] = ()  # of each site, (rows, 1, hidden), made in the first call
 
-    def __call__(self, site: int, hidden: Tensor, span: Span) -> Tensor:
+    def __call__(self, site: int, hidden: Tensor) -> Tensor:
         """Return hidden states (rows, seq, hidden) with the edits of all parts at this site."""
-        del span
         if self._adds:
-            wide = torch.promote_types(hidden.dtype, torch.float32)
-            if self._sum is None:
-                self._sum = self._added(len(hidden), wide)
-            return (hidden.to(wide) + self._sum[site][:, None].to(hidden.device)).to(hidden.dtype)
+            self._sums = self._sums or self._added(len(hidden), torch.promote_types(hidden.dtype, torch.float32))
+            return (hidden + self._sums[site].to(hidden.device)).to(hidden.dtype)
         edited = hidden
         for part, own in self._parts[site]:
             rows = part.rows.to(hidden.device)
@@ -117,17 +113,19 @@ class Mixed:
             edited[rows, part.first :] = changed
         return edited
 
-    def _added(self, rows: int, dtype: torch.dtype) -> Tensor:
-        """What a decoding step adds to each row at each site, (sites, rows, hidden): one addition for all parts."""
-        sums: Tensor | None = None
+    def _added(self, rows: int, dtype: torch.dtype) -> Sequence[Tensor]:
+        """What a decoding step adds to each row: (rows, 1, hidden) for each site, one addition for all parts."""
+        places: dict[Part, list[tuple[int, int]]] = {}
         for site, parts in enumerate(self._parts):
             for part, own in parts:
-                edit = cast(AddVectors, part.edit)
-                if sums is None:
-                    sums = edit.vectors.new_zeros(len(self.sites), rows, edit.vectors.shape[2], dtype=dtype)
-                sums[site, part.rows.to(sums.device)] = edit.scale * edit.vectors[:, own].to(sums)
-        assert sums is not None
-        return sums
+                places.setdefault(part, []).append((site, own))
+        vectors = [cast(AddVectors, part.edit).vectors for part in places]
+        sums = vectors[0].new_zeros(len(self.sites), rows, 1, vectors[0].shape[2], dtype=dtype)
+        for (part, found), given in zip(places.items(), vectors, strict=True):
+            sites, own = torch.tensor(found, device=given.device).T
+            added = cast(AddVectors, part.edit).scale * given[:, own].to(dtype)
+            sums[sites[:, None], part.rows.to(sums.device), 0] = added.transpose(0, 1).to(sums.device)
+        return sums.unbind()
 
 
 class Batch:
@@ -211,7 +209,10 @@ class Batch:
             ends = length[:, 0] - read[rows, 0] - 1  # counted from the last column
             begins = bool((-ends <= new).all())
             parts.append(Part(rows, self._edit(indices, begins), Span(where, ends if begins else None)))
-        return steer(self._llm, Mixed(self._llm, parts), Known(there)) if parts else nullcontext()
+        if not parts:
+            return nullcontext()
+        mixed = Mixed(self._llm, parts)
+        return edit_outputs(mixed.sites, mixed)  # not `steer`, which would look for the edited tokens again
 
     def _edit(self, indices: Sequence[int], begins: bool) -> Edit:
         """Return the edit of rows with one adapter and scale, whose prompts end in this call or (`begins`) did not."""
