@@ -1,9 +1,12 @@
-"""`make evidence` runs what pages mark, once, and says what failed."""
+"""The figures of README have a record, and `make evidence` runs what pages mark, once, and says what failed."""
 
 import json
+import re
 
 import pytest
+from documents import ROOT, prose
 
+from atv.data import load_tasks
 from benchmarks import evidence
 
 PAGE = """# A page
@@ -109,3 +112,49 @@ def test_an_unknown_page_is_refused_and_a_list_runs_nothing(place, capsys):
     assert "known: docs/page.md" in capsys.readouterr().err
     assert made(place, "--list") == (0, [])
     assert not (place / "runs").exists()
+
+
+# ---- the README ----
+
+WORDS = {
+    "a": 1,
+    "one": 1,
+    "two": 2,
+    "three": 3,
+    "four": 4,
+    "five": 5,
+    "six": 6,
+    "seven": 7,
+    "eight": 8,
+    "nine": 9,
+    "ten": 10,
+    "fifteen": 15,
+}
+UNITS = "seconds|minutes?|hours?|percent|points|times|rows"
+NAMES = (r"arxiv\S*", r"arXiv \d+\.\d+", r"Python 3\.\d+", r"Apache-2\.0")
+"""Digits that measure nothing."""
+
+
+def test_no_figure_of_readme_stands_without_a_record():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    steps = {
+        step.page: step for page in ("README.md", "docs/results.md") for step in evidence.marked(ROOT / page, ROOT)
+    }
+    recorded = json.loads(evidence.RECORD.read_text(encoding="utf-8"))
+    seconds = {
+        page: next(entry["seconds"] for entry in recorded if (entry["page"], entry["text"]) == (page, step.text))
+        for page, step in steps.items()
+    }
+    text = " ".join(prose(readme).split())
+    (demo,) = re.findall(r"`make demo`[^.]*? in about (\w+) minutes on two CPU cores", text)
+    (block,) = re.findall(r"This takes (\w+) minutes on two CPU cores and prints:", text)
+    assert 0.75 < seconds["docs/results.md"] / 60 / WORDS[demo] < 1.33
+    assert 0.75 < seconds["README.md"] / 60 / WORDS[block] < 1.33
+    (rows,) = re.findall(r"a built-in task with (\d+) training rows", readme)
+    (topic,) = load_tasks(["topic"])
+    assert int(rows) == len(topic.train)
+    assert steps["README.md"].shows is not None  # what a recorded block printed was compared with what is shown
+    for name in NAMES:
+        text = re.sub(name, "", text)
+    assert not re.findall(r"\d+", text)
+    assert len(re.findall(rf"\b(?:{'|'.join(WORDS)}) (?:{UNITS})\b", text)) == 2
