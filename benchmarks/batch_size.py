@@ -14,7 +14,7 @@ from torch import nn
 
 from atv.config import TrainConfig
 from atv.data.collate import EncodedRow
-from atv.lm.hooks import text_config
+from atv.lm.hooks import input_device, text_config
 from benchmarks.common import Figure, Record, in_turn, parse_options, rate, ratio
 from benchmarks.step import own_optimizer, train_step
 from benchmarks.subjects import fill, make_atv, rows_of, small_llm
@@ -61,7 +61,7 @@ def _bare(llm: nn.Module, rows: Sequence[EncodedRow]) -> None:
     """Forward and backward pass over as many tokens as a step reads: one of the prompt, and the answer but its last."""
     longest = max(len(answer) for row in rows for _, answer in row.pairs)
     shape = (len(rows), longest, text_config(llm).hidden_size)
-    states = torch.zeros(shape, dtype=next(llm.parameters()).dtype, requires_grad=True)
+    states = torch.zeros(shape, dtype=next(llm.parameters()).dtype, device=input_device(llm), requires_grad=True)
     llm(inputs_embeds=states, use_cache=False).logits.float().logsumexp(-1).mean().backward()
 
 

@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None, root: Path = ROOT, record: Path = RE
     unknown = set(given.page or ()) - {step.page for step in steps}
     if unknown:
         parse.error(f"--page {min(unknown)} marks no evidence; known: {', '.join(sorted({s.page for s in steps}))}")
+    marked_now = {(step.page, step.text) for step in steps}
     steps = [step for step in steps if given.page is None or step.page in given.page]
     failed = 0
     for number, step in enumerate(steps, 1):
@@ -69,17 +70,14 @@ def main(argv: Sequence[str] | None = None, root: Path = ROOT, record: Path = RE
             log.info(f"{what}: left out, it needs --data")
         elif folder.is_dir() and not given.force and any(_same(entry, step) for entry in known):
             log.info(f"{what}: has been run")
-        elif given.list:
-            log.info(what)
         else:
             log.info(what)
-            found = run(step, folder, given.data)
+            found = None if given.list else run(step, folder, given.data)
             if found is None:
-                failed += 1
+                failed += not given.list
                 continue
             others = [entry for entry in known if not _same(entry, step)]
-            texts = {(other.page, other.text) for page in pages for other in marked(page, root)}
-            others = [entry for entry in others if (entry["page"], entry["text"]) in texts]  # pages change
+            others = [entry for entry in others if (entry["page"], entry["text"]) in marked_now]  # pages change
             write_json(record, sorted([*others, found], key=lambda entry: (entry["page"], entry["text"])))
     return int(failed > 0)
 

@@ -147,8 +147,8 @@ class Span:
 
     @property
     def edited(self) -> "Span":
-        """The same without the columns before the first edited one."""
-        return Span(self.where[:, self.first :], None)
+        """Only `where`, without the columns before the first edited one; `ends` would count from another column."""
+        return Span(self.where[:, self.first :])
 
 
 def first_edited(where: Tensor) -> int:
