@@ -17,7 +17,7 @@ from atv.evaluation.run import evaluate
 from atv.lm import scoring
 from atv.methods import METHODS
 from benchmarks.common import Figure, Record, in_turn, parse_options, ratio, times
-from benchmarks.subjects import small_llm, tasks
+from benchmarks.subjects import small_llm, small_name, tasks
 
 MANY, FEW = "500 answers", "2 answers"
 AMONG = "2 answers, likelihood of options"
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         "answers",
         "Evaluation with many answers",
         options,
-        llm="tiny" if options.tiny else "SmolLM2-135M, bfloat16",
+        llm=small_name(options),
         **{"test rows": rows, "metric": "exact_match"},
     )
     sides = {

@@ -17,7 +17,7 @@ from atv.data.collate import EncodedRow
 from atv.lm.hooks import input_device, text_config
 from benchmarks.common import Figure, Record, in_turn, parse_options, rate, ratio
 from benchmarks.step import own_optimizer, train_step
-from benchmarks.subjects import fill, make_atv, rows_of, small_llm
+from benchmarks.subjects import fill, make_atv, rows_of, small_llm, small_name
 
 SIZES = (4, 8, 16, 32, 64, 128)
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         "batch_size",
         "Training rows per second by the rows of a step",
         options,
-        llm="tiny" if options.tiny else "SmolLM2-135M",
+        llm=small_name(options),
         generator="MiniLM, frozen",
         **{"prompt tokens": tokens, "prompts per row": 1},
     )

@@ -61,18 +61,19 @@ def main(argv: Sequence[str] | None = None, root: Path = ROOT, record: Path = RE
         parse.error(f"--page {min(unknown)} marks no evidence; known: {', '.join(sorted({s.page for s in steps}))}")
     marked_now = {(step.page, step.text) for step in steps}
     steps = [step for step in steps if given.page is None or step.page in given.page]
+    places = {step.page: root / "runs" / "evidence" / step.page.removesuffix(".md").replace("/", "-") for step in steps}
+    there = {page for page, folder in places.items() if folder.is_dir()}  # before the first step of a page makes it
     failed = 0
     for number, step in enumerate(steps, 1):
         what = f"{number} of {len(steps)}, {step.page}: {step.text.splitlines()[0]}"
-        folder = root / "runs" / "evidence" / step.page.removesuffix(".md").replace("/", "-")
         known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else []
         if given.data is None and needs_data(step):
             log.info(f"{what}: left out, it needs --data")
-        elif folder.is_dir() and not given.force and any(_same(entry, step) for entry in known):
+        elif step.page in there and not given.force and any(_same(entry, step) for entry in known):
             log.info(f"{what}: has been run")
         else:
             log.info(what)
-            found = None if given.list else run(step, folder, given.data)
+            found = None if given.list else run(step, places[step.page], given.data)
             if found is None:
                 failed += not given.list
                 continue

@@ -19,7 +19,7 @@ from atv.lm.spans import Known
 from atv.model import ATVModel
 from atv.steer import steer
 from benchmarks.common import Figure, Record, in_turn, parse_options, ratio, times
-from benchmarks.subjects import large_llm, make_atv, rows_of, small_llm, tasks
+from benchmarks.subjects import large_llm, make_atv, rows_of, small_llm, small_name, tasks
 
 STEERED, PLAIN, MANY, OWN = "steered", "zero-shot", "16 demonstrations", "generator and expansion alone"
 ITSELF = "steered, generator self"
@@ -36,9 +36,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     atv = make_atv(options, llm, tokenizer, "gpt2" if on_gpu else "minilm").eval()
     itself = make_atv(options, llm, tokenizer, SELF).eval()
     named = (
-        ("Llama 3 8B's shape, random weights, bfloat16", "GPT-2-sized")
-        if on_gpu
-        else ("SmolLM2-135M, bfloat16", "MiniLM")
+        ("Llama 3 8B's shape, random weights, bfloat16", "GPT-2-sized") if on_gpu else (small_name(options), "MiniLM")
     )
     record = Record(
         "inference",

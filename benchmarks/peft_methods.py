@@ -22,7 +22,7 @@ from atv.progress import bar
 from benchmarks.common import Figure, Options, Record, in_turn, options_of, parser, ratio, times
 from benchmarks.reference import update
 from benchmarks.step import RATE, own_optimizer, train_step
-from benchmarks.subjects import fill, make_atv, pairs_of, rows_of, small_llm
+from benchmarks.subjects import fill, make_atv, pairs_of, rows_of, small_llm, small_name
 
 BATCH = 8
 ROWS = 64
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
         "peft_methods",
         "ATV beside LoRA and prefix-tuning",
         options,
-        llm="tiny" if options.tiny else "SmolLM2-135M, bfloat16",
+        llm=small_name(options),
         generator="MiniLM",
         **{"prompt tokens": tokens, "prompts per row": 3, "rows per step": BATCH, "rows per epoch": ROWS},
     )

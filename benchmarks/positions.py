@@ -6,7 +6,7 @@ from pathlib import Path
 
 from benchmarks.common import Figure, Record, in_turn, parse_options, ratio, times
 from benchmarks.step import own_optimizer, train_step
-from benchmarks.subjects import fill, make_atv, rows_of, small_llm
+from benchmarks.subjects import fill, make_atv, rows_of, small_llm, small_name
 
 COUNTS = (1, 4, 16)
 
@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         "positions",
         "A training step by steered tokens",
         options,
-        llm="tiny" if options.tiny else "SmolLM2-135M, bfloat16",
+        llm=small_name(options),
         generator="MiniLM",
         **{"prompt tokens": tokens, "prompts per row": 3, "rows per step": 8},
     )

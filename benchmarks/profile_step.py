@@ -13,7 +13,7 @@ from typing import Any
 from atv.progress import bar
 from benchmarks.common import Figure, Options, Record, options_of, parser, times
 from benchmarks.step import PARTS, loss_of, own_optimizer, timed_step
-from benchmarks.subjects import GENERATORS, fill, make_atv, mean_query, rows_of, small_llm
+from benchmarks.subjects import GENERATORS, fill, make_atv, mean_query, rows_of, small_llm, small_name
 
 STEPS = 4
 """Steps per round."""
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         "profile_step",
         "Parts of a training step",
         options,
-        llm="tiny" if options.tiny else "SmolLM2-135M, bfloat16",
+        llm=small_name(options),
         **{"prompt tokens": tokens, "prompts per row": 3, "rows per step": 8},
     )
     former = json.loads((given.before / record.file.name).read_text())["measures"] if given.before else []

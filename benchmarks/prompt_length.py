@@ -13,7 +13,7 @@ from atv.progress import bar
 from benchmarks.common import ENOUGH, Figure, Record, parse_options, ratio, times
 from benchmarks.reference import batch_loss
 from benchmarks.step import llm_share, loss_of, own_optimizer, timed_step
-from benchmarks.subjects import fill, make_atv, rows_of, small_llm
+from benchmarks.subjects import fill, make_atv, rows_of, small_llm, small_name
 
 OURS, FULL = "this library", "full pass"
 
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         "prompt_length",
         "A training step by prompt length",
         options,
-        llm="tiny" if options.tiny else "SmolLM2-135M, bfloat16",
+        llm=small_name(options),
         generator="MiniLM",
         **{"prompts per row": 1, "rows per step": 1},
     )

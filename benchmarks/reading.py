@@ -12,7 +12,7 @@ from torch import nn
 from atv.lm import prefix_tree
 from atv.lm.prefix_store import PrefixStore
 from benchmarks.common import SEED, Figure, Record, in_turn, parse_options, ratio, times
-from benchmarks.subjects import small_llm
+from benchmarks.subjects import small_llm, small_name
 
 Prompts = list[list[int]]
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         "reading",
         "Reading the prompts of a training",
         options,
-        llm="tiny" if options.tiny else "SmolLM2-135M",
+        llm=small_name(options),
         rows=rows,
         **{"input tokens": tokens, "template's tokens after it": ending, "system prompt's tokens": system},
         **{"query tokens after it": short},

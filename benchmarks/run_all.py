@@ -38,7 +38,7 @@ ON_CPU = (
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run them with the same options; with --tiny the page is not updated."""
+    """Run them with the same options; with --tiny or --out the page is not updated."""
     parse = parser("benchmarks.run_all", __doc__)
     parse.set_defaults(device="cpu")
     asked = parse.parse_args(argv)
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     measures = [line for file in files if file for line in json.loads(file.read_text())["measures"]]
     show("All targets", [line for line in measures if "target" in line])
     output.print(f"{(time.perf_counter() - began) / 60:.1f} minutes; records in {options.out}", highlight=False)
-    if not options.tiny:
+    if not options.tiny and asked.out is None:
         report.main(["--results", str(options.out)])
         output.print(f"{report.PAGE} is up to date", highlight=False)
 

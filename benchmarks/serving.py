@@ -32,13 +32,15 @@ from atv.serving.app import make_app
 from atv.serving.engine import Engine, Limits, Serving
 from atv.serving.models import Models, Served
 from benchmarks.common import SEED, Figure, Record, options_of, parser, ratio
-from benchmarks.subjects import make_atv, pairs_of, small_llm
+from benchmarks.subjects import make_atv, pairs_of, small_llm, small_name
 
 PLAIN, STEERED = "unsteered", "two adapters in turn"
 CLIENTS, NEW_TOKENS, PROMPTS = (1, 4, 16), 16, 24
 DRAWN = 120
 """Prompts that are tried until there are so many with long answers."""
 BASE = "llm"
+SCALES: dict[str, float] = {"last": 8.0, "answer": 4.0}
+"""By positions of the two adapters, whose weights are random: so strong that most answers change."""
 AIMS = {"transformers": 0.9, "vllm": 0.95, "llamacpp": 0.9}
 """Least share of the unsteered requests per second."""
 TITLES = {"transformers": "", "vllm": ", vLLM", "llamacpp": ", llama.cpp"}
@@ -87,7 +89,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
     options = options_of(given, "benchmarks.serving", argv)
     seconds = 0.3 if options.tiny else given.seconds
     llm, tokenizer = small_llm(options)
-    adapters = {name: make_atv(options, llm, tokenizer, positions=name).eval() for name in ("last", "answer")}
+    adapters = {
+        name: make_atv(options, llm, tokenizer, positions=name, scale=scale).eval() for name, scale in SCALES.items()
+    }
     for atv in adapters.values():
         atv.vector_cache.limit = 0
     tokens = 24 if options.tiny else 110
@@ -96,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         "serving" if given.engine == "transformers" else f"serving_{given.engine}",
         "The server under load" + TITLES[given.engine],
         options,
-        llm="tiny" if options.tiny else "SmolLM2-135M",
+        llm=small_name(options),
         generator="MiniLM",
         **{"prompt tokens": tokens, "answer tokens": NEW_TOKENS, "seconds per side and round": seconds},
     )
@@ -109,6 +113,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         with bar("expected", 2 * PROMPTS) as waiting:
             here = adapters if given.engine == "transformers" else None
             cases = {side: _cases(port, requests, here, waiting.advance) for side, requests in sides.items()}
+        differing = _differing(port, cases[STEERED])
         shown = stack.enter_context(bar("serving", len(CLIENTS) * 2 * options.rounds))
         _ask(port, [*cases[PLAIN], *cases[STEERED]], max(CLIENTS), min(seconds, 30.0))
         before, every = _memory(), list[Seen]()
@@ -126,6 +131,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
             record.measure(f"{clients} clients: growth of memory after the first round", "MiB", after[-1] - after[0])
             every += [one for rounds in found.values() for load in rounds for one in load.clients]
         grown = _memory() - before
+    record.measure(
+        f"of {PROMPTS} answers of adapters, other than the unsteered one", "", differing, ("at least", PROMPTS // 2)
+    )
     record.measure("answers compared", "", sum(len(one.seconds) for one in every))
     record.measure("wrong answers", "", sum(one.wrong for one in every), ("at most", 0))
     record.measure("lost requests", "", sum(one.lost for one in every), ("at most", 0))
@@ -219,6 +227,15 @@ def _cases(
         if len(found) == PROMPTS:
             break
     return found
+
+
+def _differing(port: int, cases: Sequence[Case]) -> int:
+    """Return how many answers differ from the plain LLM's: equal ones would not show that vectors are added."""
+    plain = [json.loads(case.body) | {"model": BASE} for case in cases]
+    for body in plain:
+        del body["query"]
+    answers = [_answer(port, json.dumps(body).encode())[0] for body in plain]
+    return sum(answer != case.expected for answer, case in zip(answers, cases, strict=True))
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from atv.data import Task, load_tasks
 from atv.data.collate import EncodedRow
 from atv.data.render import INPUT, with_prefix
 from atv.generator import Generator, load_generator
-from atv.lm.load import load_llm, load_tokenizer
+from atv.lm.load import load_llm, load_tokenizer, parse_dtype
 from atv.lm.prefix_store import PrefixStore
 from atv.model import ATVModel
 from atv.training.batches import training_rows
@@ -80,10 +80,16 @@ def memory_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def small_llm(options: Options) -> tuple[nn.Module, Any]:
-    """SmolLM2-135M in bfloat16 and its tokenizer; with --tiny a random LLM of three layers."""
+    """SmolLM2-135M in the dtype that is fast here, and its tokenizer; with --tiny a random LLM of three layers."""
     if not options.tiny:
         return load_llm(EMBEDDED_LLM, device=options.device), load_tokenizer(EMBEDDED_LLM)
     return _random_llm(LlamaConfig(**TINY, intermediate_size=48, max_position_embeddings=4096), options, torch.float32)
+
+
+def small_name(options: Options) -> str:
+    """What a record calls the LLM of `small_llm`."""
+    dtype = str(parse_dtype("auto", options.device)).removeprefix("torch.")
+    return "tiny" if options.tiny else f"SmolLM2-135M, {dtype}"
 
 
 def large_llm(options: Options) -> tuple[nn.Module, Any]:

@@ -17,7 +17,7 @@ from atv.methods import METHODS
 from atv.methods.settings import method_settings
 from atv.progress import bar
 from benchmarks.common import SEED, Figure, Record, options_of, parser, ratio
-from benchmarks.subjects import small_llm
+from benchmarks.subjects import small_llm, small_name
 from examples import tickets
 
 OTHERS = {"lora": 8, "full": 15, "encoder": None, "probe": None}
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             "to_accuracy",
             "Seconds until an accuracy is reached",
             options,
-            llm="tiny" if options.tiny else "SmolLM2-135M",
+            llm=small_name(options),
             **{
                 f"rows of {task.name}": f"{min(rows[0], len(task.train))}, {min(rows[1], len(task.valid))}"
                 for task in tasks

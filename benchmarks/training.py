@@ -16,7 +16,7 @@ from atv.model import ATVModel
 from benchmarks.common import Figure, Options, Record, in_turn, parse_options, rate, ratio, times
 from benchmarks.reference import batch_loss, row_loss, train_rows, update
 from benchmarks.step import RATE, floor_step, loss_of, own_optimizer, train_step
-from benchmarks.subjects import GENERATORS, fill, make_atv, mean_query, rows_of, small_llm
+from benchmarks.subjects import GENERATORS, fill, make_atv, mean_query, rows_of, small_llm, small_name
 
 BATCH = 8
 """Rows per step of the library and of the batched loop."""
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         "training",
         "Training, rows per second after the first epoch",
         options,
-        llm="tiny" if options.tiny else "SmolLM2-135M, bfloat16",
+        llm=small_name(options),
         **{"prompt tokens": tokens, "prompts per row": 3, "rows per step": BATCH},
     )
     rates: dict[str, dict[Any, Figure]] = {side: {} for side in (ONE_BY_ONE, BATCHED, OURS, FLOOR)}

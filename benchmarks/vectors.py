@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.common import Figure, Record, in_turn, parse_options, rate
-from benchmarks.subjects import GENERATORS, make_atv, small_llm, tasks
+from benchmarks.subjects import GENERATORS, make_atv, small_llm, small_name, tasks
 
 BATCHES = (1, 32)
 
@@ -17,9 +17,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     options = parse_options("benchmarks.vectors", __doc__, argv)
     llm, tokenizer = small_llm(options)
     queries = [example.input for task in tasks() for example in task.train]
-    record = Record(
-        "vectors", "Task vectors of the generator alone", options, llm="tiny" if options.tiny else "SmolLM2-135M"
-    )
+    record = Record("vectors", "Task vectors of the generator alone", options, llm=small_name(options))
     rates: dict[str, dict[Any, Figure]] = {}
     for generator, name in GENERATORS.items():
         atv = make_atv(options, llm, tokenizer, generator)

@@ -12,6 +12,11 @@ SPLITS = {"test": 60, "valid": 40}
 """Rows of the splits of a prompt distillation, whose queries have no answers by which `atv` could stratify a draw."""
 
 
+def write_lines(file: Path, rows: Sequence[Row]) -> None:
+    """Write rows as JSON lines."""
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
 def write(rows: Sequence[Row], **prompts: str) -> None:
     """Write the file that the command line names.
 
@@ -21,7 +26,7 @@ def write(rows: Sequence[Row], **prompts: str) -> None:
     """
     file = Path(sys.argv[1])
     if not prompts:
-        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        write_lines(file, rows)
         return
     left, splits = random.Random(7).sample(list(rows), len(rows)), {}
     for split, count in SPLITS.items():

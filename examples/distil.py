@@ -44,6 +44,8 @@ def milliseconds(adapter: Path, queries: Sequence[str], system: str) -> dict[str
     model = ATVModel.from_pretrained(adapter)
     length: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
 
+    torch.set_num_threads(1)  # CPU time is the sum over threads
+
     def cpu_time(answer: Callable[[str], object]) -> float:
         taken = []
         for query in queries:

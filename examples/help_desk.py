@@ -1,4 +1,6 @@
-"""Requests to a help desk, and system prompts of 150 and 1,000 tokens. `python -m examples.help_desk FILE` writes both.
+"""Requests to a help desk, and system prompts of 138 and about 1,000 tokens, for `examples.distil`.
+
+`python -m examples.help_desk FILE` writes both.
 
 The requests are those of `examples.house_style`. The prompts are `short.txt` and `long.txt` beside FILE: the long one
 adds rules for single products, tone and cases to the short one.

@@ -5,6 +5,7 @@ import random
 import re
 import runpy
 import sys
+import tarfile
 from collections import Counter
 from pathlib import Path
 from statistics import fmean, stdev
@@ -13,13 +14,15 @@ import pytest
 from chat_templates import chat_tokenizer
 from conftest import SIZES, make_generator
 from documents import ROOT, blocks, commands
+from refusals import refused
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
+from atv import artifact
 from atv.cli import main
 from atv.config import ATVConfig
 from atv.data import Example, load_tasks
 from atv.evaluation.metrics import load_metric
-from examples import distil, emails, help_desk, house_style, polite, prices, reviews_zh, tickets
+from examples import distil, emails, help_desk, house_style, polite, prices, ready, reviews_zh, tickets
 
 PAGE = blocks("docs/examples.md", (ROOT / "docs" / "examples.md").read_text(encoding="utf-8"))
 SMALL = {"--train-rows": "4", "--valid-rows": "2", "--test-rows": "4", "--epochs": "1", "--seeds": "1"}
@@ -169,3 +172,22 @@ def test_the_commands_of_the_page_run(block, models, tmp_path, monkeypatch):
         run([SMALL.get(before, word) for before, word in zip(["", *words], words, strict=False)], monkeypatch)
     distilled = sum("examples.distil" in words for words in commands(block.text))
     assert len([*tmp_path.glob("runs/*/*/distil.json")]) == 3 * distilled
+
+
+def test_a_ready_adapter_is_packed_with_its_results(models, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("atv.lm.load.resolve", lambda name: models.get(name, name))
+    monkeypatch.setattr(sys, "argv", [])  # which the example sets
+    small = ready.Ready(lambda: house_style.rows()[:40], "--train-rows 4 --valid-rows 2 --epochs 1", "--test-rows 3")
+    monkeypatch.setitem(ready.ADAPTERS, "small", small)
+    packed = ready.make("small", tmp_path / "made")
+    with tarfile.open(packed) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    read = artifact.read(tmp_path / "unpacked" / "small")
+    assert read.method == "atv"
+    card = (tmp_path / "unpacked" / "small" / "README.md").read_text()
+    assert "## Results on test rows" in card
+    assert "license: apache-2.0" in card
+    monkeypatch.setattr(ready, "LARGEST", 1000)
+    with refused("small.tar.gz has", "expected at most 1,000"):
+        ready.make("small", tmp_path / "made")

@@ -22,7 +22,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 from atv.cli import main
 from atv.serving.app import MOST_BYTES, make_app
 from atv.serving.engine import Engine, Limits
+from atv.serving.forms import Form
 from atv.serving.models import Models
+from atv.serving.sampling import Likelihood
 from benchmarks.serving import running
 
 QUERIES = ["the harbour quiet 90", "the harbour leaks 91", "a harbour of another kind", "leaks leaks leaks"]
@@ -122,6 +124,14 @@ def test_streamed_answers_are_the_whole_ones(world):
     assert streamed[-1].usage == whole.usage
 
 
+def raw(tokens):
+    """The bytes of tokens, of which those that are a part of a character are written as bytes."""
+    parts = (
+        bytes.fromhex(text[6:].replace("\\x", "")) if text.startswith("bytes:") else text.encode() for text in tokens
+    )
+    return b"".join(parts)
+
+
 def test_completions_read_the_prompt_as_it_is(world):
     answer = world.client.completions.create(
         model="base", prompt=["the harbour", "leaks"], temperature=0, max_tokens=5, logprobs=1
@@ -133,7 +143,7 @@ def test_completions_read_the_prompt_as_it_is(world):
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, pad_token_id=0
         )
         assert choice.text == tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
-        assert "".join(choice.logprobs.tokens) == choice.text
+        assert raw(choice.logprobs.tokens).decode(errors="replace") == choice.text
     with pytest.raises(openai.BadRequestError, match="query"):
         world.client.completions.create(model="template", prompt="the harbour", max_tokens=5)
     world.client.completions.create(model="template", prompt="a b", max_tokens=5, extra_body={"query": "a"})
@@ -236,6 +246,7 @@ WRONG = [
     ({"max_tokens": "5"}, 400),
     ({"max_tokens": 10**9}, 400),
     ({"max_tokens": 1000}, 400),
+    ({"max_completion_tokens": 2}, 400),
     ({"n": 99}, 400),
     ({"seed": 2**70}, 400),
     ({"stop": [""]}, 400),
@@ -259,6 +270,10 @@ def test_no_body_is_too_large_and_no_stranger_is_served(world):
     chat(world, "base", QUERIES[0], max_tokens=1)
     assert post(world.port, "/v1/chat/completions", b"x" * (MOST_BYTES + 1))[0] == 413
     assert post(world.port, "/v1/chat/completions", json.dumps(GOOD), {"host": "evil.example"})[0] == 421
+    for origin in ("https://evil.example", "null", "http://127.0.0.1.evil.example"):
+        assert post(world.port, "/v1/chat/completions", json.dumps(GOOD), {"origin": origin})[0] == 403
+    own = {"origin": f"http://127.0.0.1:{world.port}"}  # the server's page
+    assert post(world.port, "/v1/chat/completions", json.dumps(GOOD), own)[0] == 200
     assert post(world.port, "/nothing", "{}")[0] == 404
     connection = http.client.HTTPConnection("127.0.0.1", world.port)
     connection.request("GET", "/metrics")
@@ -267,6 +282,51 @@ def test_no_body_is_too_large_and_no_stranger_is_served(world):
     assert "atv_engine_running 0" in text
     connection.request("GET", "/health")
     assert json.loads(connection.getresponse().read()) == {"status": "ok"}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": ["a"] * 8 * 10**5},
+        {"prompt": [{}] * 10**6},
+        {"prompt": ["a"] * 60, "n": 2},
+        {"prompt": "a", "stop": ["a"] * 10**5},
+        {"prompt": "a b", "query": "a"},
+    ],
+    ids=lambda body: str(body)[:20],
+)
+def test_a_text_is_refused_before_it_is_read(world, body, monkeypatch):
+    began = time.monotonic()
+    monkeypatch.setattr(Models, "text", None if len(body["prompt"]) > 50 else Models.text)
+    status, answer, _ = post(world.port, "/v1/completions", json.dumps({"model": "base", "max_tokens": 1} | body))
+    assert status == 400, answer
+    assert len(json.dumps(answer)) < 1000
+    assert time.monotonic() - began < 20
+
+
+def test_a_request_without_a_length_gets_what_fits(world):
+    answer = world.client.completions.create(model="base", prompt=[5] * 400, temperature=0)
+    assert answer.usage.completion_tokens <= 112
+    assert answer.choices[0].finish_reason in ("stop", "length")
+    both = world.client.chat.completions.create(
+        model="base", messages=[{"role": "user", "content": "a"}], max_tokens=3, max_completion_tokens=3, temperature=0
+    )
+    assert both.usage.completion_tokens <= 3
+
+
+def test_log_probabilities_name_the_bytes_of_parts_of_characters(world):
+    tokenizer = world.engine.tokenizer
+    form = Form("id", "base", False, tokenizer, True, 1)
+    ids = tokenizer("déjà 港", add_special_tokens=False)["input_ids"]
+    told = [Likelihood(token, -1.0, [(token, -1.0), (ids[0], -2.0)]) for token in ids]
+    found = form._likelihoods(0, told)
+    assert raw(found["tokens"]).decode() == "déjà 港"
+    assert any(text.startswith("bytes:") for text in found["tokens"])
+    before = [raw(found["tokens"][:place]) for place in range(len(ids))]
+    assert found["text_offset"] == [len(text.decode(errors="ignore")) for text in before]
+    assert found["top_logprobs"][0] == {found["tokens"][0]: -1.0}
+    chat = Form("id", "base", True, tokenizer, True, 1)._likelihoods(0, told)
+    assert [bytes(entry["bytes"]) for entry in chat["content"]] == [raw([text]) for text in found["tokens"]]
 
 
 JSON = st.recursive(
@@ -331,6 +391,8 @@ def test_a_full_queue_says_when_to_come_back(world):
 
 class _Idle:
     """An engine that answers nothing."""
+
+    context, limits = None, Limits()
 
     def check(self, request):
         pass

@@ -1,5 +1,6 @@
 """Requests with different adapters in common batches: equal to each prompt read alone, whatever else runs."""
 
+import asyncio
 import random
 import threading
 import time
@@ -17,7 +18,7 @@ from atv.serving.batch import Batch, Row
 from atv.serving.beginnings import LEAST, CachedBeginnings
 from atv.serving.engine import Busy, Engine, Limits, Request
 from atv.serving.sampling import Sampler, Sampling
-from atv.serving.text import TextStream
+from atv.serving.text import TextStream, token_bytes
 
 GREEDY = Sampling(max_tokens=6, temperature=0.0)
 
@@ -194,6 +195,13 @@ def test_predictions_equal_those_of_the_model(world):
     same_predictions(engine, models["answer"], models["answer"])
 
 
+def test_predictions_with_more_requests_at_once_than_may_wait():
+    llm, tokenizer, models = adapters()
+    engine = Engine(llm, tokenizer, Limits(rows=2, waiting=3, seconds=60))
+    same_predictions(engine, models["answer"], models["answer"])
+    engine.close()
+
+
 def test_sampling_depends_on_the_seed_alone(world):
     engine, models = world
     sampling = Sampling(max_tokens=8, temperature=1.0, seed=7, top_p=0.9)
@@ -228,6 +236,145 @@ def test_a_failing_request_fails_alone(world):
     assert [pieces[n][-1].finish for n in range(4)] in (["length", "error"] * 2, ["stop", "error"] * 2)
     assert isinstance(pieces[1][-1].error, ATVError)
     assert engine.healthy()
+
+
+def test_a_row_whose_token_cannot_be_chosen_fails_alone(world, monkeypatch):
+    engine, models = world
+    choose = Sampler.choose
+    nan = Sampling(max_tokens=4, temperature=0.5, top_p=0.123)
+    monkeypatch.setattr(
+        Sampler,
+        "choose",
+        lambda self, logits: choose(self, logits * float("nan") if self._sampling is nan else logits),
+    )
+    good = Request(prompt(engine.tokenizer, TEXTS[0]), models["last"], sampling=GREEDY)
+    expected = "".join(piece.text for piece in engine.answer(good))
+    pieces = {}
+    threads = [
+        threading.Thread(target=lambda n=n, r=r: pieces.update({n: engine.answer(r)}))
+        for n, r in enumerate([good, Request(good.prompt, models["last"], sampling=nan), good])
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert "not finite" in str(pieces[1][-1].error)
+    assert ["".join(piece.text for piece in pieces[n]) for n in (0, 2)] == [expected] * 2
+    assert engine.healthy()
+
+
+@pytest.mark.parametrize("part", ["keep", "join", "step"])
+def test_a_batch_that_fails_ends_its_requests_and_the_engine_goes_on(part, monkeypatch):
+    llm, tokenizer, models = adapters()
+    monkeypatch.setattr("atv.serving.engine.end_ids", lambda *_: [])
+    engine = Engine(llm, tokenizer, Limits(rows=4, seconds=60))
+    asked = [
+        Request(prompt(tokenizer, text), models["answer"], sampling=Sampling(max_tokens=limit, temperature=0.0))
+        for text, limit in zip(TEXTS, (4, 40, 60), strict=False)
+    ]
+    working, failing = getattr(Batch, part), True
+
+    def broken(self, given):
+        if failing and list(getattr(given, "rows", given)):  # dropping all rows works
+            raise RuntimeError("out of memory")
+        return working(self, given)
+
+    monkeypatch.setattr(Batch, part, broken)
+    found = {}
+    threads = [
+        threading.Thread(target=lambda n=n, r=r: found.update({n: engine.answer(r)})) for n, r in enumerate(asked)
+    ]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.05)
+    for thread in threads:
+        thread.join(timeout=60)
+    assert "error" in {pieces[-1].finish for pieces in found.values()}
+    assert len(found) == len(asked)
+    failing = False
+    expected = models["answer"].generate([asked[0].prompt], max_new_tokens=4, do_sample=False, eos_token_id=[])
+    assert "".join(piece.text for piece in engine.answer(asked[0])) == expected[0]
+    engine.close()
+    assert engine.numbers()["running"] == 0
+
+
+def test_no_client_waits_for_an_engine_that_has_stopped(monkeypatch):
+    llm, tokenizer, _ = adapters()
+    engine = Engine(llm, tokenizer, Limits(rows=4, seconds=60))
+
+    def broken():
+        raise RuntimeError("a fault of its own")
+
+    monkeypatch.setattr(engine, "_admitted", broken)
+    asked = Request(prompt(tokenizer, TEXTS[0]), sampling=GREEDY)
+    pieces = engine.answer(asked)
+    assert pieces[-1].finish == "error"
+    assert "has stopped" in str(pieces[-1].error)
+    assert not engine.healthy()
+    with pytest.raises(ATVError, match="closed"):
+        engine.submit(asked, print)
+    engine.close()
+
+
+def test_calls_have_a_limit_and_a_cancelled_one_is_not_made():
+    llm, tokenizer, _ = adapters()
+    engine = Engine(llm, tokenizer, Limits(rows=4, waiting=2, seconds=60))
+    started, go, made = threading.Event(), threading.Event(), []
+
+    def held():
+        started.set()
+        return go.wait(60)
+
+    async def calls():
+        first = asyncio.create_task(engine.run(held))
+        while not started.is_set():
+            await asyncio.sleep(0.01)
+        second = asyncio.create_task(engine.run(lambda: made.append("second")))
+        third = asyncio.create_task(engine.run(lambda: made.append("third")))
+        await asyncio.sleep(0)  # both are queued
+        with pytest.raises(Busy):
+            await engine.run(lambda: made.append("fourth"))
+        second.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await second
+        go.set()
+        await third
+        return await first
+
+    assert asyncio.run(calls())
+    assert made == ["third"]
+    assert engine.healthy()
+    engine.close()
+
+
+def test_rows_that_are_decoded_together_stay_within_the_limit_padding_included():
+    llm, tokenizer, _ = adapters()
+    engine = Engine(llm, tokenizer, Limits(rows=16, tokens=400, seconds=60))
+    held, step = [], Batch.step
+
+    def seen(self, tokens):
+        step(self, tokens)
+        held.append((self._ids.numel(), len(self.rows)))
+
+    Batch.step, pieces = seen, {}
+    try:
+        sizes = [180, *[8] * 12]
+        asked = [
+            Request(Prompt([5] * size, "a b"), sampling=Sampling(max_tokens=12, temperature=0.0)) for size in sizes
+        ]
+        threads = [
+            threading.Thread(target=lambda n=n, r=r: pieces.update({n: engine.answer(r)})) for n, r in enumerate(asked)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        Batch.step = step
+    engine.close()
+    assert {each[-1].finish for each in pieces.values()} <= {"stop", "length"}
+    assert max(count for count, _ in held) <= 400
+    assert max(rows for _, rows in held) > 4
 
 
 def test_cancelled_and_late_requests_end_and_free_their_place(monkeypatch):
@@ -283,7 +430,13 @@ def test_samples_follow_the_distribution():
             chances = torch.tensor([float(chances[0]), float(chances[1]), 0.0, 0.0])  # 0.64 + 0.24 >= 0.8
             chances = chances / chances.sum()
         torch.testing.assert_close(counts.float(), chances.float(), atol=0.05, rtol=0)
-    assert Sampler(Sampling(temperature=0)).choose(logits) == 0
+    for temperature in (0, 1e-308, 1e-3):
+        assert Sampler(Sampling(temperature=temperature)).choose(logits.flip(0)) == 3
+    masked = torch.tensor([float("-inf"), 1.0])
+    assert Sampler(Sampling()).choose(masked) == 1
+    for wrong in (float("nan"), float("inf")):
+        with pytest.raises(ATVError, match="not finite"):
+            Sampler(Sampling(temperature=0)).choose(torch.tensor([1.0, wrong]))
 
 
 ENDINGS = st.lists(st.text(min_size=1, max_size=4), max_size=3)
@@ -315,3 +468,47 @@ def _tokenizer(make):
     if not _MADE:
         _MADE.append(make())
     return _MADE[0]
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
+def test_the_bytes_of_tokens_add_up_to_the_text(kind):
+    from chat_templates import chat_tokenizer
+    from conftest import byte_level_tokenizer
+
+    text = "The harbour, déjà vu: 港口 🚢!"
+    if kind == "byte-level":
+        tokenizer = byte_level_tokenizer()
+        parts = [tokenizer.decode([token]) for token in tokenizer(text)["input_ids"]]
+        assert sum("\N{REPLACEMENT CHARACTER}" in part for part in parts) > 3  # parts of characters
+    else:
+        tokenizer = sentencepiece_tokenizer()
+        text = " " + text  # which it writes before a text
+    ids = tokenizer(text.strip(), add_special_tokens=False)["input_ids"]
+    assert b"".join(token_bytes(tokenizer, token) for token in ids).decode() == text
+    special = chat_tokenizer("chatml")
+    assert token_bytes(special, special.eos_token_id).decode() == special.eos_token
+
+
+def sentencepiece_tokenizer():
+    """A tokenizer of Llama 2's kind: words begin with a mark, and unknown characters are bytes."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = [
+        "<unk>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "▁",
+        *"Theharbou",
+        "▁The",
+        "▁h",
+        "r,",
+        "ar",
+        "bo",
+    ]
+    every = {piece: number for number, piece in enumerate(dict.fromkeys(vocabulary))}
+    inner = Tokenizer(models.BPE(every, [("a", "r"), ("b", "o")], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")

@@ -72,7 +72,7 @@ def full(world: Path, job: Job) -> Iterator[tuple[str, str | None]]:
     for size in SIZES:
         with mounted(world / "disk", f"size={size}k") as disk:
             code, said = ended(start(job.arguments(disk / "out")))
-            problem = refused(code, said, "No space left")
+            problem = refused(code, said, "No space left") or incomplete(code, job, disk / "out")
             mount(disk, "remount,size=1g")
             yield f"a disk of {size} KiB (ended with {code}: {said[-160:]})", problem or again(job, disk / "out")
 
@@ -81,15 +81,16 @@ def read_only(world: Path, job: Job) -> Iterator[tuple[str, str | None]]:
     """The disk is read-only from the start, or from some moment on."""
     for share in (0.0, 0.5, 0.7, 0.9):
         with mounted(world / "disk", "size=1g") as disk:
-            if share == 0:
-                mount(disk, "remount,ro")
+            stopped = share == 0 and mount(disk, "remount,ro")
             process = start(job.arguments(disk / "out"))
-            stopped = share > 0 and not over(process, share * job.seconds) and mount(disk, "remount,ro")
+            stopped = stopped or (not over(process, share * job.seconds) and mount(disk, "remount,ro"))
             code, said = ended(process)
-            mount(disk, "remount,rw")
             reasons = ("Read-only file system", "Nothing can be written to")
-            problem = refused(code, said, *reasons) if share == 0 or stopped else None
-            yield f"read-only after {share:.0%} (ended with {code}: {said[-160:]})", problem or again(job, disk / "out")
+            problem = refused(code, said, *reasons) if stopped else None
+            problem = problem or incomplete(code, job, disk / "out")
+            mount(disk, "remount,rw")
+            when = f"read-only after {share:.0%}" if stopped else f"no fault: not made read-only after {share:.0%}"
+            yield f"{when} (ended with {code}: {said[-160:]})", problem or again(job, disk / "out")
 
 
 def vanishing(world: Path, job: Job) -> Iterator[tuple[str, str | None]]:
@@ -178,6 +179,16 @@ def refused(code: int, said: str, *reasons: str) -> str | None:
     return None
 
 
+def incomplete(code: int, job: Job, out: Path) -> str | None:
+    """Return what is wrong with the result of a command that says that it ended well."""
+    if code:
+        return None
+    try:
+        return None if alike(job.result(out), job.expected) else "ended with 0 and another result"
+    except OSError as error:
+        return f"ended with 0 and no result ({error})"
+
+
 def again(job: Job, out: Path) -> str | None:
     """Run a command once more; return what is wrong with its ending or its result."""
     code, said = ended(start(job.arguments(out)))
@@ -193,8 +204,15 @@ def alike(found: Any, expected: Any) -> bool:
     tables = [list(csv.reader(io.StringIO(data.decode()))) for data in (found, expected)]
     cells = [[cell for row in table for cell in row] for table in tables]
     return [*map(len, tables[0])] == [*map(len, tables[1])] and all(
-        one == other or abs(float(one) - float(other)) < 1e-5 for one, other in zip(*cells, strict=True)
+        one == other or _near(one, other) for one, other in zip(*cells, strict=True)
     )
+
+
+def _near(one: str, other: str) -> bool:
+    try:
+        return abs(float(one) - float(other)) < 1e-5
+    except ValueError:  # words
+        return False
 
 
 def mount(folder: Path, options: str) -> bool:

@@ -142,9 +142,11 @@ def soak(
     whole = world / f"{name}-whole"
     seconds = run(arguments(whole))
     expected = result(whole)
+    if not expected:
+        sys.exit(f"{name}: the run without a kill left no result to compare with")
     print(f"{name}: {seconds:.0f} s without a kill", flush=True)
     killed = right = wrong = failed = 0
-    out, times_here, most = world / f"{name}-0", 0, 0
+    out, times_here, most, runs = world / f"{name}-0", 0, 0, 0
     while killed < kills or times_here:
         process = start(arguments(out))
         limit = draw.uniform(0, seconds) if killed < kills else None
@@ -162,15 +164,15 @@ def soak(
                 flush=True,
             )
         elif result(out) == expected:
-            right += 1
+            right += times_here > 0  # one that was not killed shows nothing
         else:
             wrong += 1
             print(f"{name}: {out} differs after {times_here} kills", flush=True)
-        most, times_here = max(most, times_here), 0
-        out = world / f"{name}-{right + wrong + failed}"
+        most, times_here, runs = max(most, times_here), 0, runs + 1
+        out = world / f"{name}-{runs}"
     print(
-        f"{name}: {killed} kills, up to {most} of one run; {right} results equal to the one without a kill, {wrong} "
-        f"different, {failed} refused to go on",
+        f"{name}: {killed} kills, up to {most} of one run; {right} results of killed runs equal to the one "
+        f"without a kill, {wrong} different, {failed} refused to go on",
         flush=True,
     )
     return wrong + failed

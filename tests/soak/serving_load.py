@@ -75,7 +75,7 @@ class Server:
         """Serve a version of an adapter."""
         status, found = self.ask("POST", "/v1/adapters", {"name": name, "folder": f"{name} {version}"})
         if status != 200:
-            sys.exit(f"The adapter {name} {version} could not be loaded: {status} {found}")
+            raise RuntimeError(f"The adapter {name} {version} could not be loaded: {status} {found}")
 
     def said(self) -> str:
         """What the server wrote."""
@@ -105,16 +105,17 @@ class Soak:
             first = self.served
             try:
                 status, said = self.server.answer(name, text, connection)
-            except (OSError, http.client.HTTPException, KeyError, ValueError) as error:
+            except Exception as error:
                 connection.close()
                 self.count("lost", f"{name} {text!r}: {error!r}")
+                time.sleep(0.5)
                 continue
             if name == CHANGES:
                 versions = {VERSIONS[name][number % 2] for number in range(first, self.asked + 1)}
             else:
                 versions = set(VERSIONS.get(name, ("",)))
             if status == 200 and said in {self.expected[name, version, text] for version in versions}:
-                self.count("right")
+                self.count(f"right: {name}")
             elif status == 404 and name == GOES:
                 self.count("right: not served then")
             elif status == 429:
@@ -130,7 +131,13 @@ class Soak:
                 self.wrong.append(about)
 
     def operate(self) -> None:
-        """Replace one adapter, remove and load another, as fast as the server does it."""
+        """Replace one adapter, remove and load another, until the time is over or one of that fails."""
+        try:
+            self._replace()
+        except Exception as error:
+            self.count("wrong", f"The operator stopped: {error!r}")
+
+    def _replace(self) -> None:
         draw = random.Random(-1)
         while time.monotonic() < self.until:
             self.asked += 1
@@ -158,28 +165,38 @@ def main() -> int:
         try:
             expected = references(server)
             soak = Soak(server, expected, chosen.minutes)
-            workers = [threading.Thread(target=soak.client, args=(number,)) for number in range(chosen.clients)]
-            workers.append(threading.Thread(target=soak.operate))
+            workers = [
+                threading.Thread(target=soak.client, args=(number,), daemon=True) for number in range(chosen.clients)
+            ]
+            workers.append(threading.Thread(target=soak.operate, daemon=True))
             for worker in workers:
                 worker.start()
             memory = []
             while time.monotonic() < soak.until:
                 time.sleep(min(5.0, 3 * chosen.minutes))
+                if server.process.poll() is not None:
+                    soak.until = 0.0
+                    break
                 memory.append(server.memory())
                 if len(memory) % 60 == 0:
                     print(f"{len(memory) // 12} minutes: {dict(soak.counts)}, {memory[-1]:.0f} MiB", flush=True)
             for worker in workers:
                 worker.join()
-            alive = server.ask("GET", "/health")[0] == 200
+            alive = server.process.poll() is None and server.ask("GET", "/health")[0] == 200
         finally:
             server.process.terminate()
             server.process.wait(60)
         said = server.said()
+    missing = [
+        each for each in ("replaced", *(f"right: {name}" for name in (BASE, *VERSIONS))) if not soak.counts[each]
+    ]
     tenth = max(1, len(memory) // 10)
-    begin, end = median(memory[tenth : 2 * tenth] or memory), median(memory[-tenth:])
+    begin, end = median(memory[tenth : 2 * tenth] or memory or [0.0]), median(memory[-tenth:] or [0.0])
     print(f"{dict(soak.counts)}; the server's memory {begin:.0f} MiB after a tenth, {end:.0f} MiB at the end")
     print("\n".join(soak.wrong[:20]))
-    bad = bool(soak.wrong) or "Traceback" in said or not alive
+    if missing:
+        print(f"Never seen: {', '.join(missing)}")
+    bad = bool(soak.wrong or missing) or "Traceback" in said or not alive
     print(
         "Traceback in the server's log:\n" + said[-3000:] if "Traceback" in said else "No traceback in the server's log"
     )

@@ -192,6 +192,14 @@ def report(given: options.Report) -> None:
     show_tables(given, "report")
 
 
+@command(app, "card")
+def card(given: options.Card) -> None:
+    """Complete an adapter's model card before you share it: results on test rows, licence, language, data sets."""
+    from atv.cli.card import complete_card
+
+    complete_card(given)
+
+
 # ---- the paper ----
 
 

@@ -375,7 +375,7 @@ class Serve:
     waiting: int = option(256, panel=SERVER, min=1)
     """Most requests that wait; further ones are refused with status 429."""
     tokens: int = option(2**16, panel=SERVER, min=1)
-    """Most tokens of all answers being decoded, prompts included; bounds memory."""
+    """Most tokens of all answers being decoded, prompts and padding included; bounds memory."""
     max_tokens: int = option(1024, panel=SERVER, min=1)
     """Most tokens of one answer."""
     timeout: float = option(300.0, panel=SERVER, min=1)
@@ -460,6 +460,22 @@ class Report:
     plots)."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """Of `atv card`."""
+
+    adapter: Path = option(argument=True)
+    """Folder written by atv train."""
+    results: list[Path] | None = option(None, panel=DATA)
+    """Folder with runs of atv eval of this adapter; repeatable. They replace the card's former results."""
+    license: str | None = option(None, panel=OUTPUT)
+    """Licence by its identifier on the Hugging Face hub, such as apache-2.0."""
+    language: list[str] | None = option(None, panel=OUTPUT)
+    """Language of the training data by its code, such as en; repeatable."""
+    dataset: list[str] | None = option(None, panel=OUTPUT)
+    """Data set on the Hugging Face hub that it was trained on; repeatable."""
+
+
 # ---- the paper ----
 
 
@@ -499,7 +515,7 @@ class Reproduce:
     """Experiment to run instead of the tables, by name or as your own TOML file; repeatable."""
     method: list[str] | None = option(None, panel=METHOD, also=lambda: listed("Known", METHODS))
     """Method; repeatable. Default: those of the paper's tables."""
-    seed: list[int] | None = option(None, panel=METHOD)
+    seed: list[int] | None = option(None, panel=METHOD, min=0, max=MOST_SEED)
     """Seed, instead of the profile's; repeatable."""
     batch_size: int = option(16, panel=METHOD, min=1)
     """Prompts per call of the LLM in evaluation."""
@@ -566,8 +582,5 @@ class Theory:
     """Also check the theorems on this LLM's weights and hidden states. Default: only random ones."""
     seed: int = seed_field(DATA)
     """Seed of random matrices, prefixes and starting points."""
-    details: bool = option(False, flags=["--details"])
-    """For tasks answered by choosing an option: also print each label's precision and recall, confusion matrices,
-    calibration and the most confident mistakes. Files written with --out always have these tables."""
     out: Path | None = out_field(None)
     """Write the tables to this file: .md, .tex, or .csv, one file per table."""

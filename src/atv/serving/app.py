@@ -15,12 +15,14 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from atv.errors import ATVError
 from atv.progress import log
-from atv.serving.completions import Completions, Failed
+from atv.serving.completions import Completions, Failed, until_gone
 from atv.serving.engine import Busy, Serving
+from atv.serving.engine import Request as Asked
 from atv.serving.metrics import Meter
 from atv.serving.models import Models, UnknownModel
 from atv.serving.page import FILES, file_route
-from atv.serving.schemas import ChatCompletion, Completion, Load, Steer, explained
+from atv.serving.sampling import Sampling
+from atv.serving.schemas import MOST_ANSWERS, ChatCompletion, Completion, Load, Steer, explained
 from atv.serving.why import Reasons
 
 MOST_BYTES = 2**22
@@ -41,17 +43,25 @@ def problem(
     return JSONResponse(body, status, headers={name.replace("_", "-"): value for name, value in headers.items()})
 
 
+def _host(header: bytes) -> str:
+    """Return the host's name in the header Host or Origin."""
+    return re.sub(r"^\w+://|:\d*$", "", header.decode("latin-1")).lower()
+
+
 class _Guard:
-    """Refuses requests without the key, or to another host's name if there is no key, and bodies that are too large."""
+    """Refuses requests without the key, or if there is none, to or from another host's name; and bodies too large."""
 
     def __init__(self, app: Any, key: str | None, hosts: frozenset[str]) -> None:
         self._app, self._key, self._hosts = app, key, hosts
 
     def _refused(self, path: str, headers: dict[bytes, bytes]) -> Response | None:
         if self._key is None:
-            host = re.sub(r":\d*$", "", headers.get(b"host", b"").decode("latin-1")).lower()
+            host = _host(headers.get(b"host", b""))
             if host not in self._hosts:
                 return problem(421, f"The server does not go by the name {host!r}; call it {min(self._hosts)}.")
+            origin = headers.get(b"origin")
+            if origin is not None and _host(origin) not in self._hosts:
+                return problem(403, "A page of another site may not use this server; start it with an API key.")
         elif path not in OPEN:
             given = headers.get(b"authorization", b"")
             if not hmac.compare_digest(given, f"Bearer {self._key}".encode()):
@@ -161,7 +171,9 @@ class _Routes:
         served = self.models[body.model]
         turns = [message.turn() for message in body.messages]
         prompt = await asyncio.to_thread(self.models.chat, served, turns, body.task)
-        most = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
+        most = body.max_completion_tokens or body.max_tokens
+        if body.max_tokens not in (None, most):
+            raise ATVError("max_tokens and max_completion_tokens differ; give one of them.")
         return await self.completions.complete(body, served, [prompt], body.told(), most, request, chat=True)
 
     async def complete(self, body: Completion, request: Request) -> Response:
@@ -170,12 +182,14 @@ class _Routes:
         several = body.prompt if isinstance(body.prompt, list) and isinstance(next(iter(body.prompt), 0), str) else [
             body.prompt
         ]  # fmt: skip
+        if (answers := len(several) * (body.n or 1)) > MOST_ANSWERS:
+            raise ATVError(f"The request asks for {answers} answers; expected at most {MOST_ANSWERS}.")
         prompts = [await asyncio.to_thread(self.models.text, served, cast(str, each), body.query) for each in several]
         return await self.completions.complete(
             body, served, prompts, body.logprobs, body.max_tokens, request, chat=False
         )
 
-    async def steer(self, body: Steer) -> Any:
+    async def steer(self, body: Steer, request: Request) -> Any:
         """Say what an adapter does for a query."""
         served = self.models[body.model]
         if served.adapter is None:
@@ -184,7 +198,8 @@ class _Routes:
             raise ATVError("Give either query or messages.")
         turns = [message.turn() for message in body.messages or ()] or [{"role": "user", "content": body.query or ""}]
         prompt = await asyncio.to_thread(self.models.chat, served, turns, body.task)
-        return await self.reasons.explain(served, prompt, body.scale)
+        self.engine.check(Asked(prompt, served.adapter, sampling=Sampling(max_tokens=1)))
+        return await until_gone(request, self.reasons.explain(served, prompt, body.scale))
 
     async def load(self, body: Load) -> Any:
         """Load an adapter, or replace one."""

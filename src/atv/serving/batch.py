@@ -249,8 +249,7 @@ class Batch:
             for _, sides in pairs
         ]
         together = [torch.cat(both) for both in zip(*padded, strict=True)]
-        self._cache = as_cache(zip(together[::2], together[1::2], strict=True))
-        self._ids, self._mask = (
+        ids, mask = (
             torch.cat(
                 [
                     torch.nn.functional.pad(each, (width - each.shape[1], 0))
@@ -259,14 +258,17 @@ class Batch:
             )
             for name in ("_ids", "_mask")
         )
-        self.rows += other.rows
         self.logits = torch.cat([self.logits, other.logits])
+        # Nothing fails from here on: this batch is as it was, or has all rows.
+        self._cache = as_cache(zip(together[::2], together[1::2], strict=True))
+        self._ids, self._mask = ids, mask
+        self.rows += other.rows
 
     def keep(self, indices: Sequence[int]) -> None:
         """Keep only these rows, in this order, and drop columns that are padding in all of them."""
         if list(indices) == list(range(len(self.rows))):
             return
-        chosen = torch.tensor(indices, dtype=torch.long, device=self._ids.device)
+        chosen = torch.tensor(indices, dtype=torch.long)  # on the CPU, since layers may be on several devices
         self.rows, self.logits = [self.rows[index] for index in indices], self.logits[list(indices)]
         self._ids, self._mask = self._ids[chosen], self._mask[chosen]
         if not indices or self._cache is None:

@@ -23,8 +23,6 @@ from atv.serving.schemas import DEFAULT_TOKENS, Ask
 
 T = TypeVar("T")
 Pieces = asyncio.Queue[tuple[int, Piece | Exception]]
-MOST_ANSWERS = 64
-"""Most answers of one request."""
 
 
 class Failed(Exception):
@@ -57,12 +55,10 @@ class Completions:
         if body.scale is not None and served.adapter is None:
             raise ATVError(f"scale is given, and {served.name} is the plain LLM, which has no vectors.")
         asked = [
-            Asked(prompt, served.adapter, scale, body.sampling(choice, logprobs, most or DEFAULT_TOKENS))
+            Asked(prompt, served.adapter, scale, body.sampling(choice, logprobs, most or self._room(prompt)))
             for prompt in prompts
             for choice in range(body.n or 1)
         ]
-        if len(asked) > MOST_ANSWERS:
-            raise ATVError(f"The request asks for {len(asked)} answers; expected at most {MOST_ANSWERS}.")
         for each in asked:
             self.engine.check(each)
         prefix = "chatcmpl" if chat else "cmpl"
@@ -73,10 +69,16 @@ class Completions:
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
             events = self._events(asked, form, usage)
-            first = await _until_gone(request, _first(events))  # what is refused at once has a status of its own
+            first = await until_gone(request, _first(events))  # what is refused at once has a status of its own
             return StreamingResponse(_behind(first, events), media_type="text/event-stream")
-        choices = await _until_gone(request, self._all(asked, form.model))
+        choices = await until_gone(request, self._all(asked, form.model))
         return JSONResponse(form.whole(choices))
+
+    def _room(self, prompt: Prompt) -> int:
+        """Return the most tokens of an answer to a request that does not say so."""
+        limits = (self.engine.context, self.engine.limits.tokens)
+        after = [limit - len(prompt.ids) for limit in limits if limit is not None]
+        return max(1, min(DEFAULT_TOKENS, self.engine.limits.answer, *after))
 
     async def _all(self, asked: Sequence[Asked], model: str) -> list[Choice]:
         async with asyncio.TaskGroup() as group:
@@ -164,7 +166,7 @@ async def _behind(first: str, events: AsyncIterator[str]) -> AsyncIterator[str]:
             yield event
 
 
-async def _until_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def until_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """Await an answer; cancel it when the client goes away."""
     task, gone = asyncio.create_task(work), asyncio.Event()
 

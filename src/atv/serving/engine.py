@@ -49,9 +49,10 @@ class Limits:
     rows: int = 32
     """Most answers that are decoded together."""
     waiting: int = 256
-    """Most requests that wait; further ones are refused (`Busy`)."""
+    """Most requests that wait, and most calls of `run`; further ones are refused (`Busy`)."""
     tokens: int = 2**16
-    """Most tokens of all answers that are being decoded, prompts and room for answers included: bounds memory."""
+    """Most tokens of all answers that are being decoded, prompts, room for answers and padding included: bounds
+    memory."""
     prefill: int = 4096
     """Most prompt tokens per call, padding included; exceeded only by a single prompt."""
     answer: int = 1024
@@ -122,7 +123,7 @@ class Serving(Protocol):
         """Yield the pieces of an answer; closing the iterator cancels the request. Raises `Busy`."""
 
     async def run(self, function: Callable[[], T]) -> T:
-        """Call a function while the LLM is not in use."""
+        """Call a function while the LLM is not in use. Raises `Busy`."""
 
     def numbers(self) -> dict[str, float]:
         """Return counters and gauges by name, for metrics."""
@@ -147,6 +148,7 @@ class _Work(Row):
     """The token to read next."""
     generated: int = 0
     cancelled: bool = False
+    finished: bool = False
 
     @property
     def most(self) -> int:
@@ -222,6 +224,10 @@ class BatchEngine(ABC):
     def _read(self, rows: Sequence[Row]) -> Decoded:
         """Read prompts; called in the engine's thread."""
 
+    def _held(self, rows: Sequence[_Work]) -> int:
+        """Return for how many tokens rows need memory, if they are decoded together until they end."""
+        return sum(work.most for work in rows)
+
     # ---- from any thread ----
 
     def check(self, request: Request) -> None:
@@ -261,11 +267,7 @@ class BatchEngine(ABC):
             text=TextStream(self.tokenizer, request.sampling.stop),
         )
         with self._wake:
-            if self._closing:
-                raise ATVError("The engine is closed.")
-            if len(self._waiting) >= self.limits.waiting:
-                self._counts["refused"] += 1
-                raise Busy(len(self._waiting), max(1, round(self._pace * len(self._waiting))))
+            self._require_room(len(self._waiting))
             self._waiting.append(work)
             self._counts["prompt_tokens"] += len(request.prompt.ids)
             self._wake.notify()
@@ -302,14 +304,28 @@ class BatchEngine(ABC):
         return found
 
     async def run(self, function: Callable[[], T]) -> T:
-        """Call a function in the engine's thread between two steps, and return its result or raise its exception."""
+        """Call a function in the engine's thread between two steps, and return its result or raise its exception.
+
+        It is not called if the caller is cancelled before its turn.
+
+        Raises:
+            Busy: too many calls are waiting.
+            ATVError: the engine is closed.
+        """
         future: Future[T] = Future()
         with self._wake:
-            if self._closing:
-                raise ATVError("The engine is closed.")
+            self._require_room(len(self._calls))
             self._calls.append((future, function))
             self._wake.notify()
         return await asyncio.wrap_future(future)
+
+    def _require_room(self, waiting: int) -> None:
+        """Raise an error if the engine is closed or `waiting` requests are all that may wait."""
+        if self._closing:
+            raise ATVError("The engine is closed.")
+        if waiting >= self.limits.waiting:
+            self._counts["refused"] += 1
+            raise Busy(waiting, max(1, round(self._pace * waiting)))
 
     def numbers(self) -> dict[str, float]:
         """Return counters and gauges by name."""
@@ -340,27 +356,40 @@ class BatchEngine(ABC):
     # ---- in the engine's thread ----
 
     def _loop(self) -> None:
-        while True:
-            with self._wake:
-                while not (self._waiting or self._calls or self._batches or self._closing):
-                    self._wake.wait()
-                if self._closing:
-                    break
-                calls, self._calls = self._calls, deque()
-                new = self._admitted()
-            for future, function in calls:
-                _call(future, function)
-            if new:
-                self._begin(new)
-            for batch in list(self._batches):
-                self._step(batch)
-        closed = ATVError("The server is shutting down.")
+        error = ATVError("The server is shutting down.")
+        try:
+            while self._turn():
+                pass
+        except Exception as unexpected:  # or clients would wait for ever for a thread that has ended
+            log.error(f"The engine stopped: {type(unexpected).__name__}: {unexpected}")
+            error = ATVError("The engine has stopped; see the server's log.")
+        with self._wake:
+            self._closing = True
         for work in [*self._waiting, *(row for batch in self._batches for row in batch.rows)]:
-            self._finish(cast(_Work, work), "error", closed)
+            self._finish(cast(_Work, work), "error", error)
         for future, _ in self._calls:
-            future.set_exception(closed)
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
         self._waiting.clear()
+        self._calls.clear()
         self._batches.clear()
+
+    def _turn(self) -> bool:
+        """Do what there is to do, a call, new prompts and one step of each batch; return False once closed."""
+        with self._wake:
+            while not (self._waiting or self._calls or self._batches or self._closing):
+                self._wake.wait()
+            if self._closing:
+                return False
+            call = self._calls.popleft() if self._calls else None  # one, so that answers go on between them
+            new = self._admitted()
+        if call is not None:
+            _call(*call)
+        if new:
+            self._begin(new)
+        for batch in list(self._batches):
+            self._step(batch)
+        return True
 
     def _admitted(self) -> list[_Work]:
         """Take the requests that are read next, and end those that need no answer any more."""
@@ -369,15 +398,15 @@ class BatchEngine(ABC):
             self._waiting.remove(work)
             self._finish(work, "cancelled" if work.cancelled else "timeout")
         running = [cast(_Work, row) for batch in self._batches for row in batch.rows]
-        free = self.limits.tokens - sum(work.most for work in running)
         new: list[_Work] = []
         longest = 0
         while self._waiting and len(running) + len(new) < self.limits.rows:
             work = self._waiting[0]
             longest = max(longest, len(work.prompt.ids))
-            if work.most > free or (new and longest * (len(new) + 1) > self.limits.prefill):
+            if self._held([*running, *new, work]) > self.limits.tokens:
                 break
-            free -= work.most
+            if new and longest * (len(new) + 1) > self.limits.prefill:
+                break
             new.append(self._waiting.popleft())
         return new
 
@@ -392,26 +421,29 @@ class BatchEngine(ABC):
             else:
                 self._finish(new[0], "error", error)
             return
-        self._choose(batch)
-        if not batch.rows:
-            return
-        other = next((other for other in self._batches if other.joins), None) if batch.joins else None
-        if other is None:
-            self._batches.append(batch)
-        else:
-            other.join(batch)
+        try:
+            self._choose(batch)
+            other = next((other for other in self._batches if other.joins), None) if batch.joins else None
+            if batch.rows and other is not None:
+                other.join(batch)
+            elif batch.rows:
+                self._batches.append(batch)
+        except Exception as error:
+            self._fail(batch, error)
 
     def _step(self, batch: Decoded) -> None:
         try:
             batch.step([cast(_Work, row).next for row in batch.rows])
-        except Exception as error:
-            for row in batch.rows:
-                self._finish(cast(_Work, row), "error", error)
-            batch.keep([])
-        else:
             self._choose(batch)
+        except Exception as error:
+            self._fail(batch, error)
         if not batch.rows:
             self._batches.remove(batch)
+
+    def _fail(self, batch: Decoded, error: Exception) -> None:
+        for row in batch.rows:
+            self._finish(cast(_Work, row), "error", error)
+        batch.keep([])
 
     def _choose(self, batch: Decoded) -> None:
         """Choose the next token of each row, and drop the rows that end."""
@@ -421,27 +453,33 @@ class BatchEngine(ABC):
             if work.cancelled or work.deadline < now:
                 self._finish(work, "cancelled" if work.cancelled else "timeout")
                 continue
-            remaining = work.request.begun[work.tokens :]
-            if remaining:
-                work.next = remaining[0]
+            try:
+                self._extend(work, logits)
+            except Exception as error:  # a row fails for its own reasons only
+                self._finish(work, "error", error)
+            if not work.finished:
                 remain.append(index)
-                continue
-            work.next = work.sampler.choose(logits)
-            work.generated += 1
-            self._counts["answer_tokens"] += 1
-            told = work.sampler.told(logits, work.next)
-            tokens = () if told is None else (told,)
-            if work.next in self._ends:
-                self._finish(work, "stop", tokens=tokens if work.request.sampling.scored else ())
-                continue
-            text = work.text.push(work.next)
-            if work.text.stopped or work.generated >= work.request.sampling.max_tokens:
-                self._finish(work, "stop" if work.text.stopped else "length", text=text, tokens=tokens)
-                continue
-            if text or tokens:
-                self._deliver(work, Piece(text, tokens, None, work.generated))
-            remain.append(index)
         batch.keep(remain)
+
+    def _extend(self, work: _Work, logits: Tensor) -> None:
+        """Choose a row's next token and deliver what it adds to the answer, which may end with it."""
+        remaining = work.request.begun[work.tokens :]
+        if remaining:
+            work.next = remaining[0]
+            return
+        work.next = work.sampler.choose(logits)
+        work.generated += 1
+        self._counts["answer_tokens"] += 1
+        told = work.sampler.told(logits, work.next)
+        tokens = () if told is None else (told,)
+        if work.next in self._ends:
+            self._finish(work, "stop", tokens=tokens if work.request.sampling.scored else ())
+            return
+        text = work.text.push(work.next)
+        if work.text.stopped or work.generated >= work.request.sampling.max_tokens:
+            self._finish(work, "stop" if work.text.stopped else "length", text=text, tokens=tokens)
+        elif text or tokens:
+            self._deliver(work, Piece(text, tokens, None, work.generated))
 
     def _finish(
         self,
@@ -451,12 +489,16 @@ class BatchEngine(ABC):
         text: str = "",
         tokens: tuple[Likelihood, ...] = (),
     ) -> None:
+        if work.finished:
+            return
+        rest = "" if why == "error" else work.text.finish()
+        work.finished = True
         now = time.monotonic()
         self._pace, self._last = 0.9 * self._pace + 0.1 * min(now - self._last, 10.0), now
         self._counts[why] += 1
         if error is not None and not isinstance(error, ATVError):
             log.error(f"A request failed: {type(error).__name__}: {error}")
-        self._deliver(work, Piece(text + work.text.finish(), tokens, why, work.generated, error))
+        self._deliver(work, Piece(text + rest, tokens, why, work.generated, error))
 
     def _deliver(self, work: _Work, piece: Piece) -> None:
         try:
@@ -497,8 +539,13 @@ class Engine(BatchEngine):
     def _read(self, rows: Sequence[Row]) -> Batch:
         return Batch(self.llm, rows, self._pad, self._shared)
 
+    def _held(self, rows: Sequence[_Work]) -> int:
+        return len(rows) * max(work.most for work in rows)  # all are padded to the longest
+
 
 def _call(future: "Future[Any]", function: Callable[[], Any]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
     try:
         future.set_result(function())
     except Exception as error:

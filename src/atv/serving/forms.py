@@ -1,12 +1,13 @@
 """The shape of the answers of OpenAI's API."""
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from atv.serving.engine import Finish, Piece
 from atv.serving.sampling import Likelihood
+from atv.serving.text import token_bytes
 
 
 class Choice(NamedTuple):
@@ -24,7 +25,7 @@ class Form:
     def __init__(self, id: str, model: str, chat: bool, tokenizer: Any, told: bool, prompt_tokens: int) -> None:
         self.id, self.model, self._chat, self._tokenizer, self._told = id, model, chat, tokenizer, told
         self._prompt_tokens, self._created = prompt_tokens, int(time.time())
-        self._offsets: Counter[int] = Counter()
+        self._said: defaultdict[int, bytes] = defaultdict(bytes)  # by choice, what its tokens so far stand for
 
     def head(self, chunk: bool) -> dict[str, Any]:
         """Return the fields before the choices."""
@@ -75,19 +76,35 @@ class Form:
                     for told in tokens
                 ]
             }
-        texts = [self._text(told.token) for told in tokens]
-        offsets = [self._offsets[index] + sum(map(len, texts[:place])) for place in range(len(texts))]
-        self._offsets[index] += sum(map(len, texts))
+        offsets = []
+        for told in tokens:
+            offsets.append(len(self._said[index].decode(errors="ignore")))
+            self._said[index] += token_bytes(self._tokenizer, told.token)
         return {
-            "tokens": texts,
+            "tokens": [self._text(told.token) for told in tokens],
             "token_logprobs": [told.logprob for told in tokens],
-            "top_logprobs": [{self._text(token): value for token, value in told.top} for told in tokens],
+            "top_logprobs": [self._by_text(told.top) for told in tokens],
             "text_offset": offsets,
         }
 
+    def _by_text(self, top: Sequence[tuple[int, float]]) -> dict[str, float]:
+        """Return log-probabilities by text: of tokens with the same text that of the likeliest, which is first."""
+        found: dict[str, float] = {}
+        for token, value in top:
+            found.setdefault(self._text(token), value)
+        return found
+
     def _entry(self, token: int, value: float) -> dict[str, Any]:
-        text = self._text(token)
-        return {"token": text, "logprob": value, "bytes": list(text.encode())}
+        return {
+            "token": self._text(token),
+            "logprob": value,
+            "bytes": list(token_bytes(self._tokenizer, token)),
+        }
 
     def _text(self, token: int) -> str:
-        return str(self._tokenizer.decode([token]))
+        """Return a token's text, or its bytes if they are a part of a character, as OpenAI's API writes them."""
+        raw = token_bytes(self._tokenizer, token)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)

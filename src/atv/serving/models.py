@@ -158,7 +158,14 @@ class Models:
             served: the model.
             text: what the LLM reads, or its token ids.
             query: what the generator reads; needed if the adapter was trained on prompts with more in them.
+
+        Raises:
+            ATVError: the text is empty or has unknown tokens, or `query` is missing or would not be read.
         """
+        atv = None if served.adapter is None else served.adapter.atv
+        if query is not None and (atv is None or atv.own is not None):
+            why = "the plain LLM" if atv is None else "an adapter whose generator is the LLM, which reads the prompt"
+            raise ATVError(f"query is given, and {served.name} is {why}; leave it out.")
         if isinstance(text, str):
             ids = encode_text(self.tokenizer, text)
         else:
@@ -169,9 +176,8 @@ class Models:
             text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
         if not ids:
             raise ATVError("prompt is empty; expected some text.")
-        if served.adapter is None or query is not None:
+        if atv is None or query is not None:
             return Prompt(ids, text if query is None else query)
-        atv = served.adapter.atv
         if atv.own is None and _wrapped(atv, self.tokenizer):
             raise ATVError(
                 f"The prompts of {served.name} have text around the query that its generator does not read, and "

@@ -47,7 +47,7 @@ class EngineAnswers(QueryAnswers):
         self._engine, self._adapter, self._batch_size = engine, adapter, batch_size
         self._branches = {} if self.options is None else branches(self.options)
         self._runner = asyncio.Runner()  # vLLM belongs to one event loop
-        self._places = asyncio.Semaphore(engine.limits.rows + engine.limits.waiting)
+        self._places = asyncio.Semaphore(engine.limits.waiting)
 
     @property
     def room(self) -> int:

@@ -26,7 +26,7 @@ class Sampling:
     top_p: float = 1.0
     """Sample among the fewest tokens that have at least this probability together."""
     seed: int | None = None
-    """Seed of sampling; the same seed gives the same answer whatever other requests there are. None: a new one."""
+    """Seed of sampling; the same seed draws the same numbers whatever other requests there are. None: a new one."""
     stop: tuple[str, ...] = ()
     """Texts that end the answer and are not part of it."""
     logprobs: int | None = None
@@ -72,10 +72,18 @@ class Sampler:
             self._generator.manual_seed(sampling.seed % 2**64)
 
     def choose(self, logits: Tensor) -> int:
-        """Return the next token, given logits (vocabulary,) float32 on the CPU."""
+        """Return the next token, given logits (vocabulary,) float32 on the CPU.
+
+        Raises:
+            ATVError: a logit is NaN or the largest one infinite, so that no token is likelier than others.
+        """
+        highest = logits.max()
+        if not highest.isfinite():
+            raise ATVError("The LLM's logits are not finite; use a smaller scale, or another dtype of the LLM.")
         if self._sampling.temperature == 0:
             return int(logits.argmax())
-        chances = (logits.double() / self._sampling.temperature).softmax(-1)
+        # The highest logit becomes 0 first, so that no temperature, however small, divides to an infinite one.
+        chances = ((logits.double() - highest) / self._sampling.temperature).softmax(-1)
         if self._sampling.top_p < 1:
             ranked, order = chances.sort(descending=True)
             ranked[(ranked.cumsum(-1) - ranked) >= self._sampling.top_p] = 0  # the likeliest one is always kept

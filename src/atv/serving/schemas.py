@@ -8,8 +8,12 @@ from atv.errors import ATVError
 from atv.serving.sampling import MOST_LOGPROBS, Sampling
 
 DEFAULT_TOKENS = 256
+MOST_ANSWERS = 64
+"""Most answers of one request."""
 MOST_CHOICES = 8
 MOST_MESSAGES = 512
+"""Most messages of a conversation, and most parts of one."""
+MOST_STOPS = 16
 
 
 class Body(BaseModel):
@@ -42,7 +46,7 @@ class Ask(Body):
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(max_length=MOST_STOPS)] | None = None
     seed: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -77,7 +81,7 @@ class Message(Body):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(max_length=MOST_MESSAGES, fail_fast=True)]
     name: str | None = None
     """Accepted and not used."""
 
@@ -90,7 +94,7 @@ class Message(Body):
 class ChatCompletion(Ask):
     """Of /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
@@ -108,7 +112,11 @@ class ChatCompletion(Ask):
 class Completion(Ask):
     """Of /v1/completions."""
 
-    prompt: str | list[int] | list[str]
+    prompt: (
+        str
+        | Annotated[list[int], Field(fail_fast=True)]
+        | Annotated[list[str], Field(max_length=MOST_ANSWERS, fail_fast=True)]
+    )
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     echo: Literal[False] | None = None
     query: str | None = None
@@ -120,7 +128,7 @@ class Steer(Body):
 
     model: str
     query: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)] | None = None
     task: str | None = None
     """Name of a training task of the adapter, for one with several."""
     scale: Annotated[Number, Field(ge=-10, le=10)] | None = None

@@ -1,12 +1,33 @@
 """Text from tokens as they come: whole characters, and nothing after a stop sequence."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
+
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 """What a tokenizer returns for bytes that are no character, perhaps not yet."""
 CONTEXT = 8
 """Tokens decoded again before new ones: some tokenizers write a token differently at the beginning of a text."""
+
+
+_BYTES = {letter: byte for byte, letter in bytes_to_unicode().items()}
+"""The letters by which byte-level tokenizers write bytes."""
+
+
+def token_bytes(tokenizer: Any, token: int) -> bytes:
+    """Return the bytes that a token stands for, which may be a part of a character.
+
+    Decoding the token alone would lose such a part, and with SentencePiece the space before a word.
+    """
+    piece, text = str(tokenizer.convert_ids_to_tokens(token)), str(tokenizer.decode([token]))
+    if byte := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece):
+        return bytes([int(byte[1], 16)])
+    if BROKEN in text and all(letter in _BYTES for letter in piece):
+        return bytes(_BYTES[letter] for letter in piece)
+    spaces = len(piece) - len(piece.lstrip("\N{LOWER ONE EIGHTH BLOCK}"))
+    return (" " * spaces + text.lstrip(" ") if spaces else text).encode()
 
 
 class TextStream:

@@ -97,7 +97,7 @@ class VLLMEngine:
         self.context: int | None = int(self._llm.model_config.max_model_len)
         self._counts: Counter[str] = Counter()
         self._names = count()
-        self._active, self._closed = 0, False
+        self._active, self._called, self._closed = 0, 0, False
         self._pace, self._last = 1.0, time.monotonic()  # seconds per finished request, smoothed
 
     def load(self, folder: Path) -> Steers:
@@ -183,8 +183,19 @@ class VLLMEngine:
         return prompt | {"cache_salt": salt}, {KEY: replace(steering, prompt=length).payload()}
 
     async def run(self, function: Callable[[], T]) -> T:
-        """Call a function in another thread. vLLM runs in a process of its own and need not wait for it."""
-        return await asyncio.to_thread(function)
+        """Call a function in another thread. vLLM runs in a process of its own and need not wait for it.
+
+        Raises:
+            Busy: too many calls are waiting.
+        """
+        if self._called >= self.limits.waiting:
+            self._counts["refused"] += 1
+            raise Busy(self._called, 1)
+        self._called += 1
+        try:
+            return await asyncio.to_thread(function)
+        finally:
+            self._called -= 1
 
     async def worker_counts(self) -> dict[str, int]:
         """Return the worker's counts: edited rows, and dropped requests, of which there must be none."""

@@ -1,6 +1,7 @@
 """Why a query is answered as it is: what an adapter's vectors are for it, and how near it is to the training."""
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
@@ -17,7 +18,7 @@ from atv.gate import Gate
 from atv.lm.hooks import decoder_layers
 from atv.model import ATVModel
 from atv.progress import log
-from atv.serving.engine import Serving
+from atv.serving.engine import Busy, Serving
 from atv.serving.models import Served
 from atv.training.record import training_tasks
 from atv.vectors import ATV
@@ -132,7 +133,11 @@ class Reasons:
             loop = asyncio.get_running_loop()
 
             def call(function: Callable[[], T]) -> T:
-                return asyncio.run_coroutine_threadsafe(self._engine.run(function), loop).result()
+                while True:
+                    try:
+                        return asyncio.run_coroutine_threadsafe(self._engine.run(function), loop).result()
+                    except Busy:  # the queries are read for all later requests, so wait for a place
+                        time.sleep(0.1)
 
             self._known[served] = asyncio.create_task(asyncio.to_thread(_read, served, call))
         return await asyncio.shield(self._known[served])  # a client that goes away does not end it for others
