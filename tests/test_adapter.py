@@ -140,9 +140,13 @@ def edit(**changes):
         (lambda path: (path / "atv_config.json").write_text("{"), "is not valid JSON"),
         (lambda path: (path / "atv_config.json").unlink(), "No adapter at"),
         (lambda path: os.truncate(path / "atv_config.json", 2**25 + 1), "has 33,554,433 bytes; expected at most"),
-        (edit(format=99), "has format 99; this version reads format 7"),
+        (edit(format=99), "has format 99; this version reads format 8"),
         (edit(config={"scale": "strong"}), "is damaged"),
         (edit(sha256={"../../etc/passwd": "0"}), "is not inside the folder"),
+        (edit(sha256={"/etc/passwd": "0"}), "is not inside the folder"),
+        (edit(sha256={"generator\\..\\..\\x": "0"}), "is not inside the folder"),
+        (edit(sha256={"C:x": "0"}), "is not inside the folder"),
+        (edit(sha256={"\\x": "0"}), "is not inside the folder"),
         (edit(sha256={"a\0b": "0"}), "names the file 'a"),
         (edit(sha256={"generator/pytorch_model.bin": "0"}), "could run code; expected safetensors"),
         (edit(sha256={}), "lists the weight files"),
@@ -252,6 +256,26 @@ def test_a_hub_id_is_downloaded_without_pickles(tmp_path, monkeypatch):
     assert asked["name"] == "me/adapter"
     assert asked["revision"] == "abc"
     assert not any(pattern in ("*", "*.bin", "*.pt") for pattern in asked["patterns"])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows may have no links")
+def test_the_hubs_cache_of_links_to_blobs_is_read_and_a_changed_blob_is_not(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    atv, path = saved(tmp_path)
+    cache = tmp_path / "models--me--adapter"
+    snapshot = cache / "snapshots" / "abc"
+    (cache / "blobs").mkdir(parents=True)
+    for file in [file for file in path.rglob("*") if file.is_file()]:
+        blob, link = cache / "blobs" / artifact.sha256(file), snapshot / file.relative_to(path)
+        file.rename(blob)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(snapshot))
+    assert torch.equal(load("me/adapter").task_vectors(QUERIES), atv.task_vectors(QUERIES))
+    change("expansion.safetensors")(snapshot)
+    with refused("expansion.safetensors is altered"):
+        load("me/adapter")
 
 
 def test_the_model_card_names_llm_generator_and_tasks(tmp_path):

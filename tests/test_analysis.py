@@ -292,6 +292,16 @@ def test_layer_by_layer_is_what_hooks_by_hand_see(atv, record, vectors):
     assert record["query"]["layers"]["steered"] != record["query"]["layers"]["unsteered"]
 
 
+def test_layer_by_layer_steers_by_what_the_generator_reads():
+    atv = make_atv(**CONFIG, reads="prompt")
+    task, row = ASKED[0]
+    read = task.templates[0].replace("{input}", row.input) + "\nA:"
+    vectors = atv.config.scale * atv.task_vectors([read])[0]
+    expected = answer_with(atv, task, row, vectors).softmax(-1).topk(5).values
+    found = analyse(atv, TASKS, rows=ROWS)["query"]["layers"]["steered"][-1]
+    assert [share for _, share in found] == pytest.approx(expected.tolist())
+
+
 def test_an_llm_whose_head_reads_something_else_has_no_lens_and_the_record_says_so(capsys):
     atv = make_atv()
     handle = atv.llm.lm_head.register_forward_pre_hook(lambda _, args: (2 * args[0],))

@@ -275,7 +275,7 @@ def test_every_path_and_llm_of_every_command_may_begin_with_the_home_folder(monk
                     continue
                 value = command.make_context(name, words).params[parameter.name]
                 assert str(value[-1] if isinstance(value, list) else value) == "/home/mine/x", (name, parameter.name)
-    paths = {"adapters_from", "config", "data", "elicit", "gguf", "out", "runs", "teacher_system"}
+    paths = {"adapters_from", "config", "data", "elicit", "gguf", "out", "results", "runs", "teacher_system"}
     assert found == {"llm", "adapter", *paths}
 
 
@@ -323,6 +323,7 @@ def test_limited_rows_of_a_sorted_file_are_drawn_by_seed(atv, world, tmp_path, m
         (["serve", "--timeout", "inf"], ["--timeout is inf", "a finite number"]),
         (["serve", "--shared-memory", "1e999"], ["--shared-memory is inf", "a finite number"]),
         (["compare", "--seeds", "9" * 20], ["--seeds", "less than or equal to 1000"]),
+        (["paper", "reproduce", "--seed", "7", "--seed", "-1"], ["--seed", "greater than or equal to 0"]),
     ],
 )
 def test_an_empty_or_endless_value_is_not_taken_for_a_default(atv, words, said):

@@ -1,10 +1,13 @@
 """`atv compare`: every cell is made once, resumed after a kill, and reported with the numbers of the rows."""
 
+import html
 import json
 import os
 import re
+import shlex
 import signal
 import sys
+from dataclasses import replace
 from functools import partial
 from statistics import fmean, stdev
 
@@ -16,13 +19,16 @@ from forks import ended, forked
 from refusals import refused
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from atv import artifact
 from atv.cli import main
 from atv.data import load_tasks
 from atv.evaluation.compare import RECORD_FILE, Cell, Plan, cells_of, compare
 from atv.evaluation.measure import Frozen
 from atv.evaluation.records import RunWriter, load_runs
+from atv.methods import METHODS
 from atv.report import answer, compare_tables, load_comparison
 from atv.report.compare import CONSTANT, Comparison
+from atv.report.plots import draw
 from atv.report.tables import number
 
 
@@ -46,8 +52,6 @@ GIVEN = {"all": {"epochs": 1, "batch_size": 4}}
 
 
 def tasks():
-    from dataclasses import replace
-
     kettles = replace(toy_task("kettles", 36), templates=("{input}\nyes or no?",))
     return [replace(toy_task("harbours", 36), templates=("{input}\nyes or no?",)), kettles]
 
@@ -210,6 +214,8 @@ def test_the_command_prints_and_writes_the_report(world, tmp_path, monkeypatch, 
     assert re.search(r"\[7 of 10\] train atv on kettles, 8 rows, seed 42; (about|less than)", err), err
     assert "by the 95% intervals, atv" in said.lower()
     page = (tmp_path / "out" / "report.html").read_text()
+    typed = html.unescape(page).partition("<code>atv compare")[2].partition("</code>")[0]
+    assert shlex.split(typed) == sys.argv[2:]
     assert page.index('class="answer"') < page.index("<figure") < page.index("<table")
     assert {"report.md", "report.tex", "report.html"} <= {file.name for file in (tmp_path / "out").iterdir()}
     assert "harbours" in (tmp_path / "out" / "report.md").read_text()
@@ -227,3 +233,104 @@ def test_several_processes_are_refused(world, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main()
     assert "atv compare runs in one process; found 2" in capsys.readouterr().err
+
+
+def read(file):
+    return json.loads(file.read_text())
+
+
+def test_starting_over_can_be_killed_at_any_moment(world, tmp_path, monkeypatch):
+    """Nothing with the former settings is left for the same command without --force."""
+    frozen, plan = Frozen(str(world / "llm"), dtype="float32"), Plan(("zero-shot", "fixed"), (1, 2), test_rows=6)
+    compare(plan, frozen, tasks(), tmp_path, given=GIVEN)
+    mine = tmp_path / "runs" / "thesis.txt"
+    mine.write_text("years of work")
+    new = {"all": GIVEN["all"] | {"learning_rate": 0.015625}}
+    with monkeypatch.context() as killed:
+        killed.setattr(Frozen, "load", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))  # the first step's
+        with pytest.raises(KeyboardInterrupt):
+            compare(replace(plan, seeds=(1,)), frozen, tasks(), tmp_path, given=new, force=True)
+    assert mine.read_text() == "years of work"
+    with monkeypatch.context() as killed:
+        killed.setattr("atv.evaluation.compare.write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            compare(plan, frozen, tasks(), tmp_path, given=GIVEN, force=True)
+    with refused("made with other settings"):
+        compare(plan, frozen, tasks(), tmp_path, given=GIVEN)
+    compare(plan, frozen, tasks(), tmp_path, given=new)
+    records = {file: read(file) for file in tmp_path.rglob("train.json")}
+    assert {record["settings"]["train"]["learning_rate"] for record in records.values()} == {0.015625}
+    adapters = {read(file)["settings"]["adapter"] for file in (tmp_path / "runs").rglob("fixed-*/run.json")}
+    assert adapters == {artifact.identity(file.parent / "adapter") for file in records}
+    assert not [file for file in tmp_path.rglob("*") if file.name.endswith(".gone")]
+
+
+def test_numbers_of_training_rows_can_be_added_and_left_out_again(world, tmp_path, monkeypatch):
+    for count, sizes in enumerate([(4,), (4, 8), (4,), (8,), (None,)]):
+        if count in (2, 3):
+            monkeypatch.setattr(METHODS["fixed"], "fit", lambda *_, **__: pytest.fail("It was trained before."))
+        made(world, tmp_path, train_rows=sizes, seeds=(1,))
+        monkeypatch.undo()
+    labels = {row["method"] for row in load_runs([tmp_path])}
+    assert labels == {"zero-shot", "fixed", "fixed, 4 rows", "fixed, 8 rows"}
+
+
+def test_a_comparison_from_before_runs_had_labels_is_resumed(world, tmp_path, monkeypatch):
+    made(world, tmp_path, train_rows=(4,), seeds=(1,))
+    for file in (tmp_path / "runs").rglob("run.json"):
+        run = read(file)
+        run["settings"].pop("label", None)
+        file.write_text(json.dumps(run))
+    monkeypatch.setattr(Frozen, "load", lambda _: pytest.fail("The LLM was loaded, and there was nothing to do."))
+    runs = made(world, tmp_path, train_rows=(4,), seeds=(1,))
+    assert {row["method"] for row in load_runs(runs)} == {"zero-shot", "fixed, 4 rows"}
+
+
+def scored_rows(method, scores, task="films", seed=1):
+    """Rows with these scores by name, a list for each, and answers of which the first two are alike."""
+    count = len(next(iter(scores.values())))
+    rows = rows_of(method, "x" * count, task, seed)
+    return [
+        row | {"target": "aab"[index % 3], "scores": {name: values[index] for name, values in scores.items()}}
+        for index, row in enumerate(rows)
+    ]
+
+
+def test_a_constant_answer_has_scores_of_whole_answers_alone():
+    graded = scored_rows("lora", {"json_fields": [0.5, 0.5, 1.0]})
+    assert answer(graded) == "lora scores best on films: 66.7% (json_fields)."
+    table = compare_tables(Comparison({None: graded}, {None: {}}))[0]
+    assert [line[0] for line in table.rows] == ["lora"]
+    assert CONSTANT not in table.note
+    whole = scored_rows("lora", {"exact_match": [1.0, 0.0, 1.0]})
+    assert "most frequent answer scores 66.7%" in answer(whole)
+    table = compare_tables(Comparison({None: whole}, {None: {}}))[0]
+    assert table.rows[-1] == [CONSTANT, "–", "–", "66.7", "66.7"]
+    assert f"Last row: {CONSTANT}" in table.note
+
+
+def test_a_constant_answer_is_averaged_over_categories_as_methods_are():
+    rows = [row | {"category": "x"} for task in ("a", "b") for row in rows_of("lora", "x-", task)]  # constant: 50
+    rows += [row | {"category": "y"} for row in scored_rows("lora", {"exact_match": [1.0] * 3}, "c")]  # 66.7
+    assert "most frequent answer scores 58.3%" in answer(rows)  # over tasks it would be 55.6
+
+
+def test_a_constant_answer_is_averaged_over_the_data_sets_of_the_methods():
+    rows = rows_of("lora", "x-", "a") + scored_rows("lora", {"exact_match": [None] * 3}, "b")
+    table = compare_tables(Comparison({None: rows}, {None: {}}))[0]
+    assert [line[3:] for line in table.rows] == [["50.0", "–†", "50.0†"]] * 2
+    assert table.rows[-1][0] == CONSTANT
+
+
+@pytest.mark.filterwarnings("error:constrained_layout")
+def test_differences_name_the_data_sets_that_have_the_score():
+    rows = []
+    for method in ("atv", "lora", "fixed"):
+        for task, names in (("a", ("one", "two")), ("b", ("one", "two", "three")), ("c", ("one",))):
+            rows += scored_rows(method, {name: [1.0, 0.0, 1.0] for name in names}, task)
+    table = next(table for table in compare_tables(Comparison({None: rows}, {None: {}})) if "against" in table.title)
+    assert list(dict.fromkeys((score, data) for score, data, *_ in table.rows)) == [
+        ("one", "all 3"), ("two", "all 2"), ("three", "b"),
+        ("one", "a"), ("two", "a"), ("one", "b"), ("two", "b"), ("one", "c"),
+    ]  # fmt: skip
+    assert len(draw(table, "a")) == 1

@@ -157,6 +157,20 @@ def test_the_loss_of_a_step_is_the_divergence_from_the_teacher(llm, tokenizer, t
     assert found.divergences == pytest.approx([away(example) for example in task.test], rel=1e-4)
 
 
+def test_rows_that_fill_the_last_batch_teach_nothing(llm, tokenizer, tmp_path):
+    """Ten rows in batches of eight: the last one is filled, and three of its four parts hold nothing else."""
+    task, found = taught(llm, tokenizer), {}
+    for parts in (1, 4):
+        model = FixedModel(llm, tokenizer=tokenizer)
+        config = TrainConfig(epochs=2, batch_size=8, gradient_accumulation_steps=parts, learning_rate=0.01)
+        history = train(model, [task], tmp_path / str(parts), config).record["history"]
+        losses = [entry[key] for key in ("loss", "eval_loss") for entry in history if key in entry]
+        found[parts] = losses, [p.detach().clone() for p in model.parameters()]
+    assert found[4][0] == pytest.approx(found[1][0], rel=1e-5)
+    for one, other in zip(found[1][1], found[4][1], strict=True):
+        torch.testing.assert_close(other, one, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("positions", [pytest.param("last", marks=pytest.mark.exhaustive), "answer"])
 def test_a_student_learns_what_its_teacher_says(llm, tokenizer, tmp_path, positions):
     """Of the queries that it is trained on: answers of random weights have nothing in common to learn."""

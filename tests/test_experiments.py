@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from statistics import fmean
 
 import pytest
@@ -88,3 +89,18 @@ def test_a_report_of_a_folder_has_its_experiments_and_the_other_runs(done):
     assert "icl" in {row["method"] for row in rows}
     only = report_tables([done / "runs" / "icl-1"])[1]
     assert not any(table.title.startswith("Rank") for table in only)
+
+
+def test_json_files_that_are_no_records_are_left_alone(done, tmp_path, capsys):
+    """Folders named experiments are common, also beside one named runs."""
+    shutil.copytree(done, tmp_path / "runs" / "mine")
+    shutil.copytree(done, tmp_path / ".trash" / "mine")
+    shutil.copytree(done / "experiments", tmp_path / "elsewhere" / "experiments")
+    (tmp_path / "experiments").mkdir()
+    for name, text in {"a": "[1]", "b": '{"conditions": ["x"]}', "c": "{broken", "d": '"text"'}.items():
+        (tmp_path / "experiments" / f"{name}.json").write_text(text)
+    assert len(find_experiments([tmp_path])) == 2
+    assert "c.json is not valid JSON" in " ".join(capsys.readouterr().err.split())
+    rows, tables = report_tables([tmp_path])
+    assert len(rows) == len(load_runs([done]))
+    assert [table.title for table in tables] == [table.title for table in report_tables([done])[1]]

@@ -9,10 +9,12 @@ from refusals import refused
 from rendering import Letters
 
 from atv import Example, TrainConfig, train
-from atv.data import Template
-from atv.data.collate import split_by_length
+from atv.data import Task, Template
+from atv.data.collate import Row, split_by_length
 from atv.data.render import TooLong, fitting
 from atv.training import trainer
+from atv.training.batches import training_rows
+from atv.training.calibration import temperature_of
 
 
 @given(st.text(min_size=1, max_size=60).filter(str.strip), st.integers(1, 80))
@@ -40,8 +42,6 @@ def test_a_query_is_cut_at_its_end_and_no_more_than_needed(query, room):
 
 def long_rows(atv, answers):
     """Encoded rows with answers of these numbers of words."""
-    from atv.data.collate import Row
-
     render = Template("{input}", "A:")
     return [
         atv.encode_row(Row(Example("the harbour " * (1 + n % 3), " ".join(["leaks"] * n)), (render, render)))
@@ -90,6 +90,20 @@ def test_over_long_training_rows_are_cut_or_left_out_and_counted(tmp_path, capsy
     with refused("All 1 train rows are too long"):
         alone = dataclasses.replace(task, train=rows[1:2], options=())
         train(atv, [alone], tmp_path / "alone", TrainConfig(epochs=1))
+
+
+def test_the_temperature_is_that_of_the_rows_with_room_for_every_option():
+    """A query that is cut leaves room for its own answer; GPT-2 has no positions for a longer one."""
+    atv, (yes, no) = make_atv("gpt2", dtype=torch.float32), ("yes", "no, not at all, nor at any other time")
+    examples = [Example(f"the harbour {n}", (yes, no)[n % 2]) for n in range(24)]
+    split = {"train": examples[:8], "valid": examples[8:16], "test": examples[16:]}
+    task = Task("long", ("{input}",), **{name: tuple(rows) for name, rows in split.items()})
+    cut = atv.encode_row(Row(Example("leaks " * 400, yes), task.training_renderers(), "long"))
+    rows = [atv.encode_row(row) for row in training_rows(task, "valid")]
+    assert cut.cut
+    with torch.no_grad():
+        assert temperature_of(atv, task, [cut, *rows]) == temperature_of(atv, task, rows)
+        assert temperature_of(atv, task, [cut]) is None
 
 
 def test_a_prompt_of_evaluation_is_that_of_training():

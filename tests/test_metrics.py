@@ -38,7 +38,7 @@ from atv.methods.i2cl import I2CL, I2CLConfig, I2CLModel
 from atv.methods.lora import LoRA
 from atv.methods.peft_model import PEFTModel
 from atv.methods.prefix_tuning import PrefixTuning
-from atv.report import label_table, score_table
+from atv.report import classification_details, classification_tables, label_table, score_table
 
 SOME = ("fish", "The quay", "The boats are in", "very", "very good", "very bad", "yes or no")
 
@@ -519,6 +519,31 @@ def test_answers_without_the_llm_are_scored_by_the_same_metrics(task):
         yes, no = math.exp(-0.1), math.exp(-3.0)
         assert row["probabilities"] == pytest.approx({"yes": yes / (yes + no), "no": no / (yes + no)}, rel=1e-5)
         assert len(row["scores"]) == 6
+
+
+class Foreign(Knows):
+    """A classifier over the answers of another task."""
+
+    name = "foreign"
+
+    def choose(self, task, examples, render):
+        return [Choice(f"shade {index}", {f"shade {index}": -0.1, "red": -3.0}) for index in range(len(examples))]
+
+
+def test_a_classifier_that_knows_none_of_the_options_is_credited_with_none():
+    task, found = toy_task(rows=90), {}
+    for method in (Knows, Foreign):
+        rows = evaluate(method(make_llm(), byte_level_tokenizer()), [task], ["first_token", "option_likelihood"])
+        found[method.name] = [row | {"method": method.name, "llm": "l", "seed": 1, "run": "x"} for row in rows]
+    for row in found["foreign"]:
+        assert set(row["outputs"].values()) == {f"shade {row['example']}"}
+        assert set(row["scores"].values()) == {0.0}
+        assert row["probabilities"] is None
+    rows = [row for some in found.values() for row in some]
+    assert len({row["outputs"]["option_likelihood"] for row in rows}) > FEW_OPTIONS
+    (table,) = classification_tables(rows)
+    assert {line[1]: line[5:] for line in table.rows}["foreign"] == ["0.0", "0.0", "–"]
+    assert "Confusion matrix: toy" in [table.title for table in classification_details(rows)]
 
 
 def test_what_a_method_does_not_give_is_refused_before_anything_runs(task, tmp_path, monkeypatch):

@@ -22,8 +22,9 @@ import atv.report
 from atv.evaluation.records import load_runs
 from atv.paper.published import PaperNumbers
 from atv.report import all_tables, check_format, comparison_tables, formats
+from atv.report.figure import COLOURS, INK
 from atv.report.page import provenance_of
-from atv.report.plots import COLOURS, INK, _apart, draw
+from atv.report.plots import _apart, draw
 from atv.report.tables import Table, number
 
 BAD = "<script>alert(1)</script>"
@@ -287,6 +288,20 @@ def test_a_plot_shows_each_number_at_its_place():
     per_point = (ticks[100] - ticks[0]) / 100
     assert marks[0] == pytest.approx(ticks[0] + 20 * per_point, abs=0.01)
     assert marks[1] == pytest.approx(ticks[0] + 70 * per_point, abs=0.01)
+
+
+def test_more_data_sets_than_colours_are_drawn_apart():
+    kinds, others = ["all 6", *"abcdef"], ["zero-shot", "icl"]
+    rows = [["accuracy", kind, other, "+1.00", "-1.00", "+3.00", "0.5"] for kind in kinds for other in others]
+    [plot] = draw(table_of("differences", rows), "a")
+    root = ElementTree.fromstring(plot.svg.replace("viewBox", "viewbox"))
+    assert {*kinds, *others} <= {e.text for e in root.iter("text")}
+    filled = re.compile(f"fill: ({'|'.join(COLOURS)})")
+    marks = [float(e.attrib["y"]) for e in root.iter("use") if filled.search(e.attrib.get("style", ""))]
+    assert len(marks) == 3 * len(kinds)  # for each kind two, then those of the legend
+    first, second = marks[: 2 * len(kinds) : 2], marks[1 : 2 * len(kinds) : 2]
+    assert max(first) < min(second)
+    assert len({*first, *second}) == 2 * len(kinds)
 
 
 def test_plots_take_the_page_s_colour_and_are_the_same_every_time():

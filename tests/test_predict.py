@@ -1,6 +1,7 @@
 """Predictions for rows without answers: asked as in training, with calibrated probabilities, from file to file."""
 
 import csv
+import io
 import json
 import math
 from dataclasses import replace
@@ -15,6 +16,7 @@ from rendering import encode_pair, prompt_text
 
 from atv import ATVConfig, ATVModel, Example, TrainConfig, predict, train
 from atv.data import Rendering, load_tasks
+from atv.data.stream import CHUNK
 from atv.evaluation.predict import Predictor, loaded_method
 from atv.evaluation.run import evaluate
 from atv.methods.atv import ATVMethod
@@ -233,3 +235,25 @@ def test_the_command_keeps_all_columns_and_resumes(tmp_path, monkeypatch, capsys
     code, said, err = run(*use, "--out", "-")
     assert code == 0, err
     assert [json.loads(line)["answer"] for line in said.splitlines()] == [row["answer"] for row in rows]
+
+
+def test_the_command_reads_the_columns_of_all_rows(tmp_path, atv, monkeypatch):
+    model = trained(tmp_path / "run")
+    model.llm.save_pretrained(tmp_path / "llm")
+    model.tokenizer.save_pretrained(tmp_path / "llm")
+    rows = [{"instruction": f"the harbour {n}"} for n in range(4)]
+    rows += [{"instruction": "the harbour", "input": f"{word} {n}"} for n in range(4) for word in ("quiet", "leaks")]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    use = ("--adapter", tmp_path / "run", "--llm", tmp_path / "llm", "--dtype", "float32", "--device", "cpu")
+    code, _, err = atv("predict", tmp_path / "t.jsonl", *use, "--out", tmp_path / "out.jsonl")
+    assert code == 0, err
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").open()]
+    expected = predict(model, [{"input": "\n".join(row.values())} for row in rows])
+    assert [row["p(yes)"] for row in found] == pytest.approx([row["p(yes)"] for row in expected], abs=1e-4)
+    assert len({row["p(yes)"] for row in found}) == len(rows)
+    assert json.loads((tmp_path / "out.jsonl.json").read_text())["settings"]["read"] == ["instruction", "input"]
+    lines = [json.dumps(row) + "\n" for row in rows[:1] * CHUNK + rows[4:5]]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("".join(lines).encode())))
+    code, said, err = atv("predict", "-", *use, "--out", "-")
+    assert (code, len(said.splitlines())) == (2, CHUNK)
+    assert "were read from instruction, and would now be read from instruction and input. Name" in " ".join(err.split())

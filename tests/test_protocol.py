@@ -1,5 +1,6 @@
 """The protocol: settings from weaker to stronger, the same rows for all, going on after a kill, fair trials."""
 
+import inspect
 import json
 import os
 import signal
@@ -12,7 +13,9 @@ import torch
 from conftest import byte_level_tokenizer, make_atv, make_llm, toy_task
 from forks import ended, forked
 
+from atv import artifact
 from atv.cli.config_file import ConfigFile
+from atv.cli.options import Sweep
 from atv.config import ATVConfig, TrainConfig
 from atv.data import UNSEEN
 from atv.errors import ATVError
@@ -23,7 +26,8 @@ from atv.methods.settings import check_tables, method_settings
 from atv.paper.experiments import Condition, conditions_of, known_experiments, read_experiment
 from atv.paper.profiles import IN_TABLES, PROFILES, Profile
 from atv.paper.reproduce import reproduce
-from atv.paper.sweep import sweep, trials_of
+from atv.paper.sweep import _toml, sweep, trials_of
+from atv.report import find_experiments
 
 TINY = Profile(
     "tiny", "", train_rows=6, valid_rows=3, test_rows=4, seeds=(1,), variants="first", shots=2,
@@ -109,6 +113,37 @@ def test_killed_and_started_again_no_row_is_asked_twice_and_the_rows_are_equal(w
     assert [clean(row) for row in resumed] == [clean(row) for row in whole]
 
 
+def test_starting_over_can_be_killed_at_any_moment(world, tmp_path, monkeypatch):
+    """Nothing with the former settings is left for the same command without --force."""
+    frozen, given = world
+    conditions = [Condition("zero-shot"), Condition("fixed")]
+    reproduce(TINY, frozen, tasks(), tmp_path, conditions=[*conditions, Condition("bm25")], given=given)
+    mine = tmp_path / "runs" / "thesis-1" / "chapter.txt"
+    mine.parent.mkdir()
+    mine.write_text("years of work")
+    (tmp_path / "experiments").mkdir()
+    record = {
+        "title": "t",
+        "asks": "?",
+        "reference": "bm25",
+        "conditions": {"bm25": {"runs": ["runs/bm25-1"], "trained": []}},
+    }
+    (tmp_path / "experiments" / "former.json").write_text(json.dumps(record))
+    new = given | {"fixed": {"learning_rate": 0.015625}}
+    with monkeypatch.context() as killed:
+        killed.setattr(Frozen, "load", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            reproduce(TINY, frozen, tasks(), tmp_path, conditions=conditions, given=new, force=True)
+    reproduce(TINY, frozen, tasks(), tmp_path, conditions=conditions, given=new)
+    trained = json.loads((tmp_path / "trained" / "fixed-1" / "train.json").read_text())
+    assert trained["settings"]["train"]["learning_rate"] == 0.015625
+    run = json.loads((tmp_path / "runs" / "fixed-1" / "run.json").read_text())
+    assert run["settings"]["adapter"] == artifact.identity(tmp_path / "trained" / "fixed-1" / "adapter")
+    assert sorted(run.name for run in (tmp_path / "runs").iterdir()) == ["fixed-1", "thesis-1", "zero-shot-1"]
+    assert mine.read_text() == "years of work"
+    assert find_experiments([tmp_path]) == []
+
+
 def clean(row):
     return {key: value for key, value in row.items() if key not in ("seconds", "run")}
 
@@ -187,6 +222,26 @@ def test_trials_begin_with_the_default_and_differ(name):
         assert all(value in METHODS[name].search[key] for key, value in trial.items())
     for trial in trials:
         method_settings(name, [{name: trial}], 42)
+
+
+def test_the_defaults_of_a_sweep_fit_every_default_method():
+    assert inspect.signature(sweep).parameters["trials"].default == Sweep.trials
+    for profile in PROFILES.values():
+        for name in (name for name in IN_TABLES if METHODS[name].search):
+            assert len(trials_of(name, Sweep.trials, [profile.tables(), {}], seed=42)) == Sweep.trials, name
+
+
+def test_the_settings_of_a_sweep_are_those_of_the_best_trials_when_read_again(tmp_path):
+    profile = PROFILES["small"].tables()
+    searched = [name for name in IN_TABLES if METHODS[name].search]
+    for number in range(Sweep.trials):
+        best = {name: trials_of(name, Sweep.trials, [profile], 42)[number] for name in searched}
+        assert number or best["atv"]["generator_learning_rate"] is None
+        (tmp_path / "settings.toml").write_text(_toml(best))
+        file = ConfigFile(tmp_path / "settings.toml", ("paper.reproduce",))
+        check_tables(file.tables, file.file)
+        for name in best:
+            assert method_settings(name, [profile, file.tables], 42) == method_settings(name, [profile, best], 42)
 
 
 def test_a_sweep_never_sees_the_test_rows_and_keeps_the_best(world, tmp_path, monkeypatch):

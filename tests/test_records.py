@@ -342,3 +342,11 @@ def test_runs_on_other_test_rows_of_a_task_are_not_loaded_together(tmp_path):
     assert len(load_runs([tmp_path / "a", tmp_path / "c"])) == 2
     with refused(tmp_path / "a", tmp_path / "b", "different test rows for the task sentiment (120; 121)"):
         load_runs([tmp_path])
+
+
+def test_a_label_may_change_and_is_the_last_one(folder):
+    fresh(folder, rows=1, label="atv, 4 rows").finish()
+    assert RunWriter(folder, SETTINGS | {"label": "atv, few rows"}).finished
+    assert [row["method"] for row in load_runs([folder])] == ["atv, few rows"]
+    assert RunWriter(folder, SETTINGS).finished
+    assert [row["method"] for row in load_runs([folder])] == ["atv"]

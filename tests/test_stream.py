@@ -243,6 +243,31 @@ def test_rows_go_to_standard_output_while_later_ones_are_answered(tmp_path, monk
     predicted(source, "-", slow, ["answer"])
 
 
+def test_columns_are_chosen_among_those_of_all_rows_and_are_the_same_when_it_is_resumed(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def last(there):
+        asked.append(there)
+        return there[-1:]
+
+    rows = [{"input": text} for _, text in ROWS]
+    rows[-1]["more"] = "x"
+    source, out = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(Stopped):
+        predicted(source, out, stopped_after(2), choose=last)
+    with refused("read: ['more'] there, ['input'] now"):
+        predicted(source, out, nothing, choose=lambda there: there[:1])
+    predicted(source, out, choose=last)
+    assert json.loads((tmp_path / "b.jsonl.json").read_text())["settings"]["read"] == ["more"]
+    predicted(source, "-", choose=last)
+    assert {tuple(there) for there in asked} == {("input", "more")}
+    with standard_input(monkeypatch, source.read_bytes()):
+        predicted("-", "-", choose=last)
+    assert asked[-2:] == [["input"], ["input", "more"]]  # one for each chunk
+    assert len(capsys.readouterr().out.splitlines()) == 2 * len(ROWS)
+
+
 # ---- what is refused, and what is not lost ----
 
 

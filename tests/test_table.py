@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from refusals import refused
 
 from atv.data import Example, load_table, load_tasks
-from atv.data.table import same
+from atv.data.table import load_queries, same
 from atv.errors import ATVError
 
 LABELS = ("billing", "how to", "007")
@@ -100,6 +100,31 @@ def test_the_names_of_classes_are_the_labels(tmp_path):
         assert Example("t 3", "yes") in everything(task)
 
 
+def test_rows_whose_class_is_unknown_are_dropped_and_other_numbers_are_refused(tmp_path):
+    datasets, arrow = pytest.importorskip("datasets"), pytest.importorskip("pyarrow")
+    parquet, file = pytest.importorskip("pyarrow.parquet"), tmp_path / "t.parquet"
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    rows = {"text": [f"t {n}" for n in range(30)], "label": [(0, 1, -1)[n % 3] for n in range(30)]}
+    data = datasets.Dataset.from_dict(rows, features=features)
+    task = load_table(data)
+    assert task.prepared["dropped"] == {"with an empty cell": 10}
+    assert Counter(row.output for row in everything(task)) == {"no": 10, "yes": 10}
+    data.to_parquet(file)
+    table = parquet.read_table(file)
+    for value in (-2, 2):
+        parquet.write_table(table.set_column(1, table.schema.field(1), arrow.array([0, value] * 15)), file)
+        with refused("t: train row 1", f"label {value}", "2 classes"):
+            load_table(file)
+
+
+def test_columns_that_only_later_rows_have_are_read(tmp_path):
+    rows = [{"instruction": f"do {n}", "output": LABELS[n % 3]} for n in range(150)]
+    rows[120]["input"] = "this"
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert Example("do 120\nthis", LABELS[0]) in everything(load_table(tmp_path / "t.jsonl"))
+    assert Example("do 120\nthis", "") in sum(load_queries(tmp_path / "t.jsonl").splits.values(), ())
+
+
 def test_the_splits_of_a_folder_and_of_a_file_are_used(tmp_path):
     for name, part in (("train.csv", ROWS[:30]), ("dev.csv", ROWS[30:40]), ("test.csv", ROWS[40:])):
         as_csv(tmp_path / name, part)
@@ -163,8 +188,31 @@ def test_rows_are_drawn_by_answer_from_a_sorted_file(tmp_path):
     rows = [(f"{label} {query}", label) for query, label in rows]
     task = load_table(as_csv(tmp_path / "t.csv", rows))
     assert Counter(row.output for row in task.test) == {"a": 60, "b": 12, "c": 8}
-    assert Counter(row.output for row in task.valid) == {"a": 24, "b": 5, "c": 3}
+    found = Counter(row.output for row in task.valid)
+    assert found.total() == 32
+    assert all(abs(found[answer] - share) < 1 for answer, share in {"a": 24, "b": 4.8, "c": 3.2}.items())
     assert [row.input for row in task.test if row.output == "a"] != [f"a t {n}" for n in range(60)]
+
+
+@pytest.mark.parametrize("labelled", [0, 200])
+def test_rows_with_an_answer_of_their_own_are_drawn_like_the_others(tmp_path, labelled):
+    """At random places of the file, and in the share that they have of it."""
+    rows = [(f"own {n}", f"answer {n}") for n in range(200)] + [(f"t {n}", "ab"[n % 2]) for n in range(labelled)]
+    path = as_csv(tmp_path / "t.csv", rows)
+    task, again = load_table(path), load_table(path)
+    assert (task.train, task.valid, task.test) == (again.train, again.valid, again.test)
+    own = [int(row.input.split()[1]) for row in task.test if row.input.startswith("own")]
+    assert len(task.test) == len(rows) // 5
+    assert 25 <= len(own) <= 55
+    assert 70 < sum(own) / len(own) < 130  # the first rows of the file would have a mean of 20
+
+
+def test_rare_answers_are_neither_always_nor_never_tested(tmp_path):
+    rows = [(f"rare {n}", f"answer {n // 2}") for n in range(40)] + [(f"t {n}", "often") for n in range(160)]
+    task = load_table(as_csv(tmp_path / "t.csv", rows))
+    counts = Counter(row.output for row in task.test if row.output != "often")
+    assert 3 <= len(counts) <= 14  # eight are expected
+    assert set(counts.values()) == {1}
 
 
 @pytest.mark.parametrize(
@@ -190,6 +238,40 @@ def test_what_is_wrong_is_one_line_that_names_it(tmp_path, name, text, said):
     (tmp_path / name).write_text(text)
     with refused(*said):
         load_table(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ({}, "found nothing; expected train"),
+        ({"data": []}, "found data; expected train"),
+        ({"test": []}, "found test; expected train"),
+        ({"validation": [], "test": []}, "found validation, test; expected train"),
+        ({"train": [], "val": [], "dev": []}, "several lists that are valid; found ['train', 'val', 'dev']"),
+        ({"train": [], "Train": []}, "several lists that are train; found ['train', 'Train']"),
+    ],
+)
+def test_an_object_without_training_rows_or_with_a_split_twice_is_refused(tmp_path, found, said):
+    (tmp_path / "t.json").write_text(json.dumps(found))
+    for read in (load_table, load_queries):
+        with refused("t.json", said):
+            read(tmp_path / "t.json")
+
+
+def test_names_of_splits_may_have_capitals_and_a_folder_has_training_rows(tmp_path):
+    rows = [{"input": i, "output": o} for i, o, _ in ROWS]
+    (tmp_path / "t.json").write_text(json.dumps({"Train": rows[:40], "Dev": rows[40:]}))
+    assert load_table(tmp_path / "t.json").valid == tuple(ROWS[40:])
+    (tmp_path / "t.json").unlink()
+    as_csv(tmp_path / "dev.csv", ROWS[:30])
+    as_csv(tmp_path / "test.csv", ROWS[30:])
+    for read in (load_table, load_queries):
+        with refused(tmp_path, "found dev.csv, test.csv; expected train"):
+            read(tmp_path)
+    datasets = pytest.importorskip("datasets")
+    part = datasets.Dataset.from_list(rows)
+    with refused("data has no training rows: found validation, test"):
+        load_table(datasets.DatasetDict({"validation": part, "test": part}))
 
 
 @pytest.mark.parametrize("at", [0, 0.1, 0.5, 0.9, 1])

@@ -1,11 +1,13 @@
 """Training: it learns, it resumes bit for bit after a kill, it stops before NaN, it keeps the best epoch."""
 
+import itertools
 import json
 import math
 import os
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +17,15 @@ from conftest import byte_level_tokenizer, make_atv, make_generator, make_llm, t
 from forks import ended, forked
 from hypothesis import given
 from hypothesis import strategies as st
+from refusals import refused
 from safetensors.torch import load_file, save_file
 from training_runs import break_loss_after, quick, tiny, weights
 from transformers import AutoConfig, AutoModel, set_seed
 
 from atv.config import ATVConfig, TrainConfig
+from atv.data import Example
 from atv.data.collate import EncodedRow
+from atv.data.task import SPLITS
 from atv.errors import ATVError
 from atv.files import sha256
 from atv.generator import Generator
@@ -299,10 +304,10 @@ def trainables(tmp_path):
     }
 
 
-def encoder(llm, tokenizer, task):
+def encoder(llm, tokenizer, *tasks):
     config = EncoderConfig()
     generator = make_generator(config.generator_config())
-    answers = {task.name: ["no", "yes"]}
+    answers = {task.name: ["no", "yes"] for task in tasks}
     return EncoderModel(llm, config, tokenizer, answers, generator=generator)
 
 
@@ -536,3 +541,75 @@ def test_a_best_epoch_that_is_gone_is_refused(tmp_path, monkeypatch):
     shutil.rmtree(best)
     with pytest.raises(ATVError, match=f"{best.name}.*is missing.*--force"):
         train(tiny(), [toy_task(rows=27)], tmp_path / "out", quick(epochs=4))
+
+
+def test_killed_after_its_last_step_the_gate_reads_the_trained_generator(tmp_path, monkeypatch):
+    """Its states before training were read ahead, and no step of the resumed training discards them."""
+
+    def run(out):
+        set_seed(42)
+        epochs = itertools.count()  # the last epoch is kept
+        atv = tiny(parametrisation="calibrated", train_generator=True)
+        config = TrainConfig(epochs=4, batch_size=4, generator_start=0.5, generator_learning_rate=5e-3)
+        train(atv, [toy_task()], out, config, metric=lambda _: next(epochs))
+        return atv
+
+    whole = run(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "finish", stop)
+        with pytest.raises(Stopped):
+            run(tmp_path / "killed")
+    monkeypatch.setattr(trainer.ATVTrainer, "training_step", lambda *_: pytest.fail("trained on"))
+    resumed = run(tmp_path / "killed")
+    assert resumed.training_summary == whole.training_summary
+    expected = in_memory(whole)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in in_memory(resumed).items())
+
+
+def stop(*_, **__):
+    raise Stopped
+
+
+def test_killed_after_it_stopped_early_it_trains_no_further(tmp_path, monkeypatch):
+    class Interrupted(training.Progress):
+        def on_save(self, args, state, control, **about):
+            super().on_save(args, state, control, **about)
+            if control.should_training_stop:
+                raise Stopped
+
+    def run(out):
+        set_seed(42)
+        scores = itertools.count(step=-1)  # the first epoch is kept
+        return train(tiny(), [toy_task()], out, quick(epochs=6, patience=2), metric=lambda _: next(scores)).record
+
+    whole = run(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "Progress", Interrupted)
+        with pytest.raises(Stopped):
+            run(tmp_path / "killed")
+    monkeypatch.setattr(trainer.ATVTrainer, "training_step", lambda *_: pytest.fail("trained on"))
+    resumed = run(tmp_path / "killed")
+    assert [entry["epoch"] for entry in resumed["history"] if "eval_loss" in entry] == [1, 2, 3]
+    for key in ("best_step", "best_eval_loss", "finished"):
+        assert resumed[key] == whole[key]
+    expected = weights(tmp_path / "whole")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(tmp_path / "killed").items())
+
+
+# ---- several tasks ----
+
+
+def test_tasks_with_other_numbers_of_templates_share_a_step_only_if_it_reads_as_many_of_each(tmp_path):
+    fewer = replace(toy_task("fewer", rows=30), templates=toy_task().templates[:2])
+    tasks = [toy_task(rows=33), replace(fewer, **{split: moved(getattr(fewer, split)) for split in SPLITS})]
+    with refused("templates_per_row is 3", "toy: 3, fewer: 2", "Set templates_per_row to 2"):
+        train(tiny(), tasks, tmp_path / "out", quick(templates_per_row=3))
+    assert not (tmp_path / "out").exists()
+    assert train(tiny(), tasks, tmp_path / "out", quick(epochs=1, templates_per_row=2)).record["finished"]
+    llm, tokenizer = make_llm(dtype=torch.float32), byte_level_tokenizer()
+    alone = encoder(llm, tokenizer, *tasks)  # reads no template
+    assert train(alone, tasks, tmp_path / "encoder", quick(epochs=1, templates_per_row=3)).record["finished"]
+
+
+def moved(rows):
+    return tuple(Example(f"elsewhere, {row.input}", row.output) for row in rows)

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -20,7 +20,7 @@ from atv.errors import ATVError
 from atv.files import local, occupied, read_json, recover_folder, replace_folder, sha256, write_json
 from atv.lm.identity import describe_llm, different_weights
 
-FORMAT = 7
+FORMAT = 8
 CONFIG_FILE = "atv_config.json"
 CARD_FILE = "README.md"
 """The model card: the only file that users may edit."""
@@ -150,10 +150,15 @@ def _require_small(file: Path) -> None:
 
 
 def _safe_names(folder: Path, names: Iterable[str]) -> list[str]:
-    """Return the names of an adapter's files; ATVError if one could run code when it is loaded."""
+    """Return the names of an adapter's files; ATVError if one leaves the folder or could run code when it is loaded.
+
+    A file may be a link that leaves the folder, as in the cache of the hub: its digest says what is in it.
+    """
     for name in names:
         if "\0" in name:
             raise ATVError(f"{folder / CONFIG_FILE} names the file {name!r}, which cannot be one.")
+        if any(path.anchor or ".." in path.parts for path in (PurePosixPath(name), PureWindowsPath(name))):
+            raise ATVError(f"{folder / CONFIG_FILE} names the file {name}, which is not inside the folder.")
         if name.lower().endswith(UNSAFE):
             raise ATVError(f"{folder / CONFIG_FILE} names the file {name}, which could run code; expected safetensors.")
     return list(names)
@@ -191,8 +196,6 @@ def read(folder: Path, method: str | None = None) -> Saved:
     _safe_names(folder, digests)
     for name, digest in digests.items():
         file = folder / name
-        if not file.resolve().is_relative_to(folder.resolve()):
-            raise ATVError(f"{folder / CONFIG_FILE} names the file {name}, which is not inside the folder.")
         if name != CARD_FILE and (not file.is_file() or sha256(file) != digest):
             state = "altered or truncated" if file.is_file() else "missing"
             raise ATVError(f"{file} is {state}: it is not the file that was saved. Restore it or train again.")

@@ -1,6 +1,7 @@
 """`atv compare`."""
 
 import shlex
+import sys
 from importlib.util import find_spec
 from typing import cast
 
@@ -63,6 +64,6 @@ def compare_methods(given: Compare) -> None:
     report = given.out / "report"
     written = [path for suffix in FORMATS for path in write_tables(tables, report.with_suffix(suffix))]
     if find_spec("matplotlib") is not None:
-        command = shlex.join(["atv", "compare", *(part for data in given.data for part in ("--data", data))])
+        command = shlex.join(["atv", *sys.argv[1:]])
         written += write_page(load_runs(runs), tables, report.with_suffix(".html"), command, answer=said)[:1]
     print_lines([said, "", *(f"Written to {path}" for path in written)])

@@ -58,9 +58,18 @@ class _Lazy:
         if "engine" in vars(self):
             self.engine.close()  # vLLM's processes would outlive this one
 
+    def choose(self, there: list[str]) -> tuple[str, ...]:
+        """The columns that make a query, among those that the rows have; ATVError if they were others so far."""
+        found = query_columns(self.given.file, there, self.given.input)
+        if self.columns and found != self.columns:
+            raise ATVError(
+                f"Later rows have other columns: queries were read from {' and '.join(self.columns)}, and would now be "
+                f"read from {' and '.join(found)}. Name the column with --input, or save the input to a file first."
+            )
+        self.columns = found
+        return found
+
     def __call__(self, rows: list[tuple[int, Row]]) -> Iterator[list[tuple[int, Row]]]:
-        if not self.columns:
-            self.columns = query_columns(self.given.file, list(rows[0][1]), self.given.input)
         yield from self.answers(rows)
 
     def report(self) -> None:
@@ -80,7 +89,6 @@ def predict_file(given: Predict) -> None:
     settings = {
         "adapter": artifact.identity(folder),
         **answers.llm.described(),
-        "column": given.input,
         "task": given.task,
         "template": given.template,
         "max_new_tokens": given.max_new_tokens,
@@ -93,7 +101,7 @@ def predict_file(given: Predict) -> None:
         settings |= {"engine_options": given.engines.engine_options}
     columns = answer_columns(trained_task(saved.training, given.task)[1].get("options"))
     try:
-        asked = predict_stream(given.file, given.out, columns, answers, settings, given.force)
+        asked = predict_stream(given.file, given.out, columns, answers, settings, given.force, answers.choose)
         answers.report()
     finally:
         answers.close()

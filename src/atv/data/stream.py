@@ -33,6 +33,8 @@ NEW = "new"
 Numbered = tuple[int, Row]
 """A row and its number in the file, from 0; or its new columns and its number."""
 Answer = Callable[[list[Numbered]], Iterable[list[Numbered]]]
+Choose = Callable[[list[str]], Sequence[str]]
+"""From the names of the input's columns to those of the columns that are read."""
 
 
 def predict_stream(
@@ -42,6 +44,7 @@ def predict_stream(
     answer: Answer,
     settings: dict[str, Any],
     force: bool = False,
+    choose: Choose = list,
 ) -> int:
     """Write the rows of `source` with new columns behind the others to `out`.
 
@@ -64,6 +67,8 @@ def predict_stream(
             called only if a row has no answer, so it may load a model when it is first called.
         settings: everything else that affects the answers: adapter, LLM, options. A resumed call must have the same.
         force: start over, also if `out` is something else.
+        choose: called with all columns of the input before anything is asked; a resumed call must have the same result.
+            By default all are read. From `-` to `-` it is called before each chunk, with the columns so far.
 
     Returns:
         The number of rows that this process has asked for.
@@ -73,7 +78,7 @@ def predict_stream(
             beside it were made with other settings; another command is writing it; or `answer` left out a row.
     """
     if str(out) == STANDARD:
-        return _to_standard_output(source, columns, answer)
+        return _to_standard_output(source, columns, answer, choose)
     out = local(out)
     suffix = require_writable(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -81,6 +86,7 @@ def predict_stream(
         _require_new(rows.name, rows.columns, columns)
         made_by = {
             "input": {"sha256": sha256(rows.path), "format": rows.suffix},
+            "read": list(choose(rows.columns)) if rows.count else [],
             "columns": list(columns),
             **settings,
         }
@@ -367,14 +373,17 @@ def _write(rows: RowFile, columns: Sequence[str], out: Path, suffix: str, settin
         file.unlink()
 
 
-def _to_standard_output(source: str | Path, columns: Sequence[str], answer: Answer) -> int:
+def _to_standard_output(source: str | Path, columns: Sequence[str], answer: Answer, choose: Choose) -> int:
     _require_one_process()
     name = "standard input" if str(source) == STANDARD else str(source)
     rows: Iterable[Row] = json_rows(sys.stdin.buffer, name) if str(source) == STANDARD else RowFile(local(source))
+    there = dict.fromkeys(rows.columns if isinstance(rows, RowFile) else ())
     asked = 0
     for chunk in _chunks(rows):
         for _, row in chunk:
             _require_new(name, row, columns)
+            there |= dict.fromkeys(row)
+        choose(list(there))
         asked += len(chunk)
         waiting: dict[int, Row] = {}
         following = iter(chunk)

@@ -9,7 +9,7 @@ import random
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,8 +85,7 @@ def load_table(
         ATVError: it cannot be read, its columns are not recognised, a cell is no text, or too few rows are left.
     """
     name, loaded = _read(data)
-    rows = next(iter(loaded.splits.values()), [])
-    columns = _columns(name, list(dict.fromkeys(key for row in rows[:100] for key in row)), input, output)
+    columns = _columns(name, _keys(loaded), input, output)
     dropped: Counter[str] = Counter()
     found = {
         split: _examples(f"{name}: {split}", rows, columns, loaded.classes, dropped)
@@ -144,8 +143,7 @@ def load_queries(data: Any, *, input: str | None = None) -> Queries:
     """
     name, loaded = _read(data)
     dropped: Counter[str] = Counter()
-    rows = next(iter(loaded.splits.values()), [])
-    columns = query_columns(name, list(dict.fromkeys(key for row in rows[:100] for key in row)), input)
+    columns = query_columns(name, _keys(loaded), input)
     found: dict[str, list[Example]] = {}
     for split, some in loaded.splits.items():
         examples = [query_of(f"{name}: {split} row {number}", row, columns) for number, row in enumerate(some)]
@@ -189,6 +187,7 @@ def _read(data: Any) -> tuple[str, Loaded]:
         return name.rpartition("/")[2], _from_datasets(name, _load_hub(name, config or None))
     path = local(data)
     files = {"train": path} if path.is_file() else _split_files(path)
+    _require_train(path, files, [file.name for file in files.values()])
     parts = {split: _read_file(file) for split, file in files.items()}
     if len(parts) == 1 and path.is_file() and len(only := parts["train"].splits) > 1:
         return composed(path.stem), Loaded(only, parts["train"].classes)
@@ -232,11 +231,28 @@ def _read_file(file: Path) -> Loaded:
 
 def _json_splits(file: Path, found: Any) -> dict[str, list[Row]]:
     """A list of rows, or an object of such lists by split."""
-    splits = {"train": found}
-    if isinstance(found, dict):
-        splits = {SPLIT_NAMES[key]: rows for key, rows in found.items() if key in SPLIT_NAMES}
     also = ", or an object with such a list for train, valid and test"
-    return {split: objects(rows, str(file), also) for split, rows in splits.items()}
+    if not isinstance(found, dict):
+        return {"train": objects(found, str(file), also)}
+    splits: dict[str, list[Row]] = {}
+    for key, rows in found.items():
+        split = SPLIT_NAMES.get(key.lower())
+        if split is None:
+            continue
+        if split in splits:
+            raise ATVError(f"{file} has several lists that are {split}; found {list(found)}. Keep one of them.")
+        splits[split] = objects(rows, str(file), also)
+    _require_train(file, splits, list(found))
+    return splits
+
+
+def _require_train(where: object, splits: Collection[str], found: Sequence[str]) -> None:
+    """Raise ATVError if there are no training rows, from which missing splits are drawn."""
+    if "train" not in splits:
+        raise ATVError(
+            f"{where} has no training rows: found {', '.join(found) or 'nothing'}; expected train, and valid and test "
+            "if there are any."
+        )
 
 
 def _from_datasets(name: str, data: Any) -> Loaded:
@@ -254,10 +270,16 @@ def _from_datasets(name: str, data: Any) -> Loaded:
         for column, feature in part.features.items():
             if hasattr(feature, "int2str"):
                 classes[column] = list(feature.names)
+    _require_train(name, splits, list(parts))
     return Loaded(splits, classes)
 
 
 # ---- columns and cells ----
+
+
+def _keys(loaded: Loaded) -> list[str]:
+    """The columns that any row has, in the order of their first appearance."""
+    return list(dict.fromkeys(key for rows in loaded.splits.values() for row in rows for key in row))
 
 
 def _columns(name: str, there: Sequence[str], input: str | None, output: str | None) -> tuple[str, ...]:
@@ -376,12 +398,24 @@ def _with_kwargs(name: str, rendering: Rendering, loaded: Loaded) -> Rendering:
     return replace(rendering, template_kwargs=found.pop())
 
 
+def _class_name(where: str, column: str, value: Any, names: Sequence[str]) -> str:
+    """The name of a class by its number; empty for -1, which the library `datasets` writes where it is unknown."""
+    if value == -1:
+        return ""
+    if value not in range(len(names)):
+        raise ATVError(
+            f"{where} has {column} {value!r:.80}; expected the number of one of its {len(names)} classes, or -1 where "
+            "the class is unknown."
+        )
+    return str(names[int(value)])
+
+
 def _text(where: str, column: str, value: Any, classes: Mapping[str, list[str]]) -> str:
     """A cell as text without white space around it; empty if there is nothing in it."""
     if value is None:
         return ""
     if column in classes:
-        return str(classes[column][value])
+        return _class_name(where, column, value, classes[column])
     text = text_of(value)
     if text is None or column.strip().lower() == MESSAGES:
         expected = "a list of messages" if column.strip().lower() == MESSAGES else "a text or a whole number"
@@ -426,8 +460,12 @@ def _draw(name: str, splits: dict[str, list[Example]], split: str) -> list[Examp
     by_answer: dict[str, list[int]] = {}
     for index in order.sample(range(len(rows)), len(rows)):
         by_answer.setdefault(rows[index].output, []).append(index)
-    # The i-th of n rows of an answer comes at (i + 1/2) / n: any beginning of this order has each answer's share.
-    places = {index: (i + 0.5) / len(of) for of in by_answer.values() for i, index in enumerate(of)}
-    taken = set(sorted(places, key=lambda index: (places[index], index))[:count])
+    # The i-th of n rows of an answer comes at (i + u) / n: any beginning of this order has each answer's share. Each
+    # answer has a random u of its own, so that an answer with few rows is neither always drawn nor never.
+    places: dict[int, float] = {}
+    for of in by_answer.values():
+        start = order.random()
+        places |= {index: (i + start) / len(of) for i, index in enumerate(of)}
+    taken = set(sorted(places, key=places.__getitem__)[:count])
     splits["train"] = [row for index, row in enumerate(rows) if index not in taken]
     return [rows[index] for index in sorted(taken)]

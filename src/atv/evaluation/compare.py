@@ -7,7 +7,7 @@ from typing import Any
 
 from atv.data import Task
 from atv.errors import ATVError, unknown
-from atv.evaluation.measure import Frozen, learn, measure
+from atv.evaluation.measure import Frozen, learn, measure, remove_results
 from atv.evaluation.run import metrics_of
 from atv.files import occupied, read_json, same_settings, write_json
 from atv.lm.prefix_store import PrefixStore
@@ -148,14 +148,13 @@ def compare(
             for cell in (cell for cell in cells if (cell.seed, cell.task) == (seed, task.name)):
                 drawn = f", {_rows(cell.rows)}seed {seed}" if _uses_rows(cell.method) else ""
                 steps.begin(cell.method, f"evaluate {cell.method} on {task.name}{drawn}")
-                several = len(plan.train_rows) > 1 and drawn
                 new = measure(
                     cell.method,
                     frozen,
                     [task.drawn(cell.rows, plan.valid_rows, seed)],
                     out / cell.run,
                     metrics=metrics,
-                    label=f"{cell.method}, {_rows(cell.rows)}".rstrip(", ") if several else "",
+                    label=f"{cell.method}, {cell.rows} rows" if drawn and cell.rows is not None else "",
                     adapter=None if cell.trained is None else out / cell.trained,
                     shots=plan.shots if METHODS[cell.method].shots else None,
                     seed=seed,
@@ -202,5 +201,7 @@ def _open(
         learned = known | learned
     elif occupied(out) and not file.exists():
         raise ATVError(f"{out} exists and is not a comparison; choose a new folder, so that nothing there is lost.")
+    elif force:
+        remove_results(out, "*/[!.]*-[0-9]*")
     listed = [asdict(cell) | {"run": cell.run, "trained": cell.trained} for cell in cells]
     write_json(file, {"asked": asked, "learned": learned, "cells": listed} | provenance())

@@ -1,5 +1,7 @@
 """Training and measuring one method on tasks, in folders that can be resumed."""
 
+import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -12,7 +14,7 @@ from torch import nn
 from atv import artifact
 from atv.data import Task, check_chat_template
 from atv.errors import ATVError, unknown
-from atv.evaluation.records import RunWriter
+from atv.evaluation.records import RUN_FILE, RunWriter
 from atv.evaluation.run import evaluate, metrics_of
 from atv.files import read_json
 from atv.lm.hooks import input_device
@@ -20,6 +22,7 @@ from atv.lm.load import load_llm, load_tokenizer, parse_dtype
 from atv.lm.prefix_store import PrefixStore
 from atv.methods import METHODS
 from atv.methods.settings import Settings
+from atv.training.record import RECORD_FILE
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ class Frozen:
 def _load(frozen: Frozen) -> tuple[nn.Module, Any]:
     how = asdict(frozen)
     name = how.pop("llm")
-    return load_llm(name, **how), load_tokenizer(name, frozen.revision)
+    tokenizer = load_tokenizer(name, frozen.revision, trust_remote_code=frozen.trust_remote_code)
+    return load_llm(name, **how), tokenizer
 
 
 def measure(
@@ -140,9 +144,25 @@ def learn(
         store: cached prompt prefixes, which several trainings may share.
         force: start over.
     """
-    record = out / "train.json"
+    record = out / RECORD_FILE
     if record.exists() and not force and read_json(record, "the record of a training")["finished"]:
         return False
     llm, tokenizer = frozen.load()
     METHODS[name].fit(llm, tokenizer, tasks, out, *settings, force=force, store=store)
     return True
+
+
+def remove_results(out: Path, folders: str) -> None:
+    """Remove the trainings and runs of a command that starts over, before it records its new settings.
+
+    If it is killed and resumed, a finished one with the former settings would otherwise be taken for a new one.
+
+    Args:
+        out: the command's folder, with `trained` and `runs` in it.
+        folders: pattern of the folders in these two; those without a record of their own are kept.
+    """
+    for record in [*out.glob(f"trained/{folders}/{RECORD_FILE}"), *out.glob(f"runs/{folders}/{RUN_FILE}")]:
+        gone = record.parent.with_name(f".{record.parent.name}.gone")
+        shutil.rmtree(gone, ignore_errors=True)  # left by a kill
+        os.replace(record.parent, gone)  # first: a folder that is half removed could be neither resumed nor removed
+        shutil.rmtree(gone, ignore_errors=True)

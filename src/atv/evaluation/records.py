@@ -68,7 +68,8 @@ class RunWriter:
 
     Args:
         folder: the run's folder.
-        settings: everything that affects the rows (method, LLM, tasks, seed ...). An existing run must have the same.
+        settings: everything that affects the rows (method, LLM, tasks, seed ...), which an existing run must share; and
+            the `label` of its table rows, which is replaced.
         force: start over, even if the folder holds a run.
     """
 
@@ -88,10 +89,13 @@ class RunWriter:
         folder = self.folder
         if (folder / RUN_FILE).exists() and not force:
             former = read_run(folder)
-            same_settings(former.get("settings", {}), settings, folder)
-            self.run = former
+            named = {"label": settings.get("label")}  # it affects no row, and a comparison that grows may change it
+            same_settings(former.get("settings", {}) | named, settings | named, folder)
+            self.run = former | {"settings": settings}
             self.rows = read_rows(folder)
             self._keep_in_one_file()  # without a truncated line
+            if former.get("settings", {}).get("label") != settings.get("label"):
+                write_json(folder / RUN_FILE, self.run)
         elif occupied(folder) and not (folder / RUN_FILE).exists():
             raise ATVError(f"{folder} exists and is not a run; choose a new folder, so that nothing there is lost.")
         else:
@@ -238,20 +242,20 @@ def load_runs(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
 
 def load_analyses(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
     """The records of `atv paper analysis` in or below these folders, each read once and with its path as `file`."""
-    found = dict.fromkeys(place / ANALYSIS_FILE for name in folders for place in _below(local(name), ANALYSIS_FILE))
+    found = dict.fromkeys(file for name in folders for file in below(local(name), ANALYSIS_FILE))
     return [_of_schema(file, "what atv paper analysis wrote") | {"file": str(file)} for file in found]
 
 
-def _below(folder: Path, name: str) -> list[Path]:
-    """The files of this name in the folder and below it, without leftovers in hidden folders."""
-    below = (path.parent for path in sorted(folder.rglob(name)))
-    return [found for found in below if not any(part.startswith(".") for part in found.relative_to(folder).parts)]
+def below(folder: Path, pattern: str) -> list[Path]:
+    """The files that match a pattern in the folder and below it, without leftovers in hidden folders."""
+    found = sorted(folder.rglob(pattern))
+    return [file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
 
 
 def _runs_below(folder: Path) -> list[Path]:
     """The runs below a folder; ATVError if there is neither a run nor an analysis."""
-    runs = _below(folder, RUN_FILE)
-    if not runs and not _below(folder, ANALYSIS_FILE):
+    runs = [file.parent for file in below(folder, RUN_FILE)]
+    if not runs and not below(folder, ANALYSIS_FILE):
         raise ATVError(
             f"{folder} is not a run and contains none: {RUN_FILE} is missing in and below it. "
             "Make one with: atv eval --out DIR"

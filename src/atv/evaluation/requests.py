@@ -1,5 +1,6 @@
 """Requests to an LLM about a task's prompts, in one pass over the prompts for all metrics."""
 
+import math
 from collections.abc import Collection, Sequence
 from typing import Any, Self
 
@@ -114,8 +115,11 @@ class Requests:
                 f"The answer {choice.answer!r} has no scores of the options, and the metrics need "
                 f"{', '.join(sorted(self.needs - {'generate'}))}. Give Choice.scores, or set serves = {{'generate'}}."
             )
-        values = [choice.scores.get(option, float("-inf")) for option in self.options.texts]
-        likelihoods = Likelihoods(self.options.texts, values, sums=False)
+        texts = self.options.texts
+        values = [choice.scores.get(option, -math.inf) for option in texts]
+        if max(values) == -math.inf:  # no option must be credited: the method answered something else
+            texts, values = [choice.answer, *texts], [-math.inf, *values]
+        likelihoods = Likelihoods(texts, values, sums=False)
         if "loglikelihood" in self.needs:
             found["loglikelihood"] = likelihoods
         if "next_token" in self.needs:

@@ -288,14 +288,14 @@ def parse_dtype(name: str, device: str | None = None) -> torch.dtype:
     return known[name]
 
 
-def load_tokenizer(name: str, revision: str | None = None) -> Any:
-    """Load the tokenizer saved with a model."""
+def load_tokenizer(name: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Any:
+    """Load the tokenizer saved with a model; `trust_remote_code` as for `load_llm`."""
     if not name:
         raise ATVError(
             "The model has no name by which its tokenizer could be loaded (it was made from a configuration). Pass the "
             "tokenizer: tokenizer=..."
         )
-    return _load(AutoTokenizer, "tokenizer of", name, revision=revision)
+    return _load(AutoTokenizer, "tokenizer of", name, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def load_encoder(name: str, revision: str | None = None) -> nn.Module:
@@ -304,7 +304,7 @@ def load_encoder(name: str, revision: str | None = None) -> nn.Module:
     Raises:
         ATVError: it cannot be loaded, or lacks a weight of the part that reads, which would then be random.
     """
-    options = {"dtype": torch.float32, "revision": revision, "output_loading_info": True}
+    options = {"dtype": torch.float32, "revision": revision, "output_loading_info": True, "trust_remote_code": False}
     try:
         model, loaded = _load(AutoModel, "generator", name, **options)
     except RuntimeError as error:  # shapes do not match
@@ -353,9 +353,17 @@ class _NothingDrawn(TorchFunctionMode):
 
 
 def new_model(config: Any) -> nn.Module:
-    """Return a headless float32 model with uninitialised weights; torch's random state stays unchanged."""
+    """Return a headless float32 model with uninitialised weights; torch's random state stays unchanged.
+
+    Raises:
+        ATVError: transformers does not have this architecture.
+    """
     with torch.random.fork_rng(devices=[]), _NothingDrawn():
-        return cast(nn.Module, AutoModel.from_config(config, dtype=torch.float32))
+        try:
+            return cast(nn.Module, AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False))
+        except ValueError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ATVError(f"Cannot build a model from a {type(config).__name__}: {reason}") from error
 
 
 def load_saved_encoder(folder: Path) -> nn.Module:
@@ -364,7 +372,7 @@ def load_saved_encoder(folder: Path) -> nn.Module:
     Raises:
         ATVError: the file and the part do not have the same weights.
     """
-    model = new_model(_load(AutoConfig, "configuration of", str(folder)))
+    model = new_model(_load(AutoConfig, "configuration of", str(folder), trust_remote_code=False))
     try:
         load_model(reading_part(model), folder / ENCODER_FILE)
     except (SafetensorError, RuntimeError, OSError) as error:
@@ -436,7 +444,7 @@ def context_length(model: nn.Module) -> int | None:
 
 def load_context_length(name: str) -> int | None:
     """Return the context length of an LLM by name, without loading its weights."""
-    return _context_length(_load(AutoConfig, "configuration of", name))
+    return _context_length(_load(AutoConfig, "configuration of", name, trust_remote_code=False))
 
 
 def _context_length(config: Any) -> int | None:

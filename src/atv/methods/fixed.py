@@ -55,4 +55,4 @@ class Fixed(ATVMethod):
     name = "fixed"
     config_class = FixedConfig
     model_class = FixedModel
-    search: ClassVar[dict[str, tuple[Any, ...]]] = {"learning_rate": (0.1, 0.03, 0.3)}
+    search: ClassVar[dict[str, tuple[Any, ...]]] = {"learning_rate": (0.1, 0.03, 0.3, 0.01)}

@@ -11,7 +11,7 @@ from typing import Any
 
 from atv.data import UNSEEN, Task
 from atv.errors import ATVError
-from atv.evaluation.measure import Frozen, learn, measure
+from atv.evaluation.measure import Frozen, learn, measure, remove_results
 from atv.evaluation.metrics import FirstToken
 from atv.files import occupied, read_json, same_settings, write_json
 from atv.lm.prefix_store import PrefixStore
@@ -22,6 +22,7 @@ from atv.paper.profiles import IN_TABLES, Profile
 from atv.processes import barrier, is_main
 from atv.progress import Steps
 from atv.provenance import provenance
+from atv.report.experiments import FOLDER, is_experiment
 
 RECORD_FILE = "reproduce.json"
 
@@ -164,6 +165,10 @@ def _open(
         raise ATVError(f"{out} exists and is not a reproduction; choose a new folder, so that nothing there is lost.")
     barrier()
     if is_main():
+        if force:
+            for experiment in filter(is_experiment, (out / FOLDER).glob("*.json")):
+                experiment.unlink()  # it names runs that are removed next
+            remove_results(out, "[!.]*-[0-9]*")
         write_json(file, {"asked": asked, "learned": learned} | provenance())
     barrier()
 

@@ -153,10 +153,11 @@ def _judged(row: Mapping[str, Any], score: str) -> float:
 
 
 def _toml(tables: Mapping[str, Mapping[str, Any]]) -> str:
-    """Tables of settings as TOML; their values are numbers and words."""
+    """Tables of settings as TOML; values are numbers and words. None, a default that TOML cannot say, is left out."""
     lines = []
     for name, values in tables.items():
-        lines += [f'["{name}"]', *(f"{key} = {_value(value)}" for key, value in values.items()), ""]
+        said = {key: value for key, value in values.items() if value is not None}
+        lines += [f'["{name}"]', *(f"{key} = {_value(value)}" for key, value in said.items()), ""]
     return "\n".join(lines)
 
 

@@ -43,13 +43,20 @@ def answered(row: Mapping[str, Any], score: str) -> str | None:
 def classified(rows: Sequence[Row]) -> Groups:
     """The rows that chose one of at most `FEW_OPTIONS` options by its likelihood, by task and method.
 
-    Options count if they are the answer of a row or were chosen in one.
+    Options count if they are the answer of a row or were chosen in one. Other answers, of a classifier that knows none
+    of the options, do not count where another row has the probabilities of the options.
     """
     label, found = labeller(rows), Groups()
     for row in rows:
         if answered(row, _SCORE) is not None:
             found.setdefault(row["task"], {}).setdefault(label(row), []).append(row)
-    return {task: methods for task, methods in found.items() if len(_labels(_all(methods))) <= FEW_OPTIONS}
+    return {task: methods for task, methods in found.items() if _few(_all(methods))}
+
+
+def _few(rows: Sequence[Row]) -> bool:
+    """Whether a task has at most `FEW_OPTIONS` options."""
+    recorded = any(0 < len(row.get("probabilities") or ()) <= FEW_OPTIONS for row in rows)
+    return recorded or len(_labels(rows)) <= FEW_OPTIONS
 
 
 def classification_tables(rows: Sequence[Row]) -> list[Table]:

@@ -4,19 +4,26 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from atv.data import UNSEEN
 from atv.evaluation.records import load_runs
 from atv.files import read_json
-from atv.report.comparison import ATV, comparison_table, in_domain_table, shown, told_apart
+from atv.report.comparison import ATV, comparison_table, in_domain_table, left_out, shown, told_apart
 from atv.report.experiments import mean_of
-from atv.report.statistics import Row, Score, score_names, scored, scores, tasks_of
-from atv.report.tables import MISSING, Table, meaning
+from atv.report.statistics import Row, Scores, score_names, scored, scores, tasks_of
+from atv.report.tables import MISSING, Table, marked, meaning
 
 CONSTANT = "constant answer"
 """Row of the score of always giving the most frequent answer."""
+_ALL_OR_NOTHING = {
+    "first_token",
+    "first_token_among_options",
+    "option_likelihood",
+    "option_likelihood_per_byte",
+    "exact_match",
+}
+"""Scores that are 1 for the answer and 0 for any other: those of a constant answer follow from the answers alone."""
 
 
 @dataclass(frozen=True)
@@ -103,11 +110,11 @@ def answer(rows: Sequence[Row], size: str = "", unit: str = "in-domain tasks", r
         return ""
     best = known[0][1]
     where = f"on average over {len(tasks)} {unit}" if len(tasks) > 1 else f"on {next(iter(tasks))}"
-    constant = Score(fmean(_constant(rows).values()))
-    text = (
-        f"{best} scores best {where}{size}: {shown(means[best], key)}% ({key}); always giving the most frequent answer "
-        f"scores {shown(constant, key)}%."
-    )
+    constant = _constant(rows, key).in_domain
+    text = f"{best} scores best {where}{size}: {shown(means[best], key)}% ({key})"
+    if constant is not None:
+        text += f"; always giving the most frequent answer scores {shown(constant, key)}%"
+    text += "."
     said = ""
     if {reference} < means.keys():
         said = told_apart(line for line in comparison_table(rows, reference).rows if line[0] == key)
@@ -122,27 +129,37 @@ def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return found
 
 
-def _constant(rows: Sequence[Row]) -> dict[str, float]:
-    """The share of the most frequent answer of each data set."""
-    targets: dict[str, dict[int, str]] = {}
+def _constant(rows: Sequence[Row], key: str) -> Scores:
+    """The scores of always giving a task's most frequent answer, averaged like a method's; none for other scores."""
+    judged = left_out(rows, key)[1] if key in _ALL_OR_NOTHING else {}
+    targets: dict[str, dict[int, str]] = {task: {} for task in judged}
     for row in rows:
-        targets.setdefault(row["task"], {})[row["example"]] = row["target"]
-    return {task: Counter(of.values()).most_common(1)[0][1] / len(of) for task, of in targets.items()}
+        if row["task"] in judged:
+            targets[row["task"]][row["example"]] = row["target"]
+    made: list[Row] = []
+    for task, answers in targets.items():
+        most = Counter(answers.values()).most_common(1)[0][0]
+        made += [{"task": task, "seed": None, "scores": {key: float(each == most)}} for each in answers.values()]
+    return scores(made, key, judged)
 
 
 def _scores(rows: Sequence[Row], key: str) -> Table:
     """Costs, a column for each data set, and the mean over data sets."""
     table = in_domain_table(rows, key)
-    constant = {task: Score(share) for task, share in _constant(scored(rows, key)).items()}
-    constant["Avg"] = Score(fmean(score.mean for score in constant.values()))
-    line = [CONSTANT, *(shown(constant.get(column), column) for column in table.columns[1:])]
+    left, constant = left_out(scored(rows, key), key)[0], _constant(scored(rows, key), key)
     note = (
         f"{table.note.partition('. ')[0]}. {meaning([key])} A data set's score is the mean over its test rows, Avg the "
         "mean over data sets; in percent, the mean over seeds ± the sample standard deviation over seeds. A method "
-        f"that uses no training rows stands for every seed. Last row: {CONSTANT}, which always gives the most frequent "
-        "answer. Tokens: of the prompt; seconds: everything done for a query."
+        "that uses no training rows stands for every seed. Tokens: of the prompt; seconds: everything done for a query."
     )
-    return replace(table, title=f"Scores: {key}", rows=[*table.rows, line], note=note)
+    lines = list(table.rows)
+    if constant.in_domain is not None:
+        note += f" Last row: {CONSTANT}, which always gives the most frequent answer."
+        found = constant.categories | {"Avg": constant.in_domain}
+        without = {*left.values(), "Avg"} if left else set()
+        cells = [(column, shown(found.get(column), column)) for column in table.columns[1:]]
+        lines.append([CONSTANT, *(marked(cell) if column in without else cell for column, cell in cells)])
+    return replace(table, title=f"Scores: {key}", rows=lines, note=note)
 
 
 def _curve(found: Comparison, key: str) -> Table:
@@ -163,13 +180,16 @@ def _curve(found: Comparison, key: str) -> Table:
 
 def _differences(rows: Sequence[Row], reference: str) -> Table:
     """The reference minus each other method: over all data sets, and for each one."""
-    tasks = tasks_of(rows)
     every = comparison_table(rows, reference)
-    name = f"all {len(tasks)}" if len(tasks) > 1 else next(iter(tasks))
-    lines = [[line[0], name, *line[2:]] for line in every.rows]
-    for task in tasks if len(tasks) > 1 else ():
+    names: dict[str, str] = {}
+    for key in score_names(rows):
+        left, judged = left_out(scored(rows, key), key)
+        having = [*(judged or left)]
+        names[key] = f"all {len(having)}" if len(having) > 1 else having[0]
+    lines = [[line[0], names[line[0]], *line[2:]] for line in every.rows]
+    for task in tasks_of(rows):
         own = comparison_table([row for row in rows if row["task"] == task], reference).rows
-        lines += [[line[0], task, *line[2:]] for line in own]
+        lines += [[line[0], task, *line[2:]] for line in own if names[line[0]] != task]
     columns = [every.columns[0], "data", *every.columns[2:]]
     return replace(every, title=f"{reference} against each other method", columns=columns, rows=lines)
 

@@ -6,8 +6,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from atv.evaluation.records import load_runs
+from atv.errors import ATVError
+from atv.evaluation.records import below, load_runs
 from atv.files import read_json
+from atv.progress import log
 from atv.report.comparison import (
     PAPER_SCORE,
     Published,
@@ -44,9 +46,21 @@ class Found:
 
 
 def find_experiments(folders: Iterable[Path]) -> list[Found]:
-    """The experiments recorded in reproductions in or below these folders."""
-    files = dict.fromkeys(file for folder in folders for file in sorted(folder.rglob(f"{FOLDER}/*.json")))
-    return [load_experiment(file) for file in files]
+    """The experiments recorded in reproductions in or below these folders, without leftovers in hidden folders."""
+    files = dict.fromkeys(file for folder in folders for file in below(folder, f"{FOLDER}/*.json"))
+    return [load_experiment(file) for file in files if is_experiment(file)]
+
+
+def is_experiment(file: Path) -> bool:
+    """Whether a JSON file is the record of an experiment: other projects have folders named like `FOLDER` too."""
+    if not (file.parent.parent / "runs").is_dir():
+        return False
+    try:
+        record = read_json(file, "the record of an experiment")
+    except ATVError as error:
+        log.warning(f"{error} It is left out.")
+        return False
+    return isinstance(record, dict) and record.keys() >= {"conditions", "title", "asks", "reference"}
 
 
 def load_experiment(file: Path) -> Found:

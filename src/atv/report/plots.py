@@ -7,7 +7,6 @@ from atv.report.analysis_plots import map_plot, norms_plot
 from atv.report.classification_plots import confusion_plot, reliability_plot
 from atv.report.comparison import ATV, PUBLISHED, told_apart
 from atv.report.figure import (
-    COLOURS,
     FILES,
     INK,
     STYLE,
@@ -125,17 +124,20 @@ def _differences(table: Table) -> Drawn:
     if not rows:
         return None
     accuracies, kinds, others = (list(dict.fromkeys(row[column] for row in rows)) for column in range(3))
-    figure, panels = new_figure([0.36 * len(others) + 0.4] * len(accuracies), legend=len(kinds))
+    each = max(0.36, 0.09 * len(kinds))  # inches of one method
+    figure, panels = new_figure([each * len(others) + 0.4] * len(accuracies), legend=len(kinds))
+    gap = min(0.24, 0.96 / len(kinds))  # a method's lines stay apart from those of the next
     for axes, accuracy in zip(panels, accuracies, strict=True):
         if axes is not panels[0]:
             axes.sharex(panels[0])
         axes.axvline(0, color=INK, linewidth=0.8)
         for index, kind in enumerate(kinds):
             lines = [row for row in rows if row[:2] == [accuracy, kind]]
-            at = [others.index(row[2]) + 0.24 * (index - (len(kinds) - 1) / 2) for row in lines]
+            at = [others.index(row[2]) + gap * (index - (len(kinds) - 1) / 2) for row in lines]
             value, low, high = ([number(row[column]) or 0.0 for row in lines] for column in (3, 4, 5))
-            axes.hlines(at, low, high, color=COLOURS[index], linewidth=1.6)
-            axes.plot(value, at, label=kind, **mark(index))
+            axes.hlines(at, low, high, color=mark(index)["color"], linewidth=1.6)
+            [points] = axes.plot(value, at, label=kind, **mark(index))
+            points.set_in_layout(bool(lines))  # an empty one, kept for the legend, has no place
         axes.set_title(accuracy, fontsize=9, loc="left")
         axes.set_xlabel(f"{reference} minus the other, percentage points")
         name_lines(axes, others)

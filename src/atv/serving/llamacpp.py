@@ -124,7 +124,7 @@ class LlamaCppEngine(BatchEngine):
             raise ATVError(
                 f"rows is {limits.rows}; llama.cpp decodes at most {(SEQUENCES - MOST) // 2} answers together."
             )
-        tokenizer = load_tokenizer(llm, revision)
+        tokenizer = load_tokenizer(llm, revision, trust_remote_code=trust_remote_code)
         self._outline = load_outline(llm, revision=revision, trust_remote_code=trust_remote_code)
         log.info(f"Comparing {gguf} with {llm}")
         check_gguf(gguf, self._outline)

@@ -88,7 +88,7 @@ class VLLMEngine:
         require_vllm()
         if taken := sorted({*OURS, "dtype", "revision", "trust_remote_code"} & {*(options or {})}):
             raise ATVError(f"The vLLM options {', '.join(taken)} are set by atv itself; leave them out.")
-        self.tokenizer = load_tokenizer(llm, revision)
+        self.tokenizer = load_tokenizer(llm, revision, trust_remote_code=trust_remote_code)
         # Only an outline: its weights stay in their files and are read to compare them with an adapter's.
         self._outline = load_outline(llm, revision=revision, trust_remote_code=trust_remote_code)
         self._ends = frozenset(end_ids(self._outline, self.tokenizer))

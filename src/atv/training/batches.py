@@ -10,6 +10,7 @@ from torch.utils.data import Dataset, Sampler
 
 from atv.data import Task
 from atv.data.collate import IGNORED, EncodedRow, Row
+from atv.data.taught import Taught
 from atv.progress import log_once
 
 FEW_OPTIONS = 20
@@ -36,7 +37,9 @@ class Rows(Dataset[EncodedRow]):
         """Return the row with its prompts for this epoch; for `PADDING`, a row without an answer."""
         if index == PADDING:
             row = self[0]
-            return replace(row, pairs=[(prompt, [IGNORED]) for prompt, _ in row.pairs])
+            lesson = row.taught
+            taught = None if lesson is None else Taught([], lesson.likeliest[:0], lesson.probabilities[:0])
+            return replace(row, pairs=[(prompt, [IGNORED]) for prompt, _ in row.pairs], taught=taught)
         row = self.rows[index]
         count = len(row.pairs)
         if self.templates_per_row is None or self.templates_per_row >= count:

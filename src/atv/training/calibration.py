@@ -12,6 +12,7 @@ from atv.data import Task
 from atv.data.collate import EncodedRow
 from atv.lm.adapter_model import AdapterModel
 from atv.lm.hooks import input_device
+from atv.lm.load import context_length
 from atv.lm.scoring import training_options
 
 ROWS = 200
@@ -59,20 +60,26 @@ def best_temperature(scores: Tensor, right: Tensor) -> float:
 
 
 def temperature_of(model: AdapterModel, task: Task, rows: Sequence[EncodedRow]) -> float | None:
-    """Return the temperature of a task's options; None if it does not choose among options.
+    """Return the temperature of a task's options; None if it has none, or no row leaves room for each of them.
 
     Args:
         model: after its training, in eval mode.
         task: the task.
-        rows: its encoded validation rows; at most the first `ROWS` are used.
+        rows: its encoded validation rows; of those whose prompt leaves room for each option, the first `ROWS` are used.
     """
     if not (task.chooses and model.writes and rows):
         return None
     options = training_options(model.tokenizer, task)
     if options.continued:  # the loss of an answer does not say whether it ends there
         return None
-    right = torch.tensor([options.texts.index(row.answer) for row in rows[:ROWS]])
-    return best_temperature(option_scores(model, task, rows[:ROWS]), right)
+    limit, longest = context_length(model.llm), max(map(len, options.ids))
+    if limit is not None:  # a query that was cut leaves room for its own answer alone
+        rows = [row for row in rows if len(row.pairs[0][0]) + longest <= limit]
+    rows = rows[:ROWS]
+    if not rows:
+        return None
+    right = torch.tensor([options.texts.index(row.answer) for row in rows])
+    return best_temperature(option_scores(model, task, rows), right)
 
 
 def answer_facts(

@@ -45,7 +45,8 @@ from atv.training.trainer import (
 )
 
 with quiet_libraries():
-    from transformers import TrainerCallback, set_seed
+    from transformers import TrainerCallback, TrainerState, set_seed
+    from transformers.trainer import TRAINER_STATE_NAME
 
 LONG_ANSWERS = 8
 """From this mean number of answer tokens on, steering the prompt alone is noted."""
@@ -122,6 +123,7 @@ def train(
             f"{len(valid)} validation rows: accuracy on them has a standard error of about {error:.0f} points, "
             "too much to tell most epochs apart. Use more of them for a better choice."
         )
+    _require_as_many_prompts(rows)
     _note_unsteered_answers(model, rows.rows)
     _require_gradient(model, rows[0])
     barrier()  # nothing is written before every process has passed all checks
@@ -146,7 +148,7 @@ def train(
         model.calibrate(rows.rows)
         said = Progress(model, rows, progress, epochs, config, began)
         trainer = make_trainer(model, rows, valid, config, epochs, checkpoints, [said, *callbacks], metric)
-        finite = _run(trainer, checkpoints)
+        finite = _run(trainer, said, checkpoints)
         if trainer.state.best_model_checkpoint is not None:
             model.eval()
             model.set_gate(rows.rows, valid.rows)
@@ -175,7 +177,7 @@ def _require_possible(model: AdapterModel, config: TrainConfig, metric: Validati
     require_tracker(config.report_to)
 
 
-def _run(trainer: ATVTrainer, checkpoints: Path) -> bool:
+def _run(trainer: ATVTrainer, said: Progress, checkpoints: Path) -> bool:
     """Train, resuming from the last complete checkpoint if any; the model then has its best epoch, if any.
 
     Returns:
@@ -184,6 +186,9 @@ def _run(trainer: ATVTrainer, checkpoints: Path) -> bool:
     last = last_complete(checkpoints)
     if last is not None:
         log.info(f"Resuming from {last}")
+        state = TrainerState.load_from_json(str(last / TRAINER_STATE_NAME))
+        if said.worse_epochs(state.log_history):  # it had stopped, which the Trainer forgets: no epoch is left
+            trainer.args.num_train_epochs = round(state.epoch)
     if rank() > 0:
         torch.manual_seed(trainer.train_config.seed + rank())  # different dropout in each process
     try:
@@ -200,6 +205,18 @@ def _run(trainer: ATVTrainer, checkpoints: Path) -> bool:
             f"The tracker {tracker} failed: {error} Training resumes without --report-to {tracker}."
         ) from error
     return True
+
+
+def _require_as_many_prompts(rows: Rows) -> None:
+    """Raise ATVError if a step would read more prompts of one task's rows than of another's: a batch has one shape."""
+    templates = {row.task: len(row.pairs) for row in rows.rows}
+    least, most = min(templates.values()), rows.templates_per_row
+    if most is not None and len({min(most, count) for count in templates.values()}) > 1:
+        said = ", ".join(f"{task}: {count}" for task, count in templates.items())
+        raise ATVError(
+            f"templates_per_row is {most}, and tasks that are trained together have fewer templates ({said}); expected "
+            f"as many prompts for every row of a step. Set templates_per_row to {least}, or give every task {most}."
+        )
 
 
 def _require_gradient(model: AdapterModel, row: EncodedRow) -> None:

@@ -295,6 +295,13 @@ class Progress(TrainerCallback):
         """Seconds since the training began, including those of interrupted calls up to the checkpoint resumed from."""
         return self.before + time.perf_counter() - self.began
 
+    def worse_epochs(self, history: Sequence[dict[str, Any]]) -> int:
+        """Return how many epochs came after the one to keep, if so many that training stops before its end; else 0."""
+        found = [entry["eval_choice"] for entry in history if "eval_choice" in entry]
+        # Epochs before the last group starts training do not count for patience.
+        since = len(found) - 1 - max(found.index(max(found)), math.ceil(self.start * self.epochs) - 1)
+        return since if since >= self.patience and len(found) < self.epochs else 0
+
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Record the time of an entry of the history."""
         del args, control
@@ -303,6 +310,7 @@ class Progress(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Go on with a resumed Trainer's time, and its best checkpoint in its current folder, which may have moved."""
         del control
+        self.model.reach(max(0, state.global_step - 1) / state.max_steps)  # as the last step did, if none is left
         self.before = max((entry.get("seconds", 0.0) for entry in state.log_history), default=0.0)
         if state.best_global_step is None:
             return
@@ -337,10 +345,7 @@ class Progress(TrainerCallback):
         self.progress.describe(f"train: epoch {round(state.epoch)}, valid {accuracy:.2f}")
         also = f", metric {metrics['eval_metric']:.3f}" if "eval_metric" in metrics else ""
         log.info(f"epoch {round(state.epoch)} of {self.epochs}: valid loss {loss:.4f}, accuracy {accuracy:.3f}{also}")
-        found = [entry["eval_choice"] for entry in state.log_history if "eval_choice" in entry]
-        # Epochs before the last group starts training do not count for patience.
-        since = len(found) - 1 - max(found.index(max(found)), math.ceil(self.start * self.epochs) - 1)
-        if since >= self.patience and len(found) < self.epochs:
+        if since := self.worse_epochs(state.log_history):
             log.info(f"The last {since} epochs are worse than the one that is kept: stopped.")
             control.should_training_stop = True
 

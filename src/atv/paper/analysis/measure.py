@@ -246,6 +246,6 @@ def _lens(
     lens = {name: top_tokens(readout.promoted(mean), atv.tokenizer) for name, mean in means.items()}
     query |= {
         "lens": top_tokens(readout.promoted(vectors[-1]), atv.tokenizer),
-        "layers": layer_by_layer(atv, readout, one.input, inputs),
+        "layers": layer_by_layer(atv, readout, prompt.query, inputs),
     }
     return {"lens": named | {"tasks": lens}, "no_lens": None, "query": query}
