@@ -9,6 +9,8 @@ from atv.errors import ATVError
 
 MOST_LOGPROBS = 20
 """Most alternatives told for a token."""
+MOST_STOPS = 16
+"""Most stop sequences of an answer."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,11 @@ class Sampling:
             ("temperature", 0 <= self.temperature <= 2, "a number from 0 to 2"),
             ("top_p", 0 < self.top_p <= 1, "a number above 0 and at most 1"),
             ("seed", self.seed is None or -(2**63) <= self.seed < 2**63, "a whole number of 64 bits"),
-            ("stop", len(self.stop) <= 16 and all(self.stop), "at most 16 texts, none of them empty"),
+            (
+                "stop",
+                len(self.stop) <= MOST_STOPS and all(self.stop),
+                f"at most {MOST_STOPS} texts, none of them empty",
+            ),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS, f"0 to {MOST_LOGPROBS}"),
         ):
             if not good:

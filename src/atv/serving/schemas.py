@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from atv.errors import ATVError
-from atv.serving.sampling import MOST_LOGPROBS, Sampling
+from atv.serving.sampling import MOST_LOGPROBS, MOST_STOPS, Sampling
 
 DEFAULT_TOKENS = 256
 MOST_ANSWERS = 64
@@ -13,7 +13,6 @@ MOST_ANSWERS = 64
 MOST_CHOICES = 8
 MOST_MESSAGES = 512
 """Most messages of a conversation, and most parts of one."""
-MOST_STOPS = 16
 
 
 class Body(BaseModel):

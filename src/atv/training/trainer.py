@@ -296,7 +296,7 @@ class Progress(TrainerCallback):
         return self.before + time.perf_counter() - self.began
 
     def worse_epochs(self, history: Sequence[dict[str, Any]]) -> int:
-        """Return how many epochs came after the one to keep, if so many that training stops before its end; else 0."""
+        """Return the number of epochs since the best one if patience is exhausted before the last epoch; else 0."""
         found = [entry["eval_choice"] for entry in history if "eval_choice" in entry]
         # Epochs before the last group starts training do not count for patience.
         since = len(found) - 1 - max(found.index(max(found)), math.ceil(self.start * self.epochs) - 1)
