@@ -6,11 +6,10 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from numbers import Integral
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self, get_args, get_origin, get_type_hints
 
 from atv.errors import ATVError, unknown
 
-POOLINGS = ("last", "mean", "cls")
 REGIONS = ("all", "bottom", "middle", "top")
 POSITIONS = ("last", "last:K", "answer", "all")
 MOST_SEED = 2**32 - 1
@@ -18,8 +17,6 @@ MOST_SEED = 2**32 - 1
 SELF = "self"
 """Name of the generator that is the frozen LLM itself."""
 QUERY_TEMPLATE = "{query}"
-READS = ("query", "prompt", "conversation")
-PARAMETRISATIONS = ("calibrated", "paper")
 EMBEDDED_LLM = "embedded:smollm2-135m"
 EMBEDDED_GENERATOR = "embedded:minilm-l6"
 """Default models, which are embedded in packages (`atv.lm.load`)."""
@@ -50,9 +47,6 @@ PAPER_TRAINING: dict[str, Any] = {
     "templates_per_row": 3,
 }
 """Options in which the paper's training differs from the defaults."""
-BEST_EPOCH = ("accuracy", "loss")
-CLASS_WEIGHTS = ("none", "balanced")
-REPORT_TO = ("none", "tensorboard", "wandb", "trackio")
 READ = 6400
 """Rows that a training reads by default, each as often as it is read."""
 ENOUGH_TO_TRAIN = 200
@@ -153,6 +147,12 @@ class Checked:
                 raise unknown("option", key, known)
         return cls(**values)
 
+    def _check_choices(self) -> None:
+        """Raise ATVError for a value that is not one of those that its field's type lists."""
+        for name, hint in get_type_hints(type(self)).items():
+            if get_origin(hint) is Literal and getattr(self, name) not in get_args(hint):
+                raise unknown(name, getattr(self, name), get_args(hint))
+
 
 @dataclass
 class ATVConfig(Checked):
@@ -213,9 +213,7 @@ class ATVConfig(Checked):
             if not isinstance(value, str) and (value is not None or name in ("generator", "site", "edit")):
                 raise ATVError(f"{name} is {value!r}; expected a string.")
         Positions.parse(self.positions)
-        for name, known in (("pooling", POOLINGS), ("reads", READS), ("parametrisation", PARAMETRISATIONS)):
-            if getattr(self, name) not in known:
-                raise unknown(name, getattr(self, name), known)
+        self._check_choices()
         self.layers = parse_layers(self.layers)
         if not _is_finite(self.scale):
             raise ATVError(f"scale is {self.scale!r}; expected a finite number, such as 0.05.")
@@ -359,15 +357,7 @@ class TrainConfig(Checked):
         if self.seed > MOST_SEED:
             raise ATVError(f"seed is {self.seed}; expected a whole number from 0 to {MOST_SEED}.")
         self._check_rates()
-        choices: dict[str, tuple[str, ...]] = {
-            "lr_schedule": ("linear", "constant"),
-            "optimizer": ("adamw", "adam"),
-            "best_epoch": BEST_EPOCH,
-        }
-        choices |= {"class_weights": CLASS_WEIGHTS, "report_to": REPORT_TO}
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise unknown(name, getattr(self, name), known)
+        self._check_choices()
 
     def _check_rates(self) -> None:
         for name in ("learning_rate", "generator_learning_rate", "weight_decay", "max_grad_norm"):

@@ -187,7 +187,7 @@ class TrainingQueries:
 
         @torch.no_grad()
         def states_of(batch: Sequence[int]) -> Tensor:
-            return _states(atv, [read[index] for index in batch])
+            return atv.atv.states([read[index] for index in batch])
 
         read: list[list[int]] = []
         for start in range(0, len(self.rows), TOGETHER):
@@ -258,7 +258,7 @@ def inspect_query(
     if options is None and plain.text and steered.text:
         both = tuple(dict.fromkeys((plain.text, steered.text)))
         options = encoded_options(atv.tokenizer, render, both) if len(both) > 1 else None
-    state = _states(atv, [read_by_generator(atv, prompt)])  # (1, state)
+    state = atv.atv.states([read_by_generator(atv, prompt)])  # (1, state)
     gate, near = distance(atv.atv, state)
     layers, lens = lenses(atv, prompt, atv.atv.expand(state), options)
     raised, leading = [each.raised for each in layers], [_first(each.steered) for each in layers]
@@ -305,10 +305,6 @@ def _require_one_vector(atv: ATVModel) -> None:
 def read_by_generator(atv: ATVModel | ATV, prompt: Prompt) -> list[int]:
     """Return what the generator reads of a prompt, as its token ids: the generator `self` reads the prompt itself."""
     return prompt.ids if atv.own else atv.generator.encode([prompt.query])[0]
-
-
-def _states(atv: ATVModel, read: Sequence[Sequence[int]]) -> Tensor:
-    return atv.atv.states(read)
 
 
 @torch.no_grad()

@@ -9,7 +9,6 @@ token of the prompt, and the continuation is the answer.
 
 import hashlib
 import json
-import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -40,6 +39,7 @@ from atv.lm.hooks import quantization as quantization_of
 from atv.lm.identity import llm_digest
 from atv.lm.load import load_tokenizer
 from atv.lm.prefix import call_llm
+from atv.lm.quiet import errors_alone
 from atv.lm.spans import Lengths, Spans, Tracked
 from atv.methods import METHODS
 from atv.methods.atv import ATVMethod
@@ -144,7 +144,7 @@ class ATVLM(HFLM):
         self._chats = any(not _is_plain(asked, self.method.tokenizer) for asked in training.get("tasks", {}).values())
         llm: Any = base_llm(self.method.llm)
         sizes = {"batch_size": batch_size, "max_batch_size": max_batch_size}
-        with _errors_alone(HFLM.__module__):  # it warns that the LLM is loaded
+        with errors_alone(HFLM.__module__):  # it warns that the LLM is loaded
             super().__init__(pretrained=llm, tokenizer=self.method.tokenizer, **sizes, **options)
         about = [digest, llm_digest(llm), str(llm.dtype), quantization_of(llm), self.scale, query_field, training_task]
         self.identity = hashlib.sha256(json.dumps([*about, options], sort_keys=True).encode()).hexdigest()[:16]
@@ -344,18 +344,6 @@ class ATVLM(HFLM):
         if isinstance(self.method, ATVMethod):
             info["atv_scale"] = self.method.atv.config.scale if self.scale is None else self.scale
         return info
-
-
-@contextmanager
-def _errors_alone(name: str) -> Iterator[None]:
-    """Inside this context a logger logs only errors."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _judged(logits: Tensor, continuation: Sequence[int]) -> tuple[float, bool]:

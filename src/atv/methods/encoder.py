@@ -17,9 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from atv import artifact
+from atv.adapter import GENERATOR_FOLDER, load_generator_weights, saved_generator
 from atv.config import EMBEDDED_GENERATOR, ATVConfig, Checked, Positions, TrainConfig
 from atv.data import Example, Renderer, Task
-from atv.data.collate import Collator, EncodedRow, Row, pad, pad_id
+from atv.data.collate import Collator, EncodedRow, Row, pad_id
 from atv.errors import ATVError
 from atv.generator import Generator
 from atv.lm import identity
@@ -30,12 +31,9 @@ from atv.lm.prefix_store import PrefixStore
 from atv.lm.scoring import training_options
 from atv.methods.answers import choices
 from atv.methods.base import Choice, Method
-from atv.methods.retriever import check_encoder
+from atv.methods.retriever import check_encoder, read_queries
 
 HEAD_FILE = "head.safetensors"
-GENERATOR_FOLDER = "generator"
-AT_ONCE = 32
-"""Queries per batch at inference."""
 
 
 @dataclass
@@ -141,11 +139,6 @@ class EncoderModel(AdapterModel):
 
     # ---- the path of a query ----
 
-    def logits(self, query_input_ids: Tensor, query_attention_mask: Tensor) -> Tensor:
-        """Scores of all answers (queries, answers) float32, for encoded queries (queries, query seq)."""
-        scores: Tensor = self.head(self.generator(query_input_ids, query_attention_mask))
-        return scores
-
     def forward(
         self,
         query_input_ids: Tensor,
@@ -158,7 +151,7 @@ class EncoderModel(AdapterModel):
     ) -> AnswerLoss:
         """The cross-entropy of each row's answer among the answers of its task; see `AdapterModel.forward`."""
         del input_ids, attention_mask, position_ids, edit_mask
-        scores = self.logits(query_input_ids[:, 1:], query_attention_mask[:, 1:])
+        scores = self.head(self.generator(query_input_ids[:, 1:], query_attention_mask[:, 1:]))
         scores = scores.masked_fill(~self.known[query_input_ids[:, 0]], float("-inf"))
         found = answer_loss(scores[:, None], labels)  # (queries, 1, answers), (queries, 1)
         assert found.right is not None
@@ -168,11 +161,8 @@ class EncoderModel(AdapterModel):
     @torch.no_grad()
     def scores(self, queries: Sequence[str]) -> Tensor:
         """Scores of all answers, (queries, answers), on the CPU."""
-        encoded, found = self.generator.encode(queries), []
-        for start in range(0, len(encoded), AT_ONCE):
-            ids, mask = pad(encoded[start : start + AT_ONCE], pad_id(self.generator.tokenizer), "right")
-            found.append(self.logits(ids.to(self.head.weight.device), mask.to(self.head.weight.device)).cpu())
-        return torch.cat(found)
+        found: Tensor = self.head(read_queries(self.generator, queries))
+        return found.cpu()
 
     # ---- the artifact ----
 
@@ -202,12 +192,7 @@ class EncoderModel(AdapterModel):
         artifact.check_llm(saved, self.llm, folder)
         if saved.about["answers"] != self.answers:
             raise ATVError(f"{folder} was trained for other answers than these tasks have. Train it again.")
-        read = Generator.load_saved(self.config.generator_config(), folder / GENERATOR_FOLDER)
-        try:
-            self.generator.encoder.load_state_dict(read.encoder.state_dict())
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ATVError(f"{folder / GENERATOR_FOLDER} does not fit: {reason}") from error
+        load_generator_weights(self.generator, saved, self.config.generator_config(), folder)
         self.head.load_state_dict(artifact.load_tensors(folder / HEAD_FILE, self.head.state_dict()))
         self.training_summary = saved.training
 
@@ -218,7 +203,7 @@ class EncoderModel(AdapterModel):
         saved = artifact.read(folder, Encoder.name)
         artifact.check_llm(saved, llm, folder)
         config = EncoderConfig.from_dict(saved.config)
-        generator = Generator.load_saved(config.generator_config(), folder / GENERATOR_FOLDER)
+        generator = saved_generator(config.generator_config(), folder)
         model = cls(llm, config, tokenizer, saved.about["answers"], generator=generator)
         model.load_weights(folder)
         return model.eval()

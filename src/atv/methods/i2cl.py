@@ -52,6 +52,7 @@ from atv.lm.prefix import call_llm
 from atv.lm.prefix_store import PrefixStore
 from atv.lm.spans import Known, Span
 from atv.methods.base import Method
+from atv.methods.learn_once import at_least_one
 from atv.progress import bar
 from atv.steer import steer
 from atv.training.batches import training_rows
@@ -76,8 +77,7 @@ class I2CLConfig(Checked):
 
     def __post_init__(self) -> None:
         """Raise ATVError for a value that is not allowed."""
-        if not isinstance(self.demonstrations, int) or self.demonstrations < 1:
-            raise ATVError(f"demonstrations is {self.demonstrations!r}; expected a whole number from 1.")
+        at_least_one(self, "demonstrations")
         for name in ("initial_context", "initial_module", "noise"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not abs(value) < float("inf"):

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from atv.config import Checked
+from atv.config import Checked, is_whole
 from atv.data import Task
 from atv.errors import ATVError
 from atv.files import write_json
@@ -105,7 +105,7 @@ def at_least_one(config: Checked, *names: str) -> None:
     """Raise ATVError unless these settings are whole numbers from 1."""
     for name in names:
         value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not is_whole(value, 1):
             raise ATVError(f"{name} is {value!r}; expected a whole number from 1.")
 
 

@@ -83,7 +83,7 @@ class LearnedTV(Fixed):
                 train_fixed(llm, tokenizer, tasks, parts / str(layer), at, train, store=shared)
                 found[layer] = read_json(parts / str(layer) / "train.json", "the record of a training")
                 keep()
-            scores = {layer: validation(record) for layer, record in found.items()}
+            scores = {layer: (of["best_eval_accuracy"], -of["best_eval_loss"]) for layer, of in found.items()}
             best = max(scores, key=lambda layer: scores[layer])
             if len(layers) > 1:
                 note_few(cls.name, tasks, len(layers))
@@ -99,9 +99,3 @@ class LearnedTV(Fixed):
             keep(layer=best, **{key: found[best].get(key) for key in ("history", "trainable_parameters")})
 
         return learn_once(llm, tokenizer, tasks, out, config, train.learned_with(), learn, force=force, together=True)
-
-
-def validation(record: dict[str, Any]) -> tuple[float, float]:
-    """Accuracy and negative loss on validation rows, at the epoch that a training kept."""
-    kept = [entry for entry in record["history"] if "eval_loss" in entry and entry["step"] == record["best_step"]]
-    return kept[0]["eval_accuracy"], -kept[0]["eval_loss"]

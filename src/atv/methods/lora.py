@@ -8,9 +8,10 @@ from typing import Any, ClassVar, cast
 
 from torch import nn
 
-from atv.config import Checked, is_whole
+from atv.config import Checked
 from atv.errors import ATVError
 from atv.lm.hooks import text_config
+from atv.methods.learn_once import at_least_one
 from atv.methods.peft_model import Adapted, PEFTMethod
 
 
@@ -29,9 +30,7 @@ class LoRAConfig(Checked):
 
     def __post_init__(self) -> None:
         """Raise ATVError for a value that is not allowed."""
-        for name in ("rank", "alpha"):
-            if not is_whole(getattr(self, name), 1):
-                raise ATVError(f"{name} is {getattr(self, name)!r}; expected a whole number from 1.")
+        at_least_one(self, "rank", "alpha")
         if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
             raise ATVError(f"dropout is {self.dropout!r}; expected a number from 0 to below 1.")
         named = isinstance(self.targets, list) and all(isinstance(name, str) for name in self.targets)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from atv.config import Checked
-from atv.errors import ATVError
 from atv.lm.load import context_length
 from atv.lm.prefix import counts_positions
+from atv.methods.learn_once import at_least_one
 from atv.methods.peft_model import Adapted, PEFTMethod
 
 
@@ -22,8 +22,7 @@ class PrefixConfig(Checked):
 
     def __post_init__(self) -> None:
         """Raise ATVError for a value that is not allowed."""
-        if not isinstance(self.virtual_tokens, int) or self.virtual_tokens < 1:
-            raise ATVError(f"virtual_tokens is {self.virtual_tokens!r}; expected a whole number from 1.")
+        at_least_one(self, "virtual_tokens")
 
 
 class AdaptedByPrefix(Adapted):

@@ -14,11 +14,9 @@ AT_ONCE = 32
 """Queries per batch of the encoder."""
 
 
-def load_encoder(name: str, revision: str | None = None) -> Generator:
+def load_encoder(name: str) -> Generator:
     """Load a frozen encoder of bare queries, with mean pooling, in eval mode."""
-    config = ATVConfig(
-        generator=name, generator_revision=revision, pooling="mean", query_template="{query}", train_generator=False
-    )
+    config = ATVConfig(generator=name, pooling="mean", query_template="{query}", train_generator=False)
     return Generator.load(config).eval()
 
 

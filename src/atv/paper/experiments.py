@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from atv.config import is_whole
 from atv.errors import ATVError, unknown
 from atv.files import local, read_toml
 from atv.methods import METHODS
@@ -145,7 +146,7 @@ def _condition(path: Path, label: str, values: Any) -> Condition:
 
 def _taken(path: Path, label: str, settings: dict[str, Any], key: str) -> int | None:
     value = settings.pop(key, None)
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+    if value is not None and not is_whole(value, 1):
         raise ATVError(f"{path}: {key} of {label} is {value!r}; expected a whole number from 1.")
     return value
 

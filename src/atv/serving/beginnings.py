@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from atv.data.collate import left_padded
 from atv.lm.hooks import input_device
 from atv.lm.prefix import counts_positions, full_sides, read_prefix
+from atv.lm.prefix_tree import common
 
 LEAST = 16
 """Fewer shared tokens than this are not worth a call of the LLM."""
@@ -155,12 +156,7 @@ class CachedBeginnings(Beginnings[Sides]):
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
     """Return the number of equal tokens at the beginning."""
-    if one[:LEAST] != other[:LEAST]:
-        return 0
-    for place, (a, b) in enumerate(zip(one, other, strict=False)):
-        if a != b:
-            return place
-    return min(len(one), len(other))
+    return common(one, other) if one[:LEAST] == other[:LEAST] else 0
 
 
 def right_aligned(rows: Sequence[Sides | None]) -> tuple[Sides, int]:
