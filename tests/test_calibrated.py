@@ -348,8 +348,8 @@ def word_task(rows: int = 150) -> Task:
         return Example(" ".join(words), ("yes", "no")[index % 2])
 
     unique = list(dict.fromkeys(example(index) for index in range(4 * rows)))[: 3 * rows]
-    parts = [tuple(unique[start : start + rows]) for start in (0, rows, 2 * rows)]
-    return Task("words", ("{input}\nyes or no?", "Question: {input}", "Is it so? {input}"), *parts)
+    parts = unique[:rows], unique[rows : rows + 40], unique[2 * rows :]
+    return Task("words", ("{input}\nyes or no?", "Question: {input}", "Is it so? {input}"), *map(tuple, parts))
 
 
 @pytest.mark.parametrize("name", ["llama", *(pytest.param(n, marks=pytest.mark.exhaustive) for n in ("qwen2", "gpt2"))])

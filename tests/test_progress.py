@@ -28,6 +28,27 @@ def test_messages_and_bars_go_to_standard_error_and_the_level_silences_them(caps
     log._cache.clear()
 
 
+def test_a_log_file_gets_a_line_about_a_running_bar_every_thirty_seconds(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr("atv.progress.time.monotonic", lambda: now[0])
+    with bar("train", 100) as progress:
+        for _ in range(10):
+            now[0] += 7
+            progress.advance(10)
+        said = capsys.readouterr().err.splitlines()
+    assert [line.split(" in ")[0] for line in said] == ["train: 50 of 100", "train: 100 of 100"]
+
+
+def test_a_terminal_gets_the_bar_and_no_lines(monkeypatch, capsys):
+    monkeypatch.setattr("atv.progress.LINE_EVERY", 0.0)
+    monkeypatch.setattr("atv.progress.console._force_terminal", True)
+    with bar("train", 100) as progress:
+        progress.advance(10)
+    said = capsys.readouterr().err
+    assert "10/100" in said
+    assert "10 of 100" not in said
+
+
 def test_a_configured_logger_keeps_its_handlers_and_level():
     code = (
         "import logging\nlog = logging.getLogger('atv')\nlog.addHandler(logging.NullHandler())\nlog.setLevel(40)\n"

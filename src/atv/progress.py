@@ -8,10 +8,19 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from statistics import fmean
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from atv.processes import is_main
 
@@ -43,23 +52,44 @@ def log_once(message: str, level: int = logging.WARNING) -> None:
         log.log(level, message)
 
 
-class Bar:
-    """A running progress bar."""
+LINE_EVERY = 30.0
+"""Seconds between two lines about a running bar where no bar can be drawn, such as in a log file."""
 
-    def __init__(self, progress: Progress, task: int) -> None:
+
+class Bar:
+    """A running progress bar; where standard error is not a terminal, a line every `LINE_EVERY` seconds."""
+
+    def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress, self._task = progress, task
+        self._next = time.monotonic() + LINE_EVERY
 
     def advance(self, steps: int = 1) -> None:
         """Advance by `steps`."""
-        self._progress.advance(self._task, steps)  # type: ignore[arg-type]
+        self._progress.advance(self._task, steps)
+        if not _draws() and time.monotonic() >= self._next:
+            log.info(self._line())
+            self._next = time.monotonic() + LINE_EVERY
+
+    def _line(self) -> str:
+        task = self._progress.tasks[0]
+        left = f", about {_duration(task.time_remaining)} left" if task.time_remaining is not None else ""
+        return f"{task.description}: {task.completed:.0f} of {task.total:.0f} in {_duration(task.elapsed or 0)}{left}"
 
     def describe(self, text: str) -> None:
         """Change the text before the bar."""
-        self._progress.update(self._task, description=text)  # type: ignore[arg-type]
+        self._progress.update(self._task, description=text)
 
     def reach(self, steps: int) -> None:
         """Set the number of finished steps, for example after a resume."""
-        self._progress.update(self._task, completed=steps)  # type: ignore[arg-type]
+        self._progress.update(self._task, completed=steps)
+
+
+def _draws() -> bool:
+    return console.is_terminal or console.is_jupyter
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from atv.config import Checked
+from atv.errors import ATVError
 from atv.lm.load import context_length
 from atv.lm.prefix import counts_positions
 from atv.methods.learn_once import at_least_one

@@ -145,7 +145,7 @@ def _condition(path: Path, label: str, values: Any) -> Condition:
 
 
 def _taken(path: Path, label: str, settings: dict[str, Any], key: str) -> int | None:
-    value = settings.pop(key, None)
+    value: int | None = settings.pop(key, None)
     if value is not None and not is_whole(value, 1):
         raise ATVError(f"{path}: {key} of {label} is {value!r}; expected a whole number from 1.")
     return value
