@@ -18,6 +18,8 @@ class Family(NamedTuple):
     """Whether the tokenizer writes spaces as SentencePiece does, rather than bytes."""
     system: bool = True
     """Whether conversations may begin with a system message."""
+    opening: str = ""
+    """What is written between the generation prompt and any answer."""
 
 
 CHATML = """{% for m in messages %}<|im_start|>{{ m['role'] }}
@@ -47,6 +49,15 @@ FAMILIES = {
 {% endif %}{% endif %}""",
         ("<|im_start|>", "<|im_end|>", "<think>", "</think>"),
         "<|im_end|>",
+        opening="<think>\n\n</think>\n\n",
+    ),
+    "harmony": Family(
+        """{% for m in messages %}<|start|>{{ m['role'] }}{% if m['role'] == 'assistant' %}<|channel|>final{% endif %}<|message|>
+{{- m['content'] }}{{ '<|return|>' if loop.last and m['role'] == 'assistant' else '<|end|>' }}{% endfor %}
+{%- if add_generation_prompt %}<|start|>assistant{% endif %}""",
+        ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>"),
+        "<|return|>",
+        opening="<|channel|>final<|message|>",
     ),
     "llama 3": Family(
         """{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>

@@ -1,5 +1,6 @@
 """Chats are rendered as the tokenizer's own `apply_chat_template` renders them, in training and in use."""
 
+import copy
 import json
 from dataclasses import replace
 from typing import Any
@@ -36,7 +37,9 @@ def test_prompt_and_answer_are_those_of_the_chat_template(name: str, turns: tupl
     tokenizer, example = chat_tokenizer(name), EXAMPLE._replace(turns=turns)
     prompt = Chat().prompt(tokenizer, example)
     expected = tokenizer.apply_chat_template(messages_of(example), add_generation_prompt=True)["input_ids"]
-    assert prompt.ids == list(expected)
+    opening = tokenizer(FAMILIES[name].opening, add_special_tokens=False)["input_ids"]
+    assert prompt.ids == [*expected, *opening]
+    assert Chat().asks(tokenizer, example).ids == list(expected)
     assert prompt.query == example.input
     answer = Chat().answer(tokenizer, prompt, example.output)
     whole = list(tokenizer.apply_chat_template(messages_of(example, answer=True))["input_ids"])
@@ -82,11 +85,23 @@ def test_the_system_prompt_and_the_options_of_the_chat_template() -> None:
     expected = tokenizer.apply_chat_template(said, add_generation_prompt=True, enable_thinking=False)["input_ids"]
     assert prompt.ids == list(expected)
     assert prompt.query == f"Rate: {EXAMPLE.input}"
-    thinking = replace(chat, template_kwargs="{}")
-    assert len(thinking.prompt(tokenizer, EXAMPLE).ids) < len(prompt.ids)
-    # Without the option the empty thoughts belong to the answer, as the chat template writes them there.
-    assert tokenizer.decode(thinking.answer(tokenizer, prompt, "no")).startswith("<think>")
-    assert tokenizer.decode(chat.answer(tokenizer, prompt, "no")) == "no<|im_end|>"
+    # Without the option the chat template writes the empty thoughts before every answer: they belong to the prompt.
+    default = replace(chat, template_kwargs="{}")
+    assert default.prompt(tokenizer, EXAMPLE).ids == prompt.ids
+    assert len(default.asks(tokenizer, EXAMPLE).ids) < len(prompt.ids)
+    for each in (default, chat):
+        assert tokenizer.decode(each.answer(tokenizer, prompt, "no")) == "no<|im_end|>"
+
+
+def test_thoughts_in_an_answer_are_refused_where_empty_ones_belong_to_the_prompt() -> None:
+    """Chat templates of LLMs that can think write the thoughts of an answer in the place of the empty ones."""
+    tokenizer = copy.deepcopy(chat_tokenizer("qwen 3"))
+    kept = "{% if m['role'] == 'assistant' and loop.last and '</think>' not in m['content'] %}"
+    tokenizer.chat_template = tokenizer.chat_template.replace("{% if m['role'] == 'assistant' and loop.last %}", kept)
+    prompt = Chat().prompt(tokenizer, EXAMPLE)
+    assert tokenizer.decode(Chat().answer(tokenizer, prompt, "no")) == "no<|im_end|>"
+    with pytest.raises(ATVError, match="thoughts"):
+        Chat().answer(tokenizer, prompt, "<think>\nIt is 3 too high.\n</think>\n\nno")
 
 
 def test_a_conversations_own_system_message_comes_first() -> None:

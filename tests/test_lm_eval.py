@@ -176,11 +176,12 @@ def test_the_llm_as_its_own_generator(rows, tmp_path):
     texts_equal_to_atv_eval(ATVMethod(atv), rows, tmp_path, ATVLM(atv, batch_size=4))
 
 
-def test_a_chat(rows, tmp_path):
+@pytest.mark.parametrize("family", ["chatml, default system message", "qwen 3"])
+def test_a_chat(rows, tmp_path, family, monkeypatch):
     """lm-eval writes the chat; the generator reads the query in the template of training, without the chat's marks."""
     task = replace(rows, renderer=Rendering("chat"), answer_prefixes=(None,))
     config = ATVConfig(**PAPER_FORM | {"reads": "prompt"})
-    tokenizer = chat_tokenizer("chatml, default system message")
+    tokenizer = chat_tokenizer(family)
     atv = ATVModel(make_llm(dtype=torch.float32), config, tokenizer=tokenizer, generator=make_generator(config)).eval()
     trained_on(task, atv).training_summary["chat_template"] = chat_template_digest(tokenizer)
     written = "{{input}}\\nwhich?", "<|im_end|>"
@@ -192,6 +193,7 @@ def test_a_chat(rows, tmp_path):
     with refused("chat template", "query_field"):
         ask(ATVLM(trained_on(rows, make_atv(reads="prompt"))), "options", apply_chat_template=True)
     messages = []
+    monkeypatch.setattr("atv.progress._WARNED", set())
     log.addHandler(handler := Noting(messages))
     ask(ATVLM(atv, query_field="input"), "options")
     log.removeHandler(handler)

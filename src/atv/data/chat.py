@@ -15,8 +15,9 @@ from atv.errors import ATVError
 class Chat:
     """A conversation in the LLM's chat template: system message, earlier turns, the query, and the answer's beginning.
 
-    The ids of a prompt are those of `tokenizer.apply_chat_template` with a generation prompt. The ids of an answer are
-    those that the chat template adds for an assistant's message after it, up to the token that ends the turn.
+    The ids of a prompt are those of `tokenizer.apply_chat_template` with a generation prompt, and of what the chat
+    template then writes before any answer, such as the empty thoughts of an LLM that can think. The ids of an answer
+    are those that the chat template adds for an assistant's message after it, up to the token that ends the turn.
     Demonstrations are earlier turns.
 
     Raises:
@@ -44,8 +45,12 @@ class Chat:
 
     def prompt(self, tokenizer: Any, example: Example, shots: Sequence[Example] = ()) -> Prompt:
         """Return the conversation up to where the answer begins; raise ATVError if the chat template refuses it."""
-        ids = self._rendered(tokenizer, self.messages(example, shots), add_generation_prompt=True)
-        return Prompt(list(ids), self._read(example), len(shots))
+        ids = _ids(tokenizer, self, self.messages(example, shots), opening(tokenizer, self))
+        return Prompt(ids, self._read(example), len(shots))
+
+    def asks(self, tokenizer: Any, example: Example) -> Prompt:
+        """Return the conversation with a generation prompt alone, after which an LLM that can think does so."""
+        return Prompt(_ids(tokenizer, self, self.messages(example), ""), self._read(example))
 
     def answer(self, tokenizer: Any, prompt: Prompt, text: str) -> list[int]:
         """Return the token ids of the answer and the end of its turn, after any of these prompts."""
@@ -103,6 +108,30 @@ def has_chat_template(tokenizer: Any) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
+@lru_cache(maxsize=64)
+def opening(tokenizer: Any, chat: Chat) -> str:
+    """Return what a chat template writes between its generation prompt and any answer; empty for most of them."""
+    asked = chat.messages(Example("a", ""))
+    prompt = chat._rendered(tokenizer, asked, tokenize=False, add_generation_prompt=True)
+    said = [chat._rendered(tokenizer, [*asked, _assistant(text)], tokenize=False) for text in ("a", "b")]
+    if not all(text.startswith(prompt) for text in said):
+        return ""  # `_added` says so
+    pairs = zip(*(text[len(prompt) :] for text in said), strict=False)
+    shared = "".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return shared.rstrip(" ") if shared.strip() else ""  # a space belongs to the answer's first token
+
+
+def _assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def _ids(tokenizer: Any, chat: Chat, messages: list[dict[str, str]], opened: str) -> list[int]:
+    if not opened:
+        return list(chat._rendered(tokenizer, messages, add_generation_prompt=True))
+    text = chat._rendered(tokenizer, messages, tokenize=False, add_generation_prompt=True) + opened
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # as `apply_chat_template` does
+
+
 @lru_cache(maxsize=2**14)
 def _answer(tokenizer: Any, chat: Chat, text: str) -> tuple[int, ...]:
     """Return the ids of an answer and its end."""
@@ -133,19 +162,17 @@ def _added(tokenizer: Any, chat: Chat, text: str) -> list[int]:
     They are cut off the ids of the whole conversation. If a token spans the place where the answer begins, the LLM
     never reads that token at inference: then the text is encoded as it follows a neutral ending (`following`).
     """
-    asked = chat.messages(Example("a", ""))
-    said = [*asked, {"role": "assistant", "content": text}]
-    before, whole = chat._rendered(tokenizer, asked, add_generation_prompt=True), chat._rendered(tokenizer, said)
+    asked, opened = chat.messages(Example("a", "")), opening(tokenizer, chat)
+    said = [*asked, _assistant(text)]
+    before, whole = _ids(tokenizer, chat, asked, opened), chat._rendered(tokenizer, said)
     if whole[: len(before)] == before and len(whole) > len(before):
         return list(whole[len(before) :])
-    prompt, all_of_it = (
-        chat._rendered(tokenizer, asked, tokenize=False, add_generation_prompt=True),
-        chat._rendered(tokenizer, said, tokenize=False),
-    )
+    prompt = chat._rendered(tokenizer, asked, tokenize=False, add_generation_prompt=True) + opened
+    all_of_it = chat._rendered(tokenizer, said, tokenize=False)
     if not all_of_it.startswith(prompt) or len(all_of_it) == len(prompt):
         raise ATVError(
             f"The LLM's chat template does not begin the answer {text[:60]!r} where it asks for one: {prompt[-60:]!r} "
-            "is followed by something else in a finished conversation. Options of the chat template may change that "
-            "(--chat-template-kwargs), or use --format template."
+            "is followed by something else in a finished conversation. If the answer has thoughts in it, leave them "
+            "out. Options of the chat template may also change that (--chat-template-kwargs), or use --format template."
         )
     return list(following(tokenizer, "", all_of_it[len(prompt) :]))

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from atv import artifact
 from atv.config import SELF
 from atv.data import Example, Prompt, check_chat_template, query_renderer, trained_task
-from atv.data.chat import has_chat_template
+from atv.data.chat import Chat, has_chat_template, opening
 from atv.data.collate import pad, pad_id
 from atv.data.task import not_text, text_of
 from atv.errors import ATVError, unknown
@@ -186,7 +186,8 @@ class ATVLM(HFLM):
             )
         self._chats = False
         text: str = super().apply_chat_template(chat_history, add_generation_prompt)
-        return text
+        options = json.dumps(self.chat_template_args)
+        return text + opening(self.tokenizer, Chat(template_kwargs=options)) if add_generation_prompt else text
 
     def _with_queries(self, requests: Sequence[Instance]) -> list[Instance]:
         if self._chats:

@@ -147,7 +147,7 @@ class Models:
         if served.adapter is None:
             if task is not None:
                 raise ATVError(f"task is given, and {served.name} is the plain LLM, which has no training tasks.")
-            return Chat().prompt(self.tokenizer, example)
+            return Chat().asks(self.tokenizer, example)
         atv = served.adapter.atv
         return query_renderer(atv.training_summary, atv.config.reads, task).prompt(self.tokenizer, example)
 
