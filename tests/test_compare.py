@@ -175,7 +175,8 @@ def test_the_tables_are_what_the_rows_say(world, tmp_path):
     )
     assert float(differences[0][3]) == pytest.approx(expected, abs=0.006)
     cost = {row[0]: row[1:] for row in tables["Cost"].rows}
-    assert cost["zero-shot"][:2] == ["–", "–"]
+    assert cost["zero-shot"][:3] == ["–", "–", "–"]
+    assert cost["fixed"][1] == "1"  # epoch
     assert cost["fixed"][0] == "96"  # one vector of 32 numbers for each of 3 layers
 
 

@@ -75,7 +75,8 @@ def test_the_tables_are_what_the_rows_say(done):
     trained = json.loads((done / "trained" / "fixed-bottom-1" / "train.json").read_text())
     assert float(lines["fixed, bottom"]["trained parameters"]) == trained["trainable_parameters"]
     assert float(lines["fixed"]["trained parameters"]) > trained["trainable_parameters"]
-    assert lines["zero-shot"]["trained parameters"] == ""
+    assert float(lines["fixed, bottom"]["epochs"]) == trained["settings"]["train"]["epochs"]
+    assert lines["zero-shot"]["trained parameters"] == lines["zero-shot"]["epochs"] == ""
 
 
 def test_a_report_of_a_folder_has_its_experiments_and_the_other_runs(done):

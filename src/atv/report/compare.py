@@ -10,7 +10,7 @@ from atv.data import UNSEEN
 from atv.evaluation.records import load_runs
 from atv.files import read_json
 from atv.report.comparison import ATV, comparison_table, in_domain_table, left_out, shown, told_apart
-from atv.report.experiments import mean_of
+from atv.report.experiments import ABOUT_COSTS, COSTS, costs
 from atv.report.statistics import Row, Scores, score_names, scored, scores, tasks_of
 from atv.report.tables import MISSING, Table, marked, meaning
 
@@ -201,12 +201,7 @@ def _cost(found: Comparison) -> Table:
     lines = []
     for method, own in _by_method(rows).items():
         records = found.trained[found.most].get(method, [])
-        costs = [mean_of(records, "trainable_parameters"), mean_of(records, "seconds")]
         query = scores(own, "seconds", tasks).in_domain
-        lines.append([method, *costs, MISSING if query is None else f"{query.mean:.4f}"])
-    note = (
-        "Means over data sets and seeds. Training seconds are those of a whole training on its own: reading the "
-        "prompts counts for each method, although it is done once for all; loading the LLM does not. A dash: nothing "
-        "is trained."
-    )
-    return Table("Cost", ["method", "trained parameters", "training s", "s/query"], lines, note, text=1)
+        lines.append([method, *costs(records), MISSING if query is None else f"{query.mean:.4f}"])
+    note = f"Means over data sets and seeds. {ABOUT_COSTS}"
+    return Table("Cost", ["method", *COSTS, "s/query"], lines, note, text=1)

@@ -29,7 +29,14 @@ from atv.report.tables import MISSING, Table, footnote, marked, meaning
 
 FOLDER = "experiments"
 """Subfolder of a reproduction's folder with one record per experiment."""
-_COSTS = ("trained parameters", "training s")
+COSTS = ("trained parameters", "epochs", "training s")
+"""Columns of `costs`."""
+
+ABOUT_COSTS = (
+    "Epochs: how often each training row was learned from. Training seconds are those of a whole training on its own: "
+    "reading the prompts counts for each method, although it is done once for all; loading the LLM does not. A dash: "
+    "there is none."
+)
 
 
 @dataclass(frozen=True)
@@ -120,22 +127,16 @@ def _overview(found: Found, rows: Sequence[Row]) -> Table:
             left, judged = left_out(rows, name)
             averages = scores(defined(scored(own, name), left), name, judged)
             values |= {column_of("in-domain", name): averages.in_domain, column_of("unseen", name): averages.unseen}
-        costs = [
-            mean_of(found.trained.get(label, ()), "trainable_parameters"),
-            mean_of(found.trained[label], "seconds"),
-        ]
         cells = {column: shown(values[column], column) for column in columns}
         cells |= {column: marked(cells[column]) for column in without}
-        lines.append([label, *costs, *cells.values()])
+        lines.append([label, *costs(found.trained[label]), *cells.values()])
     note = (
         f"{found.asks} Reference: {found.reference}. In-domain: mean of the categories; unseen: mean of the unseen "
-        f"tasks, in percent. {meaning(names)} Training: "
-        "seconds of a whole training on its own, which include reading the prompts, although that is done once "
-        "for all conditions. A dash: nothing is trained."
+        f"tasks, in percent. {meaning(names)} {ABOUT_COSTS}"
     )
     return Table(
         f"Conditions: {rows[0]['llm']}",
-        ["condition", *_COSTS, *columns],
+        ["condition", *COSTS, *columns],
         lines,
         note,
         text=1,
@@ -143,7 +144,13 @@ def _overview(found: Found, rows: Sequence[Row]) -> Table:
     )
 
 
-def mean_of(records: Sequence[Mapping[str, Any]], key: str) -> str:
-    """The mean of a value of training records, without decimals; a dash if none has it."""
-    values = [record[key] for record in records if record.get(key) is not None]
-    return f"{fmean(values):.0f}" if values else MISSING
+def costs(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The cells of `COSTS` for the records of one training per data set and seed; dashes if nothing is trained."""
+    epochs = [max((entry.get("epoch", 0.0) for entry in record.get("history", ())), default=0.0) for record in records]
+    found = [
+        [record.get("trainable_parameters") for record in records],
+        [count or None for count in epochs],
+        [record.get("seconds") for record in records],
+    ]
+    values = [[value for value in column if value is not None] for column in found]
+    return [f"{fmean(column):.0f}" if column else MISSING for column in values]
