@@ -256,11 +256,11 @@ def _split(atv: ATVModel) -> tuple[bool, str]:
     vectors = _test_vectors(atv, len(PROMPTS))
     inputs = atv.encode_prompts(PROMPTS)
     ids, mask, places = (inputs[name] for name in ("input_ids", "attention_mask", "position_ids"))
-    learnt = vectors.clone().requires_grad_()
+    learned = vectors.clone().requires_grad_()
     with torch.enable_grad():
         logits = steered_logits(
             atv.llm,
-            lambda where: steer(atv.llm, atv.edit(learnt, 1.0), Known(where)),
+            lambda where: steer(atv.llm, atv.edit(learned, 1.0), Known(where)),
             *(ids, mask, places, edit_mask(mask, atv.positions)),
             keep=1,
         )

@@ -4,13 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from accelerate.utils import set_seed  # transformers' own imports peft, which takes seconds
 from torch import nn
 
 from atv.config import ATVConfig, Checked, TrainConfig
 from atv.data import Prompt, Task
 from atv.doctor import model_summary
-from atv.lm.prefix_store import PrefixStore
 from atv.methods.base import Method
 from atv.model import ATVModel
 from atv.progress import log
@@ -34,28 +32,15 @@ class ATVMethod(Method):
         self.edited_tokens, self.reads = atv.positions.prompt_tokens, atv.reads
 
     @classmethod
-    def fit(
-        cls,
-        llm: nn.Module,
-        tokenizer: Any,
-        tasks: Sequence[Task],
-        out: Path,
-        config: ATVConfig,
-        train: TrainConfig,
-        *,
-        force: bool = False,
-        store: PrefixStore | None = None,
-    ) -> Path:
-        """Train generator and expansion together."""
-        from atv.training import (
-            loop as training,  # here: the Trainer imports peft and bitsandbytes, seconds that evaluation need not wait
-        )
-
-        set_seed(train.seed)
+    def untrained(
+        cls, llm: nn.Module, tokenizer: Any, tasks: Sequence[Task], config: ATVConfig, train: TrainConfig
+    ) -> ATVModel:
+        """Generator and expansion, which are trained together."""
+        del train
         atv = cls.model_class(llm, config, tokenizer=tokenizer)
         atv.settle(tasks)
         log.info(model_summary(atv))
-        return training.train(atv, tasks, out, train, force, store).adapter
+        return atv
 
     @classmethod
     def load(

@@ -5,11 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
+from accelerate.utils import set_seed  # transformers' own imports peft, which takes seconds
 from torch import nn
 
 from atv.config import Checked, TrainConfig
 from atv.data import Example, Prompt, Renderer, Task
 from atv.errors import ATVError
+from atv.lm.adapter_model import AdapterModel
 from atv.lm.prefix_store import PrefixStore
 from atv.steer import Edit
 
@@ -65,6 +67,22 @@ class Method(ABC):
         return None if cls.config_class is None else cls.name
 
     @classmethod
+    def untrained(
+        cls, llm: nn.Module, tokenizer: Any, tasks: Sequence[Task], config: Any, train: TrainConfig
+    ) -> AdapterModel:
+        """Return what `fit` trains, for methods with a training loop; its random numbers are those of `train.seed`.
+
+        Args:
+            llm: the frozen LLM.
+            tokenizer: the LLM's.
+            tasks: the training tasks.
+            config: an instance of `config_class`.
+            train: how it will be trained.
+        """
+        del llm, tokenizer, tasks, config, train
+        raise ATVError(f"The method {cls.name} learns nothing: measure it with atv eval --method {cls.name}.")
+
+    @classmethod
     def fit(
         cls,
         llm: nn.Module,
@@ -78,6 +96,8 @@ class Method(ABC):
         store: PrefixStore | None = None,
     ) -> Path:
         """Train once on the training splits of all `tasks`, selecting on their validation splits.
+
+        This is the training loop for the model that `untrained` returns; a method that learns otherwise overrides it.
 
         If `out` holds a training, it is returned if finished and resumed if interrupted. A training with other settings
         is refused, unless `force` starts over.
@@ -95,8 +115,13 @@ class Method(ABC):
         Returns:
             The adapter's folder, for `load`.
         """
-        del llm, tokenizer, tasks, out, config, train, force, store
-        raise ATVError(f"The method {cls.name} learns nothing: measure it with atv eval --method {cls.name}.")
+        set_seed(train.seed)
+        model = cls.untrained(llm, tokenizer, tasks, config, train)
+        from atv.training import (
+            loop as training,  # here: the Trainer imports peft and bitsandbytes, seconds that evaluation need not wait
+        )
+
+        return training.train(model, tasks, out, train, force, store).adapter
 
     @classmethod
     def wanted_adapter(cls, adapter: Path | None) -> Path:

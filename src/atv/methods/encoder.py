@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from accelerate.utils import set_seed  # transformers' own imports peft, which takes seconds
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -27,7 +26,6 @@ from atv.lm import identity
 from atv.lm.adapter_model import AdapterModel, AnswerLoss, answer_loss
 from atv.lm.hooks import input_device
 from atv.lm.prefix import ReadPrefix
-from atv.lm.prefix_store import PrefixStore
 from atv.lm.scoring import training_options
 from atv.methods.answers import choices
 from atv.methods.base import Choice, Method
@@ -225,26 +223,12 @@ class Encoder(Method):
         self.model = model.eval()
 
     @classmethod
-    def fit(
-        cls,
-        llm: nn.Module,
-        tokenizer: Any,
-        tasks: Sequence[Task],
-        out: Path,
-        config: EncoderConfig,
-        train: TrainConfig,
-        *,
-        force: bool = False,
-        store: PrefixStore | None = None,
-    ) -> Path:
-        """Train the encoder and the head together."""
-        from atv.training import (
-            loop as training,  # here: the Trainer imports peft and bitsandbytes, seconds that evaluation need not wait
-        )
-
-        set_seed(train.seed)
-        model = EncoderModel.of(llm, config, tokenizer, tasks)
-        return training.train(model, tasks, out, train, force, store).adapter
+    def untrained(
+        cls, llm: nn.Module, tokenizer: Any, tasks: Sequence[Task], config: EncoderConfig, train: TrainConfig
+    ) -> EncoderModel:
+        """Encoder and head, which are trained together."""
+        del train
+        return EncoderModel.of(llm, config, tokenizer, tasks)
 
     @classmethod
     def load(

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from accelerate.utils import set_seed  # transformers' own imports peft, which takes seconds
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -18,7 +17,6 @@ from atv.errors import ATVError
 from atv.lm import identity
 from atv.lm.adapter_model import AdapterModel, AnswerLoss, plain_loss
 from atv.lm.hooks import base_llm, quantization, unregistered
-from atv.lm.prefix_store import PrefixStore
 from atv.methods.base import Method
 
 WEIGHTS_FILE = "model.safetensors"
@@ -126,26 +124,12 @@ class Full(Method):
         self.training = training
 
     @classmethod
-    def fit(
-        cls,
-        llm: nn.Module,
-        tokenizer: Any,
-        tasks: Sequence[Task],
-        out: Path,
-        config: FullConfig,
-        train: TrainConfig,
-        *,
-        force: bool = False,
-        store: PrefixStore | None = None,
-    ) -> Path:
-        """Train all weights of a copy. Every state depends on them, so no prefix can be cached."""
-        from atv.training import (
-            loop as training,  # here: the Trainer imports peft and bitsandbytes, seconds that evaluation need not wait
-        )
-
-        del config
-        set_seed(train.seed)
-        return training.train(FullModel(llm, tokenizer), tasks, out, train, force, store).adapter
+    def untrained(
+        cls, llm: nn.Module, tokenizer: Any, tasks: Sequence[Task], config: FullConfig, train: TrainConfig
+    ) -> FullModel:
+        """All weights of a copy. Every state depends on them, so no prefix can be cached."""
+        del tasks, config, train
+        return FullModel(llm, tokenizer)
 
     @classmethod
     def load(

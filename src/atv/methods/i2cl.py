@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from accelerate.utils import set_seed  # transformers' own imports peft, which takes seconds
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -49,7 +48,6 @@ from atv.lm.hooks import (
     unregistered,
 )
 from atv.lm.prefix import call_llm
-from atv.lm.prefix_store import PrefixStore
 from atv.lm.spans import Known, Span
 from atv.methods.base import Method
 from atv.methods.learn_once import at_least_one
@@ -306,26 +304,11 @@ class I2CL(Method):
         self.model = model.eval()
 
     @classmethod
-    def fit(
-        cls,
-        llm: nn.Module,
-        tokenizer: Any,
-        tasks: Sequence[Task],
-        out: Path,
-        config: I2CLConfig,
-        train: TrainConfig,
-        *,
-        force: bool = False,
-        store: PrefixStore | None = None,
-    ) -> Path:
-        """Make the context vectors, then train the coefficients. Every token changes, so no prefix can be cached."""
-        from atv.training import (
-            loop as training,  # here: the Trainer imports peft and bitsandbytes, seconds that evaluation need not wait
-        )
-
-        set_seed(train.seed)
-        model = I2CLModel(llm, config, tokenizer).read(tasks, train.seed)
-        return training.train(model, tasks, out, train, force, store).adapter
+    def untrained(
+        cls, llm: nn.Module, tokenizer: Any, tasks: Sequence[Task], config: I2CLConfig, train: TrainConfig
+    ) -> I2CLModel:
+        """Context vectors, and coefficients, which are trained. Every token changes: no prefix can be cached."""
+        return I2CLModel(llm, config, tokenizer).read(tasks, train.seed)
 
     @classmethod
     def load(

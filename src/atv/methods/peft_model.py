@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from accelerate.utils import set_seed  # transformers' own imports peft, which takes seconds
 from huggingface_hub import ModelCard
 from torch import Tensor, nn
 
@@ -18,7 +17,6 @@ from atv.errors import ATVError
 from atv.lm import identity
 from atv.lm.adapter_model import AdapterModel, AnswerLoss, plain_loss
 from atv.lm.hooks import base_llm, unregistered
-from atv.lm.prefix_store import PrefixStore
 from atv.lm.quiet import quiet_libraries
 from atv.methods.base import Method
 
@@ -159,25 +157,12 @@ class PEFTMethod(Method):
         """A new adapter around the LLM."""
 
     @classmethod
-    def fit(
-        cls,
-        llm: nn.Module,
-        tokenizer: Any,
-        tasks: Sequence[Task],
-        out: Path,
-        config: Any,
-        train: TrainConfig,
-        *,
-        force: bool = False,
-        store: PrefixStore | None = None,
-    ) -> Path:
-        """Train the adapter, in float32, around the frozen LLM."""
-        from atv.training import (
-            loop as training,  # here: the Trainer imports peft and bitsandbytes, seconds that evaluation need not wait
-        )
-
-        set_seed(train.seed)
-        return training.train(PEFTModel(llm, tokenizer, cls, config), tasks, out, train, force, store).adapter
+    def untrained(
+        cls, llm: nn.Module, tokenizer: Any, tasks: Sequence[Task], config: Any, train: TrainConfig
+    ) -> PEFTModel:
+        """The adapter, in float32, around the frozen LLM."""
+        del tasks, train
+        return PEFTModel(llm, tokenizer, cls, config)
 
     @classmethod
     def load(

@@ -233,8 +233,8 @@ class Probe(Method):
             train_rows, valid_rows = ([each.at(layer) for each in split] for split in (train_all, valid_all))
             joined = joint(train_rows), joint(valid_rows)
             joint_penalty, _ = best_penalty([joined], penalties)
-            learnt = {task.name: fit(each, penalty) for task, each in zip(tasks, train_rows, strict=True)}
-            learnt[ALL] = fit(joined[0], joint_penalty)
+            learned = {task.name: fit(each, penalty) for task, each in zip(tasks, train_rows, strict=True)}
+            learned[ALL] = fit(joined[0], joint_penalty)
             summary = {
                 **asking_of(tasks, tokenizer),
                 "penalty": penalty,
@@ -247,12 +247,12 @@ class Probe(Method):
             def write(part: Path) -> None:
                 tensors = {
                     f"{name}/{field}": tensor.contiguous()
-                    for name, (_, classifier) in learnt.items()
+                    for name, (_, classifier) in learned.items()
                     for field, tensor in classifier._asdict().items()
                 }
                 save_file(tensors, part / WEIGHTS_FILE, metadata={"format": "pt"})
 
-            about = {"answers": {name: known for name, (known, _) in learnt.items()}, "generator": reader.about()}
+            about = {"answers": {name: known for name, (known, _) in learned.items()}, "generator": reader.about()}
             artifact.save(folder, cls.name, identity.describe_llm(llm), config.to_dict(), summary, write, about)
 
         return learn_once(llm, tokenizer, tasks, out, config, {}, learn, force=force)
