@@ -3,15 +3,18 @@
 import inspect
 import json
 import os
+import shutil
 import signal
 import sys
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
 from conftest import byte_level_tokenizer, make_atv, make_llm, toy_task
 from forks import ended, forked
+from safetensors.torch import load_file, save_file
 
 from atv import artifact
 from atv.cli.config_file import ConfigFile
@@ -21,6 +24,7 @@ from atv.data import UNSEEN
 from atv.errors import ATVError
 from atv.evaluation.measure import Frozen
 from atv.evaluation.records import RunWriter, load_runs
+from atv.files import sha256
 from atv.methods import METHODS
 from atv.methods.settings import check_tables, method_settings
 from atv.paper.experiments import Condition, conditions_of, known_experiments, read_experiment
@@ -61,9 +65,17 @@ def tasks():
     return [toy_task(rows=36), replace(other, **rows), replace(other, name="new", category=UNSEEN, **unseen)]
 
 
-def test_every_method_answers_the_same_rows(world, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def everything(world, tmp_path_factory):
+    """All methods, trained and measured: the folder of each run, and the folder with all of them."""
+    out = tmp_path_factory.mktemp("everything")
     frozen, given = world
-    runs = reproduce(TINY, frozen, tasks(), tmp_path, conditions=[*map(Condition, METHODS)], given=given)
+    return reproduce(TINY, frozen, tasks(), out, conditions=[*map(Condition, METHODS)], given=given), out
+
+
+def test_every_method_answers_the_same_rows(world, everything, monkeypatch):
+    frozen, given = world
+    runs, out = everything
     rows = load_runs(runs)
     asked = {name: [] for name in METHODS}
     for row in rows:
@@ -71,15 +83,84 @@ def test_every_method_answers_the_same_rows(world, tmp_path, monkeypatch):
     assert set(map(tuple, asked.values())) == {tuple(asked["zero-shot"])}
     assert len(asked["atv"]) == 3 * 4
     for name in (name for name, method in METHODS.items() if method.trained_as() == name):
-        record = json.loads((tmp_path / "trained" / f"{name}-1" / "train.json").read_text())
+        record = json.loads((out / "trained" / f"{name}-1" / "train.json").read_text())
         assert set(record["settings"]["tasks"]) == {"toy", "other"}, name  # once for all, the unseen one left out
         assert all(task["train"] == 6 for task in record["settings"]["tasks"].values())
     monkeypatch.setattr(Frozen, "load", lambda _: pytest.fail("The LLM was loaded, and there was nothing to do."))
     tables = [run for run, name in zip(runs, METHODS, strict=True) if name in IN_TABLES]
     assert len(tables) == len(METHODS) - 5  # those that are no part of the paper's tables
-    assert reproduce(TINY, frozen, tasks(), tmp_path, given=given) == tables
+    assert reproduce(TINY, frozen, tasks(), out, given=given) == tables
     with pytest.raises(ATVError, match="other settings"):
-        reproduce(TINY, frozen, tasks(), tmp_path, given=given | {"lora": {"rank": 4}})
+        reproduce(TINY, frozen, tasks(), out, given=given | {"lora": {"rank": 4}})
+
+
+def without_one(tensors):
+    return dict(sorted(tensors.items())[1:])
+
+
+def longer(name, tensors):
+    tensor = tensors[name]
+    return tensors | {name: torch.cat([tensor, tensor[:1]]) if tensor.dim() else tensor[None]}
+
+
+def with_an_unknown_one(tensors):
+    return tensors | {"nonsense": torch.zeros(1)}
+
+
+def outcome(load, made, scratch, file=None, change=None, **settings):
+    """What becomes of loading an adapter with other weights or settings, whose digests are right."""
+    shutil.rmtree(scratch, ignore_errors=True)
+    shutil.copytree(made, scratch)
+    if file is not None:
+        save_file(change(load_file(made / file)), scratch / file, {"format": "pt"})
+    written = json.loads((made / artifact.CONFIG_FILE).read_text()) | settings
+    digests = {each: sha256(scratch / each) for each in written["sha256"]}
+    (scratch / artifact.CONFIG_FILE).write_text(json.dumps(written | {"sha256": digests}))
+    try:
+        load(scratch)
+    except ATVError:
+        return "refused"
+    except Exception as error:
+        return repr(error)
+    return "loaded"
+
+
+def other_weights(made, files, every):
+    for file in files:
+        for change in (without_one, with_an_unknown_one):
+            yield f"{change.__name__} {file}", {"file": file, "change": change}
+        names = [tensor for tensor, value in load_file(made / file).items() if value.numel()]
+        for tensor in names if every else names[:1]:
+            yield f"a longer {tensor}", {"file": file, "change": partial(longer, tensor)}
+
+
+def other_settings(written):
+    for part in written.keys() - {"format", "method", "sha256"}:
+        for other in ({}, None, 3):
+            yield f"{part}: {other!r}", {part: other}
+    for part in ("config", "training"):
+        for key, other in product(written[part], ([], -3, "nonsense")):
+            yield f"{part}.{key}: {other!r}", {part: written[part] | {key: other}}
+
+
+def test_a_strangers_adapter_is_refused_in_a_sentence(world, everything, tmp_path):
+    """Whoever writes an adapter computes its digests; they say nothing about what is in it."""
+    llm, tokenizer = world[0].load()
+    wrong = {}
+    for name in (name for name, method in METHODS.items() if method.trained_as() == name):
+        made = everything[1] / "trained" / f"{name}-1" / "adapter"
+        load = partial(METHODS[name].load, llm, tokenizer, seed=1)
+        load(made)
+        written = json.loads((made / artifact.CONFIG_FILE).read_text())
+        files = [file for file in written["sha256"] if file.endswith(".safetensors")]
+        assert files
+        for what, change in other_weights(made, files, every=name in ("atv", "linear", "elicit")):
+            found = outcome(load, made, tmp_path / "it", **change)
+            wrong |= {(name, what): found} if found != "refused" else {}
+        for what, change in other_settings(written):  # some methods do without some of them
+            found = outcome(load, made, tmp_path / "it", **change)
+            wrong |= {(name, what): found} if found not in ("refused", "loaded") else {}
+    assert wrong == {}
 
 
 def test_killed_and_started_again_no_row_is_asked_twice_and_the_rows_are_equal(world, tmp_path, monkeypatch):

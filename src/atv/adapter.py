@@ -165,7 +165,7 @@ def read_config(saved: artifact.Saved, folder: Path) -> ATVConfig:
     try:
         config = ATVConfig.from_dict(saved.config)
     except (TypeError, ValueError) as error:
-        raise ATVError(f"{folder / artifact.CONFIG_FILE} is damaged: {error}. Restore it or train again.") from error
+        raise artifact.damaged(folder, str(error)) from error
     others = saved.weights - {EXPANSION_FILE}
     own = {name for name in others if name.startswith(f"{GENERATOR_FOLDER}/")}
     if EXPANSION_FILE not in saved.weights or others != own or (config.train_generator and not own):
@@ -190,10 +190,7 @@ def vectors_shape(saved: artifact.Saved, folder: Path) -> tuple[int, int]:
     """Return the number of vectors per query and their width."""
     shape = saved.about.get("vectors")
     if not isinstance(shape, list) or len(shape) != 2 or not all(type(size) is int and size > 0 for size in shape):
-        raise ATVError(
-            f"{folder / artifact.CONFIG_FILE} is damaged: vectors is {shape!r}; expected their number and width. "
-            "Restore it or train again."
-        )
+        raise artifact.damaged(folder, f"vectors is {shape!r}; expected their number and width")
     return shape[0], shape[1]
 
 

@@ -6,7 +6,7 @@ file. Weights are safetensors, never pickle. The folder is written under a tempo
 
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from atv.config import is_whole
 from atv.errors import ATVError
 from atv.files import local, occupied, read_json, recover_folder, replace_folder, sha256, write_json
 from atv.lm.identity import describe_llm, different_weights
@@ -177,7 +178,7 @@ def read(folder: Path, method: str | None = None) -> Saved:
         base, training = dict(written.pop("base_llm")), dict(written.pop("training"))
         name = base["name"]
     except (KeyError, TypeError, ValueError) as error:
-        raise ATVError(f"{folder / CONFIG_FILE} is damaged: {error!r}. Restore it or train again.") from error
+        raise damaged(folder, repr(error)) from error
     tasks = training.get("tasks", {})
     for key, value, kind in (
         ("base_llm.name", name, str),
@@ -186,10 +187,7 @@ def read(folder: Path, method: str | None = None) -> Saved:
         ("generator", written.get("generator", {}), dict),
     ):
         if not isinstance(value, kind):
-            raise ATVError(
-                f"{folder / CONFIG_FILE} is damaged: {key} is {value!r}; expected a {kind.__name__}. Restore it or "
-                "train again."
-            )
+            raise damaged(folder, f"{key} is {value!r}; expected a {kind.__name__}")
     made_by = str(written.get("method"))
     if method is not None and made_by != method:
         raise ATVError(f"{folder} is an adapter of the method {made_by}; expected one of the method {method}.")
@@ -232,16 +230,57 @@ def _require_finite(file: Path) -> None:
         raise ATVError(f"{file} cannot be read: {' '.join(str(error).split())[:300]}") from error
 
 
-def load_tensors(file: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Load a weight file, whose names and shapes must match those of `like`."""
+def read_for(path_or_hub_id: str | Path, method: str, llm: nn.Module) -> tuple[Path, Saved]:
+    """Return an adapter's folder and contents; ATVError unless it is of this method and for this LLM."""
+    folder = locate(path_or_hub_id)
+    saved = read(folder, method)
+    check_llm(saved, llm, folder)
+    return folder, saved
+
+
+def damaged(folder: Path, what: str) -> ATVError:
+    """Return the error about what is wrong in an adapter's configuration."""
+    return ATVError(f"{folder / CONFIG_FILE} is damaged: {what}. Restore it or train again.")
+
+
+def layer_of(saved: Saved, folder: Path, layers: int) -> int:
+    """Return the layer that training chose; ATVError if it is not one of an LLM with this many layers."""
+    layer: Any = saved.training.get("layer")
+    if not is_whole(layer, 0) or layer >= layers:
+        raise damaged(folder, f"training.layer is {layer!r}; expected a whole number from 0 to {layers - 1}")
+    return int(layer)
+
+
+def answers_of(saved: Saved, folder: Path) -> dict[str, list[str]]:
+    """Return the answers of each task of a classifier; ATVError if they are none."""
+    found: Any = saved.about.get("answers")
+    lists = list(found.values()) if isinstance(found, dict) else [None]
+    if not all(isinstance(some, list) and some and all(isinstance(text, str) for text in some) for some in lists):
+        raise damaged(folder, f"answers is {found!r}; expected a list of texts for each task")
+    return dict(found)
+
+
+def load_tensors(file: Path, like: Mapping[str, Sequence[int] | Tensor]) -> dict[str, Tensor]:
+    """Load a weight file, whose names and shapes must match.
+
+    Args:
+        file: the file.
+        like: for each name a tensor of the shape, or the shape; -1: any size.
+    """
     try:
         given = load_file(file)
     except (SafetensorError, OSError) as error:
         raise ATVError(f"{file} cannot be read: {' '.join(str(error).split())[:300]}") from error
-    expected, found = ({name: tuple(t.shape) for name, t in which.items()} for which in (like, given))
-    differing = sorted({name for name, _ in expected.items() ^ found.items()})
+    shapes = {name: tuple(each.shape if isinstance(each, Tensor) else each) for name, each in like.items()}
+    differing = given.keys() ^ shapes.keys()
+    for name in given.keys() & shapes.keys():
+        found = given[name].shape
+        if len(found) != len(shapes[name]) or any(
+            size not in (-1, own) for size, own in zip(shapes[name], found, strict=True)
+        ):
+            differing.add(name)
     if differing:
-        raise ATVError(f"{file} does not fit: other names or shapes ({', '.join(differing)[:300]}).")
+        raise ATVError(f"{file} does not fit: other names or shapes ({', '.join(sorted(differing))[:300]}).")
     return given
 
 
@@ -256,7 +295,7 @@ def check_llm(saved: Saved, llm: nn.Module, folder: Path) -> None:
     try:
         differing = differing or different_weights(made, found, llm)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ATVError(f"{folder / CONFIG_FILE} is damaged: {error!r}. Restore it or train again.") from error
+        raise damaged(folder, repr(error)) from error
     if differing:
         names = [about.get("name") or "an LLM without a name" for about in (made, found)]
         raise ATVError(

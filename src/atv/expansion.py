@@ -162,6 +162,9 @@ class Expansion(nn.Module):
         if saved is not None and saved.dim() == 2 and len(saved) != len(self.means):
             self.set_tasks(len(saved))
         super()._load_from_state_dict(state_dict, prefix, *others)
+        if len(self.gate.references) and len(self.gate.limits) != len(self.means):
+            errors: list[str] = others[-1]
+            errors.append(f"the gate has limits of {len(self.gate.limits)} tasks; expected {len(self.means)}.")
 
 
 def new_expansion(config: ATVConfig, state_size: int, vectors: int, hidden_size: int) -> Expansion | PaperExpansion:

@@ -124,12 +124,31 @@ class Gate(nn.Module):
         return self.strengths[tasks]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-        """Resize the buffers to the number of saved rows before loading."""
+        """Resize the buffers to the number of saved rows before loading; what does not fit together is an error."""
+        width = self.references.shape[1]
         for name in ("references", "reference_tasks", "limits", "validated", "validated_tasks", "strengths"):
             saved = state_dict.get(f"{prefix}{name}")
             if saved is not None:
                 setattr(self, name, getattr(self, name).new_empty(saved.shape))
         super()._load_from_state_dict(state_dict, prefix, *others)
+        tasks, kept, validated = len(self.limits), len(self.references), len(self.validated)
+        expected = {
+            "references": (kept, width),
+            "reference_tasks": (kept,),
+            "limits": (tasks, 2),
+            "validated": (validated,),
+            "validated_tasks": (validated,),
+            "strengths": (tasks if len(self.strengths) else 0,),
+        }
+        errors: list[str] = others[-1]
+        errors += [
+            f"size mismatch for {prefix}{name}: {tuple(getattr(self, name).shape)}; expected {shape}."
+            for name, shape in expected.items()
+            if getattr(self, name).shape != shape
+        ]
+        for name in ("reference_tasks", "validated_tasks"):
+            if ((getattr(self, name) < 0) | (getattr(self, name) >= tasks)).any():
+                errors.append(f"{prefix}{name} has numbers that are none of the {tasks} tasks.")
 
 
 def _numbers(by_task: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from atv import artifact
 from atv.config import EMBEDDED_GENERATOR, REGIONS, ATVConfig, Checked, Positions, TrainConfig
 from atv.data import Prompt, Task, asking_of
-from atv.errors import unknown
+from atv.errors import ATVError, unknown
 from atv.files import write_bytes
 from atv.lm import identity
-from atv.lm.hooks import decoder_layers, input_device
+from atv.lm.hooks import decoder_layers, input_device, text_config
 from atv.lm.prefix_store import PrefixStore
 from atv.methods.base import Method
 from atv.methods.exemplars import Exemplars, best_layers, exemplar_prompts, last_states, layer_scores
@@ -123,12 +123,17 @@ class Elicit(Method):
         """Load the library and the retriever for the LLM."""
         del seed
         cls.wanted_shots(shots)
-        folder = artifact.locate(cls.wanted_adapter(adapter))
-        saved = artifact.read(folder, cls.name)
-        artifact.check_llm(saved, llm, folder)
-        library, classifier = load_file(folder / LIBRARY_FILE), load_file(folder / RETRIEVER_FILE)
+        folder, saved = artifact.read_for(cls.wanted_adapter(adapter), cls.name, llm)
         config = ElicitConfig.from_dict(saved.config)
         encoder = load_encoder(config.encoder).to(input_device(llm))
+        tasks, layers, width = len(saved.training.get("tasks", {})), len(decoder_layers(llm)), encoder.hidden_size
+        entries = tasks * config.exemplars
+        states = {"states": (entries, layers, text_config(llm).hidden_size), "embeddings": (entries, width)}
+        library = artifact.load_tensors(folder / LIBRARY_FILE, states | {"layers": (entries,), "tasks": (entries,)})
+        if not library["tasks"].equal(torch.arange(tasks).repeat_interleave(config.exemplars)):
+            raise ATVError(f"{folder / LIBRARY_FILE} does not fit: its entries are not those of {tasks} tasks.")
+        shapes = {"weight": (tasks, width), "bias": (tasks,)}
+        classifier = artifact.load_tensors(folder / RETRIEVER_FILE, shapes)
         retriever = Retriever(encoder, **classifier, entries=library["embeddings"], tasks=library["tasks"])
         return cls(llm, tokenizer, config, library, retriever, saved.training)
 

@@ -188,7 +188,7 @@ class EncoderModel(AdapterModel):
         """Load the encoder and the head of an adapter for the same answers."""
         saved = artifact.read(folder, Encoder.name)
         artifact.check_llm(saved, self.llm, folder)
-        if saved.about["answers"] != self.answers:
+        if artifact.answers_of(saved, folder) != self.answers:
             raise ATVError(f"{folder} was trained for other answers than these tasks have. Train it again.")
         load_generator_weights(self.generator, saved, self.config.generator_config(), folder)
         self.head.load_state_dict(artifact.load_tensors(folder / HEAD_FILE, self.head.state_dict()))
@@ -197,12 +197,10 @@ class EncoderModel(AdapterModel):
     @classmethod
     def from_pretrained(cls, llm: nn.Module, path: str | Path, *, tokenizer: Any = None) -> Self:
         """Load what `save_pretrained` wrote, for the same LLM."""
-        folder = artifact.locate(path)
-        saved = artifact.read(folder, Encoder.name)
-        artifact.check_llm(saved, llm, folder)
+        folder, saved = artifact.read_for(path, Encoder.name, llm)
         config = EncoderConfig.from_dict(saved.config)
         generator = saved_generator(config.generator_config(), folder)
-        model = cls(llm, config, tokenizer, saved.about["answers"], generator=generator)
+        model = cls(llm, config, tokenizer, artifact.answers_of(saved, folder), generator=generator)
         model.load_weights(folder)
         return model.eval()
 

@@ -137,9 +137,7 @@ class Full(Method):
     ) -> Self:
         """Load the weights that `fit` wrote into a copy of the LLM, in its dtype."""
         cls.wanted_shots(shots)
-        folder = artifact.locate(cls.wanted_adapter(adapter))
-        saved = artifact.read(folder, cls.name)
-        artifact.check_llm(saved, llm, folder)
+        folder, saved = artifact.read_for(cls.wanted_adapter(adapter), cls.name, llm)
         tuned = copy_of(llm).eval().requires_grad_(False)
         load_weights(tuned, folder / WEIGHTS_FILE)
         method = cls(tuned, tokenizer, saved.training)

@@ -247,9 +247,7 @@ class I2CLModel(AdapterModel):
     @classmethod
     def from_pretrained(cls, llm: nn.Module, path: str | Path, *, tokenizer: Any = None) -> Self:
         """Load what `save_pretrained` wrote, onto the same LLM."""
-        folder = artifact.locate(path)
-        saved = artifact.read(folder, I2CL.name)
-        artifact.check_llm(saved, llm, folder)  # before its modules are looked up
+        folder, saved = artifact.read_for(path, I2CL.name, llm)
         try:
             config = I2CLConfig.from_dict(saved.config)
         except TypeError as error:

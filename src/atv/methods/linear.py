@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from atv import artifact
 from atv.config import ATVConfig, Checked, Positions, TrainConfig
 from atv.data import Prompt, Task, asking_of
+from atv.errors import ATVError
 from atv.files import write_bytes
 from atv.lm import identity
-from atv.lm.hooks import decoder_layers, input_device
+from atv.lm.hooks import decoder_layers, input_device, text_config
 from atv.lm.prefix_store import PrefixStore
 from atv.lm.spans import Span
 from atv.methods.base import Method
@@ -182,12 +183,15 @@ class Linear(Method):
     ) -> Self:
         """Load the maps for the LLM."""
         cls.wanted_shots(shots)
-        folder = artifact.locate(cls.wanted_adapter(adapter))
-        saved = artifact.read(folder, cls.name)
-        artifact.check_llm(saved, llm, folder)
-        tensors = load_file(folder / WEIGHTS_FILE)
-        names = dict.fromkeys(name.rpartition("/")[0] for name in tensors)
+        folder, saved = artifact.read_for(cls.wanted_adapter(adapter), cls.name, llm)
+        artifact.layer_of(saved, folder, len(decoder_layers(llm)))
+        names, hidden = [*saved.training.get("tasks", {}), ALL], text_config(llm).hidden_size
+        shapes = {"mean": (hidden,), "effect": (hidden,), "rows": (-1, hidden), "weights": (-1, hidden)}
+        like = {f"{name}/{field}": shape for name in names for field, shape in shapes.items()}
+        tensors = artifact.load_tensors(folder / WEIGHTS_FILE, like)
         maps = {name: Ridge(*(tensors[f"{name}/{field}"] for field in Ridge._fields)) for name in names}
+        if any(len(made.rows) != len(made.weights) for made in maps.values()):
+            raise ATVError(f"{folder / WEIGHTS_FILE} does not fit: rows and weights differ in number.")
         method = cls(llm, tokenizer, LinearConfig.from_dict(saved.config), maps, saved.training)
         method.seed = seed
         return method

@@ -170,13 +170,11 @@ class PEFTMethod(Method):
     ) -> Self:
         """Load the adapter that `fit` wrote."""
         cls.wanted_shots(shots)
-        folder = artifact.locate(cls.wanted_adapter(adapter))
-        saved = artifact.read(folder, cls.name)
-        artifact.check_llm(saved, llm, folder)  # before PEFT looks for modules in it
+        folder, saved = artifact.read_for(cls.wanted_adapter(adapter), cls.name, llm)
         try:
             config = cls.config_class.from_dict(saved.config)
         except TypeError as error:
-            raise ATVError(f"{folder} is damaged: {error}. Restore it or train again.") from error
+            raise artifact.damaged(folder, str(error)) from error
         model = PEFTModel(llm, tokenizer, cls, config)
         model.load_weights(folder)
         method = cls(model)

@@ -24,7 +24,7 @@ from atv.config import EMBEDDED_GENERATOR, Checked, TrainConfig
 from atv.data import Example, Renderer, Task, asking_of
 from atv.errors import ATVError, unknown
 from atv.lm import identity
-from atv.lm.hooks import input_device, text_config
+from atv.lm.hooks import decoder_layers, input_device, text_config
 from atv.lm.prefix_store import PrefixStore
 from atv.methods.answers import choices
 from atv.methods.base import Choice, Method
@@ -263,15 +263,16 @@ class Probe(Method):
     ) -> Self:
         """Load the classifiers and, if it is the source, the generator."""
         cls.wanted_shots(shots)
-        folder = artifact.locate(cls.wanted_adapter(adapter))
-        saved = artifact.read(folder, cls.name)
-        artifact.check_llm(saved, llm, folder)
+        folder, saved = artifact.read_for(cls.wanted_adapter(adapter), cls.name, llm)
         config = ProbeConfig.from_dict(saved.config)
-        layer = saved.training["layer"]
-        reader = Reader(llm, tokenizer, config if layer is None else replace(config, layer=layer))
+        if config.source == "llm":
+            config = replace(config, layer=artifact.layer_of(saved, folder, len(decoder_layers(llm))))
+        reader = Reader(llm, tokenizer, config)
         if reader.generator is not None:
             adapters.require_named_generator(saved, reader.generator, folder)
-        answers: dict[str, list[str]] = saved.about["answers"]
+        answers = artifact.answers_of(saved, folder)
+        if ALL not in answers:
+            raise artifact.damaged(folder, "answers has none of all tasks together")
         like = {f"{name}/{field}": shape for name, known in answers.items() for field, shape in _like(reader, known)}
         tensors = artifact.load_tensors(folder / WEIGHTS_FILE, like)
         classifiers = {
@@ -296,9 +297,9 @@ class Probe(Method):
         return [choice._replace(prompt_tokens=len(ids)) for choice, ids in zip(chosen, prompts, strict=True)]
 
 
-def _like(reader: Reader, answers: Sequence[str]) -> list[tuple[str, Tensor]]:
-    """Empty tensors with the shapes of a classifier over `answers`, by field."""
+def _like(reader: Reader, answers: Sequence[str]) -> list[tuple[str, tuple[int, ...]]]:
+    """The shapes of a classifier over `answers`, by field."""
     generator = reader.generator
     width = text_config(reader.llm).hidden_size if generator is None else generator.hidden_size
-    shapes = {"mean": (width,), "deviation": (width,), "weight": (len(answers), width), "bias": (len(answers),)}
-    return [(field, torch.empty(shape, device="meta")) for field, shape in shapes.items()]
+    shapes: dict[str, tuple[int, ...]] = {"mean": (width,), "deviation": (width,)}
+    return [*(shapes | {"weight": (len(answers), width), "bias": (len(answers),)}).items()]
