@@ -30,6 +30,10 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Compare, then measure; returns the records."""
     parse = parser("benchmarks.gpu_day", __doc__)
     given = parse.parse_args(argv)
+    if given.device == "cpu" and not given.tiny:
+        parse.error(
+            "an LLM of 8 billion weights is measured on a GPU: add --device cuda, or --tiny for a try on the CPU"
+        )
     options = options_of(given, "benchmarks.gpu_day", argv)
     words = ["--device", options.device, "--threads", str(options.threads), "--rounds", str(options.rounds)]
     words += ["--out", str(options.out), *(["--tiny"] if options.tiny else [])]

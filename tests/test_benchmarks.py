@@ -196,3 +196,10 @@ def test_the_day_on_a_gpu_runs_to_its_end_and_finds_the_devices_equal(tmp_path):
     equal = json.loads(files[0].read_text())["measures"]
     assert [line["what"].split(":")[0] for line in equal] == ["loss", "gradient", "logits"]
     assert all(line["reached"] for line in equal)
+
+
+def test_the_day_on_a_gpu_needs_one(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        gpu_day.main(["--out", str(tmp_path)])
+    assert "--device cuda" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
