@@ -28,7 +28,7 @@ from atv.data.render import Prompt
 from atv.lm.ends import end_ids
 from atv.model import ATVModel
 from atv.progress import bar
-from atv.serving.app import make_app
+from atv.serving.app import KEEP_ALIVE, make_app
 from atv.serving.engine import Engine, Limits, Serving
 from atv.serving.models import Models, Served
 from benchmarks.common import SEED, Figure, Record, options_of, parser, ratio
@@ -295,7 +295,8 @@ def _ask(port: int, cases: Sequence[Case], clients: int, seconds: float) -> Load
 def running(app: Any) -> Iterator[int]:
     """Serve an application in a thread, at a free port of 127.0.0.1, which is returned."""
     listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
+    config = uvicorn.Config(app, log_level="warning", timeout_keep_alive=KEEP_ALIVE, timeout_graceful_shutdown=2)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:

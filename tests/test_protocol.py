@@ -139,7 +139,7 @@ def other_settings(written):
         for other in ({}, None, 3):
             yield f"{part}: {other!r}", {part: other}
     for part in ("config", "training"):
-        for key, other in product(written[part], ([], -3, "nonsense")):
+        for key, other in product(written[part], ([], -3)):
             yield f"{part}.{key}: {other!r}", {part: written[part] | {key: other}}
 
 

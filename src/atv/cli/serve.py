@@ -37,7 +37,7 @@ def serve_adapters(given: Serve) -> None:
     try:
         import uvicorn
 
-        from atv.serving.app import make_app
+        from atv.serving.app import KEEP_ALIVE, make_app
         from atv.serving.models import Models
     except ImportError as error:
         raise ATVError(
@@ -61,7 +61,9 @@ def serve_adapters(given: Serve) -> None:
         )
         hosts = ("127.0.0.1", "localhost", "[::1]", given.host)
         app = make_app(engine, models, key=key, hosts=hosts, training_queries=given.training_queries)
-        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=10)
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, timeout_keep_alive=KEEP_ALIVE, timeout_graceful_shutdown=10
+        )
         uvicorn.Server(config).run(sockets=[listening])
     finally:
         engine.close()  # vLLM's processes would outlive this one

@@ -30,6 +30,9 @@ MOST_BYTES = 2**22
 LOCAL = ("127.0.0.1", "localhost", "[::1]")
 OPEN = ("/health", *FILES)
 """Paths that need no key."""
+KEEP_ALIVE = 75
+"""Seconds that an idle connection stays open. A request that is sent at the moment at which the server closes the
+connection fails, which happened under load with uvicorn's 5 seconds."""
 
 
 def problem(
