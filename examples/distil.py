@@ -65,6 +65,11 @@ def milliseconds(adapter: Path, queries: Sequence[str], system: str) -> dict[str
     }
 
 
+def folder(method: str, seed: int) -> str:
+    """Return the name of a run's folder."""
+    return f"{method.replace(':', '-')}-{seed}"
+
+
 def score(run: Path) -> str:
     """Return the means of a run's scores, in percent."""
     scores = [row["scores"] for row in load_runs([run])]
@@ -84,7 +89,7 @@ def by_query(runs: Sequence[dict[str, Any]]) -> list[float]:
 def table(out: Path, methods: Sequence[str], seeds: Sequence[int], metric: str) -> str:
     """Return what the runs in a folder found, in Markdown. The first method is compared with the others."""
     runs = {
-        method: [json.loads((out / f"{method}-{seed}" / "distil.json").read_text()) for seed in seeds]
+        method: [json.loads((out / folder(method, seed) / "distil.json").read_text()) for seed in seeds]
         for method in methods
     }
     own = {method: by_query(found) for method, found in runs.items()}
@@ -109,7 +114,7 @@ def table(out: Path, methods: Sequence[str], seeds: Sequence[int], metric: str) 
             "" if method == methods[0] else f"{more} ({least} to {most})",
             f"{fmean(own[method]):.3f}",
             percent([run["agreement"] for run in found]),
-            "; ".join(score(out / f"{method}-{seed}" / "eval") for seed in seeds),
+            "; ".join(score(out / folder(method, seed) / "eval") for seed in seeds),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     took = json.loads((out / "milliseconds.json").read_text())
@@ -132,7 +137,11 @@ def main() -> None:
     parser.add_argument("system", type=Path, help="text file with the teacher's system prompt")
     parser.add_argument("--config", type=Path, required=True, help="options of atv train and settings of the methods")
     parser.add_argument("--metric", required=True, help="score of the answers, as for atv eval")
-    parser.add_argument("--methods", default="atv,fixed,lora", help="the first one steers, and is timed")
+    parser.add_argument(
+        "--methods",
+        default="atv,atv:last,fixed,lora",
+        help="separated by commas, `METHOD:POSITIONS` steers at these positions; the first one is timed",
+    )
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
@@ -142,15 +151,17 @@ def main() -> None:
     train = ("train", "--data", given.data, "--teacher-system", given.system, "--config", given.config)
     for seed in seeds:
         for method in methods:
-            out = given.out / f"{method}-{seed}"
+            out = given.out / folder(method, seed)
             if not (out / "distil.json").exists():
-                atv(*train, "--method", method, "--seed", seed, "--out", out)
+                name, _, positions = method.partition(":")
+                steered = ("--positions", positions) if positions else ()
+                atv(*train, "--method", name, *steered, "--seed", seed, "--out", out)
             atv(*evaluate, "--adapter", out, "--out", out / "eval")
     atv(*evaluate, "--out", given.out / "without")
     atv(*evaluate, "--system", system, "--out", given.out / "teacher")
     if not (times := given.out / "milliseconds.json").exists():
         queries = [row["prompt"] for row in json.loads(given.data.read_text(encoding="utf-8"))["test"][:TIMED]]
-        times.write_text(json.dumps(milliseconds(given.out / f"{methods[0]}-{seeds[0]}", queries, system)))
+        times.write_text(json.dumps(milliseconds(given.out / folder(methods[0], seeds[0]), queries, system)))
     sys.stdout.write(table(given.out, methods, seeds, given.metric) + "\n")
 
 
