@@ -171,7 +171,10 @@ def test_the_commands_of_the_page_run(block, models, tmp_path, monkeypatch):
     for words in commands(block.text):
         run([SMALL.get(before, word) for before, word in zip(["", *words], words, strict=False)], monkeypatch)
     distilled = sum("examples.distil" in words for words in commands(block.text))
-    assert len([*tmp_path.glob("runs/*/*/distil.json")]) == 3 * distilled
+    assert len([*tmp_path.glob("runs/*/*/distil.json")]) == 4 * distilled
+    for name in ("atv", "atv-last"):
+        configs = [json.loads(file.read_text()) for file in tmp_path.glob(f"runs/*/{name}-42/adapter/atv_config.json")]
+        assert [config["config"]["positions"] for config in configs] == [name.partition("-")[2] or "answer"] * distilled
 
 
 def test_a_ready_adapter_is_packed_with_its_results(models, tmp_path, monkeypatch):
