@@ -52,6 +52,28 @@ def train_options(world):
             "--scale", "0.5", "--epochs", "2", "--batch-size", "4", "--lr", "5e-3"]  # fmt: skip
 
 
+def test_a_table_that_has_changed_is_not_evaluated_and_another_one_is_asked_as_in_training(atv, world, tmp_path):
+    rows = [f"the harbour {('quiet', 'leaks')[n % 2]} {n},{('yes', 'no')[n % 2]}\n" for n in range(40)]
+    table, other = tmp_path / "tickets.csv", tmp_path / "later.csv"
+    for file in (table, other):
+        file.write_text("text,label\n" + "".join(rows))
+    how = ["--generator", world / "generator", "--epochs", "1", "--train-rows", "8", "--template", "Is it so? {input}"]
+    code, _, err = atv("train", *models(world), *how, "--data", table, "--out", tmp_path / "out")
+    assert not code, err
+    evaluated = ["eval", *models(world), "--adapter", tmp_path / "out", "--variants", "first"]
+    asked = {}
+    for file in (table, other):
+        code, _, err = atv(*evaluated, "--data", file, "--test-rows", "4", "--out", tmp_path / file.stem)
+        assert not code, err
+        (asked[file],) = json.loads((tmp_path / file.stem / "run.json").read_text())["settings"]["asking"].values()
+    assert asked[table] == asked[other]
+    assert asked[table]["templates"] == ["Is it so? {input}"]
+    table.write_text(table.read_text() + "the harbour leaks 41,no\n")  # other test rows are drawn from 41 rows
+    code, _, err = atv(*evaluated, "--data", table, "--out", tmp_path / "again")
+    assert code == 2
+    assert "tickets: the table has changed since the adapter was trained" in err
+
+
 def counted(function, calls):
     def wrapper(*args, **kwargs):
         calls.append(kwargs)

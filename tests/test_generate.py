@@ -112,6 +112,14 @@ def test_generate_takes_texts_and_gives_texts(capsys):
     assert capsys.readouterr().out.strip() == streamed[0].strip()
 
 
+@pytest.mark.parametrize("options", [{"do_sample": False}, {"do_sample": True}, {"num_beams": 2, "do_sample": False}])
+def test_logits_that_are_not_finite_are_no_text(options):
+    atv = make_atv(dtype=torch.float32)
+    base_llm(atv.llm).lm_head.weight.data[3] = torch.nan
+    with pytest.raises(ATVError, match="not finite"):
+        atv.generate(PROMPTS, QUERIES, max_new_tokens=2, **options)
+
+
 def test_a_static_cache_gives_the_same_text():
     atv = make_atv(scale=1.0)
     base_llm(atv.llm).generation_config.eos_token_id = None

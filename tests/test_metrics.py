@@ -251,12 +251,46 @@ def test_where_a_generated_answer_ends(said, end, options, generated):
     assert [row["scores"]["exact_match"] for row in rows] == [float(row["target"] == generated) for row in rows]
 
 
+def test_json_may_have_several_lines_and_a_code_block_and_other_metrics_judge_the_first_line():
+    """A correct answer is one line, and an LLM that was not trained writes JSON as it likes."""
+    tokenizer = byte_level_tokenizer()
+    task = labelled(('{"a": 1}', '{"a": 2}'), rows=4)
+    for said, first in (('```json\n{\n "a": 1\n}\n```', "```json"), ('{"a":\n1}', '{"a":'), ('{"a": 1}\n', '{"a": 1}')):
+        llm = says(tokenizer, said, end=True)
+        alone = evaluate(zero_shot(llm, tokenizer), [task], ["exact_match"], variants="first")
+        assert {row["outputs"]["generated"] for row in alone} == {first}
+        rows = evaluate(zero_shot(llm, tokenizer), [task], ["json", "exact_match"], variants="first")
+        for row, other in zip(rows, alone, strict=True):
+            right = float(row["target"] == '{"a": 1}')
+            assert row["scores"] == {"json_valid": 1.0, "json_fields": right} | other["scores"]
+            assert row["outputs"]["generated"] == said.strip()
+    seen = []
+    own = lambda _, text: float(bool(seen.append(text)))  # noqa: E731
+    evaluate(zero_shot(says(tokenizer, "yes\nand", end=True), tokenizer), [task], [own], variants="first")
+    assert set(seen) == {"yes\nand"}
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("metric", ["option_likelihood", "exact_match", "first_token"])
+def test_an_llm_whose_logits_are_not_finite_has_no_answer(metric, place):
+    """An overflow in float16 is NaN for every token: the first option and the first token would be its answers."""
+    llm, task, reads = make_llm(dtype=torch.float32), labelled(("yes it is", "yes it was"), rows=4), []
+
+    def overflows(_, inputs, logits):
+        reads.append(inputs)
+        return logits.new_full(logits.shape, math.nan) if len(reads) > place else logits
+
+    llm.lm_head.register_forward_hook(overflows)
+    with refused("not finite", "float16", "scale"):
+        evaluate(zero_shot(llm), [task], [metric], variants="first", batch_size=4)
+
+
 def test_a_generated_answer_has_a_most_and_that_is_said(capsys, monkeypatch):
     monkeypatch.setattr("atv.progress._WARNED", set())
     monkeypatch.setattr("atv.evaluation.requests.MOST_TOKENS", 5)
     assert MOST_TOKENS == 256
     task, tokenizer = labelled(("yes", "a very much longer answer"), rows=4), byte_level_tokenizer()
-    asked = Requests.of_task(make_llm(), tokenizer, task, task.training_renderers()[0], {"generate"})
+    asked = Requests.of_task(make_llm(), tokenizer, task, task.training_renderers()[0], [ExactMatch()])
     assert (asked.limit, asked.read_after, asked.options) == (5, 4, None)
     assert "labels: its longest answer has" in capsys.readouterr().err
 

@@ -25,6 +25,7 @@ from atv.lm.hooks import SITES, base_llm, capture_outputs, input_device, text_co
 from atv.lm.identity import describe_llm
 from atv.lm.load import load_llm, load_tokenizer
 from atv.lm.prefix import ReadPrefix, steered_logits
+from atv.lm.scoring import checking
 from atv.lm.spans import Known, Span, Tracked
 from atv.progress import bar, log
 from atv.steer import EDITS, Edit, VectorEdit, at_ends, steer
@@ -427,6 +428,9 @@ class ATVModel(AdapterModel):
 
         Returns:
             The new text of each sequence; `num_return_sequences` per prompt, grouped by prompt.
+
+        Raises:
+            ATVError: an argument is not allowed, or the LLM's logits are not finite.
         """
         if isinstance(prompts, str) or isinstance(queries, str) or not prompts:
             raise ATVError("generate takes a non-empty list of prompts, and as many queries (or none).")
@@ -465,7 +469,7 @@ class ATVModel(AdapterModel):
         inputs = self.encode_prompts(prompts)
         width = inputs.pop("position_ids").shape[1]  # generate counts positions from the mask itself
         with self.steer([prompt.query for prompt in prompts]), torch.no_grad():
-            output = cast(Any, self.llm).generate(**inputs, **options)
+            output = cast(Any, self.llm).generate(**inputs, **checking(options))
         sequences = getattr(output, "sequences", output)
         return cast(list[str], self.tokenizer.batch_decode(sequences[:, width:], skip_special_tokens=True))
 

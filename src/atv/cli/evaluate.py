@@ -7,6 +7,7 @@ from atv.cli.loading import frozen_llm, named_tasks
 from atv.cli.options import DEFAULT_RUNS, Evaluate
 from atv.cli.output import print_lines
 from atv.config import EMBEDDED_LLM
+from atv.data import check_test_rows
 from atv.evaluation.measure import measure
 
 
@@ -16,6 +17,9 @@ def evaluate_method(given: Evaluate) -> Path:
     name = given.method or (saved.method if saved else "zero-shot")
     out = given.out or DEFAULT_RUNS / name
     tasks = named_tasks(given.tasks, saved.training if saved else None)
+    if saved is not None:
+        for task in tasks:
+            check_test_rows(task, saved.training)
     tasks = [task.drawn(given.train_rows, None, given.seed, test=given.test_rows) for task in tasks]
     for task in tasks:
         task.renderers(given.variants)  # raises before the LLM is loaded

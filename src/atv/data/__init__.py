@@ -1,6 +1,14 @@
 """Tasks: data, templates and judging. A task knows no model."""
 
-from atv.data.asked import as_trained, asking_of, check_chat_template, query_renderer, trained_task
+from atv.data.asked import (
+    as_trained,
+    asking_of,
+    check_chat_template,
+    check_test_rows,
+    query_renderer,
+    test_of,
+    trained_task,
+)
 from atv.data.audit import findings, long_prompts, refuse_shared_inputs, shared_beginnings, unread_queries
 from atv.data.builtin import BUILTIN, builtin_task
 from atv.data.chat import Chat
@@ -29,6 +37,7 @@ __all__ = [
     "available_tasks",
     "builtin_task",
     "check_chat_template",
+    "check_test_rows",
     "composed",
     "findings",
     "load_table",
@@ -38,6 +47,7 @@ __all__ = [
     "query_renderer",
     "refuse_shared_inputs",
     "shared_beginnings",
+    "test_of",
     "trained_task",
     "unread_queries",
 ]

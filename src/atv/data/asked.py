@@ -10,7 +10,7 @@ from typing import Any
 
 from atv.data.render import INPUT, Renderer, query_template
 from atv.data.rendering import chat_template_digest, described, recorded
-from atv.data.task import Task, composed
+from atv.data.task import DRAWN_TEST, Task, composed
 from atv.errors import ATVError, unknown
 from atv.progress import log_once
 
@@ -21,11 +21,14 @@ Training = Mapping[str, Any]
 def as_trained(task: Task, training: Training) -> Task:
     """Return a task asked as in an adapter's training.
 
-    A task that it was trained on gets the templates, answer prefixes and rendering of training; any other one gets the
-    rendering, if all training tasks share it.
+    A task that it was trained on gets the templates, answer prefixes and rendering of training, and so does a task
+    without a template of its own if the adapter was trained on one task. Any other one gets the rendering, if all
+    training tasks share it.
     """
     tasks: Mapping[str, Any] = training.get("tasks", {})
     asked = tasks.get(task.name)
+    if asked is None and task.templates == (INPUT,) and len(tasks) == 1:
+        (asked,) = tasks.values()
     if asked is not None:
         if "custom" in asked["renderer"]:
             same = described(task.renderer) == asked["renderer"]
@@ -96,9 +99,33 @@ def trained_task(training: Training, task: str | None = None) -> tuple[str, Mapp
     return name, tasks[name]
 
 
+def test_of(prepared: Mapping[str, Any]) -> dict[str, str]:
+    """Return the digest of a task's test inputs if they were drawn, as a part of a training summary."""
+    return {DRAWN_TEST: prepared[DRAWN_TEST]} if DRAWN_TEST in prepared else {}
+
+
+def check_test_rows(task: Task, training: Training) -> None:
+    """Raise ATVError if a task's test rows are drawn from other rows than in an adapter's training.
+
+    Args:
+        task: with all of its test rows.
+        training: the adapter's training summary.
+    """
+    made = training.get("tasks", {}).get(task.name, {}).get(DRAWN_TEST)
+    if made is not None and made != task.prepared.get(DRAWN_TEST, made):
+        raise ATVError(
+            f"{task.name}: the table has changed since the adapter was trained, so other test rows are drawn from it, "
+            "and the adapter may have been trained on some of them. Train again, or keep the test rows in a file of "
+            "their own (a folder with train, validation and test)."
+        )
+
+
 def asking_of(tasks: Sequence[Task], tokenizer: Any) -> dict[str, Any]:
     """Return the entries of a training summary that say how tasks are asked, for `as_trained` and the check below."""
-    return {"tasks": {task.name: task.asking() for task in tasks}, "chat_template": chat_template_digest(tokenizer)}
+    return {
+        "tasks": {task.name: task.asking() | test_of(task.prepared) for task in tasks},
+        "chat_template": chat_template_digest(tokenizer),
+    }
 
 
 def check_chat_template(training: Training, tokenizer: Any) -> None:

@@ -4,6 +4,7 @@ The columns are recognised by name or given. `atv.data.rows` reads text files. P
 `datasets` objects carry types and names of classes of their own.
 """
 
+import hashlib
 import json
 import random
 import re
@@ -18,7 +19,7 @@ from atv.data.conversation import example_of, turns_of
 from atv.data.render import INPUT, Example
 from atv.data.rendering import Rendering
 from atv.data.rows import SUFFIXES, Row, class_names, load_json, objects, read_rows, suffix_of
-from atv.data.task import SPLITS, Task, composed, text_of
+from atv.data.task import DRAWN_TEST, SPLITS, Task, composed, text_of
 from atv.errors import ATVError
 from atv.files import local
 from atv.progress import log
@@ -109,7 +110,7 @@ def load_table(
         test=tuple(splits["test"]),
         answer_prefixes=(None,),
         renderer=_with_kwargs(name, rendering or Rendering(), loaded),
-        prepared={"drawn": {split: len(splits[split]) for split in drawn}, "dropped": dict(dropped)},
+        prepared=_prepared(splits, drawn, dropped),
     )
 
 
@@ -155,8 +156,18 @@ def load_queries(data: Any, *, input: str | None = None) -> Queries:
         splits[split] = _draw(name, splits, split)
     sizes = ", ".join(f"{len(splits[split])} {split}" for split in SPLITS)
     log.info(f"{name}: {sizes} queries; {' and '.join(columns)}")
-    prepared = {"drawn": {split: len(splits[split]) for split in drawn}, "dropped": dict(+dropped)}
-    return Queries(name, {split: tuple(splits[split]) for split in SPLITS}, prepared)
+    return Queries(name, {split: tuple(splits[split]) for split in SPLITS}, _prepared(splits, drawn, +dropped))
+
+
+def _prepared(
+    splits: Mapping[str, Sequence[Example]], drawn: Sequence[str], dropped: Mapping[str, int]
+) -> dict[str, Any]:
+    """As in `Task.prepared`."""
+    found: dict[str, Any] = {"drawn": {split: len(splits[split]) for split in drawn}, "dropped": dict(dropped)}
+    if "test" in drawn:
+        inputs = json.dumps([row.asked for row in splits["test"]])
+        found[DRAWN_TEST] = hashlib.sha256(inputs.encode()).hexdigest()[:16]
+    return found
 
 
 # ---- reading ----

@@ -6,6 +6,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,6 +27,8 @@ FEW_OPTIONS = 20
 SPLITS = ("train", "valid", "test")
 PLAIN = Rendering("template")
 """How prompts are written unless a task says otherwise."""
+DRAWN_TEST = "drawn_test"
+"""Key of the digest of the test inputs, if they were drawn, in `Task.prepared` and in an adapter's training summary."""
 ENOUGH_TO_JUDGE = 10
 """Fewer test rows than this may all have the same answer by chance; from here on they suggest hidden labels."""
 
@@ -85,8 +88,8 @@ class Task:
     """A teacher's answers to examples: then training fits the teacher's distribution instead of the answer's tokens."""
     prepared: Mapping[str, Any] = field(default_factory=dict, compare=False)
     """Where the rows come from and what was done to them: "source" (arguments of `load_tasks`), "drawn" (rows of each
-    drawn split), "dropped" (rows by reason) and "draws" (arguments of `drawn`). Recorded by trainings, in a file that
-    is not part of the adapter."""
+    drawn split), `DRAWN_TEST`, "dropped" (rows by reason) and "draws" (arguments of `drawn`). Recorded by trainings, in a
+    file that is not part of the adapter."""
 
     def __post_init__(self) -> None:
         """Validate the data: scores measured on invalid data would be meaningless."""
@@ -135,6 +138,11 @@ class Task:
         counts = Counter(row.output for split in SPLITS for row in getattr(self, split))
         repeated = sum(count > 1 for count in counts.values())
         return len(self.options) <= FEW_OPTIONS and 2 * repeated >= len(counts)
+
+    @cached_property
+    def has_lines(self) -> bool:
+        """Whether an answer has several lines."""
+        return any("\n" in option for option in self.options)
 
     def renderers(self, which: str = "all", reads: str = "query") -> dict[Variant, Renderer]:
         """Return the renderers for evaluation.

@@ -329,7 +329,7 @@ def _said(method: Method, requests: Requests, prompt: Prompt, temperature: float
     """What the LLM answers with a method."""
     shared = SharedPrefix(method.llm, [prompt.ids], method.edited_tokens)
     (found,) = read_batch(method, requests, shared, [prompt])
-    text, scores = found["generate"], found.get("loglikelihood")
+    text, scores = found["generate"].strip(), found.get("loglikelihood")
     if scores is None:
         return Said(text, text, None)
     chances = (torch.tensor(scores.values, dtype=torch.float64) / temperature).softmax(0).tolist()

@@ -86,6 +86,14 @@ class Likelihoods(NamedTuple):
         return {"option_likelihood": self.best(), "option_likelihood_per_byte": self.best_per_byte()}
 
 
+def reads_whole(metric: "Metric") -> bool:
+    """Whether a metric judges all lines of a generated answer, and not the first one alone: it has `whole = True`.
+
+    If the task's own answers have several lines, every metric does.
+    """
+    return bool(getattr(metric, "whole", False))
+
+
 @runtime_checkable
 class Metric(Protocol):
     """Judges one answer."""
@@ -200,6 +208,7 @@ class JSONMatch:
 
     name = "json"
     needs: Need = "generate"
+    whole = True
 
     def __call__(self, example: Example, output: str) -> dict[str, float | None]:
         """`json_valid` and `json_fields`."""
@@ -259,6 +268,7 @@ class UserMetric:
     """
 
     needs: Need = "generate"
+    whole = True
 
     def __init__(self, name: str, function: Callable[[Example, str], Any]) -> None:
         self.name, self.function = name, function

@@ -185,7 +185,9 @@ class Predictor(QueryAnswers):
             yield [
                 (
                     index,
-                    self.chosen(outputs["loglikelihood"].values) if self.options else Answer(outputs["generate"]),
+                    self.chosen(outputs["loglikelihood"].values)
+                    if self.options
+                    else Answer(outputs["generate"].strip()),
                 )
                 for index, outputs in zip(batch, found, strict=True)
             ]

@@ -9,7 +9,7 @@ from torch import nn
 from atv.data import Renderer, Task
 from atv.data.render import answer_ids
 from atv.errors import ATVError
-from atv.evaluation.metrics import Likelihoods, Need, NextToken
+from atv.evaluation.metrics import Likelihoods, Metric, Need, NextToken, reads_whole
 from atv.lm.continuation import Continuation
 from atv.lm.ends import end_ids
 from atv.lm.scoring import Options, longest_answer, task_options
@@ -18,6 +18,8 @@ from atv.progress import log_once
 
 MOST_TOKENS = 256
 """Maximum length of a generated answer, even if the task has longer answers."""
+MARKUP = 16
+"""Tokens for a code block around an answer that is judged as a whole."""
 
 
 class Requests:
@@ -53,12 +55,17 @@ class Requests:
         self._ends = frozenset(end_ids(llm, tokenizer))
 
     @classmethod
-    def of_task(cls, llm: nn.Module, tokenizer: Any, task: Task, render: Renderer, needs: Collection[Need]) -> Self:
-        """Return the requests about a task in one variant; answers are as long as its longest, at most `MOST_TOKENS`.
+    def of_task(cls, llm: nn.Module, tokenizer: Any, task: Task, render: Renderer, metrics: Sequence[Metric]) -> Self:
+        """Return the requests of metrics about a task in one variant.
+
+        A generated answer has at most as many tokens as the task's longest one, and it has several lines only if one of
+        these has; for a metric that `reads_whole` answers it may have lines and twice the tokens. `MOST_TOKENS` is the
+        limit for all.
 
         Raises:
             ATVError: options are needed, but an answer is not an option or two options have the same tokens.
         """
+        needs = {metric.needs for metric in metrics}
         # If answers are only generated, options are not encoded.
         options = task_options(tokenizer, task, render) if {"next_token", "loglikelihood"} & {*needs} else None
         longest = longest_answer(tokenizer, task, render) if "generate" in needs else 1
@@ -66,8 +73,9 @@ class Requests:
             log_once(
                 f"{task.name}: its longest answer has {longest} tokens, and generated ones end after {MOST_TOKENS}."
             )
-        lines = any("\n" in option for option in task.options)
-        return cls(llm, tokenizer, render, needs, options=options, limit=min(longest, MOST_TOKENS), lines=lines)
+        whole = any(map(reads_whole, metrics))
+        limit = min(2 * longest + MARKUP if whole else longest, MOST_TOKENS)
+        return cls(llm, tokenizer, render, needs, options=options, limit=limit, lines=whole or task.has_lines)
 
     @property
     def read_after(self) -> int:
@@ -87,6 +95,8 @@ class Requests:
     def outputs(self, behind: Continuation) -> list[dict[Need, Any]]:
         """The metrics' inputs for each prompt of a batch. Call it inside the context that steers the LLM.
 
+        A generated answer that may have several lines keeps the white space around it.
+
         Args:
             behind: the batch as it was read, with a cache if `continues`.
         """
@@ -100,7 +110,8 @@ class Requests:
                 each["loglikelihood"] = Likelihoods(self.options.texts, values)
         if "generate" in self.needs:
             for each, tokens in zip(found, behind.greedy(self.limit, self._ended), strict=True):
-                each["generate"] = self._text(tokens)
+                text = self.tokenizer.decode([token for token in tokens if token not in self._ends])
+                each["generate"] = text if self._lines else first_line(text)
         return found
 
     def outputs_of(self, choice: Choice) -> dict[Need, Any]:
@@ -130,6 +141,7 @@ class Requests:
     def _ended(self, tokens: Sequence[int]) -> bool:
         return tokens[-1] in self._ends or (not self._lines and "\n" in self.tokenizer.decode(tokens[-1:]))
 
-    def _text(self, tokens: Sequence[int]) -> str:
-        text: str = self.tokenizer.decode([token for token in tokens if token not in self._ends])
-        return (text if self._lines else text.partition("\n")[0]).strip()
+
+def first_line(text: str) -> str:
+    """Return a text up to its first line break."""
+    return text.partition("\n")[0].strip()

@@ -14,9 +14,9 @@ from atv.data import Prompt, Renderer, Task, Variant, findings, refuse_shared_in
 from atv.data.collate import pad_id
 from atv.data.render import TooLong, fitting
 from atv.errors import ATVError
-from atv.evaluation.metrics import GENERATED, ExactMatch, Metric, Need, default_metric, load_metric
+from atv.evaluation.metrics import GENERATED, ExactMatch, Metric, Need, default_metric, load_metric, reads_whole
 from atv.evaluation.records import Row, RunWriter, row_key
-from atv.evaluation.requests import Requests
+from atv.evaluation.requests import Requests, first_line
 from atv.lm.continuation import Continuation
 from atv.lm.hooks import input_device
 from atv.lm.load import context_length
@@ -168,7 +168,7 @@ def _ask(
     """
     if len(asked) == len(task.test):
         return
-    requests = Requests.of_task(method.llm, method.tokenizer, task, render, {metric.needs for metric in metrics})
+    requests = Requests.of_task(method.llm, method.tokenizer, task, render, metrics)
     began = time.perf_counter()
     chosen = method.choose(task, task.test, render)
     if chosen is not None:
@@ -314,7 +314,7 @@ def _row(
     """The row of one example with the scores of all metrics."""
     example, scores = task.test[index], dict[str, float | None]()
     for metric in metrics:
-        found = metric(example, outputs[metric.needs])
+        found = metric(example, _judged(metric, task, outputs[metric.needs]))
         if twice := scores.keys() & found.keys():
             raise ATVError(
                 f"Two metrics give the score {min(twice)} ({', '.join(m.name for m in metrics)}); leave one out, or "
@@ -323,7 +323,7 @@ def _row(
         scores |= found
     texts: dict[str, str] = {}
     for need, output in outputs.items():
-        texts |= {GENERATED: output} if need == "generate" else output.texts()
+        texts |= {GENERATED: output.strip()} if need == "generate" else output.texts()
     likelihoods = outputs.get("loglikelihood")
     return Row(
         task=task.name,
@@ -339,3 +339,10 @@ def _row(
         query=example.input if 0 in scores.values() else "",
         **costs,
     )
+
+
+def _judged(metric: Metric, task: Task, output: Any) -> Any:
+    """What a metric judges. Its score does not depend on the metrics beside it, for which more may be generated."""
+    if metric.needs != "generate":
+        return output
+    return output.strip() if reads_whole(metric) or task.has_lines else first_line(output)

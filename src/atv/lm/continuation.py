@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from atv.data.collate import position_ids
 from atv.lm.prefix import attention_alone, call_llm
-from atv.lm.scoring import Options, Prefix
+from atv.lm.scoring import Options, Prefix, decided
 from atv.lm.spans import continuing
 
 SCORED_TOKENS = 512
@@ -31,11 +31,14 @@ class Continuation:
             padded on the left.
         output: output of that call. Its cache of keys and values is used here and must not be used elsewhere. Without
             a cache, or with one that contains more than keys and values, the prompts are read again at each step.
+
+    Raises:
+        ATVError: logits are not finite, here or in what is read later.
     """
 
     def __init__(self, llm: nn.Module, inputs: Mapping[str, Tensor], output: Any) -> None:
         self.llm, self.ids, self.mask = llm, inputs["input_ids"], inputs["attention_mask"]
-        self.logits: Tensor = output.logits[:, -1].float().cpu()
+        self.logits: Tensor = decided(output.logits[:, -1].float().cpu())
         """Logits after the prompts: (batch, vocabulary) float32, on the CPU."""
         cache: Any = getattr(output, "past_key_values", None)
         layers = list(cache.layers) if attention_alone(cache) else []
@@ -76,6 +79,7 @@ class Continuation:
             output = self._call(ids, mask, past, 1)
             past = output.past_key_values if past is not None else None
             logits = output.logits[:, -1].float().cpu()
+            decided(logits[list(there)])
 
     def read(self, prefixes: Sequence[Prefix]) -> list[list[Tensor]]:
         """Return log-probabilities (vocabulary,), on the CPU, after each token of each row's prefix."""
@@ -155,7 +159,9 @@ class Continuation:
         mask = torch.cat([self.mask.repeat_interleave(len(some), 0), torch.ones_like(read).repeat(rows, 1)], dim=1)
         with continuing():
             output = self._call(ids, mask, self._fork(len(some)), length)
-        following = output.logits.float().log_softmax(-1).unflatten(0, (rows, len(some)))  # (rows, some, length, vocab)
+        following = (
+            decided(output.logits.float()).log_softmax(-1).unflatten(0, (rows, len(some)))
+        )  # (rows, some, length, vocab)
         added = []
         for place, number in enumerate(some):
             later = options.ids[number][1:]

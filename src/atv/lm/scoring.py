@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from atv.data import Renderer, Task, shared_beginnings
 from atv.data.render import answer_ids
@@ -26,6 +27,32 @@ from atv.progress import log_once
 
 Prefix = tuple[int, ...]
 """Tokens that several options begin with."""
+
+
+def decided(logits: Tensor) -> Tensor:
+    """Return logits (..., vocabulary) unchanged.
+
+    Raises:
+        ATVError: one is NaN or the largest one of a row infinite, so that no token is likelier than others.
+    """
+    if not bool(logits.amax(-1).isfinite().all()):  # a maximum with NaN is NaN
+        raise ATVError(
+            "The LLM's logits are not finite (NaN or infinite), so it has no answer. Use another dtype of the LLM "
+            "(float16 overflows where bfloat16 and float32 do not), or a smaller scale."
+        )
+    return logits
+
+
+class _Decided(LogitsProcessor):
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        del input_ids
+        return decided(scores)
+
+
+def checking(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options of transformers' `generate` with which each step raises as `decided` does."""
+    others = options.get("logits_processor") or ()  # after ours, since they may exclude tokens
+    return {**options, "logits_processor": LogitsProcessorList([_Decided(), *others])}
 
 
 @dataclass

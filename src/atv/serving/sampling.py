@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from atv.errors import ATVError
+from atv.lm.scoring import decided
 
 MOST_LOGPROBS = 20
 """Most alternatives told for a token."""
@@ -83,9 +84,7 @@ class Sampler:
         Raises:
             ATVError: a logit is NaN or the largest one infinite, so that no token is likelier than others.
         """
-        highest = logits.max()
-        if not highest.isfinite():
-            raise ATVError("The LLM's logits are not finite; use a smaller scale, or another dtype of the LLM.")
+        highest = decided(logits).max()
         if self._sampling.temperature == 0:
             return int(logits.argmax())
         # The highest logit becomes 0 first, so that no temperature, however small, divides to an infinite one.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atv.data import test_of
 from atv.data.rendering import chat_template_digest
 from atv.errors import ATVError
 from atv.files import write_json
@@ -39,7 +40,10 @@ def _save(
     record |= {f"best_eval_{name}": kept.get(f"eval_{name}") for name in ("accuracy", "loss")}
     settings = record["settings"]
     model.training_summary = {
-        "tasks": {name: task["asking"] | found.get(name, {}) for name, task in settings["tasks"].items()},
+        "tasks": {
+            name: task["asking"] | test_of(record.get("data", {}).get(name, {})) | found.get(name, {})
+            for name, task in settings["tasks"].items()
+        },
         "chat_template": chat_template_digest(model.tokenizer),
         "train": settings["train"],
         "best_step": record["best_step"],
