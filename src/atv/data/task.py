@@ -88,8 +88,8 @@ class Task:
     """A teacher's answers to examples: then training fits the teacher's distribution instead of the answer's tokens."""
     prepared: Mapping[str, Any] = field(default_factory=dict, compare=False)
     """Where the rows come from and what was done to them: "source" (arguments of `load_tasks`), "drawn" (rows of each
-    drawn split), `DRAWN_TEST`, "dropped" (rows by reason) and "draws" (arguments of `drawn`). Recorded by trainings, in a
-    file that is not part of the adapter."""
+    drawn split), `DRAWN_TEST`, "dropped" (rows by reason) and "draws" (arguments of `drawn`). Recorded by trainings, in
+    a file that is not part of the adapter."""
 
     def __post_init__(self) -> None:
         """Validate the data: scores measured on invalid data would be meaningless."""
