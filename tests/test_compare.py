@@ -223,6 +223,9 @@ def test_the_command_prints_and_writes_the_report(world, tmp_path, monkeypatch, 
     code, _, err = run("--data", world / "kettles.jsonl")
     assert code == 2
     assert "Two data sets have one name; found harbours, kettles, kettles" in err
+    code, _, err = run("--train-rows", "1000")
+    assert code == 2
+    assert re.search(r"--train-rows is 1000; of training rows, harbours has \d+ and kettles has \d+", err)
     code, _, err = run("--template", "no place")
     assert code == 2
     assert "has no {input}" in err

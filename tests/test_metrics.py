@@ -1,6 +1,7 @@
 """Metrics: against one full pass per option, transformers' generate, formulas by hand and scikit-learn."""
 
 import dataclasses
+import importlib
 import inspect
 import json
 import math
@@ -9,6 +10,8 @@ import sys
 import pytest
 import torch
 from conftest import byte_level_tokenizer, make_atv, make_llm, sentencepiece_tokenizer, toy_task
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from labels import LABELS, labelled, steered_by_hand
 from refusals import refused
 from rendering import encode_pair, prompt_text
@@ -337,6 +340,42 @@ def test_rouge_l_by_hand(text, target, common):
     precision, recall = common / len(text.split()), common / len(target.split())
     expected = 2 * precision * recall / (precision + recall) if common else 0.0
     assert load_metric("rouge_l")(Example("q", target), text) == {"rouge_l": pytest.approx(expected)}
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "expected"),
+    [
+        ("Привет, мир!", "привет мир", 1.0),
+        ("好的东西", "好东西", 2 * 3 / 7),  # characters: all three of the answer's are there in order
+        ("ของดี", "ของดี", 1.0),
+        ("Größe", "Gr e", 0.0),
+        ("नमस्ते दुनिया", "नमस्ते जी", 0.5),  # words with vowel signs
+    ],
+)
+def test_rouge_l_of_any_script(text, target, expected):
+    pytest.importorskip("rouge_score")
+    assert load_metric("rouge_l")(Example("q", target), text) == {"rouge_l": pytest.approx(expected)}
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text("ab C1,.!_-\n", max_size=20), st.text("ab C1,.!_-\n", max_size=20))
+def test_rouge_l_of_latin_letters_is_that_of_the_library(text, target):
+    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
+    expected = scorer.score(target, text)["rougeL"].fmeasure
+    assert load_metric("rouge_l")(Example("q", target), text) == {"rouge_l": expected}
+
+
+def test_a_run_is_not_resumed_with_another_version_of_a_metric(tmp_path, monkeypatch):
+    file, task = tmp_path / "judged.py", labelled(("yes", "no"), rows=4)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("atv.evaluation.measure._load", lambda _: (make_llm(), byte_level_tokenizer()))
+    for version, fails in ((1, True), (0, False)):
+        file.write_text(f"def score(example, text):\n    return {version} / {int(not fails)}\n")
+        sys.modules.pop("judged", None)
+        importlib.invalidate_caches()
+        how = {"variants": "first", "metrics": ["judged:score"]}
+        with refused("raised ZeroDivisionError") if fails else refused("metrics"):
+            measure("zero-shot", Frozen("tiny", dtype="float32"), [task], tmp_path / "out", **how)
 
 
 def test_rouge_l_without_its_library_says_what_to_install(monkeypatch):

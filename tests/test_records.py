@@ -14,6 +14,8 @@ from refusals import refused
 
 import atv
 from atv.evaluation.records import Row, RunWriter, load_runs, read_rows
+from atv.report import markdown
+from atv.report.comparison import comparison_table
 
 SETTINGS = {"method": "atv", "llm": "tiny", "seed": 42, "tasks": {"sentiment": 120}}
 
@@ -276,8 +278,8 @@ def test_runs_are_loaded_in_order_each_row_with_its_method_llm_seed_and_folder(t
     fresh(tmp_path / "b", rows=2, method="zero-shot", seed=1).finish()
     fresh(tmp_path / "a", rows=1).finish()
     rows = load_runs([tmp_path / "b", str(tmp_path / "a")])
-    zero_shot = {"method": "zero-shot", "llm": "tiny", "seed": 1, "run": str(tmp_path / "b")}
-    adapted = {"method": "atv", "llm": "tiny", "seed": 42, "run": str(tmp_path / "a")}
+    zero_shot = {"method": "zero-shot", "llm": "tiny", "seed": 1, "run": str(tmp_path / "b"), "asking": None}
+    adapted = {"method": "atv", "llm": "tiny", "seed": 42, "run": str(tmp_path / "a"), "asking": None}
     assert rows == [
         zero_shot | asdict(prediction(0)),
         zero_shot | asdict(prediction(1)),
@@ -342,6 +344,33 @@ def test_runs_on_other_test_rows_of_a_task_are_not_loaded_together(tmp_path):
     assert len(load_runs([tmp_path / "a", tmp_path / "c"])) == 2
     with refused(tmp_path / "a", tmp_path / "b", "different test rows for the task sentiment (120; 121)"):
         load_runs([tmp_path])
+
+
+def test_runs_of_one_method_that_differ_in_more_than_seeds_are_kept_apart(tmp_path):
+    asking = {"sentiment": {"templates": ["{input}"], "options": ["bad", "good"]}}
+    runs = {
+        "a/one": ({"seed": 42}, {}),
+        "a/two": ({"seed": 43, "adapter": "other weights"}, {}),  # another seed of the training and of the run
+        "b/shots": ({"method": "icl", "shots": 1}, {}),
+        "b/more": ({"method": "icl", "shots": 8}, {}),
+        "c/own": ({"label": "mine", "dtype": "float16"}, {}),
+        "d/long": ({"method": "lora"}, {"training": {"train": {"seed": 1, "epochs": 9}}}),
+        "d/short": ({"method": "lora"}, {"training": {"train": {"seed": 2, "epochs": 3}}}),
+    }
+    for name, (changed, method) in runs.items():
+        run = fresh(tmp_path / name, rows=1, asking=asking, **changed)
+        run.finish(method={"config": {}, "training": {"train": {"seed": run.run["settings"]["seed"]}}} | method)
+    found = {Path(row["run"]).name: row["method"] for row in load_runs([tmp_path])}
+    assert {name: found[name] for name in ("one", "two", "own")} == {"one": "atv", "two": "atv", "own": "mine"}
+    expected = {"shots": "icl (b/shots)", "more": "icl (b/more)", "long": "lora (d/long)", "short": "lora (d/short)"}
+    assert {name: found[name] for name in expected} == expected
+    assert {row["method"] for row in load_runs([tmp_path / "b"])} == {"icl (shots)", "icl (more)"}
+    assert {row["method"] for row in load_runs([tmp_path / "b" / "more"])} == {"icl"}
+    run = fresh(tmp_path / "e", rows=1, asking={"sentiment": {"templates": ["Well? {input}"], "options": None}})
+    run.finish()
+    said = markdown(comparison_table(load_runs([tmp_path / "c", tmp_path / "e"]), "mine"))
+    assert "prompts differ in template, system message or format for sentiment" in said
+    assert "differ in template" not in markdown(comparison_table(load_runs([tmp_path / "c", tmp_path / "a"]), "mine"))
 
 
 def test_a_label_may_change_and_is_the_last_one(folder):

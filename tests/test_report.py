@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from atv.cli.output import print_table
 from atv.report import all_tables, markdown, score_table
 from atv.report.formats import comma_separated, latex
-from atv.report.tables import marked, number, prefix_table
+from atv.report.tables import Table, marked, number, prefix_table
 
 CATEGORY = {"sentiment": "NLU", "outlook": "Unseen", "topic": "NLU"}
 
@@ -277,3 +277,15 @@ def test_a_mark_stands_before_the_spread():
 def test_reports_records_and_tasks_are_read_without_loading_torch():
     code = "import sys, atv.config, atv.evaluation.records, atv.report, atv.data; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_texts_stay_as_they_are_in_csv():
+    table = Table(
+        "Mistakes", ["query", "score"], [["dose 5 ± 2 mg ± x†", "1.0 ± 0.5†"], ["–", "–"]], "", text=1, footnote="why"
+    )
+    rows = list(csv.reader(comma_separated(table).splitlines()))
+    assert rows == [
+        ["query", "score", "score std", "note"],
+        ["dose 5 ± 2 mg ± x†", "1.0", "0.5", "why"],
+        ["–", "", "", ""],
+    ]

@@ -120,12 +120,10 @@ def compare(
         force: start over.
 
     Raises:
-        ATVError: two data sets have one name, a metric is not one that all methods have, a setting is unknown, or
-            `out` was made with other settings.
+        ATVError: two data sets have one name, one has fewer training rows than the plan wants, a metric is not one that
+            all methods have, a setting is unknown, or `out` was made with other settings.
     """
-    names = [task.name for task in tasks]
-    if len(set(names)) < len(names):
-        raise ATVError(f"Two data sets have one name; found {', '.join(names)}. Rename a file or folder.")
+    _check_data_sets(plan, tasks)
     tasks = [replace(task.drawn(None, None, 0, test=plan.test_rows), category=task.name) for task in tasks]
     for method in plan.methods:
         metrics_of(METHODS[method], tasks, metrics)
@@ -163,6 +161,16 @@ def compare(
                 )
                 steps.end(new)
     return [out / cell.run for cell in cells]
+
+
+def _check_data_sets(plan: Plan, tasks: Sequence[Task]) -> None:
+    names = [task.name for task in tasks]
+    if len(set(names)) < len(names):
+        raise ATVError(f"Two data sets have one name; found {', '.join(names)}. Rename a file or folder.")
+    most = max(rows or 0 for rows in plan.train_rows)
+    few = [f"{task.name} has {len(task.train)}" for task in tasks if len(task.train) < most]
+    if few:
+        raise ATVError(f"--train-rows is {most}; of training rows, {' and '.join(few)}. Give at most as many.")
 
 
 def _rows(rows: int | None) -> str:

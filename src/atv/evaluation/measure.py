@@ -14,6 +14,7 @@ from torch import nn
 from atv import artifact
 from atv.data import Task, check_chat_template
 from atv.errors import ATVError, unknown
+from atv.evaluation.metrics import recorded_name
 from atv.evaluation.records import RUN_FILE, RunWriter
 from atv.evaluation.run import evaluate, metrics_of
 from atv.files import read_json
@@ -105,7 +106,7 @@ def measure(
         "tasks": {task.name: f"{len(task.test)} rows, {task.digest('test')}" for task in tasks},
         "asking": {task.name: task.asking() for task in tasks},
         "variants": variants,
-        "metrics": {task: [metric.name for metric in some] for task, some in judged.items()},
+        "metrics": {task: [recorded_name(metric) for metric in some] for task, some in judged.items()},
     }
     if label not in ("", name):
         settings["label"] = label

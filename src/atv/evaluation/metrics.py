@@ -11,20 +11,25 @@ import os
 import re
 import string
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from atv.data import Example, Task
 from atv.data.task import FEW_OPTIONS
 from atv.errors import ATVError, unknown
+from atv.files import sha256
 
 if TYPE_CHECKING:
     from atv.lm.scoring import Options
 
 Need = Literal["next_token", "loglikelihood", "generate"]
+_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
+"""Characters that are written without spaces: Thai, Lao, Burmese, Khmer, Japanese kana, Chinese."""
 GENERATED = "generated"
 """Key of the generated answer in rows, however many metrics judge it."""
 
@@ -175,8 +180,20 @@ class TokenF1:
         return {"token_f1": 2 * shared / (len(found) + len(expected))}
 
 
+class _Words:
+    """Splits texts for ROUGE: words and digits of any script, and single characters of scripts without spaces.
+
+    rouge-score's own tokenizer keeps Latin letters without accents and digits alone. Where a text has nothing else, the
+    tokens are the same.
+    """
+
+    def tokenize(self, text: str) -> list[str]:
+        kept = (c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in text.lower())
+        return _UNSPACED.sub(r" \g<0> ", "".join(kept)).split()
+
+
 class RougeL:
-    """ROUGE-L (F-measure) of the generated answer, computed with rouge-score without stemming."""
+    """ROUGE-L (F-measure) of the generated answer, computed with rouge-score without stemming, for any script."""
 
     name = "rouge_l"
     needs: Need = "generate"
@@ -192,7 +209,7 @@ class RougeL:
     def _scorer(self) -> Any:
         from rouge_score.rouge_scorer import RougeScorer
 
-        return RougeScorer(["rougeL"])
+        return RougeScorer(["rougeL"], tokenizer=_Words())
 
     def __call__(self, example: Example, output: str) -> dict[str, float | None]:
         """`rouge_l`."""
@@ -299,6 +316,19 @@ class UserMetric:
                 "these by name."
             )
         return number
+
+
+def recorded_name(metric: Metric) -> str:
+    """Return a metric's name in a run's settings: a user's has the digest of its module's file.
+
+    A run that is resumed must have the scores of one version of a function.
+    """
+    made_by = metric.function if isinstance(metric, UserMetric) else type(metric)
+    module = sys.modules.get(made_by.__module__)
+    file = getattr(module, "__file__", None)
+    if made_by.__module__ == __name__ or file is None:
+        return metric.name
+    return f"{metric.name} ({sha256(Path(file))[:16]})"
 
 
 METRICS: dict[str, Callable[[], Metric]] = {

@@ -5,7 +5,8 @@ computed from rows. The analysis of an adapter's vectors is a separate file, `an
 """
 
 import json
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,9 @@ def _whole(row: Any) -> bool:
 def load_runs(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
     """Rows of several runs, each with its run's `method` (or label), `llm`, `seed` and `run` (the folder).
 
+    `asking` is how the prompts of the row's task were written, as JSON. Runs of one method that differ in more than
+    their seeds (in demonstrations, dtype, prompts, configuration or training) have their folder in `method`.
+
     Args:
         folders: folders of runs, or folders that contain runs at any depth. A run found twice is read once.
 
@@ -221,11 +225,11 @@ def load_runs(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
     """
     flat: list[dict[str, Any]] = []
     asked: dict[tuple[str, str], tuple[Any, Path]] = {}  # by LLM and task: the test rows and the first run on them
-    for folder in dict.fromkeys(run for name in folders for run in _runs_below(local(name))):
-        run = read_run(folder)
+    runs = {run: read_run(run) for run in dict.fromkeys(run for name in folders for run in _runs_below(local(name)))}
+    labels = _labels(runs)
+    for folder, run in runs.items():
         settings = run.get("settings", {})
-        about = {key: settings.get(key) for key in ("llm", "seed")} | {"run": str(folder)}
-        about["method"] = settings.get("label", settings.get("method"))
+        about = {key: settings.get(key) for key in ("llm", "seed")} | {"run": str(folder), "method": labels[folder]}
         rows = read_rows(folder)
         if not run.get("finished"):
             raise ATVError(f"{folder} is not finished ({len(rows)} rows); run its command again to resume.")
@@ -236,8 +240,41 @@ def load_runs(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
                     f"{where} and {folder} have different test rows for the task {task} ({first}; {test}), so their "
                     "rows cannot be compared. Report them separately, or evaluate both on the same rows."
                 )
-        flat.extend(about | row for row in rows)
+        asking = {task: _asking(settings, task) for task in {row["task"] for row in rows}}
+        flat.extend(about | {"asking": asking[row["task"]]} | row for row in rows)
     return flat
+
+
+def _labels(runs: Mapping[Path, Mapping[str, Any]]) -> dict[Path, str]:
+    """The name of each run's method: with the run's folder if runs of that name differ in more than their seeds."""
+    found = {run: about.get("settings", {}) for run, about in runs.items()}
+    names = {run: settings.get("label", settings.get("method")) for run, settings in found.items()}
+    alike: dict[tuple[Any, ...], dict[str, list[Path]]] = {}
+    for folder, settings in found.items():
+        for task in settings.get("tasks", {}):
+            group = alike.setdefault((names[folder], settings.get("llm"), task), {})
+            group.setdefault(_way(runs[folder], task), []).append(folder)
+    mixed = {run for ways in alike.values() if len(ways) > 1 for some in ways.values() for run in some}
+    if not mixed:
+        return names
+    above = os.path.commonpath([run.absolute().parent for run in mixed])
+    return names | {run: f"{names[run]} ({run.absolute().relative_to(above).as_posix()})" for run in mixed}
+
+
+def _way(run: Mapping[str, Any], task: str) -> str:
+    """Everything recorded that affects a run's rows of a task, except for seeds and the rows themselves."""
+    settings, method = run["settings"], run.get("method") or {}
+    train = {key: value for key, value in (method.get("training") or {}).get("train", {}).items() if key != "seed"}
+    of_run = {key: settings.get(key) for key in ("method", "revision", "dtype", "quantization", "variants", "shots")}
+    found = [of_run, _asking(settings, task), method.get("config"), train]
+    return json.dumps(found, sort_keys=True)
+
+
+def _asking(settings: Mapping[str, Any], task: str) -> str | None:
+    asking = settings.get("asking", {}).get(task)
+    if asking is None:
+        return None
+    return json.dumps({key: value for key, value in asking.items() if key != "options"}, sort_keys=True)
 
 
 def load_analyses(folders: Iterable[str | Path]) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from atv.data import UNSEEN
 from atv.errors import ATVError
@@ -298,7 +298,18 @@ def _measured(rows: Sequence[Row]) -> str:
     for method, own in _by_method(rows).items():
         found = dict.fromkeys(row["seed"] for row in own)
         text += f"; {method} with {', '.join(map(str, found))} alone" if len(found) < len(seeds) else ""
-    return f"{text}."
+    return f"{text}.{_asked_otherwise(rows)}"
+
+
+def _asked_otherwise(rows: Sequence[Row]) -> str:
+    """A sentence about tasks whose prompts are not written alike for all methods; empty if there are none."""
+    ways: dict[str, set[Any]] = {}
+    for row in rows:
+        ways.setdefault(row["task"], set()).add(row.get("asking"))
+    differ = [task for task, asked in ways.items() if len(asked - {None}) > 1]
+    if not differ:
+        return ""
+    return f" The methods' prompts differ in template, system message or format for {', '.join(differ)}."
 
 
 def _count(number: int, what: str) -> str:

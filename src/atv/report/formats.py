@@ -50,14 +50,18 @@ def comma_separated(table: Table) -> str:
 
     The footnote of marked cells is in an additional last column, in rows with such cells.
     """
-    spread = [any(" ± " in row[index] for row in table.rows) for index in range(len(table.columns))]
+    numbers = range(table.text, len(table.columns))  # texts stay as they are
+    spread = [
+        index in numbers and any(" ± " in row[index] for row in table.rows) for index in range(len(table.columns))
+    ]
     names = [[name, f"{name} std"] if wide else [name] for name, wide in zip(table.columns, spread, strict=True)]
     lines = [[part for parts in names for part in parts] + ["note"] * bool(table.footnote)]
     for row in table.rows:
         parts = [[*cell.split(" ± "), ""][:2] if wide else [cell] for cell, wide in zip(row, spread, strict=True)]
         note = table.footnote if any(MARK in cell for cell in row[table.text :]) else ""
-        bare = [part.rstrip(MARK) for pair in parts for part in pair]
-        lines.append(["" if part == MISSING else part for part in bare] + [note] * bool(table.footnote))
+        bare = [part.rstrip(MARK) for pair in parts[table.text :] for part in pair]
+        cells = row[: table.text] + ["" if part == MISSING else part for part in bare]
+        lines.append(cells + [note] * bool(table.footnote))
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(lines)
     return text.getvalue()
