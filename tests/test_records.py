@@ -99,6 +99,7 @@ TEXT = st.text(max_size=12) | st.sampled_from(["\n", "a\r\nb", "\u2028", "\x85",
             query=TEXT,
         ),
         max_size=4,
+        unique_by=lambda row: (row.task, row.template, row.answer_prefix, row.example),
     )
 )
 def test_rows_come_back_as_they_were_appended(predictions):
@@ -371,6 +372,24 @@ def test_runs_of_one_method_that_differ_in_more_than_seeds_are_kept_apart(tmp_pa
     said = markdown(comparison_table(load_runs([tmp_path / "c", tmp_path / "e"]), "mine"))
     assert "prompts differ in template, system message or format for sentiment" in said
     assert "differ in template" not in markdown(comparison_table(load_runs([tmp_path / "c", tmp_path / "a"]), "mine"))
+
+
+def test_rows_that_two_runs_wrote_or_somebody_removed_are_noticed(folder):
+    one = fresh(folder, rows=2)
+    other = fresh(folder, rows=0)
+    other.append([prediction(1), prediction(2)])  # row 1 again
+    one.append([prediction(2)])
+    assert [row["example"] for row in read_rows(folder)] == [0, 1, 2]
+    order = [("sentiment", 1, "A:", index) for index in range(3)]
+    one.gather(order)
+    with refused("1 of 4 rows are missing"):
+        one.gather([*order, ("sentiment", 1, "A:", 3)])
+    one.finish()
+    assert len(load_runs([folder])) == 3
+    file = folder / "predictions.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:2]))
+    with refused("has 2 rows and was finished with 3"):
+        load_runs([folder])
 
 
 def test_a_label_may_change_and_is_the_last_one(folder):

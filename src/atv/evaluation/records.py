@@ -136,12 +136,17 @@ class RunWriter:
         place = {key: index for index, key in enumerate(order)}
         self.rows = sorted(read_rows(self.folder), key=lambda row: place.get(row_key(row), len(place)))
         barrier()  # before files are deleted that others still read
+        if missing := len(place.keys() - set(map(row_key, self.rows))):
+            raise ATVError(
+                f"{missing} of {len(place)} rows are missing in {self.folder}: its files were changed while this run "
+                "wrote them, as another run into the same folder does. Run one of them again to resume."
+            )
         if is_main():
             self._keep_in_one_file()
 
     def finish(self, **facts: Any) -> None:
         """Mark the run as complete and record `facts` about it."""
-        self.describe(**facts, finished=True)
+        self.describe(**facts, rows=len(self.rows), finished=True)
         barrier()
 
 
@@ -173,15 +178,15 @@ def row_key(row: dict[str, Any]) -> Key:
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run. A truncated last line is skipped; any other damage raises ATVError.
+    """The rows of a run, each once. A truncated last line is skipped; any other damage raises ATVError.
 
     Fields that earlier versions did not record have their default.
     """
-    rows = _read_file(folder / ROWS_FILE)
-    for file in _others_files(folder):
-        there = {row_key(row) for row in rows}
-        rows += [row for row in _read_file(file) if row_key(row) not in there]
-    return rows
+    rows: dict[Key, dict[str, Any]] = {}
+    for file in (folder / ROWS_FILE, *_others_files(folder)):
+        for row in _read_file(file):
+            rows.setdefault(row_key(row), row)
+    return list(rows.values())
 
 
 def _read_file(path: Path) -> list[dict[str, Any]]:
@@ -233,6 +238,11 @@ def load_runs(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
         rows = read_rows(folder)
         if not run.get("finished"):
             raise ATVError(f"{folder} is not finished ({len(rows)} rows); run its command again to resume.")
+        if len(rows) != run.get("rows", len(rows)):
+            raise ATVError(
+                f"{folder} has {len(rows)} rows and was finished with {run['rows']}: {ROWS_FILE} was changed. Restore "
+                "it, or run the command again with --force."
+            )
         for task, test in settings.get("tasks", {}).items():
             first, where = asked.setdefault((str(settings.get("llm")), task), (test, folder))
             if first != test:
