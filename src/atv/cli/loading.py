@@ -58,7 +58,7 @@ def taught_queries(given: Tasks, shots: int, seed: int) -> tuple[Queries, Render
             f"a folder with one for each split, or hub:NAME, and neither --task nor --template; found {given.data}."
         )
     student = Rendering(cast(Format, given.format or "auto"), given.system, given.chat_template_kwargs or "{}")
-    queries = load_queries(given.data, input=given.input)
+    queries = load_queries(given.data, input=given.input, output=given.output)
     if not shots:
         return queries, student, []
     rows = load_table(given.data, input=given.input, output=given.output).train

@@ -92,10 +92,7 @@ def load_table(
         split: _examples(f"{name}: {split}", rows, columns, loaded.classes, dropped)
         for split, rows in loaded.splits.items()
     }
-    splits = _apart(found, dropped)
-    drawn = [split for split in ("test", "valid") if split not in splits]
-    for split in drawn:
-        splits[split] = _draw(name, splits, split)
+    splits, drawn = _split(name, found, dropped)
     named = zip(("training", "validation", "test"), SPLITS, strict=True)
     sizes = ", ".join(f"{len(splits[split])} {said}" for said, split in named)
     said = f" ({' and '.join(sorted(drawn))} drawn from the training rows, seed {SEED})" if drawn else ""
@@ -132,31 +129,38 @@ class Queries(NamedTuple):
         return self._replace(splits=kept)
 
 
-def load_queries(data: Any, *, input: str | None = None) -> Queries:
-    """The queries of a table: like `load_table`, but answers are neither needed nor read.
+def load_queries(data: Any, *, input: str | None = None, output: str | None = None) -> Queries:
+    """The queries of a table: like `load_table`, but answers are not needed, and left out of the examples.
+
+    Rows with an answer are in the same splits as in `load_table` of the same table, so that what is trained on these
+    queries can be evaluated on the table's answers. A row without an answer is a training row, unless it is in a
+    validation or test split that the table has. If the table has no answers, or `load_table` cannot draw splits from
+    the rows that have one, missing splits are drawn from all training rows.
 
     Args:
         data: as for `load_table`.
         input: column of the queries; by default recognised.
+        output: column of the answers; by default recognised, if there is one. It is given with `input`.
 
     Raises:
-        ATVError: it cannot be read, no column of queries is recognised, a cell is no text, or too few rows are left.
+        ATVError: it cannot be read, no column of queries is recognised, a query is no text, or too few rows are left.
     """
     name, loaded = _read(data)
+    query, both = _columns_of_queries(name, _keys(loaded), input, output)
     dropped: Counter[str] = Counter()
-    columns = query_columns(name, _keys(loaded), input)
     found: dict[str, list[Example]] = {}
-    for split, some in loaded.splits.items():
-        examples = [query_of(f"{name}: {split} row {number}", row, columns) for number, row in enumerate(some)]
+    for split, rows in loaded.splits.items():
+        examples = [
+            _perhaps_answered(f"{name}: {split} row {number}", row, query, both, loaded.classes)
+            for number, row in enumerate(rows)
+        ]
         found[split] = [example for example in examples if example.input]
         dropped["with an empty cell"] += len(examples) - len(found[split])
-    splits = _apart(found, dropped)
-    drawn = [split for split in ("test", "valid") if split not in splits]
-    for split in drawn:
-        splits[split] = _draw(name, splits, split)
+    splits, drawn = _split_like_answers(name, found, dropped)
     sizes = ", ".join(f"{len(splits[split])} {split}" for split in SPLITS)
-    log.info(f"{name}: {sizes} queries; {' and '.join(columns)}")
-    return Queries(name, {split: tuple(splits[split]) for split in SPLITS}, _prepared(splits, drawn, +dropped))
+    log.info(f"{name}: {sizes} queries; {' and '.join(query)}")
+    asked = {split: tuple(row._replace(output="") for row in splits[split]) for split in SPLITS}
+    return Queries(name, asked, _prepared(splits, drawn, +dropped))
 
 
 def _prepared(
@@ -316,6 +320,33 @@ def _columns(name: str, there: Sequence[str], input: str | None, output: str | N
     )
 
 
+def _columns_of_queries(
+    name: str, there: Sequence[str], input: str | None, output: str | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The columns that make a query; and these with the answer's as `load_table` reads them, or () if it reads none."""
+    if output is not None:
+        both = _columns(name, there, input, output)
+        return both[:-1], both
+    query = query_columns(name, there, input)
+    try:
+        both = _columns(name, there, None, None)
+    except ATVError:  # it says that no answers are recognised
+        return query, ()
+    return query, both if both[:-1] == query else ()
+
+
+def _perhaps_answered(
+    where: str, row: Row, query: Sequence[str], both: Sequence[str], classes: Mapping[str, list[str]]
+) -> Example:
+    """A row as an example, without an answer if the row has none that `load_table` reads."""
+    if both:
+        try:
+            return _example(where, row, both, classes)
+        except ATVError:  # of the answer; if it is of the query, the next line raises it again
+            pass
+    return query_of(where, row, query)
+
+
 def _examples(
     where: str, rows: Sequence[Row], columns: Sequence[str], classes: Mapping[str, list[str]], dropped: Counter[str]
 ) -> list[Example]:
@@ -435,6 +466,36 @@ def _text(where: str, column: str, value: Any, classes: Mapping[str, list[str]])
 
 
 # ---- splits ----
+
+
+def _split(
+    name: str, found: Mapping[str, list[Example]], dropped: Counter[str]
+) -> tuple[dict[str, list[Example]], list[str]]:
+    """Each input once, in all three splits; and the names of those that are drawn."""
+    splits = _apart(found, dropped)
+    drawn = [split for split in ("test", "valid") if split not in splits]
+    for split in drawn:
+        splits[split] = _draw(name, splits, split)
+    return splits, drawn
+
+
+def _split_like_answers(
+    name: str, found: Mapping[str, list[Example]], dropped: Counter[str]
+) -> tuple[dict[str, list[Example]], list[str]]:
+    """Like `_split` of the rows with an answer, with the other rows behind them where the table has them."""
+    answered, counted = {split: [row for row in rows if row.output] for split, rows in found.items()}, Counter[str]()
+    try:
+        splits, drawn = _split(name, answered, counted)
+    except ATVError:  # too few answers to draw from, so that no evaluation reads this table
+        return _split(name, {s: [row._replace(output="") for row in rows] for s, rows in found.items()}, dropped)
+    dropped.update(counted)
+    known = {same(row.asked) for rows in answered.values() for row in rows}
+    others = _apart({split: [row for row in rows if not row.output] for split, rows in found.items()}, dropped)
+    for split, rows in others.items():
+        new = [row for row in rows if same(row.asked) not in known]
+        dropped["repeated"] += len(rows) - len(new)
+        splits[split] = splits[split] + new
+    return splits, drawn
 
 
 def same(text: str) -> str:
