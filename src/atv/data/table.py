@@ -6,6 +6,7 @@ The columns are recognised by name or given. `atv.data.rows` reads text files. P
 
 import hashlib
 import json
+import logging
 import random
 import re
 import unicodedata
@@ -19,10 +20,10 @@ from atv.data.conversation import example_of, turns_of
 from atv.data.render import INPUT, Example
 from atv.data.rendering import Rendering
 from atv.data.rows import SUFFIXES, Row, class_names, load_json, objects, read_rows, suffix_of
-from atv.data.task import DRAWN_TEST, SPLITS, Task, composed, text_of
+from atv.data.task import DRAWN_TEST, QUERY_COLUMNS, SPLITS, Task, composed, text_of
 from atv.errors import ATVError
 from atv.files import local
-from atv.progress import log
+from atv.progress import log, log_once
 
 HUB = "hub:"
 """Begins the name of a data set of the hub: hub:ORG/NAME or hub:ORG/NAME:CONFIG."""
@@ -107,7 +108,7 @@ def load_table(
         test=tuple(splits["test"]),
         answer_prefixes=(None,),
         renderer=_with_kwargs(name, rendering or Rendering(), loaded),
-        prepared=_prepared(splits, drawn, dropped),
+        prepared=_prepared(columns[:-1], splits, drawn, dropped),
     )
 
 
@@ -160,14 +161,18 @@ def load_queries(data: Any, *, input: str | None = None, output: str | None = No
     sizes = ", ".join(f"{len(splits[split])} {split}" for split in SPLITS)
     log.info(f"{name}: {sizes} queries; {' and '.join(query)}")
     asked = {split: tuple(row._replace(output="") for row in splits[split]) for split in SPLITS}
-    return Queries(name, asked, _prepared(splits, drawn, +dropped))
+    return Queries(name, asked, _prepared(query, splits, drawn, +dropped))
 
 
 def _prepared(
-    splits: Mapping[str, Sequence[Example]], drawn: Sequence[str], dropped: Mapping[str, int]
+    query: Sequence[str], splits: Mapping[str, Sequence[Example]], drawn: Sequence[str], dropped: Mapping[str, int]
 ) -> dict[str, Any]:
     """As in `Task.prepared`."""
-    found: dict[str, Any] = {"drawn": {split: len(splits[split]) for split in drawn}, "dropped": dict(dropped)}
+    found: dict[str, Any] = {
+        QUERY_COLUMNS: list(query),
+        "drawn": {split: len(splits[split]) for split in drawn},
+        "dropped": dict(dropped),
+    }
     if "test" in drawn:
         inputs = json.dumps([row.asked for row in splits["test"]])
         found[DRAWN_TEST] = hashlib.sha256(inputs.encode()).hexdigest()[:16]
@@ -381,29 +386,71 @@ def _conversation(where: str, row: Row, columns: Sequence[str]) -> Example:
     )
 
 
-def query_columns(name: str, there: Sequence[str], input: str | None = None) -> tuple[str, ...]:
+def query_columns(
+    name: str, there: Sequence[str], input: str | None = None, trained: Sequence[str] | None = None
+) -> tuple[str, ...]:
     """The columns that make a query, of a table whose answers are not known.
 
     Args:
         name: of the table in errors.
         there: its columns.
-        input: the column; by default recognised.
+        input: the column; by default those of training, or recognised.
+        trained: columns of the table that an adapter was trained on (`QUERY_COLUMNS`). If the first of them is not
+            there, what is recognised is taken in their place, and logged.
 
     Raises:
-        ATVError: it is not there, or none is recognised.
+        ATVError: it is not there, or none is recognised; or several are, and those of training are not there.
     """
     if input is not None:
         return _columns(name, there, input, input)[:1]
+    recognised = _recognised_queries(there)
+    if trained and (trained[0] in there or recognised):
+        return _as_in_training(name, there, trained, recognised)
+    if not recognised:
+        was = f" The adapter was trained on {_named(trained)}." if trained else ""
+        raise ATVError(
+            f"{name} has the columns {', '.join(map(repr, there)) or '(none)'}; expected {MESSAGES}, "
+            f"{', '.join(query for query, _ in COLUMNS)}. Name yours with --input.{was}"
+        )
+    return recognised[0]
+
+
+def _as_in_training(
+    name: str, there: Sequence[str], trained: Sequence[str], recognised: Sequence[tuple[str, ...]]
+) -> tuple[str, ...]:
+    """The columns of training that are there, or the only ones that are recognised in their place."""
+    if trained[0] in there:
+        found = tuple(column for column in trained if column in there)
+        if found != tuple(trained):
+            log_once(f"{name}: queries are read from {_named(found)}; in training from {_named(trained)}.")
+        elif recognised and recognised[0] != found:
+            log_once(f"{name}: queries are read from {_named(found)}, as in training.", logging.INFO)
+        return found
+    if len(recognised) > 1:
+        raise ATVError(
+            f"{name} has no column {trained[0]!r}, from which queries were read in training, and several others that "
+            f"may hold them: {', '.join(repr(columns[0]) for columns in recognised)}. Name one with --input."
+        )
+    log_once(
+        f"{name}: queries are read from {_named(recognised[0])}; in training from {_named(trained)}, which is missing."
+    )
+    return recognised[0]
+
+
+def _named(columns: Sequence[str]) -> str:
+    return " and ".join(map(repr, columns))
+
+
+def _recognised_queries(there: Sequence[str]) -> list[tuple[str, ...]]:
+    """The columns that may make a query: first those that are recognised with their answer, as `load_table` does."""
     by_name = {column.strip().lower(): column for column in there}
     both = [query for query, answer in COLUMNS if query in by_name and answer in by_name]
-    for query in (*[MESSAGES] * (MESSAGES in by_name), *both, *(query for query, _ in COLUMNS)):
-        if query in by_name:
+    found: dict[str, tuple[str, ...]] = {}
+    for query in (MESSAGES, *both, *(query for query, _ in COLUMNS)):
+        if query in by_name and query not in found and not (query == "input" and "instruction" in found):
             beside = ["input"] if query == "instruction" and "input" in by_name else []
-            return tuple(by_name[column] for column in (query, *beside))
-    raise ATVError(
-        f"{name} has the columns {', '.join(map(repr, there)) or '(none)'}; expected {MESSAGES}, "
-        f"{', '.join(query for query, _ in COLUMNS)}. Name yours with --input."
-    )
+            found[query] = tuple(by_name[column] for column in (query, *beside))
+    return list(found.values())
 
 
 def query_of(where: str, row: Row, columns: Sequence[str]) -> Example:

@@ -29,6 +29,8 @@ PLAIN = Rendering("template")
 """How prompts are written unless a task says otherwise."""
 DRAWN_TEST = "drawn_test"
 """Key of the digest of the test inputs, if they were drawn, in `Task.prepared` and in an adapter's training summary."""
+QUERY_COLUMNS = "query_columns"
+"""Key, in both as well, of the columns of a table that its queries are read from."""
 ENOUGH_TO_JUDGE = 10
 """Fewer test rows than this may all have the same answer by chance; from here on they suggest hidden labels."""
 
@@ -87,9 +89,9 @@ class Task:
     taught: Mapping[Example, "Taught"] = field(default_factory=dict, compare=False, repr=False)
     """A teacher's answers to examples: then training fits the teacher's distribution instead of the answer's tokens."""
     prepared: Mapping[str, Any] = field(default_factory=dict, compare=False)
-    """Where the rows come from and what was done to them: "source" (arguments of `load_tasks`), "drawn" (rows of each
-    drawn split), `DRAWN_TEST`, "dropped" (rows by reason) and "draws" (arguments of `drawn`). Recorded by trainings, in
-    a file that is not part of the adapter."""
+    """Where the rows come from and what was done to them: "source" (arguments of `load_tasks`), `QUERY_COLUMNS`,
+    "drawn" (rows of each drawn split), `DRAWN_TEST`, "dropped" (rows by reason) and "draws" (arguments of `drawn`).
+    Recorded by trainings, in a file that is not part of the adapter."""
 
     def __post_init__(self) -> None:
         """Validate the data: scores measured on invalid data would be meaningless."""
