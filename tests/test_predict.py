@@ -129,6 +129,27 @@ def test_a_row_without_an_answer_is_counted_and_the_others_are_answered(tmp_path
     assert "row 2 has input 1.5" in said
 
 
+def test_rows_that_no_tokenizer_reads_have_no_answer_and_keep_their_columns(tmp_path, atv):
+    model = trained(tmp_path / "run")
+    model.llm.save_pretrained(tmp_path / "llm")
+    model.tokenizer.save_pretrained(tmp_path / "llm")
+    long = "7" * 4301
+    turns = ['[{"role": "user", "content": "a \\ud83d"}]', f'[{{"role": {long}}}]']
+    bad = ['"a \\ud83d"', long, *turns]
+    (tmp_path / "t.jsonl").write_text("".join(f'{{"input": {cell}, "id": {long}}}\n' for cell in ['"leaks"', *bad]))
+    use = ("--adapter", tmp_path / "run", "--llm", tmp_path / "llm", "--dtype", "float32", "--device", "cpu")
+    code, _, err = atv("predict", tmp_path / "t.jsonl", *use, "--out", tmp_path / "out.jsonl")
+    assert code == 0, err
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").open()]
+    assert [row["answer"] is None for row in found] == [False, True, True, True, True]
+    assert {row["id"] for row in found} == {long}
+
+
+def test_a_whole_number_of_python_with_too_many_digits_has_no_answer(tmp_path):
+    model = trained(tmp_path)
+    assert [row["answer"] is None for row in predict(model, [{"input": 10**4300}, {"input": 7}])] == [True, False]
+
+
 def test_the_columns_of_training_are_read(tmp_path, caplog):
     rows = [{"body": f"the harbour {('quiet', 'leaks')[n % 2]} {n}", "team": "yn"[n % 2]} for n in range(40)]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

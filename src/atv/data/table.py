@@ -20,7 +20,7 @@ from atv.data.conversation import example_of, turns_of
 from atv.data.render import INPUT, Example
 from atv.data.rendering import Rendering
 from atv.data.rows import SUFFIXES, Row, class_names, load_json, objects, read_rows, suffix_of
-from atv.data.task import DRAWN_TEST, QUERY_COLUMNS, SPLITS, Task, composed, text_of
+from atv.data.task import DRAWN_TEST, QUERY_COLUMNS, SPLITS, Task, composed, shown, text_of
 from atv.errors import ATVError
 from atv.files import local
 from atv.progress import log, log_once
@@ -508,7 +508,7 @@ def _text(where: str, column: str, value: Any, classes: Mapping[str, list[str]])
     text = text_of(value)
     if text is None or column.strip().lower() == MESSAGES:
         expected = "a list of messages" if column.strip().lower() == MESSAGES else "a text or a whole number"
-        raise ATVError(f"{where} has {column} {value!r:.80}; expected {expected}.")
+        raise ATVError(f"{where} has {column} {shown(value)}; expected {expected}.")
     return text.strip()
 
 

@@ -41,17 +41,43 @@ def composed(name: str) -> str:
 
 
 def text_of(value: object) -> str | None:
-    """Return a string unchanged and a whole number as its digits; None for anything else, which is ambiguous."""
+    """Return a string unchanged and a whole number as its digits; None for anything else, which is ambiguous.
+
+    Half of a surrogate pair is no character, and Python writes no whole number of more than 4,300 digits: None as well.
+    """
     if isinstance(value, str):
-        return value
-    return str(int(value)) if isinstance(value, Integral) and not isinstance(value, bool) else None
+        return value if whole(value) else None
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        return None
+    try:
+        return str(int(value))
+    except ValueError:
+        return None
+
+
+def whole(text: str) -> bool:
+    """Return whether a text has no half of a surrogate pair, which JSON can hold and no tokenizer reads."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def shown(value: object) -> str:
+    """Return a value for an error, with what is wrong with it if that cannot be seen."""
+    try:
+        text = f"{value!r:.80}"
+    except ValueError:
+        return "a whole number of more than 4,300 digits"
+    return text if not isinstance(value, str) or whole(value) else f"{text}, with half of a surrogate pair"
 
 
 def not_text(where: str, key: str, value: object) -> ATVError:
     """Return the error for an input or output that `text_of` does not accept."""
     return ATVError(
-        f"{where} has {key} {value!r}; expected a text or a whole number. Write it as the text that "
-        "the LLM should read."
+        f"{where} has {key} {shown(value)}; expected a text or a whole number. Write it as the text that the LLM "
+        "should read."
     )
 
 
