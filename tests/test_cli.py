@@ -11,11 +11,15 @@ import pytest
 import torch
 from conftest import byte_level_tokenizer, make_atv, make_llm, toy_task
 from documents import COMMANDS
+from refusals import refused
 from transformers import LlamaForCausalLM
 
 from atv import __version__
 from atv.cli.commands import TABLES
+from atv.cli.loading import named_tasks
+from atv.cli.options import Tasks
 from atv.config import TrainConfig
+from atv.data import query_renderer
 from atv.errors import ATVError
 from atv.methods import METHODS, TRAINED
 from atv.methods.settings import learned, method_settings
@@ -72,6 +76,43 @@ def test_a_table_that_has_changed_is_not_evaluated_and_another_one_is_asked_as_i
     code, _, err = atv(*evaluated, "--data", table, "--out", tmp_path / "again")
     assert code == 2
     assert "tickets: the table has changed since the adapter was trained" in err
+
+
+WAYS = {
+    "template": (["Rate: {input}"], {}),
+    "format": ("auto", {"format": "auto"}),
+    "system": ("Be brief.", {"system": "Be brief."}),
+    "chat_template_kwargs": ('{"b": 2}', {"template_kwargs": '{"b": 2}'}),
+}
+
+
+@pytest.mark.parametrize("name", ["tickets", "later"])
+@pytest.mark.parametrize("way", [*WAYS, None])
+def test_one_way_of_asking_that_is_given_keeps_the_others_of_the_training(tmp_path, way, name):
+    made = {"format": "chat", "system": "You help.", "template_kwargs": '{"a": 1}', "ends": True}
+    asking = {"templates": ["Is it so? {input}"], "answer_prefixes": [None], "renderer": made, "options": None}
+    training = {"tasks": {"tickets": asking}}
+    rows = "".join(f"the harbour {n},{'yn'[n % 2]}\n" for n in range(40))
+    (tmp_path / f"{name}.csv").write_text(f"text,label\n{rows}")
+    value, changed = WAYS[way] if way else (None, {})
+    given = Tasks(data=str(tmp_path / f"{name}.csv"), **{way: value} if way else {})
+    (task,) = named_tasks(given, training)
+    # `atv predict` has --template alone; the other ways are changed where the training is recorded
+    asked = {"tasks": {"tickets": asking | {"renderer": made | changed}}}
+    for reads in ("query", "prompt", "conversation"):
+        expected = query_renderer(asked, reads, None, value[0] if way == "template" else None)
+        assert next(iter(task.renderers("first", reads).values())) == expected
+
+
+def test_a_way_of_asking_that_the_training_leaves_no_place_for_is_refused(tmp_path):
+    (tmp_path / "t.csv").write_text("text,label\n" + "".join(f"t {n},{'yn'[n % 2]}\n" for n in range(40)))
+    for made, way, said in (
+        ({"format": "chat", "system": "You help."}, {"format": "template"}, "Leave --format out"),
+        ({"format": "template"}, {"system": "You help."}, "no place for a system prompt"),
+    ):
+        asking = {"templates": ["{input}"], "answer_prefixes": [None], "renderer": made, "options": None}
+        with refused(said):
+            named_tasks(Tasks(data=str(tmp_path / "t.csv"), **way), {"tasks": {"t": asking}})
 
 
 def counted(function, calls):

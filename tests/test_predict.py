@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import logging
 import math
 from dataclasses import replace
 
@@ -115,8 +116,6 @@ def test_generated_answers_of_a_chat(tmp_path):
 
 
 def test_a_row_without_an_answer_is_counted_and_the_others_are_answered(tmp_path, caplog):
-    import logging
-
     atv = trained(tmp_path)
     atv.llm.config.max_position_embeddings = 40
     with caplog.at_level(logging.WARNING, "atv"):
@@ -128,6 +127,56 @@ def test_a_row_without_an_answer_is_counted_and_the_others_are_answered(tmp_path
     said = " ".join(record.getMessage() for record in caplog.records)
     assert "1 row has no answer: The query is empty." in said
     assert "row 2 has input 1.5" in said
+
+
+def test_rows_that_no_tokenizer_reads_have_no_answer_and_keep_their_columns(tmp_path, atv):
+    model = trained(tmp_path / "run")
+    model.llm.save_pretrained(tmp_path / "llm")
+    model.tokenizer.save_pretrained(tmp_path / "llm")
+    long = "7" * 4301
+    turns = ['[{"role": "user", "content": "a \\ud83d"}]', f'[{{"role": {long}}}]']
+    bad = ['"a \\ud83d"', long, *turns]
+    (tmp_path / "t.jsonl").write_text("".join(f'{{"input": {cell}, "id": {long}}}\n' for cell in ['"leaks"', *bad]))
+    use = ("--adapter", tmp_path / "run", "--llm", tmp_path / "llm", "--dtype", "float32", "--device", "cpu")
+    code, _, err = atv("predict", tmp_path / "t.jsonl", *use, "--out", tmp_path / "out.jsonl")
+    assert code == 0, err
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").open()]
+    assert [row["answer"] is None for row in found] == [False, True, True, True, True]
+    assert {row["id"] for row in found} == {long}
+
+
+def test_a_whole_number_of_python_with_too_many_digits_has_no_answer(tmp_path):
+    model = trained(tmp_path)
+    assert [row["answer"] is None for row in predict(model, [{"input": 10**4300}, {"input": 7}])] == [True, False]
+
+
+def test_the_columns_of_training_are_read(tmp_path, caplog):
+    rows = [{"body": f"the harbour {('quiet', 'leaks')[n % 2]} {n}", "team": "yn"[n % 2]} for n in range(40)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = trained(tmp_path / "run", load_tasks(data=tmp_path / "t.jsonl", input="body", output="team")[0])
+    assert model.training_summary["tasks"]["t"]["query_columns"] == ["body"]
+
+    def read(row, **how):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "atv"):
+            (found,) = predict(model, [row], **how)
+        said = " ".join(record.getMessage() for record in caplog.records)
+        queries = ("the harbour leaks 7", "another one")
+        expected = [row["p(y)"] for row in predict(model, queries)]
+        assert abs(expected[0] - expected[1]) > 1e-4
+        return {
+            query for query, chance in zip(queries, expected, strict=True) if abs(found["p(y)"] - chance) < 1e-5
+        }, said
+
+    both = {"text": "another one", "body": "the harbour leaks 7"}
+    assert read(both) == ({"the harbour leaks 7"}, "The table: queries are read from 'body', as in training.")
+    assert read(both, input="text") == ({"another one"}, "")
+    text = {"text": "another one", "id": "the harbour leaks 7"}
+    missing = "The table: queries are read from 'text'; in training from 'body', which is missing."
+    assert read(text) == ({"another one"}, missing)
+    for row, said in ((text | {"prompt": "x"}, "may hold them: 'prompt', 'text'"), ({"id": "x"}, "trained on 'body'")):
+        with refused("'body'", said, "--input"):
+            predict(model, [row])
 
 
 def test_what_is_refused(tmp_path):
@@ -230,6 +279,10 @@ def test_the_command_keeps_all_columns_and_resumes(tmp_path, monkeypatch, capsys
     assert [(int(row["id"]), row["text"], row["label"]) for row in rows] == lines
     assert all(float(row["p(no)"]) + float(row["p(yes)"]) == pytest.approx(1, abs=1e-4) for row in rows)
     assert run(*use, "--out", tmp_path / "out.csv")[1].strip().endswith("(0 rows answered now)")
+    (tmp_path / "more.csv").write_text("prompt,label,completion,text\n" + "".join(f"x,a,b,{n[1]}\n" for n in lines))
+    code, _, err = run("predict", tmp_path / "more.csv", *use[2:], "--out", tmp_path / "more.jsonl")
+    assert code == 0, err
+    assert json.loads((tmp_path / "more.jsonl.json").read_text())["settings"]["read"] == ["text"]
     code, _, err = run(*use, "--input", "body", "--out", tmp_path / "b.csv")
     assert (code, "no column 'body'" in err) == (2, True), err
     code, said, err = run(*use, "--out", "-")

@@ -271,6 +271,20 @@ def test_columns_are_chosen_among_those_of_all_rows_and_are_the_same_when_it_is_
 # ---- what is refused, and what is not lost ----
 
 
+def test_whole_numbers_of_any_length_come_through(tmp_path):
+    parquet, long = pytest.importorskip("pyarrow.parquet"), "-" + "7" * 4301
+    lines = [f'{{"id": {number}, "input": "a"}}' for number in (1, long)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "a.json").write_text(f"[{','.join(lines)}]")
+    for source in ("a.jsonl", "a.json"):
+        for suffix in (".csv", ".jsonl", ".parquet"):
+            predicted(tmp_path / source, tmp_path / f"{source}-b{suffix}")
+        assert [row[0] for row in read_csv(tmp_path / f"{source}-b.csv")] == ["id", "1", long]
+        rows = (tmp_path / f"{source}-b.jsonl").read_text().splitlines()
+        assert [json.loads(row)["id"] for row in rows] == [1, long]
+        assert parquet.read_table(tmp_path / f"{source}-b.parquet")["id"].to_pylist() == ["1", long]
+
+
 @pytest.mark.parametrize(
     ("name", "data", "said"),
     [

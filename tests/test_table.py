@@ -183,6 +183,47 @@ def test_no_input_is_in_two_splits_and_every_row_is_there_or_counted(tmp_path_fa
     assert {same(row.input): row.output for row in everything(task)} == kept
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(TEXTS, st.sampled_from(["a", "b", "c", ""])), min_size=40, max_size=80),
+    st.sampled_from([("text", "label"), ("body", "team")]),
+    st.booleans(),
+)
+def test_queries_are_in_the_splits_of_their_answers(tmp_path_factory, rows, columns, own_test):
+    folder = tmp_path_factory.mktemp("table")
+    given_columns = {} if columns[0] == "text" else {"input": columns[0], "output": columns[1]}
+    if own_test:
+        as_csv(folder / "test.csv", rows[:20], columns)
+    as_csv(folder / "train.csv", rows[20:] if own_test else rows, columns)
+    data = folder if own_test else folder / "train.csv"
+    try:
+        task = load_table(data, **given_columns)
+    except ATVError:  # too few answers
+        return
+    found = load_queries(data, **given_columns)
+    assert not any(row.output for rows in found.splits.values() for row in rows)
+    answered, read = set(), []
+    for split in ("train", "valid", "test"):
+        inputs = [row.input for row in getattr(task, split)]
+        assert [row.input for row in found.splits[split]][: len(inputs)] == inputs
+        answered |= {same(row) for row in inputs}
+        read += [(split, same(row.input)) for row in found.splits[split][len(inputs) :]]
+    own = {same(query) for query, answer in rows[:20] if not answer} if own_test else set()
+    assert all(split == ("test" if query in own else "train") for split, query in read)
+    every = {same(query) for query, _ in rows if query.strip()}
+    assert Counter(query for _, query in read) == Counter(every - answered)
+    assert found.prepared.get("drawn_test") == task.prepared.get("drawn_test")
+
+
+def test_answers_that_cannot_be_read_leave_the_queries(tmp_path):
+    objects = [{"text": f"t {n}", "label": n / 2} for n in range(40)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in objects))
+    found = load_queries(tmp_path / "t.jsonl")
+    assert sorted(map(len, found.splits.values())) == [3, 8, 29]
+    with refused("Give --input and --output together"):
+        load_queries(tmp_path / "t.jsonl", output="label")
+
+
 def test_rows_are_drawn_by_answer_from_a_sorted_file(tmp_path):
     rows = [(f"t {n}", label) for label, count in (("a", 300), ("b", 60), ("c", 40)) for n in range(count)]
     rows = [(f"{label} {query}", label) for query, label in rows]
@@ -228,6 +269,11 @@ def test_rare_answers_are_neither_always_nor_never_tested(tmp_path):
         ("t.jsonl", '{"messages": [{"role": "tool", "content": "a"}]}\n', ["messages 0", "role 'tool'"]),
         ("t.jsonl", '{"messages": [{"role": "user", "content": 7}]}\n', ["messages 0", "content 7"]),
         ("t.jsonl", '{"messages": [{"role": "assistant", "content": "a"}]}\n', ["row 0", "user, then assistant"]),
+        ("t.jsonl", '{"input": "a \\ud83d", "output": "b"}\n', ["row 0", "'a \\ud83d', with half of a surrogate"]),
+        ("t.jsonl", '{"input": "a", "output": "\\ud83d"}\n', ["row 0", "output '\\ud83d', with half"]),
+        ("t.jsonl", f'{{"input": {"7" * 4301}, "output": "b"}}\n', ["row 0", "input Decimal('777"]),
+        ("t.json", f'[{{"input": {"7" * 4301}, "output": "b"}}]', ["row 0", "input Decimal('777"]),
+        ("t.jsonl", '{"messages": [{"role": "user", "content": "\\udc00"}]}\n', ["row 0, messages 0", "with half"]),
         ("t.json", '{"train": 3}', ["a list of objects"]),
         ("t.txt", "a", [".txt", ".parquet"]),
         ("t.csv", "input,output\na,b\n", ["too few"]),

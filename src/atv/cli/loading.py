@@ -1,8 +1,8 @@
 """Loading the frozen LLM and the tasks given by a command's options."""
 
 import random
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from atv.cli.options import Loading, Tasks
@@ -27,21 +27,50 @@ def named_tasks(given: Tasks, training: Mapping[str, Any] | None = None) -> list
 
     Args:
         given: the options.
-        training: training summary of the adapter whose tasks they are: they are asked as in its training, unless the
-            options say how.
+        training: training summary of the adapter whose tasks they are: they are asked as in its training, except for
+            what the options say.
     """
-    tasks = load_tasks(
+    table = given.data is not None and is_table(given.data)
+    if training is None:
+        return _loaded(given, given.template)
+    # A table without a template of its own may be the adapter's single training task under another name.
+    tasks = _loaded(given, None if table else given.template)
+    trained = [as_trained(task, training) for task in tasks]
+    if table and trained[0] is tasks[0]:  # nothing of the training applies to it
+        return _loaded(given, given.template)
+    return [_asked_otherwise(task, given) for task in trained]
+
+
+def _loaded(given: Tasks, templates: Sequence[str] | None) -> list[Task]:
+    return load_tasks(
         given.task,
         given.data,
-        given.template,
+        templates,
         input=given.input,
         output=given.output,
         format=cast(Format | None, given.format),
         system=given.system,
         chat_template_kwargs=given.chat_template_kwargs,
     )
-    own = given.template or given.format or given.system or given.chat_template_kwargs
-    return tasks if own or training is None else [as_trained(task, training) for task in tasks]
+
+
+def _asked_otherwise(task: Task, given: Tasks) -> Task:
+    """A task asked as in training, with what the options say in place of that."""
+    if given.template:
+        task = replace(task, templates=tuple(given.template))
+    ways = {"format": given.format, "system": given.system, "template_kwargs": given.chat_template_kwargs}
+    ways = {name: value for name, value in ways.items() if value is not None}
+    if not ways or not isinstance(task.renderer, Rendering):
+        return task
+    former = task.renderer
+    if given.format == "template" and (former.system is not None or former.template_kwargs != "{}"):
+        raise ATVError(
+            f"{task.name}: the adapter was trained in a chat with a system prompt or options of the chat template, for "
+            "which --format template has no place. Leave --format out."
+        )
+    rendering = replace(former, **cast(dict[str, Any], ways))
+    prefixes = task.answer_prefixes if rendering.format == "template" else (None,)
+    return replace(task, renderer=rendering, answer_prefixes=prefixes)
 
 
 def taught_queries(given: Tasks, shots: int, seed: int) -> tuple[Queries, Rendering, list[Example]]:
@@ -58,7 +87,7 @@ def taught_queries(given: Tasks, shots: int, seed: int) -> tuple[Queries, Render
             f"a folder with one for each split, or hub:NAME, and neither --task nor --template; found {given.data}."
         )
     student = Rendering(cast(Format, given.format or "auto"), given.system, given.chat_template_kwargs or "{}")
-    queries = load_queries(given.data, input=given.input)
+    queries = load_queries(given.data, input=given.input, output=given.output)
     if not shots:
         return queries, student, []
     rows = load_table(given.data, input=given.input, output=given.output).train

@@ -13,6 +13,7 @@ from atv.data import query_renderer, trained_task
 from atv.data.rows import Row
 from atv.data.stream import STANDARD, predict_stream
 from atv.data.table import query_columns
+from atv.data.task import QUERY_COLUMNS
 from atv.errors import ATVError
 from atv.evaluation.predict import Predictor, RowAnswers, answer_columns
 from atv.methods import METHODS
@@ -60,7 +61,8 @@ class _Lazy:
 
     def choose(self, there: list[str]) -> tuple[str, ...]:
         """The columns that make a query, among those that the rows have; ATVError if they were others so far."""
-        found = query_columns(self.given.file, there, self.given.input)
+        trained = trained_task(self.saved.training, self.given.task)[1].get(QUERY_COLUMNS)
+        found = query_columns(self.given.file, there, self.given.input, trained)
         if self.columns and found != self.columns:
             raise ATVError(
                 f"Later rows have other columns: queries were read from {' and '.join(self.columns)}, and would now be "

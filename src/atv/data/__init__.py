@@ -6,7 +6,7 @@ from atv.data.asked import (
     check_chat_template,
     check_test_rows,
     query_renderer,
-    test_of,
+    table_of,
     trained_task,
 )
 from atv.data.audit import findings, long_prompts, refuse_shared_inputs, shared_beginnings, unread_queries
@@ -47,7 +47,7 @@ __all__ = [
     "query_renderer",
     "refuse_shared_inputs",
     "shared_beginnings",
-    "test_of",
+    "table_of",
     "trained_task",
     "unread_queries",
 ]

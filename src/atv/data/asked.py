@@ -10,7 +10,7 @@ from typing import Any
 
 from atv.data.render import INPUT, Renderer, query_template
 from atv.data.rendering import chat_template_digest, described, recorded
-from atv.data.task import DRAWN_TEST, Task, composed
+from atv.data.task import DRAWN_TEST, QUERY_COLUMNS, Task, composed
 from atv.errors import ATVError, unknown
 from atv.progress import log_once
 
@@ -99,9 +99,17 @@ def trained_task(training: Training, task: str | None = None) -> tuple[str, Mapp
     return name, tasks[name]
 
 
-def test_of(prepared: Mapping[str, Any]) -> dict[str, str]:
-    """Return the digest of a task's test inputs if they were drawn, as a part of a training summary."""
-    return {DRAWN_TEST: prepared[DRAWN_TEST]} if DRAWN_TEST in prepared else {}
+def table_of(prepared: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a training summary says of a task's table.
+
+    Args:
+        prepared: `Task.prepared`.
+
+    Returns:
+        The digest of the test inputs if they were drawn (`DRAWN_TEST`), and the columns that queries are read from
+        (`QUERY_COLUMNS`); nothing for a task that is no table.
+    """
+    return {key: prepared[key] for key in (DRAWN_TEST, QUERY_COLUMNS) if key in prepared}
 
 
 def check_test_rows(task: Task, training: Training) -> None:
@@ -123,7 +131,7 @@ def check_test_rows(task: Task, training: Training) -> None:
 def asking_of(tasks: Sequence[Task], tokenizer: Any) -> dict[str, Any]:
     """Return the entries of a training summary that say how tasks are asked, for `as_trained` and the check below."""
     return {
-        "tasks": {task.name: task.asking() | test_of(task.prepared) for task in tasks},
+        "tasks": {task.name: task.asking() | table_of(task.prepared) for task in tasks},
         "chat_template": chat_template_digest(tokenizer),
     }
 

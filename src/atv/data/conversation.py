@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from atv.data.render import Example, Turn
+from atv.data.task import shown, whole
 from atv.errors import ATVError
 
 ROLES = ("system", "user", "assistant")
@@ -34,8 +35,8 @@ def _turn(where: str, message: Any) -> Turn:
     if role not in ROLES or message.get("tool_calls"):
         what = f"the role {role!r}" if role not in ROLES else "tool calls"
         raise ATVError(f"{where} has {what}; expected messages of {', '.join(ROLES)} alone. Leave such rows out.")
-    if not isinstance(content, str):
-        raise ATVError(f"{where} has content {content!r:.80}; expected a text. Leave rows with images or sound out.")
+    if not isinstance(content, str) or not whole(content):
+        raise ATVError(f"{where} has content {shown(content)}; expected a text. Leave rows with images or sound out.")
     return Turn(role, content.strip())
 
 

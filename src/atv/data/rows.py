@@ -10,6 +10,7 @@ import csv
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from decimal import Decimal
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -67,7 +68,7 @@ def json_rows(lines: Iterable[bytes], name: str) -> Iterator[Row]:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             if not text.strip():
                 continue
-            row = json.loads(text)
+            row = _parsed(text)
         except UnicodeDecodeError:
             raise _not_utf8(name, number) from None
         except (json.JSONDecodeError, RecursionError) as error:
@@ -82,11 +83,23 @@ def load_json(file: Path) -> Any:
     """Return the contents of a JSON file; ATVError if it is none."""
     try:
         with _readable(file):
-            return json.loads(file.read_text(encoding="utf-8-sig"))
+            return _parsed(file.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise ATVError(f"{file}, line {error.lineno}: no JSON: {error.msg}.") from None
     except RecursionError:
         raise ATVError(f"{file}: no JSON: nested too deeply.") from None
+
+
+def _parsed(text: str) -> Any:
+    return json.loads(text, parse_int=_whole_number)
+
+
+def _whole_number(digits: str) -> int | Decimal:
+    """A whole number of JSON; as a Decimal, which no query is, if it has more digits than Python makes an int of."""
+    try:
+        return int(digits)
+    except ValueError:
+        return Decimal(digits)
 
 
 def objects(found: Any, name: str, also: str = "") -> list[Row]:

@@ -6,6 +6,7 @@ The columns are recognised by name or given. `atv.data.rows` reads text files. P
 
 import hashlib
 import json
+import logging
 import random
 import re
 import unicodedata
@@ -19,10 +20,10 @@ from atv.data.conversation import example_of, turns_of
 from atv.data.render import INPUT, Example
 from atv.data.rendering import Rendering
 from atv.data.rows import SUFFIXES, Row, class_names, load_json, objects, read_rows, suffix_of
-from atv.data.task import DRAWN_TEST, SPLITS, Task, composed, text_of
+from atv.data.task import DRAWN_TEST, QUERY_COLUMNS, SPLITS, Task, composed, shown, text_of
 from atv.errors import ATVError
 from atv.files import local
-from atv.progress import log
+from atv.progress import log, log_once
 
 HUB = "hub:"
 """Begins the name of a data set of the hub: hub:ORG/NAME or hub:ORG/NAME:CONFIG."""
@@ -92,10 +93,7 @@ def load_table(
         split: _examples(f"{name}: {split}", rows, columns, loaded.classes, dropped)
         for split, rows in loaded.splits.items()
     }
-    splits = _apart(found, dropped)
-    drawn = [split for split in ("test", "valid") if split not in splits]
-    for split in drawn:
-        splits[split] = _draw(name, splits, split)
+    splits, drawn = _split(name, found, dropped)
     named = zip(("training", "validation", "test"), SPLITS, strict=True)
     sizes = ", ".join(f"{len(splits[split])} {said}" for said, split in named)
     said = f" ({' and '.join(sorted(drawn))} drawn from the training rows, seed {SEED})" if drawn else ""
@@ -110,7 +108,7 @@ def load_table(
         test=tuple(splits["test"]),
         answer_prefixes=(None,),
         renderer=_with_kwargs(name, rendering or Rendering(), loaded),
-        prepared=_prepared(splits, drawn, dropped),
+        prepared=_prepared(columns[:-1], splits, drawn, dropped),
     )
 
 
@@ -132,38 +130,49 @@ class Queries(NamedTuple):
         return self._replace(splits=kept)
 
 
-def load_queries(data: Any, *, input: str | None = None) -> Queries:
-    """The queries of a table: like `load_table`, but answers are neither needed nor read.
+def load_queries(data: Any, *, input: str | None = None, output: str | None = None) -> Queries:
+    """The queries of a table: like `load_table`, but answers are not needed, and left out of the examples.
+
+    Rows with an answer are in the same splits as in `load_table` of the same table, so that what is trained on these
+    queries can be evaluated on the table's answers. A row without an answer is a training row, unless it is in a
+    validation or test split that the table has. If the table has no answers, or `load_table` cannot draw splits from
+    the rows that have one, missing splits are drawn from all training rows.
 
     Args:
         data: as for `load_table`.
         input: column of the queries; by default recognised.
+        output: column of the answers; by default recognised, if there is one. It is given with `input`.
 
     Raises:
-        ATVError: it cannot be read, no column of queries is recognised, a cell is no text, or too few rows are left.
+        ATVError: it cannot be read, no column of queries is recognised, a query is no text, or too few rows are left.
     """
     name, loaded = _read(data)
+    query, both = _columns_of_queries(name, _keys(loaded), input, output)
     dropped: Counter[str] = Counter()
-    columns = query_columns(name, _keys(loaded), input)
     found: dict[str, list[Example]] = {}
-    for split, some in loaded.splits.items():
-        examples = [query_of(f"{name}: {split} row {number}", row, columns) for number, row in enumerate(some)]
+    for split, rows in loaded.splits.items():
+        examples = [
+            _perhaps_answered(f"{name}: {split} row {number}", row, query, both, loaded.classes)
+            for number, row in enumerate(rows)
+        ]
         found[split] = [example for example in examples if example.input]
         dropped["with an empty cell"] += len(examples) - len(found[split])
-    splits = _apart(found, dropped)
-    drawn = [split for split in ("test", "valid") if split not in splits]
-    for split in drawn:
-        splits[split] = _draw(name, splits, split)
+    splits, drawn = _split_like_answers(name, found, dropped)
     sizes = ", ".join(f"{len(splits[split])} {split}" for split in SPLITS)
-    log.info(f"{name}: {sizes} queries; {' and '.join(columns)}")
-    return Queries(name, {split: tuple(splits[split]) for split in SPLITS}, _prepared(splits, drawn, +dropped))
+    log.info(f"{name}: {sizes} queries; {' and '.join(query)}")
+    asked = {split: tuple(row._replace(output="") for row in splits[split]) for split in SPLITS}
+    return Queries(name, asked, _prepared(query, splits, drawn, +dropped))
 
 
 def _prepared(
-    splits: Mapping[str, Sequence[Example]], drawn: Sequence[str], dropped: Mapping[str, int]
+    query: Sequence[str], splits: Mapping[str, Sequence[Example]], drawn: Sequence[str], dropped: Mapping[str, int]
 ) -> dict[str, Any]:
     """As in `Task.prepared`."""
-    found: dict[str, Any] = {"drawn": {split: len(splits[split]) for split in drawn}, "dropped": dict(dropped)}
+    found: dict[str, Any] = {
+        QUERY_COLUMNS: list(query),
+        "drawn": {split: len(splits[split]) for split in drawn},
+        "dropped": dict(dropped),
+    }
     if "test" in drawn:
         inputs = json.dumps([row.asked for row in splits["test"]])
         found[DRAWN_TEST] = hashlib.sha256(inputs.encode()).hexdigest()[:16]
@@ -316,6 +325,33 @@ def _columns(name: str, there: Sequence[str], input: str | None, output: str | N
     )
 
 
+def _columns_of_queries(
+    name: str, there: Sequence[str], input: str | None, output: str | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The columns that make a query; and these with the answer's as `load_table` reads them, or () if it reads none."""
+    if output is not None:
+        both = _columns(name, there, input, output)
+        return both[:-1], both
+    query = query_columns(name, there, input)
+    try:
+        both = _columns(name, there, None, None)
+    except ATVError:  # it says that no answers are recognised
+        return query, ()
+    return query, both if both[:-1] == query else ()
+
+
+def _perhaps_answered(
+    where: str, row: Row, query: Sequence[str], both: Sequence[str], classes: Mapping[str, list[str]]
+) -> Example:
+    """A row as an example, without an answer if the row has none that `load_table` reads."""
+    if both:
+        try:
+            return _example(where, row, both, classes)
+        except ATVError:  # of the answer; if it is of the query, the next line raises it again
+            pass
+    return query_of(where, row, query)
+
+
 def _examples(
     where: str, rows: Sequence[Row], columns: Sequence[str], classes: Mapping[str, list[str]], dropped: Counter[str]
 ) -> list[Example]:
@@ -350,29 +386,71 @@ def _conversation(where: str, row: Row, columns: Sequence[str]) -> Example:
     )
 
 
-def query_columns(name: str, there: Sequence[str], input: str | None = None) -> tuple[str, ...]:
+def query_columns(
+    name: str, there: Sequence[str], input: str | None = None, trained: Sequence[str] | None = None
+) -> tuple[str, ...]:
     """The columns that make a query, of a table whose answers are not known.
 
     Args:
         name: of the table in errors.
         there: its columns.
-        input: the column; by default recognised.
+        input: the column; by default those of training, or recognised.
+        trained: columns of the table that an adapter was trained on (`QUERY_COLUMNS`). If the first of them is not
+            there, what is recognised is taken in their place, and logged.
 
     Raises:
-        ATVError: it is not there, or none is recognised.
+        ATVError: it is not there, or none is recognised; or several are, and those of training are not there.
     """
     if input is not None:
         return _columns(name, there, input, input)[:1]
+    recognised = _recognised_queries(there)
+    if trained and (trained[0] in there or recognised):
+        return _as_in_training(name, there, trained, recognised)
+    if not recognised:
+        was = f" The adapter was trained on {_named(trained)}." if trained else ""
+        raise ATVError(
+            f"{name} has the columns {', '.join(map(repr, there)) or '(none)'}; expected {MESSAGES}, "
+            f"{', '.join(query for query, _ in COLUMNS)}. Name yours with --input.{was}"
+        )
+    return recognised[0]
+
+
+def _as_in_training(
+    name: str, there: Sequence[str], trained: Sequence[str], recognised: Sequence[tuple[str, ...]]
+) -> tuple[str, ...]:
+    """The columns of training that are there, or the only ones that are recognised in their place."""
+    if trained[0] in there:
+        found = tuple(column for column in trained if column in there)
+        if found != tuple(trained):
+            log_once(f"{name}: queries are read from {_named(found)}; in training from {_named(trained)}.")
+        elif recognised and recognised[0] != found:
+            log_once(f"{name}: queries are read from {_named(found)}, as in training.", logging.INFO)
+        return found
+    if len(recognised) > 1:
+        raise ATVError(
+            f"{name} has no column {trained[0]!r}, from which queries were read in training, and several others that "
+            f"may hold them: {', '.join(repr(columns[0]) for columns in recognised)}. Name one with --input."
+        )
+    log_once(
+        f"{name}: queries are read from {_named(recognised[0])}; in training from {_named(trained)}, which is missing."
+    )
+    return recognised[0]
+
+
+def _named(columns: Sequence[str]) -> str:
+    return " and ".join(map(repr, columns))
+
+
+def _recognised_queries(there: Sequence[str]) -> list[tuple[str, ...]]:
+    """The columns that may make a query: first those that are recognised with their answer, as `load_table` does."""
     by_name = {column.strip().lower(): column for column in there}
     both = [query for query, answer in COLUMNS if query in by_name and answer in by_name]
-    for query in (*[MESSAGES] * (MESSAGES in by_name), *both, *(query for query, _ in COLUMNS)):
-        if query in by_name:
+    found: dict[str, tuple[str, ...]] = {}
+    for query in (MESSAGES, *both, *(query for query, _ in COLUMNS)):
+        if query in by_name and query not in found and not (query == "input" and "instruction" in found):
             beside = ["input"] if query == "instruction" and "input" in by_name else []
-            return tuple(by_name[column] for column in (query, *beside))
-    raise ATVError(
-        f"{name} has the columns {', '.join(map(repr, there)) or '(none)'}; expected {MESSAGES}, "
-        f"{', '.join(query for query, _ in COLUMNS)}. Name yours with --input."
-    )
+            found[query] = tuple(by_name[column] for column in (query, *beside))
+    return list(found.values())
 
 
 def query_of(where: str, row: Row, columns: Sequence[str]) -> Example:
@@ -430,11 +508,41 @@ def _text(where: str, column: str, value: Any, classes: Mapping[str, list[str]])
     text = text_of(value)
     if text is None or column.strip().lower() == MESSAGES:
         expected = "a list of messages" if column.strip().lower() == MESSAGES else "a text or a whole number"
-        raise ATVError(f"{where} has {column} {value!r:.80}; expected {expected}.")
+        raise ATVError(f"{where} has {column} {shown(value)}; expected {expected}.")
     return text.strip()
 
 
 # ---- splits ----
+
+
+def _split(
+    name: str, found: Mapping[str, list[Example]], dropped: Counter[str]
+) -> tuple[dict[str, list[Example]], list[str]]:
+    """Each input once, in all three splits; and the names of those that are drawn."""
+    splits = _apart(found, dropped)
+    drawn = [split for split in ("test", "valid") if split not in splits]
+    for split in drawn:
+        splits[split] = _draw(name, splits, split)
+    return splits, drawn
+
+
+def _split_like_answers(
+    name: str, found: Mapping[str, list[Example]], dropped: Counter[str]
+) -> tuple[dict[str, list[Example]], list[str]]:
+    """Like `_split` of the rows with an answer, with the other rows behind them where the table has them."""
+    answered, counted = {split: [row for row in rows if row.output] for split, rows in found.items()}, Counter[str]()
+    try:
+        splits, drawn = _split(name, answered, counted)
+    except ATVError:  # too few answers to draw from, so that no evaluation reads this table
+        return _split(name, {s: [row._replace(output="") for row in rows] for s, rows in found.items()}, dropped)
+    dropped.update(counted)
+    known = {same(row.asked) for rows in answered.values() for row in rows}
+    others = _apart({split: [row for row in rows if not row.output] for split, rows in found.items()}, dropped)
+    for split, rows in others.items():
+        new = [row for row in rows if same(row.asked) not in known]
+        dropped["repeated"] += len(rows) - len(new)
+        splits[split] = splits[split] + new
+    return splits, drawn
 
 
 def same(text: str) -> str:

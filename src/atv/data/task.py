@@ -29,6 +29,8 @@ PLAIN = Rendering("template")
 """How prompts are written unless a task says otherwise."""
 DRAWN_TEST = "drawn_test"
 """Key of the digest of the test inputs, if they were drawn, in `Task.prepared` and in an adapter's training summary."""
+QUERY_COLUMNS = "query_columns"
+"""Key, in both as well, of the columns of a table that its queries are read from."""
 ENOUGH_TO_JUDGE = 10
 """Fewer test rows than this may all have the same answer by chance; from here on they suggest hidden labels."""
 
@@ -39,17 +41,43 @@ def composed(name: str) -> str:
 
 
 def text_of(value: object) -> str | None:
-    """Return a string unchanged and a whole number as its digits; None for anything else, which is ambiguous."""
+    """Return a string unchanged and a whole number as its digits; None for anything else, which is ambiguous.
+
+    Half of a surrogate pair is no character, and Python writes no whole number of more than 4,300 digits: None as well.
+    """
     if isinstance(value, str):
-        return value
-    return str(int(value)) if isinstance(value, Integral) and not isinstance(value, bool) else None
+        return value if whole(value) else None
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        return None
+    try:
+        return str(int(value))
+    except ValueError:
+        return None
+
+
+def whole(text: str) -> bool:
+    """Return whether a text has no half of a surrogate pair, which JSON can hold and no tokenizer reads."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def shown(value: object) -> str:
+    """Return a value for an error, with what is wrong with it if that cannot be seen."""
+    try:
+        text = f"{value!r:.80}"
+    except ValueError:
+        return "a whole number of more than 4,300 digits"
+    return text if not isinstance(value, str) or whole(value) else f"{text}, with half of a surrogate pair"
 
 
 def not_text(where: str, key: str, value: object) -> ATVError:
     """Return the error for an input or output that `text_of` does not accept."""
     return ATVError(
-        f"{where} has {key} {value!r}; expected a text or a whole number. Write it as the text that "
-        "the LLM should read."
+        f"{where} has {key} {shown(value)}; expected a text or a whole number. Write it as the text that the LLM "
+        "should read."
     )
 
 
@@ -87,9 +115,9 @@ class Task:
     taught: Mapping[Example, "Taught"] = field(default_factory=dict, compare=False, repr=False)
     """A teacher's answers to examples: then training fits the teacher's distribution instead of the answer's tokens."""
     prepared: Mapping[str, Any] = field(default_factory=dict, compare=False)
-    """Where the rows come from and what was done to them: "source" (arguments of `load_tasks`), "drawn" (rows of each
-    drawn split), `DRAWN_TEST`, "dropped" (rows by reason) and "draws" (arguments of `drawn`). Recorded by trainings, in
-    a file that is not part of the adapter."""
+    """Where the rows come from and what was done to them: "source" (arguments of `load_tasks`), `QUERY_COLUMNS`,
+    "drawn" (rows of each drawn split), `DRAWN_TEST`, "dropped" (rows by reason) and "draws" (arguments of `drawn`).
+    Recorded by trainings, in a file that is not part of the adapter."""
 
     def __post_init__(self) -> None:
         """Validate the data: scores measured on invalid data would be meaningless."""

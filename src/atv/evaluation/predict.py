@@ -13,6 +13,7 @@ from atv import artifact
 from atv.data import Example, Prompt, check_chat_template, query_renderer, trained_task
 from atv.data.render import fitting
 from atv.data.table import query_columns, query_of
+from atv.data.task import QUERY_COLUMNS
 from atv.errors import ATVError
 from atv.evaluation.requests import MOST_TOKENS, Requests
 from atv.evaluation.run import read_batch
@@ -262,7 +263,7 @@ def predict(
         adapter: folder or hub id of an adapter, or an `ATVModel` that has been trained or loaded.
         rows: queries; or rows of a table as mappings, such as a `datasets.Dataset`.
         llm: the LLM of an adapter that is given by its folder; by default the one that it names is loaded.
-        input: column of the queries; by default recognised.
+        input: column of the queries; by default that of training, or recognised if that one is not there.
         task: as for `Predictor`, like the next three.
         template: used instead of the task's first one.
         max_new_tokens: most tokens of a generated answer.
@@ -276,12 +277,15 @@ def predict(
     Raises:
         ATVError: as for `Predictor`; or a column is not there, or has the name of a new one.
     """
-    given = [{"input": row} if isinstance(row, str) else dict(row) for row in rows]
+    asked = list(rows)
+    given = [{"input": row} if isinstance(row, str) else dict(row) for row in asked]
     if not given:
         return []
     there = list(dict.fromkeys(column for row in given for column in row))
-    columns = query_columns("The table", there, input)
     method, training = loaded_method(adapter, llm)
+    texts = any(isinstance(row, str) for row in asked)  # have a column of their own
+    trained = None if texts else trained_task(training, task)[1].get(QUERY_COLUMNS)
+    columns = query_columns("The table", there, input, trained)
     options: dict[str, Any] = {"task": task, "template": template, "max_new_tokens": max_new_tokens}
     answers = RowAnswers(Predictor(method, training, batch_size=batch_size, **options), columns)
     if taken := set(there) & set(answer_columns(answers.options)):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atv.data import test_of
+from atv.data import table_of
 from atv.data.rendering import chat_template_digest
 from atv.errors import ATVError
 from atv.files import write_json
@@ -41,7 +41,7 @@ def _save(
     settings = record["settings"]
     model.training_summary = {
         "tasks": {
-            name: task["asking"] | test_of(record.get("data", {}).get(name, {})) | found.get(name, {})
+            name: task["asking"] | table_of(record.get("data", {}).get(name, {})) | found.get(name, {})
             for name, task in settings["tasks"].items()
         },
         "chat_template": chat_template_digest(model.tokenizer),
