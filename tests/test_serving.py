@@ -4,6 +4,7 @@ import asyncio
 import random
 import threading
 import time
+from functools import cache
 
 import pytest
 import torch
@@ -440,16 +441,32 @@ def test_samples_follow_the_distribution():
 
 
 ENDINGS = st.lists(st.text(min_size=1, max_size=4), max_size=3)
+SPACED = st.lists(st.sampled_from(["yes", " no", " .", " ,", " ?"]), max_size=20).map("".join)
+
+
+def cleaning_tokenizer():
+    """A tokenizer that decodes " ." to "." and the like unless it is told not to."""
+    from conftest import sentencepiece_tokenizer
+
+    tokenizer = sentencepiece_tokenizer()
+    tokenizer.clean_up_tokenization_spaces = True
+    assert tokenizer.decode(tokenizer("yes . no")["input_ids"], skip_special_tokens=True) == "yes. no"
+    return tokenizer
+
+
+@cache
+def tokenizers():
+    from conftest import byte_level_tokenizer
+
+    return [byte_level_tokenizer(), cleaning_tokenizer()]
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.text(max_size=40), ENDINGS)
-def test_streamed_text_is_the_whole_text_up_to_a_stop_sequence(text, stop):
-    from conftest import byte_level_tokenizer
-
-    tokenizer = _tokenizer(byte_level_tokenizer)
+@given(st.text(max_size=40) | SPACED, ENDINGS, st.booleans())
+def test_streamed_text_is_the_whole_text_up_to_a_stop_sequence(text, stop, cleans):
+    tokenizer = tokenizers()[cleans]
     ids = tokenizer(text)["input_ids"]
-    whole = tokenizer.decode(ids, skip_special_tokens=True)
+    whole = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     stream, shown = TextStream(tokenizer, stop), []
     for token in ids:
         shown.append(stream.push(token))
@@ -459,15 +476,6 @@ def test_streamed_text_is_the_whole_text_up_to_a_stop_sequence(text, stop):
     places = [place for place in (whole.find(each) for each in stop) if place >= 0]
     assert "".join(shown) == (whole[: min(places)] if places else whole)
     assert stream.stopped == bool(places)
-
-
-_MADE = []
-
-
-def _tokenizer(make):
-    if not _MADE:
-        _MADE.append(make())
-    return _MADE[0]
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
