@@ -378,6 +378,37 @@ def test_rows_that_are_decoded_together_stay_within_the_limit_padding_included()
     assert max(rows for _, rows in held) > 4
 
 
+@pytest.mark.parametrize(("limit", "columns"), [(420, 181), (800, 180)])
+def test_known_beginnings_beside_other_prompts_stay_within_the_limit(limit, columns, monkeypatch):
+    """Between a known beginning and a row's other tokens there is padding, if another row has more of these."""
+    monkeypatch.setattr("atv.serving.engine.end_ids", lambda *_: [])
+    llm, tokenizer, _ = adapters()
+    engine = Engine(llm, tokenizer, Limits(rows=4, tokens=limit, seconds=60))
+    shared, sampling = [5, 6, 7, 8] * 45, Sampling(max_tokens=8, temperature=0.0, logprobs=0)
+    for own in (9, 10):
+        engine.answer(Request(Prompt([*shared, own], "a b"), sampling=sampling))
+    held, read, step = [], [], Batch.step
+    monkeypatch.setattr(Batch, "step", lambda self, tokens: (step(self, tokens), held.append(self._ids.numel())))
+    llm.model.embed_tokens.register_forward_hook(lambda _, args, __: read.append(tuple(args[0].shape)))
+    started, together = threading.Event(), threading.Event()
+    waiting = threading.Thread(target=lambda: asyncio.run(engine.run(lambda: (started.set(), together.wait(60)))))
+    waiting.start()
+    assert started.wait(60)
+    prompts, found = [Prompt([*shared, 11], "a b"), Prompt([12, 13] * 90, "a b")], [[], []]
+    for asked, pieces in zip(prompts, found, strict=True):
+        engine.submit(Request(asked, sampling=sampling), pieces.append)
+    together.set()
+    waiting.join()
+    while not all(pieces and pieces[-1].finish for pieces in found):
+        time.sleep(0.01)
+    engine.close()
+    assert read[0] == (2, columns)  # both prompts at once: the second one whole, of the first what is not known
+    assert max(held) <= limit
+    for asked, pieces in zip(prompts, found, strict=True):
+        expected = [token for token, _ in sequential(llm, Row(asked), (), 8)]
+        assert [told.token for piece in pieces for told in piece.tokens] == expected
+
+
 def test_cancelled_and_late_requests_end_and_free_their_place(monkeypatch):
     llm, tokenizer, models = adapters()
     monkeypatch.setattr("atv.serving.engine.end_ids", lambda *_: [])

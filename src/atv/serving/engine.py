@@ -152,8 +152,8 @@ class _Work(Row):
 
     @property
     def most(self) -> int:
-        """Number of tokens that its prompt and answer may have."""
-        return _tokens(self.request)
+        """Number of tokens that its prompt and answer may have, padding between them included."""
+        return _tokens(self.request) + self.padding
 
 
 def _tokens(request: Request) -> int:
@@ -408,6 +408,8 @@ class BatchEngine(ABC):
             if new and longest * (len(new) + 1) > self.limits.prefill:
                 break
             new.append(self._waiting.popleft())
+        for work in new:  # as many columns as each row may have
+            work.room = self.limits.tokens // (len(running) + len(new)) - work.most
         return new
 
     def _begin(self, new: list[_Work]) -> None:
