@@ -389,6 +389,25 @@ def test_a_full_queue_says_when_to_come_back(world):
             assert headers["retry-after"] == "3"
 
 
+def test_what_an_engine_that_has_stopped_is_asked_is_the_servers_error(world, monkeypatch):
+    engine = Engine(world.llm, world.engine.tokenizer, Limits(rows=2))
+    models = Models("base", engine.tokenizer, engine.load, world.folder)
+    models.add("chats", world.folder / "chats")
+    asked = [
+        ("/v1/chat/completions", GOOD, "has stopped"),
+        *(("/v1/chat/completions", GOOD | {"stream": stream, "n": 2}, "closed") for stream in (False, True)),
+        ("/v1/steer", {"model": "chats", "query": "a"}, "closed"),
+        ("/v1/adapters", {"name": "more", "folder": "other"}, "closed"),
+    ]
+    monkeypatch.setattr(engine, "_admitted", lambda: 1 / 0)
+    with TestClient(make_app(engine, models), base_url="http://localhost") as client:
+        for path, body, words in asked:
+            answer = client.post(path, json=body)
+            assert (answer.status_code, answer.json()["error"]["type"]) == (503, "server_error"), answer.text
+            assert words in answer.json()["error"]["message"]
+        assert client.get("/health").status_code == 503
+
+
 class _Idle:
     """An engine that answers nothing."""
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from serving import TEXTS, adapters, prompt, same_predictions, sequential
 
 from atv.data.render import Prompt
-from atv.errors import ATVError
+from atv.errors import ATVError, Unavailable
 from atv.serving.batch import Batch, Row
 from atv.serving.beginnings import LEAST, CachedBeginnings
-from atv.serving.engine import Busy, Engine, Limits, Request
+from atv.serving.engine import FAILURES, Busy, Engine, Limits, Request
 from atv.serving.sampling import Sampler, Sampling
 from atv.serving.text import TextStream, token_bytes
 
@@ -311,9 +311,34 @@ def test_no_client_waits_for_an_engine_that_has_stopped(monkeypatch):
     pieces = engine.answer(asked)
     assert pieces[-1].finish == "error"
     assert "has stopped" in str(pieces[-1].error)
+    assert isinstance(pieces[-1].error, Unavailable)
     assert not engine.healthy()
-    with pytest.raises(ATVError, match="closed"):
+    with pytest.raises(Unavailable, match="closed"):
         engine.submit(asked, print)
+    engine.close()
+
+
+@pytest.mark.parametrize("part", ["__init__", "step"])
+def test_an_engine_whose_llm_fails_call_after_call_is_not_healthy_until_one_succeeds(part, monkeypatch):
+    llm, tokenizer, models = adapters()
+    engine = Engine(llm, tokenizer, Limits(rows=4, seconds=60))
+    asked = Request(prompt(tokenizer, TEXTS[0]), sampling=Sampling(max_tokens=3, temperature=0.0))
+    bad = Request(Prompt([5, 6], "   "), models["last"], sampling=GREEDY)  # fails for a reason of its own
+
+    def broken(*_):
+        raise RuntimeError("device-side assert triggered")
+
+    for _ in range(FAILURES):
+        assert engine.answer(bad)[-1].error is not None
+    assert engine.healthy()
+    with monkeypatch.context() as patch:
+        patch.setattr(Batch, part, broken)
+        for _ in range(FAILURES):
+            assert engine.healthy()
+            assert isinstance(engine.answer(asked)[-1].error, RuntimeError)
+        assert not engine.healthy()
+    assert engine.answer(asked)[-1].error is None
+    assert engine.healthy()
     engine.close()
 
 

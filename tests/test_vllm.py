@@ -22,7 +22,7 @@ from transformers import set_seed
 from atv.cli import main
 from atv.config import ATVConfig, Positions
 from atv.data.render import Prompt
-from atv.errors import ATVError
+from atv.errors import ATVError, Unavailable
 from atv.model import ATVModel
 from atv.serving import vllm, vllm_worker
 from atv.serving.app import make_app
@@ -503,9 +503,12 @@ def test_cancelled_late_failing_and_refused_requests_end(world, engine, monkeypa
     assert pieces[-1].finish == "error"
     assert str(pieces[-1].error) == "dead"
     assert engine.healthy()
+    engine._llm.errored = True
+    with pytest.raises(Unavailable, match="has stopped"):
+        ask(engine, request)
     engine.close()
     assert not engine.healthy()
-    with refused("closed"):
+    with pytest.raises(Unavailable, match="closed"):
         ask(engine, request)
 
 

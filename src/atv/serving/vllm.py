@@ -17,7 +17,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from atv.errors import ATVError
+from atv.errors import ATVError, Unavailable
 from atv.lm.ends import end_ids
 from atv.lm.load import load_outline, load_tokenizer, resolve
 from atv.progress import log
@@ -128,7 +128,9 @@ class VLLMEngine:
         """Yield the pieces of an answer; closing the iterator cancels the request. Raises `Busy`."""
         self.check(request)
         if self._closed:
-            raise ATVError("The engine is closed.")
+            raise Unavailable("The engine is closed.")
+        if self._llm.errored:
+            raise Unavailable("vLLM has stopped; see the server's log.")
         if self._active >= self.limits.rows + self.limits.waiting:
             self._counts["refused"] += 1
             waiting = self._active - self.limits.rows
