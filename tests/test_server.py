@@ -408,6 +408,24 @@ def test_what_an_engine_that_has_stopped_is_asked_is_the_servers_error(world, mo
         assert client.get("/health").status_code == 503
 
 
+def test_one_request_has_as_many_answers_as_the_server_takes_at_a_time(world):
+    engine = Engine(world.llm, world.engine.tokenizer, Limits(rows=2, waiting=1, seconds=60))
+    texts = {}
+    with TestClient(
+        make_app(engine, Models("base", engine.tokenizer, engine.load)), base_url="http://localhost"
+    ) as client:
+        for stream in (False, True):
+            for n, status in ((3, 200), (4, 400), (3, 200)):
+                body = GOOD | {"model": "base", "n": n, "stream": stream}
+                answer = client.post("/v1/chat/completions", json=body)
+                assert answer.status_code == status, answer.text
+                texts[status] = answer.text
+        assert "asks for 4 answers, and the server takes 3" in texts[400]
+        two = {"model": "base", "prompt": ["a", "b"], "n": 2, "max_tokens": 1}
+        assert client.post("/v1/completions", json=two).status_code == 400
+    assert engine.numbers()["refused"] == engine._open == 0
+
+
 class _Idle:
     """An engine that answers nothing."""
 

@@ -52,7 +52,7 @@ class Limits:
     rows: int = 32
     """Most answers that are decoded together."""
     waiting: int = 256
-    """Most requests that wait, and most calls of `run`; further ones are refused (`Busy`)."""
+    """Most requests that wait while `rows` are decoded, and most calls of `run`; further ones are refused (`Busy`)."""
     tokens: int = 2**16
     """Most tokens of all answers that are being decoded, prompts, room for answers and padding included: bounds
     memory."""
@@ -210,6 +210,7 @@ class BatchEngine(ABC):
         self._batches: list[Decoded] = []
         self._closing = False
         self._counts: Counter[str] = Counter()
+        self._open = 0  # requests that have not ended, also those that are just being read
         self._failures = 0  # calls of the LLM that failed since a step or an answer succeeded
         self._pace = 1.0  # seconds per finished request, smoothed
         self._last = time.monotonic()
@@ -272,7 +273,8 @@ class BatchEngine(ABC):
             text=TextStream(self.tokenizer, request.sampling.stop),
         )
         with self._wake:
-            self._require_room(len(self._waiting))
+            self._require_room(self._open - self.limits.rows)
+            self._open += 1
             self._waiting.append(work)
             self._counts["prompt_tokens"] += len(request.prompt.ids)
             self._wake.notify()
@@ -514,6 +516,8 @@ class BatchEngine(ABC):
             return
         rest = "" if why == "error" else work.text.finish()
         work.finished = True
+        with self._wake:
+            self._open -= 1
         now = time.monotonic()
         self._pace, self._last = 0.9 * self._pace + 0.1 * min(now - self._last, 10.0), now
         self._counts[why] += 1
