@@ -15,7 +15,7 @@ from refusals import refused
 from serving import TEXTS, post, prompt, same_predictions, saved, sequential
 
 from atv.config import Positions
-from atv.errors import ATVError
+from atv.errors import ATVError, Unavailable
 from atv.lm.load import load_outline
 from atv.serving import llamacpp, llamacpp_context
 from atv.serving.app import make_app
@@ -136,7 +136,9 @@ def test_a_failing_call_ends_its_requests_and_frees_their_sequences(world, monke
     engine = LlamaCppEngine(world.file, str(world.folder / "llm"), LIMITS, options=EXACT)
     library.code = 1
     request = Request(prompt(world.tokenizer, TEXTS[0]), None, None, Sampling(max_tokens=3, temperature=0.0))
-    assert "code 1" in str(engine.answer(request)[-1].error)
+    error = engine.answer(request)[-1].error
+    assert isinstance(error, Unavailable)
+    assert "code 1" in str(error)
     monkeypatch.setattr(Steering, "dense", lambda *_: 1 / 0)  # fails while llama.cpp's call is prepared
     library.code = 0
     steered = Request(request.prompt, engine.load(world.folder / "last"), None, request.sampling)

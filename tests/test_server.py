@@ -389,6 +389,43 @@ def test_a_full_queue_says_when_to_come_back(world):
             assert headers["retry-after"] == "3"
 
 
+def test_what_an_engine_that_has_stopped_is_asked_is_the_servers_error(world, monkeypatch):
+    engine = Engine(world.llm, world.engine.tokenizer, Limits(rows=2))
+    models = Models("base", engine.tokenizer, engine.load, world.folder)
+    models.add("chats", world.folder / "chats")
+    asked = [
+        ("/v1/chat/completions", GOOD, "has stopped"),
+        *(("/v1/chat/completions", GOOD | {"stream": stream, "n": 2}, "closed") for stream in (False, True)),
+        ("/v1/steer", {"model": "chats", "query": "a"}, "closed"),
+        ("/v1/adapters", {"name": "more", "folder": "other"}, "closed"),
+    ]
+    monkeypatch.setattr(engine, "_admitted", lambda: 1 / 0)
+    with TestClient(make_app(engine, models), base_url="http://localhost") as client:
+        for path, body, words in asked:
+            answer = client.post(path, json=body)
+            assert (answer.status_code, answer.json()["error"]["type"]) == (503, "server_error"), answer.text
+            assert words in answer.json()["error"]["message"]
+        assert client.get("/health").status_code == 503
+
+
+def test_one_request_has_as_many_answers_as_the_server_takes_at_a_time(world):
+    engine = Engine(world.llm, world.engine.tokenizer, Limits(rows=2, waiting=1, seconds=60))
+    texts = {}
+    with TestClient(
+        make_app(engine, Models("base", engine.tokenizer, engine.load)), base_url="http://localhost"
+    ) as client:
+        for stream in (False, True):
+            for n, status in ((3, 200), (4, 400), (3, 200)):
+                body = GOOD | {"model": "base", "n": n, "stream": stream}
+                answer = client.post("/v1/chat/completions", json=body)
+                assert answer.status_code == status, answer.text
+                texts[status] = answer.text
+        assert "asks for 4 answers, and the server takes 3" in texts[400]
+        two = {"model": "base", "prompt": ["a", "b"], "n": 2, "max_tokens": 1}
+        assert client.post("/v1/completions", json=two).status_code == 400
+    assert engine.numbers()["refused"] == engine._open == 0
+
+
 class _Idle:
     """An engine that answers nothing."""
 

@@ -4,6 +4,7 @@ import asyncio
 import random
 import threading
 import time
+from functools import cache
 
 import pytest
 import torch
@@ -13,10 +14,10 @@ from hypothesis import strategies as st
 from serving import TEXTS, adapters, prompt, same_predictions, sequential
 
 from atv.data.render import Prompt
-from atv.errors import ATVError
+from atv.errors import ATVError, Unavailable
 from atv.serving.batch import Batch, Row
 from atv.serving.beginnings import LEAST, CachedBeginnings
-from atv.serving.engine import Busy, Engine, Limits, Request
+from atv.serving.engine import FAILURES, Busy, Engine, Limits, Request
 from atv.serving.sampling import Sampler, Sampling
 from atv.serving.text import TextStream, token_bytes
 
@@ -310,9 +311,34 @@ def test_no_client_waits_for_an_engine_that_has_stopped(monkeypatch):
     pieces = engine.answer(asked)
     assert pieces[-1].finish == "error"
     assert "has stopped" in str(pieces[-1].error)
+    assert isinstance(pieces[-1].error, Unavailable)
     assert not engine.healthy()
-    with pytest.raises(ATVError, match="closed"):
+    with pytest.raises(Unavailable, match="closed"):
         engine.submit(asked, print)
+    engine.close()
+
+
+@pytest.mark.parametrize("part", ["__init__", "step"])
+def test_an_engine_whose_llm_fails_call_after_call_is_not_healthy_until_one_succeeds(part, monkeypatch):
+    llm, tokenizer, models = adapters()
+    engine = Engine(llm, tokenizer, Limits(rows=4, seconds=60))
+    asked = Request(prompt(tokenizer, TEXTS[0]), sampling=Sampling(max_tokens=3, temperature=0.0))
+    bad = Request(Prompt([5, 6], "   "), models["last"], sampling=GREEDY)  # fails for a reason of its own
+
+    def broken(*_):
+        raise RuntimeError("device-side assert triggered")
+
+    for _ in range(FAILURES):
+        assert engine.answer(bad)[-1].error is not None
+    assert engine.healthy()
+    with monkeypatch.context() as patch:
+        patch.setattr(Batch, part, broken)
+        for _ in range(FAILURES):
+            assert engine.healthy()
+            assert isinstance(engine.answer(asked)[-1].error, RuntimeError)
+        assert not engine.healthy()
+    assert engine.answer(asked)[-1].error is None
+    assert engine.healthy()
     engine.close()
 
 
@@ -375,6 +401,37 @@ def test_rows_that_are_decoded_together_stay_within_the_limit_padding_included()
     assert {each[-1].finish for each in pieces.values()} <= {"stop", "length"}
     assert max(count for count, _ in held) <= 400
     assert max(rows for _, rows in held) > 4
+
+
+@pytest.mark.parametrize(("limit", "columns"), [(420, 181), (800, 180)])
+def test_known_beginnings_beside_other_prompts_stay_within_the_limit(limit, columns, monkeypatch):
+    """Between a known beginning and a row's other tokens there is padding, if another row has more of these."""
+    monkeypatch.setattr("atv.serving.engine.end_ids", lambda *_: [])
+    llm, tokenizer, _ = adapters()
+    engine = Engine(llm, tokenizer, Limits(rows=4, tokens=limit, seconds=60))
+    shared, sampling = [5, 6, 7, 8] * 45, Sampling(max_tokens=8, temperature=0.0, logprobs=0)
+    for own in (9, 10):
+        engine.answer(Request(Prompt([*shared, own], "a b"), sampling=sampling))
+    held, read, step = [], [], Batch.step
+    monkeypatch.setattr(Batch, "step", lambda self, tokens: (step(self, tokens), held.append(self._ids.numel())))
+    llm.model.embed_tokens.register_forward_hook(lambda _, args, __: read.append(tuple(args[0].shape)))
+    started, together = threading.Event(), threading.Event()
+    waiting = threading.Thread(target=lambda: asyncio.run(engine.run(lambda: (started.set(), together.wait(60)))))
+    waiting.start()
+    assert started.wait(60)
+    prompts, found = [Prompt([*shared, 11], "a b"), Prompt([12, 13] * 90, "a b")], [[], []]
+    for asked, pieces in zip(prompts, found, strict=True):
+        engine.submit(Request(asked, sampling=sampling), pieces.append)
+    together.set()
+    waiting.join()
+    while not all(pieces and pieces[-1].finish for pieces in found):
+        time.sleep(0.01)
+    engine.close()
+    assert read[0] == (2, columns)  # both prompts at once: the second one whole, of the first what is not known
+    assert max(held) <= limit
+    for asked, pieces in zip(prompts, found, strict=True):
+        expected = [token for token, _ in sequential(llm, Row(asked), (), 8)]
+        assert [told.token for piece in pieces for told in piece.tokens] == expected
 
 
 def test_cancelled_and_late_requests_end_and_free_their_place(monkeypatch):
@@ -440,16 +497,32 @@ def test_samples_follow_the_distribution():
 
 
 ENDINGS = st.lists(st.text(min_size=1, max_size=4), max_size=3)
+SPACED = st.lists(st.sampled_from(["yes", " no", " .", " ,", " ?"]), max_size=20).map("".join)
+
+
+def cleaning_tokenizer():
+    """A tokenizer that decodes " ." to "." and the like unless it is told not to."""
+    from conftest import sentencepiece_tokenizer
+
+    tokenizer = sentencepiece_tokenizer()
+    tokenizer.clean_up_tokenization_spaces = True
+    assert tokenizer.decode(tokenizer("yes . no")["input_ids"], skip_special_tokens=True) == "yes. no"
+    return tokenizer
+
+
+@cache
+def tokenizers():
+    from conftest import byte_level_tokenizer
+
+    return [byte_level_tokenizer(), cleaning_tokenizer()]
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.text(max_size=40), ENDINGS)
-def test_streamed_text_is_the_whole_text_up_to_a_stop_sequence(text, stop):
-    from conftest import byte_level_tokenizer
-
-    tokenizer = _tokenizer(byte_level_tokenizer)
+@given(st.text(max_size=40) | SPACED, ENDINGS, st.booleans())
+def test_streamed_text_is_the_whole_text_up_to_a_stop_sequence(text, stop, cleans):
+    tokenizer = tokenizers()[cleans]
     ids = tokenizer(text)["input_ids"]
-    whole = tokenizer.decode(ids, skip_special_tokens=True)
+    whole = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     stream, shown = TextStream(tokenizer, stop), []
     for token in ids:
         shown.append(stream.push(token))
@@ -459,15 +532,6 @@ def test_streamed_text_is_the_whole_text_up_to_a_stop_sequence(text, stop):
     places = [place for place in (whole.find(each) for each in stop) if place >= 0]
     assert "".join(shown) == (whole[: min(places)] if places else whole)
     assert stream.stopped == bool(places)
-
-
-_MADE = []
-
-
-def _tokenizer(make):
-    if not _MADE:
-        _MADE.append(make())
-    return _MADE[0]
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])

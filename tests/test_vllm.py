@@ -11,6 +11,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from conftest import PAPER_FORM, byte_level_tokenizer, make_generator, make_llm, toy_task
+from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import refused
@@ -21,11 +22,14 @@ from transformers import set_seed
 from atv.cli import main
 from atv.config import ATVConfig, Positions
 from atv.data.render import Prompt
-from atv.errors import ATVError
+from atv.errors import ATVError, Unavailable
 from atv.model import ATVModel
 from atv.serving import vllm, vllm_worker
+from atv.serving.app import make_app
 from atv.serving.batch import Row
 from atv.serving.engine import Busy, Limits, Request
+from atv.serving.models import Models
+from atv.serving.predict import EngineAnswers
 from atv.serving.sampling import Sampling
 from atv.serving.steers import Steering
 from atv.serving.vllm import VLLMEngine, cache_salt, check_config, likelihood
@@ -396,7 +400,7 @@ def engine(world, monkeypatch):
             "vllm.sampling_params": {"RequestOutputKind": SimpleNamespace(DELTA=1)},
         },
     )
-    return VLLMEngine(str(world.folder / "llm"), Limits(rows=4, waiting=1, answer=16))
+    return VLLMEngine(str(world.folder / "llm"), Limits(rows=4, waiting=1, answer=16, tokens=32))
 
 
 def ask(engine, *requests):
@@ -499,9 +503,12 @@ def test_cancelled_late_failing_and_refused_requests_end(world, engine, monkeypa
     assert pieces[-1].finish == "error"
     assert str(pieces[-1].error) == "dead"
     assert engine.healthy()
+    engine._llm.errored = True
+    with pytest.raises(Unavailable, match="has stopped"):
+        ask(engine, request)
     engine.close()
     assert not engine.healthy()
-    with refused("closed"):
+    with pytest.raises(Unavailable, match="closed"):
         ask(engine, request)
 
 
@@ -580,6 +587,20 @@ def test_configurations_that_are_not_tested_are_refused(path, value, words):
     setattr(place, last, value)
     with refused(words, "not been tested"):
         check_config(config)
+
+
+def test_a_long_prompt_has_an_answer_of_what_vllms_context_leaves(world, engine, monkeypatch):
+    monkeypatch.setattr(engine, "_ends", frozenset())
+    prompts, found = {40: 16, 60: 4}, {}
+    app = make_app(engine, Models("base", world.tokenizer, engine.load))
+    with TestClient(app, base_url="http://localhost") as client:
+        for length in prompts:
+            asked = {"model": "base", "prompt": [5] * length, "temperature": 0}
+            found[length] = client.post("/v1/completions", json=asked).json()["usage"]["completion_tokens"]
+    assert found == prompts
+    adapter = engine.load(world.folder / "last")
+    answers = EngineAnswers(engine, adapter, {"tasks": {"toy": toy_task().asking()}}, max_new_tokens=8)
+    assert answers.room == 64 - 1 - max(map(len, answers._branches))
 
 
 def test_a_missing_vllm_and_another_version_are_refused(monkeypatch):

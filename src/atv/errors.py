@@ -11,6 +11,10 @@ class ATVError(ValueError):
     """
 
 
+class Unavailable(ATVError):
+    """A valid request cannot be answered: what answers it has stopped or failed. A server tells it as its own error."""
+
+
 def unknown(what: str, found: str, known: Iterable[str], advice: str = "") -> ATVError:
     """Return the error for a name that is not in `known`; it suggests the closest match."""
     names = sorted(known)

@@ -46,9 +46,8 @@ class _Lazy:
 
     @cached_property
     def engine(self) -> Serving:
-        # Answers are as long as --max-new-tokens says. vLLM has a limit of its own for all tokens.
-        own = {"tokens": 2**31} if self.given.engines.engine == "vllm" else {}
-        limits = Limits(rows=min(self.given.batch_size, 64), answer=2**31, seconds=3600.0, **own)
+        # Answers are as long as --max-new-tokens says.
+        limits = Limits(rows=min(self.given.batch_size, 64), answer=2**31, seconds=3600.0)
         return start_engine(self.llm.llm, self.given.engines, self.given.loading, limits)
 
     @cached_property

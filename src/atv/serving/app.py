@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from atv.errors import ATVError
+from atv.errors import ATVError, Unavailable
 from atv.progress import log
 from atv.serving.completions import Completions, Failed, until_gone
 from atv.serving.engine import Busy, Serving
@@ -229,6 +229,8 @@ def _handle_errors(app: FastAPI) -> None:
     async def refused(_: Request, error: ATVError) -> Response:
         if isinstance(error, Busy):
             return problem(429, str(error), retry_after=str(error.seconds))
+        if isinstance(error, Unavailable):
+            return problem(503, str(error))
         if isinstance(error, UnknownModel):
             return problem(404, str(error), param="model", code="model_not_found")
         return problem(400, str(error))

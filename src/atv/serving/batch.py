@@ -4,6 +4,7 @@ Rows may come and go between steps: `join` adds the rows of another batch, `keep
 of its own adapter at its own tokens, and unsteered rows pass through unchanged.
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from atv.lm.hooks import base_llm, edit_outputs, input_device
 from atv.lm.prefix import as_cache, attention_alone, call_llm, full_sides
 from atv.lm.spans import Span
 from atv.model import ATVModel, ReadAndSteer
-from atv.serving.beginnings import CachedBeginnings, right_aligned
+from atv.serving.beginnings import CachedBeginnings, Sides, right_aligned
 from atv.steer import AddVectors, Edit
 
 
@@ -37,6 +38,10 @@ class Row:
     """Number of answer tokens read so far."""
     vectors: Tensor | None = None
     """(vectors, hidden), while later steps need them."""
+    room: float = math.inf
+    """Most columns of padding that a known beginning may put into its text."""
+    padding: int = 0
+    """Columns of padding between its known beginning and its other tokens."""
 
     @property
     def positions(self) -> Positions | None:
@@ -147,8 +152,7 @@ class Batch:
         self, llm: nn.Module, rows: Sequence[Row], pad_id: int, beginnings: CachedBeginnings | None = None
     ) -> None:
         self._llm, self.rows = llm, list(rows)
-        prompts = [(row.prompt.ids, row.clean) for row in rows]
-        known = [None] * len(rows) if beginnings is None else beginnings.of(prompts)
+        known = _known(rows, beginnings)
         sides, width = right_aligned(known)
         counts = [each[0][0].shape[2] if each else 0 for each in known]
         own = left_padded([row.prompt.ids[count:] for row, count in zip(rows, counts, strict=True)], pad_id)
@@ -279,6 +283,26 @@ class Batch:
         if sides is not None and unused:
             self._ids, self._mask = self._ids[:, unused:], self._mask[:, unused:]
             self._cache = as_cache((keys[:, :, unused:], values[:, :, unused:]) for keys, values in sides)
+
+
+def _known(rows: Sequence[Row], beginnings: CachedBeginnings | None) -> list[Sides | None]:
+    """Return what is known of the rows' prompts, and note the padding behind it; nothing if a row has no room for it.
+
+    The other tokens of all rows begin in one column, so that those after a short known beginning may be far from it.
+    """
+    found: list[Sides | None] = [None] * len(rows)
+    if beginnings is not None:
+        found = beginnings.of([(row.prompt.ids, row.clean) for row in rows])
+    others = [
+        len(row.prompt.ids) - (sides[0][0].shape[2] if sides else 0) for row, sides in zip(rows, found, strict=True)
+    ]
+    for row, sides, count in zip(rows, found, others, strict=True):
+        row.padding = max(others) - count if sides else 0
+    if all(row.padding <= row.room for row in rows):
+        return found
+    for row in rows:
+        row.padding = 0
+    return [None] * len(rows)
 
 
 class _Keeping:

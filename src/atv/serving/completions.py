@@ -59,6 +59,12 @@ class Completions:
             for prompt in prompts
             for choice in range(body.n or 1)
         ]
+        most_at_once = self.engine.limits.rows + self.engine.limits.waiting
+        if len(asked) > most_at_once:
+            raise ATVError(
+                f"The request asks for {len(asked)} answers, and the server takes {most_at_once} at a time (--rows and "
+                "--waiting); ask for fewer."
+            )
         for each in asked:
             self.engine.check(each)
         prefix = "chatcmpl" if chat else "cmpl"

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from atv import artifact
 from atv.data.collate import pad_id
 from atv.data.render import Prompt
-from atv.errors import ATVError
+from atv.errors import ATVError, Unavailable
 from atv.lm.ends import end_ids
 from atv.lm.load import context_length
 from atv.methods import METHODS
@@ -36,6 +36,9 @@ from atv.serving.text import TextStream
 
 T = TypeVar("T")
 Finish = Literal["stop", "length", "timeout", "cancelled", "error"]
+FAILURES = 8
+"""Calls of the LLM that fail, with no step and no answer in between, until an engine is not healthy: more than those of
+one request that a client sends again."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Limits:
     rows: int = 32
     """Most answers that are decoded together."""
     waiting: int = 256
-    """Most requests that wait, and most calls of `run`; further ones are refused (`Busy`)."""
+    """Most requests that wait while `rows` are decoded, and most calls of `run`; further ones are refused (`Busy`)."""
     tokens: int = 2**16
     """Most tokens of all answers that are being decoded, prompts, room for answers and padding included: bounds
     memory."""
@@ -152,8 +155,8 @@ class _Work(Row):
 
     @property
     def most(self) -> int:
-        """Number of tokens that its prompt and answer may have."""
-        return _tokens(self.request)
+        """Number of tokens that its prompt and answer may have, padding between them included."""
+        return _tokens(self.request) + self.padding
 
 
 def _tokens(request: Request) -> int:
@@ -207,6 +210,8 @@ class BatchEngine(ABC):
         self._batches: list[Decoded] = []
         self._closing = False
         self._counts: Counter[str] = Counter()
+        self._open = 0  # requests that have not ended, also those that are just being read
+        self._failures = 0  # calls of the LLM that failed since a step or an answer succeeded
         self._pace = 1.0  # seconds per finished request, smoothed
         self._last = time.monotonic()
         self._thread = threading.Thread(target=self._loop, name="atv-engine", daemon=True)
@@ -253,7 +258,8 @@ class BatchEngine(ABC):
 
         Raises:
             Busy: too many requests are waiting.
-            ATVError: the request can never be answered, or the engine is closed.
+            Unavailable: the engine is closed.
+            ATVError: the request can never be answered.
         """
         self.check(request)
         work = _Work(
@@ -267,7 +273,8 @@ class BatchEngine(ABC):
             text=TextStream(self.tokenizer, request.sampling.stop),
         )
         with self._wake:
-            self._require_room(len(self._waiting))
+            self._require_room(self._open - self.limits.rows)
+            self._open += 1
             self._waiting.append(work)
             self._counts["prompt_tokens"] += len(request.prompt.ids)
             self._wake.notify()
@@ -310,7 +317,7 @@ class BatchEngine(ABC):
 
         Raises:
             Busy: too many calls are waiting.
-            ATVError: the engine is closed.
+            Unavailable: the engine is closed.
         """
         future: Future[T] = Future()
         with self._wake:
@@ -322,7 +329,7 @@ class BatchEngine(ABC):
     def _require_room(self, waiting: int) -> None:
         """Raise an error if the engine is closed or `waiting` requests are all that may wait."""
         if self._closing:
-            raise ATVError("The engine is closed.")
+            raise Unavailable("The engine is closed.")
         if waiting >= self.limits.waiting:
             self._counts["refused"] += 1
             raise Busy(waiting, max(1, round(self._pace * waiting)))
@@ -342,8 +349,8 @@ class BatchEngine(ABC):
         }
 
     def healthy(self) -> bool:
-        """Whether the engine's thread is alive."""
-        return self._thread.is_alive() and not self._closing
+        """Whether the engine's thread is alive, and the last calls of the LLM did not all fail."""
+        return self._thread.is_alive() and not self._closing and self._failures < FAILURES
 
     def close(self) -> None:
         """Stop after the current step; unfinished requests end with an error."""
@@ -356,13 +363,13 @@ class BatchEngine(ABC):
     # ---- in the engine's thread ----
 
     def _loop(self) -> None:
-        error = ATVError("The server is shutting down.")
+        error = Unavailable("The server is shutting down.")
         try:
             while self._turn():
                 pass
         except Exception as unexpected:  # or clients would wait for ever for a thread that has ended
             log.error(f"The engine stopped: {type(unexpected).__name__}: {unexpected}")
-            error = ATVError("The engine has stopped; see the server's log.")
+            error = Unavailable("The engine has stopped; see the server's log.")
         with self._wake:
             self._closing = True
         for work in [*self._waiting, *(row for batch in self._batches for row in batch.rows)]:
@@ -408,6 +415,8 @@ class BatchEngine(ABC):
             if new and longest * (len(new) + 1) > self.limits.prefill:
                 break
             new.append(self._waiting.popleft())
+        for work in new:  # as many columns as each row may have
+            work.room = self.limits.tokens // (len(running) + len(new)) - work.most
         return new
 
     def _begin(self, new: list[_Work]) -> None:
@@ -419,6 +428,7 @@ class BatchEngine(ABC):
                 for work in new:
                     self._begin([work])
             else:
+                self._count_failure(error)
                 self._finish(new[0], "error", error)
             return
         try:
@@ -434,11 +444,24 @@ class BatchEngine(ABC):
     def _step(self, batch: Decoded) -> None:
         try:
             batch.step([cast(_Work, row).next for row in batch.rows])
+            self._failures = 0
             self._choose(batch)
         except Exception as error:
+            self._count_failure(error)
             self._fail(batch, error)
         if not batch.rows:
             self._batches.remove(batch)
+
+    def _count_failure(self, error: Exception) -> None:
+        """Count a call of the LLM that failed, unless it did for a reason of its request."""
+        if isinstance(error, ATVError) and not isinstance(error, Unavailable):
+            return
+        self._failures += 1
+        if self._failures == FAILURES:
+            log.error(
+                f"{FAILURES} calls of the LLM in a row failed, the last one with {type(error).__name__}: {error} "
+                "The server says in /health that it is down until a call succeeds; if none does, start it again."
+            )
 
     def _fail(self, batch: Decoded, error: Exception) -> None:
         for row in batch.rows:
@@ -493,9 +516,13 @@ class BatchEngine(ABC):
             return
         rest = "" if why == "error" else work.text.finish()
         work.finished = True
+        with self._wake:
+            self._open -= 1
         now = time.monotonic()
         self._pace, self._last = 0.9 * self._pace + 0.1 * min(now - self._last, 10.0), now
         self._counts[why] += 1
+        if why in ("stop", "length"):
+            self._failures = 0
         if error is not None and not isinstance(error, ATVError):
             log.error(f"A request failed: {type(error).__name__}: {error}")
         self._deliver(work, Piece(text + rest, tokens, why, work.generated, error))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from atv.config import Positions
-from atv.errors import ATVError, unknown
+from atv.errors import ATVError, Unavailable, unknown
 from atv.serving.beginnings import MOST
 from atv.serving.engine import Limits
 from atv.serving.steers import Part, Steering, edited_rows
@@ -97,12 +97,12 @@ class Edits(NamedTuple):
         """Return the edited rows of a layer's output, which has this many rows, and what is added to them.
 
         Raises:
-            ATVError: the output has rows of something else.
+            Unavailable: the output has rows of something else.
         """
         where, vectors = self.rows, self.vectors[self.owners, layer]
         if rows != self.tokens:
             if rows != len(self.outputs):
-                raise ATVError(f"Layer {layer} returned {rows} rows for {self.tokens} tokens.")
+                raise Unavailable(f"Layer {layer} returned {rows} rows for {self.tokens} tokens.")
             place = {row: number for number, row in enumerate(self.outputs)}
             left = [index for index, row in enumerate(where.tolist()) if row in place]
             where, vectors = torch.tensor([place[int(where[index])] for index in left], dtype=torch.long), vectors[left]
@@ -240,7 +240,7 @@ class LlamaCpp:
             (wanted, vocabulary) float32: the logits after each reading that wants them.
 
         Raises:
-            ATVError: llama.cpp failed. The sequences must not be read further.
+            Unavailable: llama.cpp failed. The sequences must not be read further.
         """
         found = []
         for call in _calls(readings, self._ubatch):
@@ -269,9 +269,11 @@ class LlamaCpp:
             if self._error is not None:
                 raise self._error
             if code != 0:
-                raise ATVError(f"llama.cpp failed (code {code}): {self._reason()}")
+                raise Unavailable(f"llama.cpp failed (code {code}): {self._reason()}")
             if self._edits is not None and (left := sorted(self._edits.layers - self._applied)):
-                raise ATVError(f"llama.cpp computed no output named l_out of the layers {left}; they were not steered.")
+                raise Unavailable(
+                    f"llama.cpp computed no output named l_out of the layers {left}; they were not steered."
+                )
         finally:
             self._edits = None
         return [self._logits(output) for output in outputs]
@@ -301,7 +303,7 @@ class LlamaCpp:
         """Add the vectors of a layer to its output."""
         values, row = self._ggml.ggml_nelements(tensor), 4 * self.width
         if self._ggml.ggml_nbytes(tensor) != 4 * values or values % self.width:
-            raise ATVError(f"The output of layer {layer} is not rows of {self.width} float32 numbers.")
+            raise Unavailable(f"The output of layer {layer} is not rows of {self.width} float32 numbers.")
         rows, vectors = now.at(layer, values // self.width)
         if len(rows):
             first, last = int(rows[0]), int(rows[-1])

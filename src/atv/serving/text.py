@@ -56,7 +56,7 @@ class TextStream:
         self._held += text[self._before :]
         self._before = max(self._before, len(text))
         if len(self._tokens) - self._first >= 2 * CONTEXT and self._decoded() == text:
-            rest = str(self._tokenizer.decode(self._tokens[-CONTEXT:], skip_special_tokens=True))
+            rest = self._decoded(len(self._tokens) - CONTEXT)
             if text.endswith(rest):  # not if it begins inside a character
                 self._first, self._before = len(self._tokens) - CONTEXT, len(rest)
         return self._certain()
@@ -69,8 +69,11 @@ class TextStream:
         self._held, self._before = "", len(self._decoded())
         return text
 
-    def _decoded(self) -> str:
-        return str(self._tokenizer.decode(self._tokens[self._first :], skip_special_tokens=True))
+    def _decoded(self, first: int | None = None) -> str:
+        """Decode the tokens from `first`, by default those that are decoded again."""
+        tokens = self._tokens[self._first if first is None else first :]
+        # Cleaning up, such as " ." to ".", would shorten text that was returned already.
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _certain(self) -> str:
         places = [place for place in (self._held.find(text) for text in self._stop) if place >= 0]

@@ -17,7 +17,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from atv.errors import ATVError
+from atv.errors import ATVError, Unavailable
 from atv.lm.ends import end_ids
 from atv.lm.load import load_outline, load_tokenizer, resolve
 from atv.progress import log
@@ -34,6 +34,8 @@ CACHE = 2**31
 """Bytes of keys and values on a CPU, where vLLM would otherwise reserve most of the memory."""
 SCORED = 128
 """Most tokens whose log-probabilities vLLM tells for one request."""
+UNLIMITED = 2**31
+"""As `Limits.tokens`: more than the context of any LLM."""
 OURS = ("model", "tokenizer", "worker_cls", "worker_extension_cls", "max_num_seqs", "additional_config")
 ENVIRONMENT = {
     "VLLM_USE_V2_MODEL_RUNNER": "0",
@@ -84,7 +86,8 @@ class VLLMEngine:
         trust_remote_code: bool = False,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        self.limits = limits or Limits()
+        # vLLM limits the tokens of all answers itself: nothing here may shorten an answer or refuse a prompt for them.
+        self.limits = replace(limits or Limits(), tokens=UNLIMITED)
         require_vllm()
         if taken := sorted({*OURS, "dtype", "revision", "trust_remote_code"} & {*(options or {})}):
             raise ATVError(f"The vLLM options {', '.join(taken)} are set by atv itself; leave them out.")
@@ -125,7 +128,9 @@ class VLLMEngine:
         """Yield the pieces of an answer; closing the iterator cancels the request. Raises `Busy`."""
         self.check(request)
         if self._closed:
-            raise ATVError("The engine is closed.")
+            raise Unavailable("The engine is closed.")
+        if self._llm.errored:
+            raise Unavailable("vLLM has stopped; see the server's log.")
         if self._active >= self.limits.rows + self.limits.waiting:
             self._counts["refused"] += 1
             waiting = self._active - self.limits.rows
