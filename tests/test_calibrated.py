@@ -18,6 +18,7 @@ from atv.expansion import Expansion
 from atv.gate import STRENGTHS, Gate
 from atv.methods.atv import ATVMethod
 from atv.model import ATVModel
+from atv.training import calibration
 from atv.training.batches import training_rows
 from atv.training.loop import train
 
@@ -397,3 +398,22 @@ def test_the_decision_is_saved_and_a_finished_training_recognised(tmp_path, caps
         result = train(atv, [toy_task()], tmp_path / "out", TrainConfig(epochs=1))
         assert result.record["settings"]["config"]["train_generator"] is False
     assert "holds this training already" in capsys.readouterr().err
+
+
+def test_the_temperature_is_fitted_on_rows_of_every_answer_of_a_sorted_table(monkeypatch):
+    examples = tuple(Example(f"the harbour {n}", "no" if n < 250 else "yes") for n in range(500))
+    task, model, read = replace(toy_task(), valid=examples), calibrated(), []
+
+    def scores(model, task, rows):
+        read.append([row.answer for row in rows])
+        return torch.zeros(len(rows), 2, dtype=torch.float64)
+
+    monkeypatch.setattr(calibration, "option_scores", scores)
+    encoded = [model.encode_row(row) for row in training_rows(task, "valid")]
+    for rows in (encoded, encoded, encoded[:200]):
+        calibration.temperature_of(model, task, rows)
+    first, again, few = read
+    assert len(first) == calibration.ROWS
+    assert 75 <= first.count("yes") <= 125  # 100 are expected, and the standard deviation is below 6
+    assert first == again
+    assert few == ["no"] * 200

@@ -29,6 +29,7 @@ from atv.methods.atv import ATVMethod
 from atv.methods.fixed import FixedModel
 from atv.methods.zero_shot import ZeroShot
 from atv.model import ATVModel
+from atv.training import batches
 from atv.training.loop import train
 
 SYSTEM = "You are the harbour office. Answer in one word."
@@ -267,3 +268,44 @@ def test_the_command_distils_a_system_prompt_from_queries_alone(tmp_path, monkey
         assert named in err, err
     code, said, err = run("--teacher-shots", 2, "--input", "prompt", "--output", "label", "--force")
     assert code == 0, err
+
+
+def test_a_teacher_that_is_less_sure_of_the_same_answers_is_another_training(llm, tokenizer, tmp_path):
+    task = taught(llm, tokenizer)
+    doubtful = {
+        example: lesson._replace(probabilities=lesson.probabilities / 2) for example, lesson in task.taught.items()
+    }
+    other, how = replace(task, taught=doubtful), TrainConfig(epochs=1)
+    assert other == task
+    first = train(FixedModel(llm, tokenizer=tokenizer), [task], tmp_path / "out", how).record
+    with refused("other settings", "tasks.boats.teacher"):
+        train(FixedModel(llm, tokenizer=tokenizer), [other], tmp_path / "out", how)
+    assert train(FixedModel(llm, tokenizer=tokenizer), [task], tmp_path / "out", how).record == first
+    second = train(FixedModel(llm, tokenizer=tokenizer), [other], tmp_path / "out", how, force=True).record
+    assert second["best_eval_loss"] != first["best_eval_loss"]
+
+
+def test_a_record_without_the_teachers_digest_is_accepted(llm, tokenizer, tmp_path):
+    task, how = taught(llm, tokenizer), TrainConfig(epochs=1)
+    train(FixedModel(llm, tokenizer=tokenizer), [task], tmp_path / "out", how)
+    file = tmp_path / "out" / "train.json"
+    record = json.loads(file.read_text())
+    del record["settings"]["tasks"]["boats"]["teacher"]
+    file.write_text(json.dumps(record))
+    assert train(FixedModel(llm, tokenizer=tokenizer), [task], tmp_path / "out", how).record == record
+    record["data"]["boats"] = {}  # not taught
+    file.write_text(json.dumps(record))
+    with refused("other settings", "tasks.boats.teacher"):
+        train(FixedModel(llm, tokenizer=tokenizer), [task], tmp_path / "out", how)
+
+
+def test_taught_rows_are_given_no_advice_that_is_refused(llm, tokenizer, tmp_path, capsys):
+    task = taught(llm, tokenizer)
+    once = task.train[0]._replace(output="once")
+    rows = tuple(row._replace(output="often") for row in task.train[1:])
+    lessons = dict(zip((once, *rows), task.taught.values(), strict=False))
+    uneven = replace(task, train=(once, *rows), taught=task.taught | lessons, options=())
+    train(FixedModel(llm, tokenizer=tokenizer), [uneven], tmp_path / "out", TrainConfig(epochs=1))
+    assert "--class-weights" not in capsys.readouterr().err
+    batches.note_imbalance(replace(uneven, taught={}))
+    assert "--class-weights" in capsys.readouterr().err

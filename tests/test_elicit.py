@@ -100,7 +100,7 @@ def test_demonstrations_that_the_context_has_no_room_for_are_left_out_and_a_long
     with refused("training row", "context is 9"):
         exemplars.exemplar_prompts(llm, tokenizer, task, count=1, shots=1, seed=7)
     with refused("validation row", "context is 9"):
-        exemplars.layer_scores(llm, tokenizer, task, torch.zeros(1, 3, 32), 1.0, rows=2)
+        exemplars.layer_scores(llm, tokenizer, task, torch.zeros(1, 3, 32), 1.0, rows=task.valid[:2])
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
@@ -111,7 +111,7 @@ def test_the_best_layer_is_that_of_full_passes_over_all_layers(name, at_once, mo
     task = dataclasses.replace(toy_task(), valid=(Example("the kettle", "yes"), *toy_task().valid))  # unequal lengths
     torch.manual_seed(0)
     states, scale = 3 * torch.randn(4, 3, 32, dtype=torch.float64), 2.0
-    right, likely = exemplars.layer_scores(llm, tokenizer, task, states, scale, rows=5)
+    right, likely = exemplars.layer_scores(llm, tokenizer, task, states, scale, rows=task.valid[:5])
     best = exemplars.best_layers(right, likely)
     for exemplar in range(4):
         scores = []
@@ -129,6 +129,24 @@ def test_the_best_layer_is_that_of_full_passes_over_all_layers(name, at_once, mo
         assert likely[exemplar].tolist() == pytest.approx([chance for _, chance in scores], rel=1e-5)
         assert best[exemplar] == scores.index(max(scores))
     assert len(set(best.tolist())) > 1
+
+
+def test_the_layers_are_chosen_on_rows_with_each_answer_in_its_share_of_a_sorted_table(tmp_path, encoder, monkeypatch):
+    rows = tuple(Example(f"the harbour {number}", "no" if number < 60 else "yes") for number in range(80))
+    task, used = dataclasses.replace(toy_task(), valid=rows), []
+
+    def seen(llm, tokenizer, task, states, scale, rows):
+        used.append(rows)
+        return exemplars.layer_scores(llm, tokenizer, task, states, scale, rows)
+
+    monkeypatch.setattr("atv.methods.elicit.layer_scores", seen)
+    for folder in ("one", "again"):
+        fit(tmp_path / folder, encoder, tasks=[task], layer_rows=8)
+    one, again = used
+    assert [row.output for row in one] == ["no"] * 6 + ["yes"] * 2
+    assert one == again
+    assert exemplars.spread_over_answers(rows, 8, "another seed") != one
+    assert exemplars.spread_over_answers(rows, 80, "any") == list(rows)
 
 
 def test_more_right_answers_decide_then_the_likelier_ones_and_never_what_is_no_number():

@@ -424,7 +424,7 @@ def test_the_best_layer_is_chosen_by_the_tokens_that_tell_an_answer_apart():
     llm, tokenizer, task = make_llm(), byte_level_tokenizer(), labelled(LABELS["nested"], rows=6)
     torch.manual_seed(0)
     states = 3 * torch.randn(2, 3, 32, dtype=torch.float64)
-    right, likely = exemplars.layer_scores(llm, tokenizer, task, states, 2.0, rows=5)
+    right, likely = exemplars.layer_scores(llm, tokenizer, task, states, 2.0, rows=task.valid[:5])
     ids = [tuple(encode_pair(tokenizer, "A:", option)[1]) for option in task.options]
     for exemplar, layer in itertools.product(range(2), range(3)):
         hits, chances = [], []

@@ -22,8 +22,10 @@ from atv.errors import ATVError
 from atv.evaluation.records import RunWriter
 from atv.evaluation.run import evaluate
 from atv.files import sha256
+from atv.lm.continuation import Continuation
 from atv.lm.load import load_llm
 from atv.lm.prefix import SharedPrefix, call_llm
+from atv.lm.scoring import Options
 from atv.methods import METHODS
 from atv.methods.lora import LoRA, LoRAConfig, query_and_value
 from atv.methods.peft_model import PEFTModel
@@ -129,6 +131,36 @@ def test_a_row_reads_the_same_alone_and_in_a_padded_batch(method, name):
     together = read(model.adapted, PROMPTS)
     for row, prompt in enumerate(PROMPTS):
         torch.testing.assert_close(together[row : row + 1], read(model.adapted, [prompt]))
+
+
+@pytest.mark.parametrize("tokens", [3, 9])
+@pytest.mark.parametrize(
+    ("name", "window"), [("mistral", 6), ("mistral", 14), ("gemma3", 6), ("gemma3", 14), ("bloom", 0)]
+)
+def test_what_follows_a_padded_batch_of_prompts_is_what_follows_each_alone(name, window, tokens, monkeypatch):
+    """With a window that prompts and virtual tokens exceed, or only the answers; beside calls without a cache."""
+    if window:
+        monkeypatch.setattr(CONFIGS[name], "sliding_window", window)
+    llm = bloom() if name == "bloom" else make_llm(name)
+    model = make(PrefixTuning, llm=llm, config=PrefixConfig(virtual_tokens=tokens))
+    options = Options(("a", "b"), ((20, 21, 22), (30, 31, 32)))
+
+    def after(ids):
+        return read(model.adapted, [ids])[0, -1].log_softmax(-1)
+
+    inputs = left_padded(PROMPTS, 0)
+    with torch.no_grad():
+        output = call_llm(model.adapted, keep=1, use_cache=True, **inputs)
+        behind = Continuation(model.adapted, inputs, output)
+        scores, answers = behind.log_likelihoods(options), behind.greedy(8, lambda _: False)
+    for row, prompt in enumerate(PROMPTS):
+        ids = list(prompt)
+        for token in answers[row]:
+            assert int(after(ids).argmax()) == token
+            ids.append(token)
+        for place, option in enumerate(options.ids):
+            expected = sum(float(after([*prompt, *option[:step]])[token]) for step, token in enumerate(option))
+            assert scores[row, place].item() == pytest.approx(expected, abs=1e-4)
 
 
 @BOTH

@@ -18,7 +18,14 @@ from atv.lm import identity
 from atv.lm.hooks import decoder_layers, input_device, text_config
 from atv.lm.prefix_store import PrefixStore
 from atv.methods.base import Method
-from atv.methods.exemplars import Exemplars, best_layers, exemplar_prompts, last_states, layer_scores
+from atv.methods.exemplars import (
+    Exemplars,
+    best_layers,
+    exemplar_prompts,
+    last_states,
+    layer_scores,
+    spread_over_answers,
+)
 from atv.methods.learn_once import BEST, at_least_one, learn_once
 from atv.methods.retriever import Retriever, embed, fit_classifier, load_encoder
 from atv.progress import Bar, bar
@@ -172,7 +179,8 @@ def _exemplars(
         progress.advance()
     made = torch.stack(states)
     if config.layers == BEST:
-        layers = best_layers(*layer_scores(llm, tokenizer, task, made, config.scale, config.layer_rows))
+        some = spread_over_answers(task.valid, config.layer_rows, f"{seed} {task.name}")
+        layers = best_layers(*layer_scores(llm, tokenizer, task, made, config.scale, some))
     else:
         layers = torch.full((len(made),), NO_LAYER)  # finding the best ones takes most of the time
     exemplars = Exemplars(made, layers, torch.tensor(rows))

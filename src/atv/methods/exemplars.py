@@ -94,6 +94,19 @@ def last_states(llm: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]]
     return torch.stack([read[tuple(ids)] for ids in prompts])
 
 
+def spread_over_answers(rows: Sequence[Example], count: int, seed: str) -> list[Example]:
+    """At most `count` of the rows, drawn at random, with each answer in its share of all rows, in the order of `rows`.
+
+    The first rows of a table that is sorted by answer would all have the same one.
+    """
+    if count >= len(rows):
+        return list(rows)
+    order = random.Random(seed).sample(range(len(rows)), len(rows))
+    order.sort(key=lambda index: rows[index].output)  # a stable sort: at random within an answer
+    drawn = [order[(2 * part + 1) * len(rows) // (2 * count)] for part in range(count)]  # the middles of equal parts
+    return [rows[index] for index in sorted(drawn)]
+
+
 def in_turn(tokenizer: Any, task: Task, rows: Sequence[Example]) -> list[tuple[list[int], list[int]]]:
     """Prompts and answers of rows as token ids; the training variants alternate."""
     pairs, renderers = [], task.training_renderers()
@@ -111,7 +124,7 @@ def layer_scores(
     task: Task,
     states: Tensor,
     scale: float,
-    rows: int,
+    rows: Sequence[Example],
     at: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """How well validation rows are answered with a state added at one layer, for each state and layer.
@@ -122,10 +135,10 @@ def layer_scores(
     Args:
         llm: the frozen LLM.
         tokenizer: the LLM's.
-        task: its first validation rows are used; templates alternate.
+        task: the task, whose templates alternate.
         states: (exemplars, layers, hidden), added to every row; or one per row, (exemplars, rows, layers, hidden).
         scale: strength of the addition.
-        rows: maximum number of validation rows.
+        rows: validation rows of the task.
         at: indices of the decoder layers at which `states` are added. None: all, in order.
 
     Returns:
@@ -133,8 +146,7 @@ def layer_scores(
         float32 on the CPU.
     """
     told_apart, asked = training_options(tokenizer, task).judged, []
-    some_rows = task.valid[:rows]
-    for row, (prompt, answer) in zip(some_rows, in_turn(tokenizer, task, some_rows), strict=True):
+    for row, (prompt, answer) in zip(rows, in_turn(tokenizer, task, rows), strict=True):
         tokens = told_apart[row.output]
         asked.append(EncodedRow([0], [(prompt, answer[:tokens])], tokens))
         check_length(llm, task, "valid", prompt + answer[: tokens - 1])

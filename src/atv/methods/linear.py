@@ -272,4 +272,4 @@ def _scores(
             for ridge in ridges
         ]
     )  # (ridges, valid, layers, hidden)
-    return layer_scores(llm, tokenizer, task, made, scale, len(prompts), layers)
+    return layer_scores(llm, tokenizer, task, made, scale, task.valid, layers)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from atv.config import Checked
 from atv.errors import ATVError
 from atv.lm.load import context_length
-from atv.lm.prefix import counts_positions
+from atv.lm.prefix import KeptLayer, as_cache, counts_positions
 from atv.methods.learn_once import at_least_one
 from atv.methods.peft_model import Adapted, PEFTMethod
 
@@ -41,8 +41,7 @@ class AdaptedByPrefix(Adapted):
     def forward(self, **inputs: Any) -> Any:
         """Call the LLM. Caches passed in and returned do not contain the virtual tokens."""
         llm, mask = self.get_base_model(), inputs["attention_mask"]  # (batch, seq)
-        past = self.peft.get_prompt(len(mask))
-        tokens = past.get_seq_length()
+        past, tokens = self._virtual_tokens(len(mask))
         columns = tokens + mask.shape[1]
         self._require_room(columns)
         if not counts_positions(llm, columns) and not mask[:, 0].all():
@@ -59,14 +58,41 @@ class AdaptedByPrefix(Adapted):
                 layer.keys, layer.values = layer.keys[:, :, tokens:], layer.values[:, :, tokens:]
         return output
 
+    def _virtual_tokens(self, rows: int) -> tuple[Any, int]:
+        """A cache of the virtual tokens' keys and values, and their number.
+
+        PEFT's layers with a sliding window keep only the columns inside it, and more would drop out while the cache
+        grows, so that the virtual tokens could not be told from the prompt. Here each layer keeps every column: those
+        that PEFT has dropped are zeros, which the window hides.
+        """
+        past = self.peft.get_prompt(rows)
+        tokens = past.get_seq_length()
+        past.layers = [
+            KeptLayer(*(_widened(side, tokens) for side in (layer.keys, layer.values)))
+            if layer.is_sliding and layer.is_initialized
+            else layer
+            for layer in past.layers
+        ]
+        return past, tokens
+
     def _one_by_one(self, inputs: dict[str, Any]) -> Any:
         """Run each row without its left padding, for LLMs that would count the padding as tokens."""
-        outputs = []
+        given, width, outputs = inputs.pop("past_key_values", None), inputs["attention_mask"].shape[1], []
         for row, mask in enumerate(inputs["attention_mask"]):
-            own = slice(int(mask.argmax()), None)
-            cut = {name: x[row : row + 1, own] if isinstance(x, Tensor) else x for name, x in inputs.items()}
+            padding, one = int(mask.argmax()), slice(row, row + 1)
+            # Without the padding: all tensors end at the same column, and with a cache some begin later than others.
+            cut = {name: x[one, padding - width :] if isinstance(x, Tensor) else x for name, x in inputs.items()}
+            if given is not None:
+                sides = [(layer.keys, layer.values) for layer in given.layers]
+                cut["past_key_values"] = as_cache([(k[one, :, padding:], v[one, :, padding:]) for k, v in sides])
             outputs.append(self(**cut))
         outputs[0].logits = torch.cat([output.logits for output in outputs])
+        if inputs.get("use_cache"):
+            caches = [output.past_key_values.layers for output in outputs]
+            for layer, *others in zip(*caches, strict=True):
+                for name in ("keys", "values"):
+                    sides = [_widened(getattr(each, name), width) for each in (layer, *others)]
+                    setattr(layer, name, torch.cat(sides))
         return outputs[0]
 
     def _require_room(self, tokens: int) -> None:
@@ -76,6 +102,11 @@ class AdaptedByPrefix(Adapted):
                 f"A prompt and the virtual tokens before it are {tokens} tokens and the LLM's context is {limit}; "
                 "shorten the prompt or train fewer virtual tokens."
             )
+
+
+def _widened(side: Tensor, columns: int) -> Tensor:
+    """Keys or values (batch, heads, seq, head width) with zeros in front, up to so many columns."""
+    return nn.functional.pad(side, (0, 0, columns - side.shape[2], 0))
 
 
 class PrefixTuning(PEFTMethod):

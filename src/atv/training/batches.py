@@ -61,10 +61,10 @@ def balanced_weights(answers: Sequence[str]) -> dict[str, float]:
 
 
 def note_imbalance(task: Task) -> None:
-    """Log a warning if a task with few options has training answers of very different frequency."""
+    """Log a warning if a task with few options, and no teacher, has training answers of very different frequency."""
     counts = Counter(row.output for row in task.train).most_common()
     (most, often), (least, rarely) = counts[0], counts[-1]
-    if len(task.options) <= FEW_OPTIONS and often > IMBALANCED * rarely:
+    if not task.taught and len(task.options) <= FEW_OPTIONS and often > IMBALANCED * rarely:
         log_once(
             f"{task.name}: {often} training rows have the answer {most!r} and {rarely} have {least!r}. If rare answers "
             "matter as much as frequent ones, train with --class-weights balanced."

@@ -1,5 +1,6 @@
 """The temperature of a task's options: how confident a trained model is, measured on validation rows."""
 
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -65,7 +66,8 @@ def temperature_of(model: AdapterModel, task: Task, rows: Sequence[EncodedRow]) 
     Args:
         model: after its training, in eval mode.
         task: the task.
-        rows: its encoded validation rows; of those whose prompt leaves room for each option, the first `ROWS` are used.
+        rows: its encoded validation rows; of those whose prompt leaves room for each option, at most `ROWS` are used,
+            drawn by the task's name alone: the rows of a table are often sorted by answer.
     """
     if not (task.chooses and model.writes and rows):
         return None
@@ -75,7 +77,8 @@ def temperature_of(model: AdapterModel, task: Task, rows: Sequence[EncodedRow]) 
     limit, longest = context_length(model.llm), max(map(len, options.ids))
     if limit is not None:  # a query that was cut leaves room for its own answer alone
         rows = [row for row in rows if len(row.pairs[0][0]) + longest <= limit]
-    rows = rows[:ROWS]
+    drawn = random.Random(task.name).sample(range(len(rows)), min(ROWS, len(rows)))
+    rows = [rows[index] for index in sorted(drawn)]
     if not rows:
         return None
     right = torch.tensor([options.texts.index(row.answer) for row in rows])

@@ -1,5 +1,6 @@
 """What a training is recorded as, so that it can be resumed, skipped or refused."""
 
+import hashlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ def training_settings(
             "asking": task.asking(),
             "digest": task.digest("train", "valid"),
         }
+        | ({"teacher": _teacher_digest(task)} if task.taught else {})
         for task in tasks
     }
     return {
@@ -59,16 +61,40 @@ def training_settings(
     }
 
 
+def _teacher_digest(task: Task) -> str:
+    """Return a short digest of a teacher's answers: two teachers may write the same texts and not be equally sure."""
+    digest = hashlib.sha256()
+    for example in (*task.train, *task.valid):
+        if example in task.taught:
+            lesson = task.taught[example]
+            digest.update(repr(lesson.ids).encode())
+            digest.update(lesson.likeliest.long().cpu().numpy().tobytes())
+            digest.update(lesson.probabilities.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def former_record(out: Path, settings: dict[str, Any], force: bool) -> dict[str, Any] | None:
     """Return the record of the training in `out`, if it is to be resumed; its settings must be the same."""
     file = out / RECORD_FILE
     if file.exists() and not force:
         record: dict[str, Any] = read_json(file, "the record of a training")
-        same_settings(record.get("settings", {}), settings, out)
+        same_settings(_with_teachers(record, settings), settings, out)
         return record
     if occupied(out) and not file.exists():
         raise ATVError(f"{out} exists and is not a training; choose a new folder, so that nothing there is lost.")
     return None
+
+
+def _with_teachers(record: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Return a record's settings; those of a taught task without a digest of its teacher get the one in `settings`."""
+    former: dict[str, Any] = record.get("settings", {})
+    tasks = former.get("tasks", {})
+    given = {
+        name: {"teacher": task["teacher"]} | tasks[name]
+        for name, task in settings["tasks"].items()
+        if "teacher" in task and name in tasks and "teacher" in record.get("data", {}).get(name, {})
+    }
+    return {**former, "tasks": tasks | given} if given else former
 
 
 def training_tasks(adapter: Path) -> list[Task]:
