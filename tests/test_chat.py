@@ -10,6 +10,8 @@ from chat_templates import FAMILIES, GPT2_SPLITS, NO_END, chat_tokenizer
 from conftest import byte_level_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from atv.data import Chat, Example, Rendering, Template, Turn, load_tasks
 from atv.data.rendering import chat_template_digest, described, recorded
@@ -72,6 +74,28 @@ def test_any_text(name: str, query: str, answer: str) -> None:
     ids = Chat().answer(tokenizer, prompt, example.output)
     closed = ids[:-1] if name == NO_END else ids
     assert whole[: len(prompt.ids) + len(closed)] == prompt.ids + closed
+
+
+@pytest.mark.parametrize("text", ["The refund is on its way.", ".", "way", "no.\n\nWhy?", "(a) ..."])
+def test_an_answer_whose_end_merges_with_the_line_breaks_after_it_is_whole(text: str) -> None:
+    """As with the pre-tokenizers of Qwen 2 and Llama 3, and a chat template without control tokens."""
+    made = Tokenizer(models.BPE())
+    pattern = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    said = ["assistant: It is on its way.\n\nuser: (a) ...\n\nuser: no\n\n"] * 3
+    made.train_from_iterator(said, trainers.BpeTrainer(special_tokens=["</s>"], initial_alphabet=alphabet))
+    template = """{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, chat_template=template, eos_token="</s>")
+    assert len(tokenizer(".\n\n")["input_ids"]) == 1
+    prompt = Chat().prompt(tokenizer, EXAMPLE)
+    answer = Chat().answer(tokenizer, prompt, text)
+    assert answer == [*tokenizer(f" {text}")["input_ids"], tokenizer.eos_token_id]
+    assert tokenizer.decode(answer[:-1]) == f" {text}"
 
 
 def test_the_system_prompt_and_the_options_of_the_chat_template() -> None:

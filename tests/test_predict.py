@@ -125,8 +125,21 @@ def test_a_row_without_an_answer_is_counted_and_the_others_are_answered(tmp_path
     assert [row["answer"] is None for row in rows] == [False, True, True, False]
     assert rows[1]["p(no)"] is None
     said = " ".join(record.getMessage() for record in caplog.records)
-    assert "1 row has no answer: The query is empty." in said
-    assert "row 2 has input 1.5" in said
+    assert "2 of 4 rows have no answer" in said
+    assert "1 row: The query is empty." in said
+    assert "1 row: The row has input 1.5" in said
+
+
+def test_reasons_are_counted_without_the_numbers_of_their_rows(tmp_path, caplog):
+    rows = [{"input": cell} for n in range(20) for cell in ([{"role": "tool", "content": "a"}], f"leaks {n}")]
+    rows += [{"input": n + 0.5} for n in range(6)]
+    with caplog.at_level(logging.WARNING, "atv"):
+        predict(trained(tmp_path), rows)
+    said = [record.getMessage() for record in caplog.records if record.name == "atv"]
+    assert "26 of 46 rows have no answer" in said[-7]
+    assert said[-6].startswith("20 rows: The row, input 0 has the role 'tool'")
+    assert all(line.startswith("1 row: The row has input ") for line in said[-5:-1])
+    assert said[-1] == "and 2 other reasons"
 
 
 def test_rows_that_no_tokenizer_reads_have_no_answer_and_keep_their_columns(tmp_path, atv):

@@ -351,6 +351,16 @@ def test_an_empty_name_is_not_the_folder_that_one_is_in(tmp_path, monkeypatch):
             load_tasks(data=name)
 
 
+@pytest.mark.parametrize("name", [".", "..", "../tickets v1.2", "./"])
+def test_a_folder_has_the_name_that_it_has_from_elsewhere(tmp_path, monkeypatch, name):
+    here = tmp_path / "tickets v1.2"
+    (here / "in").mkdir(parents=True)
+    as_csv(here / "train.csv")
+    monkeypatch.chdir(here / "in" if name == ".." else here)
+    for read in (load_table, load_queries):
+        assert read(name).name == "tickets v1.2"
+
+
 def test_bytes_of_another_encoding_are_named(tmp_path):
     (tmp_path / "t.csv").write_bytes("input,output\nGrüße,a\n".encode("latin-1"))
     with refused("not UTF-8", "save it as UTF-8"):

@@ -135,25 +135,38 @@ def _ids(tokenizer: Any, chat: Chat, messages: list[dict[str, str]], opened: str
 @lru_cache(maxsize=2**14)
 def _answer(tokenizer: Any, chat: Chat, text: str) -> tuple[int, ...]:
     """Return the ids of an answer and its end."""
-    added, (after, end) = _added(tokenizer, chat, text), _end(tokenizer, chat)
-    return (*added[: len(added) - after], *end)
+    added, (after, end) = tuple(_added(tokenizer, chat, text)), _end(tokenizer, chat)
+    kept = len(added) - len(after)
+    if kept < 1 or added[kept:] != after:  # the tokenizer merges the answer's last characters with what follows
+        added = following(tokenizer, "", _written(tokenizer, chat, text).removesuffix(_tail(tokenizer, chat)))
+        kept = len(added)
+    return (*added[:kept], *end)
 
 
 @lru_cache(maxsize=64)
-def _end(tokenizer: Any, chat: Chat) -> tuple[int, tuple[int, ...]]:
-    """Return the number of tokens after an answer that do not belong to it, and those that end it in their place.
+def _end(tokenizer: Any, chat: Chat) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the tokens after an answer that do not belong to it, and those that end it in their place.
 
-    The chat template writes the same tokens after any text. The first control token among them ends the turn and
-    belongs to the answer; what follows (a line break, say) separates it from the next turn. If there is none, the
-    tokenizer's end-of-text token takes their place.
+    The chat template writes the same after any text. The first control token of it ends the turn and belongs to the
+    answer; what follows (a line break, say) separates it from the next turn. If there is none, the tokenizer's
+    end-of-text token takes its place. Tokens without a control token before them may be others after another text, if
+    the tokenizer merges the text's last characters with them.
     """
     one, other = (_added(tokenizer, chat, text)[::-1] for text in ("a", "b"))
     after = [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))][::-1]
     control = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
     place = next((place for place, token in enumerate(after, 1) if token in control), None)
     if place is not None:
-        return len(after) - place, ()
-    return len(after), () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+        return tuple(after[place:]), ()
+    return tuple(after), () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+
+
+@lru_cache(maxsize=64)
+def _tail(tokenizer: Any, chat: Chat) -> str:
+    """Return what the chat template writes after any answer."""
+    one, other = (_written(tokenizer, chat, text)[::-1] for text in ("a", "b"))
+    pairs = zip(one, other, strict=False)
+    return "".join(character for character, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))[::-1]
 
 
 def _added(tokenizer: Any, chat: Chat, text: str) -> list[int]:
@@ -163,16 +176,21 @@ def _added(tokenizer: Any, chat: Chat, text: str) -> list[int]:
     never reads that token at inference: then the text is encoded as it follows a neutral ending (`following`).
     """
     asked, opened = chat.messages(Example("a", "")), opening(tokenizer, chat)
-    said = [*asked, _assistant(text)]
-    before, whole = _ids(tokenizer, chat, asked, opened), chat._rendered(tokenizer, said)
+    before, whole = _ids(tokenizer, chat, asked, opened), chat._rendered(tokenizer, [*asked, _assistant(text)])
     if whole[: len(before)] == before and len(whole) > len(before):
         return list(whole[len(before) :])
-    prompt = chat._rendered(tokenizer, asked, tokenize=False, add_generation_prompt=True) + opened
-    all_of_it = chat._rendered(tokenizer, said, tokenize=False)
-    if not all_of_it.startswith(prompt) or len(all_of_it) == len(prompt):
+    return list(following(tokenizer, "", _written(tokenizer, chat, text)))
+
+
+def _written(tokenizer: Any, chat: Chat, text: str) -> str:
+    """Return what an assistant's message adds to the text of a prompt; ATVError if the prompt is not its beginning."""
+    asked = chat.messages(Example("a", ""))
+    prompt = chat._rendered(tokenizer, asked, tokenize=False, add_generation_prompt=True) + opening(tokenizer, chat)
+    whole = str(chat._rendered(tokenizer, [*asked, _assistant(text)], tokenize=False))
+    if not whole.startswith(prompt) or len(whole) == len(prompt):
         raise ATVError(
             f"The LLM's chat template does not begin the answer {text[:60]!r} where it asks for one: {prompt[-60:]!r} "
             "is followed by something else in a finished conversation. If the answer has thoughts in it, leave them "
             "out. Options of the chat template may also change that (--chat-template-kwargs), or use --format template."
         )
-    return list(following(tokenizer, "", all_of_it[len(prompt) :]))
+    return whole[len(prompt) :]

@@ -212,7 +212,8 @@ def _read(data: Any) -> tuple[str, Loaded]:
     if len(parts) == 1 and path.is_file() and len(only := parts["train"].splits) > 1:
         return composed(path.stem), Loaded(only, parts["train"].classes)
     classes = {key: names for part in parts.values() for key, names in part.classes.items()}
-    return composed(path.stem), Loaded({split: part.splits["train"] for split, part in parts.items()}, classes)
+    called = path.stem if path.is_file() else path.resolve().name  # "." has no name of its own
+    return composed(called), Loaded({split: part.splits["train"] for split, part in parts.items()}, classes)
 
 
 def _datasets(what: str) -> Any:

@@ -28,6 +28,8 @@ from atv.progress import bar, log
 
 ANSWER = "answer"
 """Column of the answers."""
+REASONS = 5
+"""Number of reasons why rows have no answer that are logged."""
 
 
 class Answer(NamedTuple):
@@ -209,7 +211,9 @@ class RowAnswers:
 
     def __init__(self, predictor: QueryAnswers, columns: Sequence[str]) -> None:
         self.predictor, self.columns = predictor, columns
+        self.rows = 0
         self.problems: Counter[str] = Counter()
+        """Number of rows by the reason why they have no answer."""
         self.options = None if predictor.options is None else predictor.options.texts
 
     def __call__(self, rows: Sequence[tuple[int, Mapping[str, Any]]]) -> Iterator[list[tuple[int, dict[str, Any]]]]:
@@ -219,9 +223,10 @@ class RowAnswers:
             rows: their numbers from 0, and the rows.
         """
         examples, numbers, failed = [], [], []
+        self.rows += len(rows)
         for number, row in rows:
-            try:
-                examples.append(query_of(f"row {number}", dict(row), self.columns))
+            try:  # without the row's number, so that rows of one reason are counted together
+                examples.append(query_of("The row", dict(row), self.columns))
                 numbers.append(number)
             except ATVError as error:
                 failed.append((number, self._columns(Answer("", problem=str(error)))))
@@ -240,9 +245,14 @@ class RowAnswers:
         return dict(zip(answer_columns(options), values, strict=True))
 
     def report(self) -> None:
-        """Log how many rows have no answer, and why."""
-        for problem, count in self.problems.most_common(5):
-            log.warning(f"{count} {'row has' if count == 1 else 'rows have'} no answer: {problem}")
+        """Log how many rows have no answer, and the most frequent reasons."""
+        if not self.problems:
+            return
+        log.warning(f"{self.problems.total()} of {self.rows} rows have no answer, for these reasons:")
+        for problem, count in self.problems.most_common(REASONS):
+            log.warning(f"{count} {'row' if count == 1 else 'rows'}: {problem}")
+        if len(self.problems) > REASONS:
+            log.warning(f"and {len(self.problems) - REASONS} other reasons")
 
 
 def predict(
