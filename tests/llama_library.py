@@ -29,7 +29,16 @@ class Library:
             "load_from_file": 1,
         }.items():
             setattr(self, f"llama_model_{function}", lambda *_, value=value: value)
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.metadata = {
+            b"general.architecture": b"llama",
+            **{b"llama.attention.%s_length" % side: b"%d" % head for side in (b"key", b"value")},
+        }
         self.llama_vocab_n_tokens = lambda _: config.vocab_size
+
+    def llama_model_meta_val_str(self, _, name, buffer, size):
+        buffer.value = self.metadata.get(name, b"")
+        return len(buffer.value) if name in self.metadata else -1
 
     def llama_init_from_model(self, _, given):
         self.given = given

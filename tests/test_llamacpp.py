@@ -6,13 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import byte_level_tokenizer, make_llm
+from conftest import GROUPED, byte_level_tokenizer, make_llm
 from gguf_files import changed, write_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llama_library import Library
 from refusals import refused
 from serving import TEXTS, post, prompt, same_predictions, saved, sequential
+from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from atv.config import Positions
 from atv.errors import ATVError, Unavailable
@@ -23,7 +24,7 @@ from atv.serving.batch import Row
 from atv.serving.engine import Limits, Request
 from atv.serving.gguf import check_gguf
 from atv.serving.llamacpp import LlamaCppEngine
-from atv.serving.llamacpp_context import Options, Reading, _calls, edits
+from atv.serving.llamacpp_context import LlamaCpp, Options, Reading, _calls, edits
 from atv.serving.models import Models
 from atv.serving.sampling import Sampling
 from atv.serving.steers import Part, Steering, edited_rows
@@ -150,6 +151,34 @@ def test_a_failing_call_ends_its_requests_and_frees_their_sequences(world, monke
     assert len(engine._llm._free) == llamacpp.sequences(LIMITS.rows)
     compare(world, engine, [(TEXTS[0], "last", None, 3)])
     engine.close()
+
+
+@pytest.mark.parametrize("kind", ["stand-in", "without lengths", "llama.cpp"])
+@pytest.mark.parametrize("width", [8, 24])
+def test_the_memory_of_a_token_is_that_of_its_keys_and_values(kind, width, tmp_path, monkeypatch):
+    set_seed(0)
+    llm = LlamaForCausalLM(LlamaConfig(**GROUPED, head_dim=width)).eval()
+    ids = torch.tensor([[5, 6]])
+    expected = sum(
+        side[:, :, :1].nbytes for layer in llm(ids).past_key_values.layers for side in (layer.keys, layer.values)
+    )
+    library = Library(llm)
+    if kind == "llama.cpp":
+        pytest.importorskip("llama_cpp")
+    else:
+        stand_in(monkeypatch, library)
+    if kind == "without lengths":  # files of LLMs whose heads have the LLM's width together
+        library.metadata = {}
+        expected = expected * 8 // width
+    context = LlamaCpp(write_gguf(llm, tmp_path / "llm.gguf"), LIMITS, Options.of(EXACT))
+    assert context.cell_bytes == expected
+    if kind == "llama.cpp":
+        sizes, sequence = [], context.take()
+        for done in (0, 100):
+            context.read([Reading([5] * 100, sequence, done, 200)])
+            sizes.append(context._cpp.llama_state_seq_get_size(context._context, sequence))
+        assert expected <= (sizes[1] - sizes[0]) / 100 <= expected + 32  # with places and numbers of sequences
+    context.close()
 
 
 def test_an_llm_whose_layers_have_other_outputs_is_refused(world, monkeypatch):

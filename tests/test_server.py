@@ -16,6 +16,7 @@ from conftest import SIZES, byte_level_tokenizer, make_llm
 from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import refused
 from serving import saved
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
@@ -25,6 +26,7 @@ from atv.serving.engine import Engine, Limits
 from atv.serving.forms import Form
 from atv.serving.models import Models
 from atv.serving.sampling import Likelihood
+from atv.serving.why import Reasons
 from benchmarks.serving import running
 
 QUERIES = ["the harbour quiet 90", "the harbour leaks 91", "a harbour of another kind", "leaks leaks leaks"]
@@ -424,6 +426,64 @@ def test_one_request_has_as_many_answers_as_the_server_takes_at_a_time(world):
         two = {"model": "base", "prompt": ["a", "b"], "n": 2, "max_tokens": 1}
         assert client.post("/v1/completions", json=two).status_code == 400
     assert engine.numbers()["refused"] == engine._open == 0
+
+
+HALF = "hi \ud83d"
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "body"),
+    [
+        ("/v1/chat/completions", "messages.0.content", GOOD | {"messages": [{"role": "user", "content": HALF}]}),
+        (
+            "/v1/chat/completions",
+            "0.text",
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": HALF}]}]},
+        ),
+        ("/v1/chat/completions", "stop", GOOD | {"stop": HALF}),
+        ("/v1/chat/completions", "stop", GOOD | {"stop": ["a", HALF]}),
+        ("/v1/chat/completions", "task", GOOD | {"task": HALF}),
+        ("/v1/chat/completions", "model", GOOD | {"model": HALF}),
+        ("/v1/completions", "prompt", {"prompt": HALF}),
+        ("/v1/completions", "prompt", {"prompt": ["a", HALF]}),
+        ("/v1/completions", "query", {"prompt": "a", "query": HALF}),
+        ("/v1/steer", "query", {"query": HALF}),
+        ("/v1/adapters", "folder", {"name": "x", "folder": HALF}),
+    ],
+)
+def test_a_text_that_is_cut_inside_a_character_is_refused_by_its_fields_name(world, path, field, body):
+    given = body if "name" in body else {"model": "chats"} | body
+    status, answer, _ = post(world.port, path, json.dumps(given))
+    assert status == 400, answer
+    assert field in answer["error"]["message"]
+    assert "surrogate" in answer["error"]["message"]
+    assert field in answer["error"]["param"]
+
+
+@pytest.mark.parametrize("folder", ["a\0b", "a" * 5000, "missing", "loop/a"])
+def test_a_folder_that_cannot_be_read_is_refused(world, folder):
+    if not (world.folder / "loop").is_symlink():
+        (world.folder / "loop").symlink_to("loop")
+    status, answer, _ = post(world.port, "/v1/adapters", json.dumps({"name": "x", "folder": folder}))
+    assert status == 400, answer
+    assert "cannot be read: " in answer["error"]["message"]
+    assert str(world.folder) not in answer["error"]["message"]
+
+
+def test_vectors_that_are_not_finite_are_told_as_such(world, tmp_path):
+    def huge(model):
+        with torch.no_grad():
+            for weights in model.expansion.parameters():
+                weights.mul_(1e36)
+
+    saved(world.llm, world.engine.tokenizer, tmp_path / "huge", "answer", 1, prepare=huge)
+    models = Models("base", world.engine.tokenizer, world.engine.load)
+    models.add("huge", tmp_path / "huge")
+    explained = Reasons(world.engine, False).explain(
+        models["huge"], models.chat(models["huge"], [{"role": "user", "content": "the harbour"}]), 10.0
+    )
+    with refused("not finite", "huge", "smaller scale", "--dtype"):
+        asyncio.run(explained)
 
 
 class _Idle:

@@ -222,7 +222,7 @@ def _handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
-        param, message = explained(error.errors()[0])
+        param, message = explained(error.errors())
         return problem(400, message, param=param or None)
 
     @app.exception_handler(ATVError)

@@ -162,9 +162,9 @@ class LlamaCpp:
         self.width = int(cpp.llama_model_n_embd(self._model))
         self.context = int(cpp.llama_model_n_ctx_train(self._model))
         self._vocabulary = int(cpp.llama_vocab_n_tokens(cpp.llama_model_get_vocab(self._model)))
-        heads, shared = cpp.llama_model_n_head(self._model), cpp.llama_model_n_head_kv(self._model)
         size = {"f16": 2, "f32": 4}[options.cache_type]
-        self.cell_bytes = 2 * self.layers * self.width // int(heads) * int(shared) * size
+        shared = int(cpp.llama_model_n_head_kv(self._model))
+        self.cell_bytes = self.layers * shared * (self._head_width("key") + self._head_width("value")) * size
         """Memory of the keys and values of one token."""
         self._names = {f"l_out-{layer}".encode(): layer for layer in range(self.layers)}
         self._ubatch = options.n_ubatch
@@ -193,6 +193,17 @@ class LlamaCpp:
         except ATVError:
             self.close()
             raise
+
+    def _head_width(self, side: str) -> int:
+        """Return the width of the keys or values of one head, which often is not the LLM's width by its heads."""
+        found = self._metadata(f"{self._metadata('general.architecture')}.attention.{side}_length")
+        return int(found) if found else self.width // int(self._cpp.llama_model_n_head(self._model))
+
+    def _metadata(self, name: str) -> str:
+        """Return a value of the file; empty: it has none of this name."""
+        buffer = ctypes.create_string_buffer(256)
+        self._cpp.llama_model_meta_val_str(self._model, name.encode(), buffer, len(buffer))
+        return buffer.value.decode(errors="replace")
 
     def _reason(self) -> str:
         return " ".join("".join(self._said).split())[-300:] or "it gave no reason."

@@ -1,5 +1,6 @@
 """The models that a server names: the plain LLM, and adapters that come and go."""
 
+import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -109,16 +110,27 @@ class Models:
         self._served[served.name] = served
 
     def allowed(self, folder: str) -> Path:
-        """Return the folder that a run-time request names; ATVError unless it lies where adapters may be loaded from.
+        """Return the folder that a run-time request names; ATVError unless it is one from which adapters may be loaded.
 
         Args:
             folder: relative to `within`, or absolute and inside it.
         """
         if self.within is None:
             raise ATVError("This server loads no adapters at run time; start it with --adapters-from DIR to allow it.")
-        path = (self.within / folder).resolve()
-        if not path.is_relative_to(self.within) or path == self.within:
-            raise ATVError(f"The adapter {folder!r} is not inside the folder that this server loads adapters from.")
+        try:
+            path = Path(os.path.realpath(self.within / folder))
+            if inside := path.is_relative_to(self.within) and path != self.within:
+                path.stat()
+        except (OSError, ValueError) as error:  # too long a name, a loop of links, a NUL
+            reason = error.strerror if isinstance(error, OSError) else error  # without the server's paths
+            raise ATVError(
+                f"The adapter {folder!r:.200} cannot be read: {reason}. Expected its path inside the folder that this "
+                "server loads adapters from."
+            ) from error
+        if not inside:
+            raise ATVError(
+                f"The adapter {folder!r:.200} is not inside the folder that this server loads adapters from."
+            )
         return path
 
     def remove(self, name: str) -> None:

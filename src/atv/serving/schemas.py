@@ -1,8 +1,11 @@
 """The requests that the server accepts, in the form of OpenAI's API. Unknown fields are refused, not ignored."""
 
+import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic_core import PydanticCustomError
 
 from atv.errors import ATVError
 from atv.serving.sampling import MOST_LOGPROBS, MOST_STOPS, Sampling
@@ -11,6 +14,7 @@ DEFAULT_TOKENS = 256
 MOST_ANSWERS = 64
 """Most answers of one request."""
 MOST_CHOICES = 8
+SURROGATE = "surrogate"
 MOST_MESSAGES = 512
 """Most messages of a conversation, and most parts of one."""
 
@@ -19,6 +23,19 @@ class Body(BaseModel):
     """A request's body."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @field_validator("*")
+    @classmethod
+    def _encodable(cls, value: Any) -> Any:
+        """Refuse texts that JSON can write and nothing can read: half of a surrogate pair, from a text cut in two."""
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and (half := re.search(r"[\ud800-\udfff]", text)):
+                raise PydanticCustomError(
+                    SURROGATE,
+                    "the text has the lone surrogate {half} at character {place}; expected text that UTF-8 can encode",
+                    {"half": ascii(half[0]), "place": half.start()},
+                )
+        return value
 
 
 Number = Annotated[float, Field(strict=False, allow_inf_nan=False)]
@@ -142,8 +159,10 @@ class Load(Body):
     """Inside the folder that the server loads adapters from."""
 
 
-def explained(problem: dict[str, Any]) -> tuple[str, str]:
-    """Return the field and a message for one problem that pydantic found."""
+def explained(problems: Sequence[dict[str, Any]]) -> tuple[str, str]:
+    """Return the field and a message for one of the problems that pydantic found."""
+    # The first one says of a list that is wrong inside that it is no text, where there may be either.
+    problem = next((each for each in problems if each["type"] == SURROGATE), problems[0])
     where = ".".join(str(part) for part in problem["loc"] if part != "body")
     if problem["type"] == "extra_forbidden":
         return where, f"{where} is not supported; leave it out."

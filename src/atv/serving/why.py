@@ -1,6 +1,7 @@
 """Why a query is answered as it is: what an adapter's vectors are for it, and how near it is to the training."""
 
 import asyncio
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -95,7 +96,7 @@ class Reasons:
         vectors = atv.expand(state)  # (1, layers, hidden)
         gate, near = distance(atv, state)
         layers, lens = _layers(served.adapter, prompt, vectors, scale)
-        return {
+        found = {
             "model": served.name,
             "adapter": served.digest,
             "positions": atv.config.positions,
@@ -105,7 +106,16 @@ class Reasons:
             "distance": None if near is None else asdict(near) | self._judged(served, state, near.nearness),
             "layers": layers,
             "lens": lens,
-        }, state[0]
+        }
+        try:
+            json.dumps(found, allow_nan=False)
+        except ValueError as error:
+            raise ATVError(
+                f"For this query and a strength of {scale}, the vectors of {served.name} or the LLM's states are not "
+                "finite (NaN or infinite), so they cannot be shown. Send a smaller scale, or start the server with "
+                "another --dtype, such as float32."
+            ) from error
+        return found, state[0]
 
     def _judged(self, served: Served, state: Tensor, nearness: float) -> dict[str, Any]:
         """Whether a query is out of domain, and by which threshold."""
