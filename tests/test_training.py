@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from training_runs import break_loss_after, quick, tiny, weights
 from transformers import AutoConfig, AutoModel, set_seed
 
+from atv import artifact
 from atv.config import ATVConfig, TrainConfig
 from atv.data import Example
 from atv.data.collate import EncodedRow
@@ -102,6 +103,36 @@ def test_a_second_call_trains_nothing_and_force_trains_anew(tmp_path):
     assert os.stat(tmp_path / "out" / "adapter" / "expansion.safetensors").st_mtime_ns == before
     train(tiny(), [task], tmp_path / "out", quick(), force=True)
     assert os.stat(tmp_path / "out" / "adapter" / "expansion.safetensors").st_mtime_ns != before
+
+
+def test_a_forced_training_that_does_not_end_leaves_no_adapter_of_the_former_one(tmp_path):
+    out = tmp_path / "out"
+    train(tiny(), [toy_task("first")], out, quick(epochs=1))
+    (out / "adapter" / "mine.txt").write_text("x")
+    broken = tiny()
+    break_loss_after(broken, 1)
+    with refused("no adapter to keep"):
+        train(broken, [toy_task("second")], out, quick(), force=True)
+    assert list(json.loads((out / "train.json").read_text())["settings"]["tasks"]) == ["second"]
+    with refused("No adapter at"):
+        artifact.locate(out)
+    train(tiny(), [toy_task("second")], out, quick())
+    assert list(artifact.read(out / "adapter").training["tasks"]) == ["second"]
+    assert (out / "adapter" / "mine.txt").read_text() == "x"
+    assert sorted(path.name for path in out.iterdir()) == ["adapter", "train.json"]
+
+
+def test_a_kill_before_the_record_of_a_forced_training_leaves_the_former_training(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    first = train(tiny(), [toy_task("first")], out, quick(epochs=1))
+    before = weights(out)
+    monkeypatch.setattr(records, "write_json", stop)
+    with pytest.raises(Stopped):
+        train(tiny(), [toy_task("second")], out, quick(), force=True)
+    monkeypatch.undo()
+    again = train(tiny(), [toy_task("first")], out, quick(epochs=1))
+    assert again.record == first.record
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(out).items())
 
 
 def test_other_settings_in_the_same_folder_are_refused(tmp_path):

@@ -19,7 +19,7 @@ from atv.data.collate import EncodedRow
 from atv.data.render import TooLong
 from atv.doctor import require_wiring
 from atv.errors import ATVError
-from atv.files import local, write_json
+from atv.files import local
 from atv.generator import Generator
 from atv.lm.adapter_model import AdapterModel
 from atv.lm.attention import grouped
@@ -33,7 +33,7 @@ from atv.progress import bar, log, log_once
 from atv.provenance import provenance
 from atv.training.batches import Rows, balanced_weights, note_imbalance, training_rows
 from atv.training.calibration import answer_facts
-from atv.training.record import LOGS, RECORD_FILE, TrainResult, clear, former_record, training_settings
+from atv.training.record import LOGS, TrainResult, begin, clear, former_record, training_settings
 from atv.training.saving import after_non_finite, finish, last_complete
 from atv.training.trainer import (
     ATVTrainer,
@@ -132,7 +132,7 @@ def train(
         if is_main():
             clear(out)
             shutil.rmtree(out / LOGS, ignore_errors=True)
-            write_json(out / RECORD_FILE, record)
+            begin(out, record)
     barrier()  # other processes write nothing before old files have been removed
     set_seed(config.seed)
     store = store or PrefixStore()
