@@ -214,6 +214,25 @@ def test_a_nan_loss_in_the_first_epoch_leaves_no_adapter(tmp_path):
     assert not (tmp_path / "out" / "adapter").exists()
 
 
+@pytest.mark.parametrize("kept", ["accuracy", "loss"])
+@pytest.mark.parametrize("validations", [0, 2])
+def test_a_validation_loss_that_is_no_number_stops_and_keeps_the_epochs_before(
+    tmp_path, monkeypatch, kept, validations
+):
+    """As when a row overflows in float16."""
+    left, measure = itertools.count(validations, -1), trainer.validation_metrics
+    monkeypatch.setattr(
+        trainer, "validation_metrics", lambda rows: measure(rows) | ({"loss": math.nan} if next(left) <= 0 else {})
+    )
+    with refused("The validation loss became NaN", f"after step {2 * validations + 2}") as found:
+        train(tiny(), [toy_task()], tmp_path / "out", quick(epochs=4, best_epoch=kept))
+    assert ("no adapter to keep" in str(found.value)) == (validations == 0)
+    assert (tmp_path / "out" / "adapter").exists() == (validations > 0)
+    assert not json.loads((tmp_path / "out" / "train.json").read_text())["finished"]
+    if validations:
+        assert artifact.read(tmp_path / "out" / "adapter").training["best_step"] in (2, 4)
+
+
 def test_the_best_epoch_is_kept_not_the_last(tmp_path):
     """At a rate that wrecks the model sooner or later, what is saved has the lowest validation loss of all epochs."""
     atv, task = tiny(), toy_task(rows=27)  # nine validation rows in batches of four
@@ -644,3 +663,14 @@ def test_tasks_with_other_numbers_of_templates_share_a_step_only_if_it_reads_as_
 
 def moved(rows):
     return tuple(Example(f"elsewhere, {row.input}", row.output) for row in rows)
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_a_task_of_several_that_has_no_row_left_is_refused_before_it_is_trained(tmp_path, split):
+    """In the gate of a calibrated ATV it would be missing after the last epoch."""
+    texts = toy_task("texts")
+    rows = tuple(row._replace(output="leaks " * 300) for row in getattr(texts, split))
+    model = make_atv(dtype=torch.float32, parametrisation="calibrated", train_generator=False)
+    with refused(f"All 8 {split} rows are too long", "in the task texts"):
+        train(model, [toy_task(), replace(texts, **{split: rows}, options=())], tmp_path, quick())
+    assert not list(tmp_path.iterdir())
