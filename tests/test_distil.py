@@ -1,10 +1,12 @@
 """Prompt distillation: the teacher, the loss and what is recovered, each beside passes of the plain LLM."""
 
 import copy
+import hashlib
 import itertools
 import json
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -24,6 +26,8 @@ from atv.data.table import Queries, load_queries
 from atv.data.taught import divergence
 from atv.evaluation.distil import agreement, distilled
 from atv.lm.ends import end_ids
+from atv.lm.identity import fingerprint, llm_digest
+from atv.lm.load import load_llm
 from atv.lm.teacher import LIKELIEST, ask_teacher, taught_task
 from atv.methods.atv import ATVMethod
 from atv.methods.fixed import FixedModel
@@ -309,3 +313,34 @@ def test_taught_rows_are_given_no_advice_that_is_refused(llm, tokenizer, tmp_pat
     assert "--class-weights" not in capsys.readouterr().err
     batches.note_imbalance(replace(uneven, taught={}))
     assert "--class-weights" in capsys.readouterr().err
+
+
+def test_a_teacher_of_another_name_or_quantisation_is_asked_again(llm, tokenizer, tmp_path, monkeypatch):
+    lessons, asked = list(taught(llm, tokenizer).taught.values()), []
+    monkeypatch.setattr("atv.lm.teacher.ask_teacher", lambda llm, *_: asked.append(llm) or lessons)
+    named = copy.deepcopy(llm)
+    named.name_or_path = "another"
+    revised = copy.deepcopy(llm)
+    revised.config._commit_hash = "abc"
+    quantised = copy.deepcopy(llm)
+    quantised.config.quantization_config = {"quant_method": "awq"}
+    for teacher in (llm, named, revised, quantised, llm, named):
+        taught(teacher, tokenizer, cache=tmp_path)
+    assert asked == [llm, named, revised, quantised]
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_the_digest_of_a_quantised_llm_covers_its_matrices(tmp_path):
+    llm = LlamaForCausalLM(LlamaConfig(**SIZES | {"hidden_size": 64, "intermediate_size": 64}))
+    llm.save_pretrained(tmp_path / "one")
+    with torch.no_grad():
+        llm.model.layers[1].self_attn.v_proj.weight += torch.randn(64, 64)
+    llm.save_pretrained(tmp_path / "other")
+    how = {"dtype": "float32", "device": "cpu"}
+    kinds = [(name, bits) for name in ("one", "other") for bits in ("8bit", "4bit")]
+    digests = [llm_digest(load_llm(str(tmp_path / name), quantization=bits, **how)) for name, bits in kinds]
+    assert len(set(digests)) == 4
+    assert llm_digest(load_llm(str(tmp_path / "one"), quantization="4bit", **how)) == digests[1]
+    plain = json.dumps(fingerprint(llm), sort_keys=True).encode()
+    assert llm_digest(llm) == hashlib.sha256(plain).hexdigest()[:16]

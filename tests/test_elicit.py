@@ -230,7 +230,12 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_library(tmp_path, enco
     assert json.loads((tmp_path / "killed" / "train.json").read_text())["finished"]
     assert fit(tmp_path / "killed", encoder) == resumed
     assert len(asked) == 3  # nothing to do
-    fit(tmp_path / "killed", encoder, scale=1.0, force=True)
+    monkeypatch.setattr("atv.methods.elicit.layer_scores", lambda *_: pytest.fail("as good as killed"))
+    with pytest.raises(pytest.fail.Exception):
+        fit(tmp_path / "killed", encoder, scale=1.0, force=True)
+    assert not resumed.exists()
+    monkeypatch.setattr("atv.methods.elicit.layer_scores", killed)
+    fit(tmp_path / "killed", encoder, scale=1.0)
     assert len(asked) == 5
 
 

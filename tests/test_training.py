@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from training_runs import break_loss_after, quick, tiny, weights
 from transformers import AutoConfig, AutoModel, set_seed
 
+from atv import artifact
 from atv.config import ATVConfig, TrainConfig
 from atv.data import Example
 from atv.data.collate import EncodedRow
@@ -104,6 +105,36 @@ def test_a_second_call_trains_nothing_and_force_trains_anew(tmp_path):
     assert os.stat(tmp_path / "out" / "adapter" / "expansion.safetensors").st_mtime_ns != before
 
 
+def test_a_forced_training_that_does_not_end_leaves_no_adapter_of_the_former_one(tmp_path):
+    out = tmp_path / "out"
+    train(tiny(), [toy_task("first")], out, quick(epochs=1))
+    (out / "adapter" / "mine.txt").write_text("x")
+    broken = tiny()
+    break_loss_after(broken, 1)
+    with refused("no adapter to keep"):
+        train(broken, [toy_task("second")], out, quick(), force=True)
+    assert list(json.loads((out / "train.json").read_text())["settings"]["tasks"]) == ["second"]
+    with refused("No adapter at"):
+        artifact.locate(out)
+    train(tiny(), [toy_task("second")], out, quick())
+    assert list(artifact.read(out / "adapter").training["tasks"]) == ["second"]
+    assert (out / "adapter" / "mine.txt").read_text() == "x"
+    assert sorted(path.name for path in out.iterdir()) == ["adapter", "train.json"]
+
+
+def test_a_kill_before_the_record_of_a_forced_training_leaves_the_former_training(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    first = train(tiny(), [toy_task("first")], out, quick(epochs=1))
+    before = weights(out)
+    monkeypatch.setattr(records, "write_json", stop)
+    with pytest.raises(Stopped):
+        train(tiny(), [toy_task("second")], out, quick(), force=True)
+    monkeypatch.undo()
+    again = train(tiny(), [toy_task("first")], out, quick(epochs=1))
+    assert again.record == first.record
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(out).items())
+
+
 def test_other_settings_in_the_same_folder_are_refused(tmp_path):
     train(tiny(), [toy_task()], tmp_path / "out", quick())
     with pytest.raises(
@@ -181,6 +212,25 @@ def test_a_nan_loss_in_the_first_epoch_leaves_no_adapter(tmp_path):
     with pytest.raises(ATVError, match="no adapter to keep.*lower --lr or --scale"):
         train(atv, [toy_task()], tmp_path / "out", quick())
     assert not (tmp_path / "out" / "adapter").exists()
+
+
+@pytest.mark.parametrize("kept", ["accuracy", "loss"])
+@pytest.mark.parametrize("validations", [0, 2])
+def test_a_validation_loss_that_is_no_number_stops_and_keeps_the_epochs_before(
+    tmp_path, monkeypatch, kept, validations
+):
+    """As when a row overflows in float16."""
+    left, measure = itertools.count(validations, -1), trainer.validation_metrics
+    monkeypatch.setattr(
+        trainer, "validation_metrics", lambda rows: measure(rows) | ({"loss": math.nan} if next(left) <= 0 else {})
+    )
+    with refused("The validation loss became NaN", f"after step {2 * validations + 2}") as found:
+        train(tiny(), [toy_task()], tmp_path / "out", quick(epochs=4, best_epoch=kept))
+    assert ("no adapter to keep" in str(found.value)) == (validations == 0)
+    assert (tmp_path / "out" / "adapter").exists() == (validations > 0)
+    assert not json.loads((tmp_path / "out" / "train.json").read_text())["finished"]
+    if validations:
+        assert artifact.read(tmp_path / "out" / "adapter").training["best_step"] in (2, 4)
 
 
 def test_the_best_epoch_is_kept_not_the_last(tmp_path):
@@ -613,3 +663,14 @@ def test_tasks_with_other_numbers_of_templates_share_a_step_only_if_it_reads_as_
 
 def moved(rows):
     return tuple(Example(f"elsewhere, {row.input}", row.output) for row in rows)
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_a_task_of_several_that_has_no_row_left_is_refused_before_it_is_trained(tmp_path, split):
+    """In the gate of a calibrated ATV it would be missing after the last epoch."""
+    texts = toy_task("texts")
+    rows = tuple(row._replace(output="leaks " * 300) for row in getattr(texts, split))
+    model = make_atv(dtype=torch.float32, parametrisation="calibrated", train_generator=False)
+    with refused(f"All 8 {split} rows are too long", "in the task texts"):
+        train(model, [toy_task(), replace(texts, **{split: rows}, options=())], tmp_path, quick())
+    assert not list(tmp_path.iterdir())

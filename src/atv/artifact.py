@@ -4,9 +4,11 @@
 file. Weights are safetensors, never pickle. The folder is written under a temporary name and renamed into place.
 """
 
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -57,7 +59,7 @@ def save(
 ) -> None:
     """Write an adapter atomically: a kill at any moment leaves either the old folder or the new one.
 
-    Files that the user added to an old adapter are kept, and so is an edited model card.
+    Files that the user added to an old adapter are kept, and so is an edited model card; also those of a retired one.
 
     Args:
         path: folder to write.
@@ -78,7 +80,27 @@ def save(
         written["versions"] = {library: version(library) for library in LIBRARIES}
         write_json(part / CONFIG_FILE, written | {"training": training})
         _require_small(part / CONFIG_FILE)
-        _keep_users_files(path, part)
+        _keep_users_files(path if path.exists() else _retired(path), part)
+    shutil.rmtree(_retired(path), ignore_errors=True)
+
+
+def _retired(path: Path) -> Path:
+    return path.with_name(f".{path.name}.retired")
+
+
+def retire(path: Path) -> None:
+    """Put an adapter out of use, in one step, before another one is made in its place."""
+    recover_folder(path)
+    if (path / CONFIG_FILE).exists():
+        shutil.rmtree(_retired(path), ignore_errors=True)
+        os.replace(path, _retired(path))
+
+
+def restore(path: Path) -> None:
+    """Undo `retire`, unless an adapter has been made since."""
+    if not path.exists():
+        with suppress(FileNotFoundError):  # nothing was retired, or another process has restored it
+            os.replace(_retired(path), path)
 
 
 def _files(folder: Path) -> list[str]:

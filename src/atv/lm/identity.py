@@ -20,6 +20,8 @@ SAMPLES = 8
 """Values kept per tensor."""
 ROWS = 16
 """Embeddings of which values are kept."""
+QUANTISED = 256
+"""Values per tensor of a quantised LLM that its digest covers."""
 
 
 def describe_llm(llm: nn.Module, layer_path: str | None = None) -> dict[str, Any]:
@@ -161,8 +163,18 @@ def public_name(name: str) -> str:
 
 
 def llm_digest(llm: nn.Module) -> str:
-    """Return a short digest of an LLM's fingerprint."""
-    return hashlib.sha256(json.dumps(fingerprint(llm), sort_keys=True).encode()).hexdigest()[:16]
+    """Return a short digest of an LLM's fingerprint and, if it is quantised, of its quantised weights.
+
+    These are not part of the fingerprint, which adapters compare: an LLM may be loaded in another quantisation.
+    """
+    digest = hashlib.sha256(json.dumps(fingerprint(llm), sort_keys=True).encode())
+    if quantization(llm) is not None:
+        for name, value in base_llm(llm).state_dict().items():
+            if isinstance(value, Tensor) and value.numel() and not value.is_meta:
+                flat = value.detach().reshape(-1)
+                digest.update(name.encode())
+                digest.update(flat[_spread(len(flat), QUANTISED).to(flat.device)].cpu().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def different_weights(made: dict[str, Any], found: dict[str, Any], llm: nn.Module) -> list[str]:

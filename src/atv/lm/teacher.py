@@ -24,7 +24,7 @@ from atv.errors import ATVError
 from atv.files import write_bytes
 from atv.lm.continuation import Continuation
 from atv.lm.ends import end_ids
-from atv.lm.hooks import input_device, text_config
+from atv.lm.hooks import base_llm, input_device, quantization, text_config
 from atv.lm.identity import llm_digest
 from atv.lm.load import context_length
 from atv.lm.prefix import SharedPrefix, call_llm
@@ -169,6 +169,9 @@ def _cached(
 
     about = [
         llm_digest(llm),
+        base_llm(llm).name_or_path,
+        getattr(base_llm(llm).config, "_commit_hash", None),
+        quantization(llm),
         str(next(llm.parameters()).dtype),
         limit,
         LIKELIEST,

@@ -18,7 +18,7 @@ from atv.lm.scoring import note_shared
 from atv.processes import barrier, is_main
 from atv.progress import log
 from atv.provenance import provenance
-from atv.training.record import RECORD_FILE, former_record, training_settings
+from atv.training.record import RECORD_FILE, begin, former_record, training_settings
 
 BEST = "best"
 """Instead of a number: the value that does best on validation rows."""
@@ -72,7 +72,7 @@ def learn_once(
         record = dict[str, Any](finished=False, settings=settings, seconds=0.0) | provenance()
         if is_main():
             shutil.rmtree(parts, ignore_errors=True)
-            write_json(out / RECORD_FILE, record)
+            begin(out, record)
     barrier()
     began = time.perf_counter()
 

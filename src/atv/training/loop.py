@@ -19,7 +19,7 @@ from atv.data.collate import EncodedRow
 from atv.data.render import TooLong
 from atv.doctor import require_wiring
 from atv.errors import ATVError
-from atv.files import local, write_json
+from atv.files import local
 from atv.generator import Generator
 from atv.lm.adapter_model import AdapterModel
 from atv.lm.attention import grouped
@@ -33,7 +33,7 @@ from atv.progress import bar, log, log_once
 from atv.provenance import provenance
 from atv.training.batches import Rows, balanced_weights, note_imbalance, training_rows
 from atv.training.calibration import answer_facts
-from atv.training.record import LOGS, RECORD_FILE, TrainResult, clear, former_record, training_settings
+from atv.training.record import LOGS, TrainResult, begin, clear, former_record, training_settings
 from atv.training.saving import after_non_finite, finish, last_complete
 from atv.training.trainer import (
     ATVTrainer,
@@ -89,10 +89,10 @@ def train(
 
     Raises:
         ATVError: `out` contains another training; several processes are given a metric; the package of
-            `config.report_to` is missing; a prompt is too long; a batch cannot be split among the processes; the wiring
-            self-test failed; a part of the model differs from what the configuration builds, so that it cannot be
-            saved; or the loss became NaN or infinite: then `out/adapter` contains the best epoch before that, if there
-            was one.
+            `config.report_to` is missing; all rows of a task are too long; a batch cannot be split among the processes;
+            the wiring self-test failed; a part of the model differs from what the configuration builds, so that it
+            cannot be saved; or the training or validation loss became NaN or infinite: then `out/adapter` contains the
+            best epoch before that, if there was one.
     """
     began = time.perf_counter()
     config, out = config or TrainConfig(), local(out)
@@ -132,7 +132,7 @@ def train(
         if is_main():
             clear(out)
             shutil.rmtree(out / LOGS, ignore_errors=True)
-            write_json(out / RECORD_FILE, record)
+            begin(out, record)
     barrier()  # other processes write nothing before old files have been removed
     set_seed(config.seed)
     store = store or PrefixStore()
@@ -148,13 +148,13 @@ def train(
         model.calibrate(rows.rows)
         said = Progress(model, rows, progress, epochs, config, began)
         trainer = make_trainer(model, rows, valid, config, epochs, checkpoints, [said, *callbacks], metric)
-        finite = _run(trainer, said, checkpoints)
+        broken = _run(trainer, said, checkpoints)
         if trainer.state.best_model_checkpoint is not None:
             model.eval()
             model.set_gate(rows.rows, valid.rows)
             found = answer_facts(model, tasks, rows.rows, valid.rows)
-    if not finite:
-        message = after_non_finite(trainer, model, record, out)
+    if broken is not None:
+        message = after_non_finite(trainer, model, record, out, str(broken))
         shutil.rmtree(out / "prefixes" / str(rank()), ignore_errors=True)
         barrier()  # a process that fails first must not end the one that writes
         raise ATVError(message)
@@ -177,11 +177,11 @@ def _require_possible(model: AdapterModel, config: TrainConfig, metric: Validati
     require_tracker(config.report_to)
 
 
-def _run(trainer: ATVTrainer, said: Progress, checkpoints: Path) -> bool:
+def _run(trainer: ATVTrainer, said: Progress, checkpoints: Path) -> NonFiniteLoss | None:
     """Train, resuming from the last complete checkpoint if any; the model then has its best epoch, if any.
 
     Returns:
-        Whether the loss stayed finite.
+        What stopped it; None if all losses were finite.
     """
     last = last_complete(checkpoints)
     if last is not None:
@@ -193,10 +193,10 @@ def _run(trainer: ATVTrainer, said: Progress, checkpoints: Path) -> bool:
         torch.manual_seed(trainer.train_config.seed + rank())  # different dropout in each process
     try:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
-    except NonFiniteLoss:
+    except NonFiniteLoss as broken:
         if trainer.state.best_model_checkpoint is not None:
             trainer._load_best_model()
-        return False
+        return broken
     except Exception as error:
         tracker = trainer.train_config.report_to
         if type(error).__module__.partition(".")[0] != tracker:
@@ -204,7 +204,7 @@ def _run(trainer: ATVTrainer, said: Progress, checkpoints: Path) -> bool:
         raise ATVError(
             f"The tracker {tracker} failed: {error} Training resumes without --report-to {tracker}."
         ) from error
-    return True
+    return None
 
 
 def _require_as_many_prompts(rows: Rows) -> None:
@@ -264,8 +264,12 @@ def _encoded(
         found = {"cut": cut[name], "left_out": skipped[name]}
         record |= {split: {what: count for what, count in found.items() if count}}
     _note_long(split, skipped.total(), cut.total(), len(rows))
-    if not encoded:
-        raise ATVError(f"All {len(rows)} {split} rows are too long for the LLM's context; shorten their answers.")
+    for task in tasks:  # each one's rows are needed: to learn it, to choose the epoch and to set its gate
+        if skipped[task.name] == len(getattr(task, split)):
+            raise ATVError(
+                f"All {skipped[task.name]} {split} rows are too long for the LLM's context in the task {task.name}; "
+                "shorten their answers, or leave the task out."
+            )
     return encoded
 
 

@@ -9,9 +9,10 @@ from typing import Any, cast
 
 from torch import nn
 
+from atv import artifact
 from atv.data import Task, as_trained, load_tasks
 from atv.errors import ATVError
-from atv.files import occupied, read_json, same_settings
+from atv.files import occupied, read_json, same_settings, write_json
 from atv.lm.hooks import base_llm, quantization
 
 RECORD_FILE = "train.json"
@@ -79,10 +80,18 @@ def former_record(out: Path, settings: dict[str, Any], force: bool) -> dict[str,
     if file.exists() and not force:
         record: dict[str, Any] = read_json(file, "the record of a training")
         same_settings(_with_teachers(record, settings), settings, out)
+        if record["finished"]:
+            artifact.restore(out / "adapter")  # a kill came before the first record of another training: see `begin`
         return record
     if occupied(out) and not file.exists():
         raise ATVError(f"{out} exists and is not a training; choose a new folder, so that nothing there is lost.")
     return None
+
+
+def begin(out: Path, record: dict[str, Any]) -> None:
+    """Write the record of a new training; an adapter of a former one is retired first, since it would not be its."""
+    artifact.retire(out / "adapter")
+    write_json(out / RECORD_FILE, record)
 
 
 def _with_teachers(record: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:

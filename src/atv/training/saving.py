@@ -97,11 +97,13 @@ def finish(
     barrier()
 
 
-def after_non_finite(trainer: ATVTrainer, model: AdapterModel, record: dict[str, Any], out: Path) -> str:
-    """Save the best epoch before the loss became NaN, if any, and return an error message."""
+def after_non_finite(trainer: ATVTrainer, model: AdapterModel, record: dict[str, Any], out: Path, loss: str) -> str:
+    """Save the best epoch before the loss of this name became NaN, if any, and return an error message."""
     state = trainer.state
-    said = f"The loss became NaN or infinite after step {state.global_step} (epoch {state.epoch:.2f})."
-    advice = "Try a lower --lr or --scale, or --max-grad-norm 1; then start over with --force."
+    said = f"The {loss} became NaN or infinite after step {state.global_step} (epoch {state.epoch:.2f})."
+    advice = (
+        "Try a lower --lr or --scale, --max-grad-norm 1, or a --dtype other than float16; then start over with --force."
+    )
     if state.best_model_checkpoint is None:
         return f"{said} No epoch had been completed, so there is no adapter to keep. {advice}"
     _save(trainer, model, record, out, {})

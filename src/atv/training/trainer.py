@@ -81,11 +81,11 @@ def make_optimizer(model: AdapterModel, config: TrainConfig) -> torch.optim.Opti
 
 
 class NonFiniteLoss(Exception):
-    """The loss became NaN or infinite; no weight was updated with it."""
+    """A loss, which the message names, became NaN or infinite; no weight was updated with it."""
 
 
 class ATVTrainer(Trainer):
-    """A Trainer with the optimiser and rates of a `TrainConfig`, which stops before a non-finite loss reaches a weight.
+    """A Trainer with the optimiser and rates of a `TrainConfig`, which stops at the first non-finite loss.
 
     Its checkpoints contain only generator and expansion, since the LLM is not a submodule of `ATVModel`. A batch split
     among processes and accumulation steps gives the loss and gradient of the whole batch, up to rounding.
@@ -187,7 +187,7 @@ class ATVTrainer(Trainer):
         if num_items_in_batch is not None:
             loss = loss * num_items_in_batch
         if not math.isfinite(self.accelerator.reduce(loss.detach(), "sum").item()):
-            raise NonFiniteLoss
+            raise NonFiniteLoss("training loss")
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model: nn.Module, inputs: Any, *_: Any, **__: Any) -> tuple[None, Tensor, Tensor]:
@@ -205,9 +205,16 @@ class ATVTrainer(Trainer):
         return None, output.losses.view(shape), correct.view(shape)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Return loss and accuracy of the validation rows, and `eval_choice`, whose maximum selects the epoch."""
+        """Return loss and accuracy of the validation rows, and `eval_choice`, whose maximum selects the epoch.
+
+        Raises:
+            NonFiniteLoss: the loss is NaN or infinite; the epoch could be compared with no other.
+            ATVError: the metric that selects the epoch is.
+        """
         output = super().evaluation_loop(*args, **kwargs)
         metrics = cast(dict[str, float], output.metrics)
+        if not math.isfinite(metrics["eval_loss"]):
+            raise NonFiniteLoss("validation loss")
         if self.metric is not None:
             score = float(self.metric(cast(AdapterModel, self.model)))
             if not math.isfinite(score):
