@@ -399,13 +399,21 @@ def test_an_empty_or_endless_value_is_not_taken_for_a_default(atv, words, said):
         ("[train]\nepochs = true\n", "epochs is true; expected a number"),
         ("[train]\nepochs = false\n", "epochs is false; expected a number"),
         ("[lora]\nrank = true\n", "rank is True; expected a whole number"),
+        ("[train]\nmax_grad_norm = true\n", "'--max-grad-norm': it is true; expected a number or none"),
+        ("[train]\nmethod = 'encoder'\ngenerator_learning_rate = true\n", "it is true; expected a number or none"),
+        ("[train]\nsystem = ['a', 'b']\n", "'--system': it is ['a', 'b']; expected one text"),
+        ("[train]\nsystem = true\n", "'--system': it is True; expected one text"),
+        ("[train]\ntemplate = ['{input}', ['{input}']]\n", "'--template': it is ['{input}']; expected one text"),
+        ("[train]\nteacher_system = ['a']\n", "'--teacher-system': it is ['a']; expected one text"),
+        ("[train]\nllm = ['a']\n", "'--llm': it is ['a']; expected one text"),
     ],
 )
-def test_a_boolean_in_a_file_is_no_number(atv, world, tmp_path, text, said):
+def test_a_value_of_another_kind_in_a_file_is_refused(atv, world, tmp_path, text, said):
     (tmp_path / "a.toml").write_text(text)
     method = ["--method", "lora"] if "lora" in text else []
     config = ["--config", tmp_path / "a.toml", "--out", tmp_path / "out"]
-    check_refused(*atv("train", *models(world), "--data", world / "data", *method, *config), [said])
+    llm = [] if "llm" in text else models(world)
+    check_refused(*atv("train", *llm, "--data", world / "data", *method, *config), [said])
 
 
 def test_a_rank_above_that_of_the_full_map_is_refused(atv, world, tmp_path):

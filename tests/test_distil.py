@@ -18,8 +18,10 @@ from refusals import refused
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from atv.cli import main
+from atv.cli.loading import taught_queries
+from atv.cli.options import Tasks
 from atv.config import ATVConfig, TrainConfig
-from atv.data import Example, Rendering
+from atv.data import Example, Rendering, load_table
 from atv.data.chat import Chat
 from atv.data.render import Turn
 from atv.data.table import Queries, load_queries
@@ -231,6 +233,29 @@ def test_queries_of_a_table_need_no_answers(tmp_path):
     assert set(drawn.splits["train"]) < set(found.splits["train"])
     assert len(drawn.splits["train"]) == 5
     assert drawn.splits["valid"] == found.splits["valid"]
+
+
+def test_the_student_is_asked_and_tested_as_the_table_is(tmp_path):
+    """As `load_table` of the same file says: by its options of the chat template, on its test rows."""
+    file, options = tmp_path / "t.jsonl", {"enable_thinking": False}
+    rows = [
+        {"prompt": f"Is boat {n} here?", "said": "yn"[n % 3 == 0], "chat_template_kwargs": options} for n in range(40)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"input": "prompt", "output": "said"}
+    task = load_table(file, **columns)
+    for shots in (0, 2):
+        queries, student, shown = taught_queries(Tasks(data=str(file), **columns), shots, 1)
+        assert student == task.renderer == Rendering(template_kwargs=json.dumps(options))
+        assert [row.input for row in queries.splits["test"]] == [row.input for row in task.test]
+        assert len(queries.splits["train"]) + len(shown) == len(task.train)
+    given = '{"enable_thinking": true}'
+    assert taught_queries(Tasks(data=str(file), chat_template_kwargs=given), 0, 1)[1].template_kwargs == given
+    with refused("Give --input and --output together"):
+        taught_queries(Tasks(data=str(file), output="said"), 0, 1)
+    file.write_text(file.read_text() + json.dumps(rows[0] | {"prompt": "Which?", "chat_template_kwargs": {}}))
+    with refused("rows with different chat_template_kwargs"):
+        taught_queries(Tasks(data=str(file)), 0, 1)
 
 
 def test_the_command_distils_a_system_prompt_from_queries_alone(tmp_path, monkeypatch, capsys, tokenizer):

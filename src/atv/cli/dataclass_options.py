@@ -117,6 +117,8 @@ def _shown(of: "Field[Any]", hint: Any, text: str, panel: str, default: Any) -> 
     if about.get("also"):
         text = f"{text} {about['also']()}"
     how |= {"help": text.replace("[", "\\["), **about.get("typer", {})}
+    if "parser" in about.get("typer", {}):
+        how["parser"] = _of_text(how["parser"])
     if about.get("argument"):
         return Shown(of.name, kind, default, typer.Argument(**how))
     flags = about.get("flags") or [f"--{of.name.replace('_', '-')}"]
@@ -143,20 +145,37 @@ def _typed(hint: Any, default: Any) -> tuple[Any, dict[str, Any]]:
         return str | None if optional else str, {"metavar": f"[{'|'.join(get_args(kind))}]"}
     if optional and kind in (int, float) and default is not None:  # a value that is set by default can be switched off
         return str, {
-            "parser": lambda text: None if text == "none" else kind(text),
+            "parser": lambda text: None if text == "none" else _number(kind, text),
             "metavar": f"{kind.__name__.upper()}|none",
         }
-    return kind | None if optional else kind, {}
+    return kind | None if optional else kind, {"parser": _text} if str in (kind, *get_args(kind)) else {}
+
+
+def _number(kind: type[T], text: Any) -> T:
+    if isinstance(text, bool):  # of a file; would be 0 or 1
+        raise typer.BadParameter(f"it is {str(text).lower()}; expected a number or none")
+    return kind(text)  # type: ignore[call-arg]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool | list | dict):  # of a file; would be the text of a Python object
+        raise typer.BadParameter(f"it is {value!r}; expected one text")
+    return str(value)
+
+
+def _of_text(parser: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda value: parser(_text(value))
 
 
 def _is_union(hint: Any) -> bool:
     return hasattr(hint, "__args__") and get_origin(hint) not in (list, tuple, dict, Literal)
 
 
-def _path(text: Any) -> Path:
-    if not str(text).strip():  # would be the folder that one is in
+def _path(value: Any) -> Path:
+    text = _text(value)
+    if not text.strip():  # would be the folder that one is in
         raise typer.BadParameter("it is empty; expected a path")
-    return local(str(text))
+    return local(text)
 
 
 def toml_value(text: Any) -> Any:

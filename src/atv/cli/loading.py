@@ -87,13 +87,14 @@ def taught_queries(given: Tasks, shots: int, seed: int) -> tuple[Queries, Render
             f"a folder with one for each split, or hub:NAME, and neither --task nor --template; found {given.data}."
         )
     student = Rendering(cast(Format, given.format or "auto"), given.system, given.chat_template_kwargs or "{}")
-    queries = load_queries(given.data, input=given.input, output=given.output)
+    how: dict[str, Any] = {"input": given.input, "output": given.output, "rendering": student}
+    queries = load_queries(given.data, **how)
     if not shots:
-        return queries, student, []
-    rows = load_table(given.data, input=given.input, output=given.output).train
+        return queries, queries.rendering, []
+    rows = load_table(given.data, **how).train
     if shots >= len(rows):
         raise ATVError(f"--teacher-shots is {shots}, and {given.data} has {len(rows)} training rows; give fewer.")
     shown = random.Random(f"{seed} shots").sample(rows, shots)
     taken = {example.asked for example in shown}
     splits = {split: tuple(row for row in some if row.asked not in taken) for split, some in queries.splits.items()}
-    return queries._replace(splits=splits), student, shown
+    return queries._replace(splits=splits), queries.rendering, shown

@@ -120,6 +120,8 @@ class Queries(NamedTuple):
     """Examples without an answer, by split: train, valid and test."""
     prepared: dict[str, Any]
     """As in `Task.prepared`."""
+    rendering: Rendering = Rendering()
+    """How prompts are written for the student."""
 
     def drawn(self, train: int | None, valid: int | None, seed: int) -> "Queries":
         """At most that many training and validation queries, drawn at random; None keeps a split unchanged."""
@@ -130,7 +132,9 @@ class Queries(NamedTuple):
         return self._replace(splits=kept)
 
 
-def load_queries(data: Any, *, input: str | None = None, output: str | None = None) -> Queries:
+def load_queries(
+    data: Any, *, input: str | None = None, output: str | None = None, rendering: Rendering | None = None
+) -> Queries:
     """The queries of a table: like `load_table`, but answers are not needed, and left out of the examples.
 
     Rows with an answer are in the same splits as in `load_table` of the same table, so that what is trained on these
@@ -142,6 +146,7 @@ def load_queries(data: Any, *, input: str | None = None, output: str | None = No
         data: as for `load_table`.
         input: column of the queries; by default recognised.
         output: column of the answers; by default recognised, if there is one. It is given with `input`.
+        rendering: as for `load_table`.
 
     Raises:
         ATVError: it cannot be read, no column of queries is recognised, a query is no text, or too few rows are left.
@@ -161,7 +166,8 @@ def load_queries(data: Any, *, input: str | None = None, output: str | None = No
     sizes = ", ".join(f"{len(splits[split])} {split}" for split in SPLITS)
     log.info(f"{name}: {sizes} queries; {' and '.join(query)}")
     asked = {split: tuple(row._replace(output="") for row in splits[split]) for split in SPLITS}
-    return Queries(name, asked, _prepared(query, splits, drawn, +dropped))
+    prepared = _prepared(query, splits, drawn, +dropped)
+    return Queries(name, asked, prepared, _with_kwargs(name, rendering or Rendering(), loaded))
 
 
 def _prepared(
