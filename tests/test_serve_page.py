@@ -5,6 +5,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from html.parser import HTMLParser
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import torch
 from browser import browser_of
 from chat_templates import chat_tokenizer
 from conftest import SIZES, byte_level_tokenizer, make_llm, toy_task
+from fastapi.testclient import TestClient
 from serving import post, saved, sequential
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
@@ -196,6 +198,86 @@ def test_an_engine_without_the_llm_and_an_llm_without_a_readable_head_leave_the_
     ]
     assert found["lens"] == "There is no head to read with."
     assert "--training-queries" in found["nearest_note"]
+
+
+def test_training_queries_are_read_one_after_another_beside_the_loops_own_threads(world, monkeypatch):
+    go, reading = threading.Event(), []
+
+    def slow(folder):
+        reading.append(folder.name)
+        assert go.wait(10)
+        return training_tasks(folder)
+
+    monkeypatch.setattr("atv.serving.why.training_tasks", slow)
+    reasons = Reasons(world.engine, True)
+
+    async def both():
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        asked = [
+            asyncio.create_task(reasons.explain(world.served[name], prompt(world, QUERY), None))
+            for name in ("gated", "fixed")
+        ]
+        while not reading:
+            await asyncio.sleep(0.01)
+        await asyncio.wait_for(asyncio.to_thread(time.sleep, 0), 5)  # as a prompt is made
+        await asyncio.sleep(0.05)
+        assert len(reading) == 1
+        go.set()
+        return await asyncio.gather(*asked)
+
+    try:
+        gated, fixed = asyncio.run(both())
+    finally:
+        go.set()
+    assert gated["nearest_note"].startswith(f"Of {len(TASK.train)} training queries,")
+    assert fixed["nearest_note"] == "The training queries cannot be read; see the server's log."
+
+
+def test_training_queries_that_fail_in_any_way_are_said_to(world, monkeypatch, caplog):
+    monkeypatch.setattr("atv.serving.why.training_tasks", lambda _: {}["secret"])
+    reasons = Reasons(world.engine, True)
+
+    async def twice():
+        found = [await reasons.explain(world.served["gated"], prompt(world, QUERY), None) for _ in range(2)]
+        await reasons.close()
+        return found
+
+    for found in asyncio.run(twice()):
+        assert found["nearest"] is None
+        assert found["nearest_note"] == "The training queries cannot be read; see the server's log."
+    assert "The training queries of gated cannot be read: KeyError: 'secret'" in caplog.text
+
+
+def test_reading_training_queries_ends_with_the_engine_and_the_server(world, monkeypatch):
+    engine = Engine(world.llm, world.tokenizer, Limits(rows=2))
+    models, reading = Models("base", world.tokenizer, engine.load), threading.Event()
+    models.add("gated", world.folder / "gated")
+
+    def read(adapter, tasks, call):
+        while True:
+            call(lambda: None)
+            reading.set()
+
+    async def stopped():
+        reasons = Reasons(engine, True)
+        asked = asyncio.create_task(reasons.explain(models["gated"], prompt(world, QUERY), None))
+        while not reading.is_set():
+            await asyncio.sleep(0.01)
+        engine.close()
+        await asyncio.wait_for(reasons.close(), 20)
+        return await asked
+
+    with monkeypatch.context() as patch:
+        patch.setattr("atv.serving.why.TrainingQueries", read)
+        assert asyncio.run(stopped())["nearest"] is None
+
+    before = set(threading.enumerate())
+    engine = Engine(world.llm, world.tokenizer, Limits(rows=2))
+    app = make_app(engine, models, training_queries=True)
+    with TestClient(app, base_url="http://localhost") as client:
+        assert client.post("/v1/steer", json={"model": "gated", "query": QUERY}).json()["nearest"]
+        assert any("training-queries" in thread.name for thread in set(threading.enumerate()) - before)
+    assert not any("training-queries" in thread.name for thread in set(threading.enumerate()) - before)
 
 
 def test_looking_changes_no_answer_that_is_being_decoded(world):

@@ -118,16 +118,18 @@ def make_app(
             key any name will do.
         training_queries: whether /v1/steer shows the training queries nearest to a query.
     """
+    reasons = Reasons(engine, training_queries)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         engine.close()
+        await reasons.close()
 
     app = FastAPI(title="Adaptive Task Vectors", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.add_middleware(_Guard, key=key, hosts=frozenset(hosts))
     _handle_errors(app)
-    routes = _Routes(engine, models, Reasons(engine, training_queries))
+    routes = _Routes(engine, models, reasons)
     for method, path, route in (
         ("GET", "/health", routes.health),
         ("GET", "/metrics", routes.metrics),

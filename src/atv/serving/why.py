@@ -4,6 +4,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -65,7 +66,9 @@ class Reasons:
     def __init__(self, engine: Serving, training: bool) -> None:
         self._engine, self._training = engine, training
         self._domains: WeakKeyDictionary[Served, dict[int, Domain]] = WeakKeyDictionary()
-        self._known: WeakKeyDictionary[Served, asyncio.Task[TrainingQueries | str]] = WeakKeyDictionary()
+        self._known: WeakKeyDictionary[Served, asyncio.Future[TrainingQueries | str]] = WeakKeyDictionary()
+        # Reading takes minutes, and other requests need the loop's own threads meanwhile.
+        self._reader = ThreadPoolExecutor(1, "atv-training-queries")
 
     async def explain(self, served: Served, prompt: Prompt, factor: float | None) -> dict[str, Any]:
         """Return what an adapter does for a prompt, as JSON values.
@@ -84,6 +87,10 @@ class Reasons:
             "nearest": [asdict(near) for near in known.nearest(state)],
             "nearest_note": f"Of {len(known.rows)} training queries{drawn}, by the cosine of the generator's states.",
         }
+
+    async def close(self) -> None:
+        """Wait for the thread that reads training queries, which ends once the engine is closed."""
+        await asyncio.to_thread(self._reader.shutdown, cancel_futures=True)
 
     # ---- in the engine's thread ----
 
@@ -149,7 +156,7 @@ class Reasons:
                     except Busy:  # the queries are read for all later requests, so wait for a place
                         time.sleep(0.1)
 
-            self._known[served] = asyncio.create_task(asyncio.to_thread(_read, served, call))
+            self._known[served] = loop.run_in_executor(self._reader, _read, served, call)
         return await asyncio.shield(self._known[served])  # a client that goes away does not end it for others
 
 
@@ -157,8 +164,9 @@ def _read(served: Served, call: Callable[[Callable[[], Any]], Any]) -> TrainingQ
     assert served.folder is not None  # of an adapter
     try:
         return TrainingQueries(served.adapter, training_tasks(served.folder), call)
-    except ATVError as error:
-        log.warning(f"The training queries of {served.name} cannot be read: {error}")
+    except Exception as error:
+        kind = "" if isinstance(error, ATVError) else f"{type(error).__name__}: "
+        log.warning(f"The training queries of {served.name} cannot be read: {kind}{error}")
         return "The training queries cannot be read; see the server's log."  # which names files of the server
 
 
