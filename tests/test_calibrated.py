@@ -298,6 +298,23 @@ def test_what_was_trained_on_one_task_can_be_trained_on_several():
     assert len(atv.expansion.gate.strengths) == len(atv.expansion.gate.limits) == 3
 
 
+def test_a_second_training_chooses_its_epoch_without_the_gate_of_the_first(tmp_path):
+    """Beside the same weights with a gate that knows nothing."""
+    first, losses = calibrated(train_generator=False), []
+    rows = rows_of(first)
+    first.calibrate(rows)
+    first.set_gate(rows, rows)
+    with torch.no_grad():
+        first.expansion.gate.strengths.zero_()
+    fresh = calibrated(train_generator=False)
+    fresh.load_state_dict(first.state_dict())
+    fresh.expansion.gate = Gate(fresh.expansion.means.shape[1]).to(fresh.expansion.common)
+    for name, model in (("first", first), ("fresh", fresh)):
+        how = TrainConfig(epochs=1, batch_size=4, learning_rate=1e-6)
+        losses.append(train(model, [toy_task()], tmp_path / name, how).record["best_eval_loss"])
+    assert losses[0] == losses[1]
+
+
 def test_self_is_calibrated_on_prompts():
     config = ATVConfig(generator="self")
     atv = ATVModel(make_llm(), config, tokenizer=make_atv().tokenizer).double()

@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
 from conftest import byte_level_tokenizer, make_atv, make_generator, make_llm, toy_task
 from refusals import refused
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from atv.config import ATVConfig, TrainConfig
 from atv.data import Example, Task
@@ -237,6 +238,24 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_library(tmp_path, enco
     monkeypatch.setattr("atv.methods.elicit.layer_scores", killed)
     fit(tmp_path / "killed", encoder, scale=1.0)
     assert len(asked) == 5
+
+
+def test_a_library_is_refused_with_an_encoder_that_has_changed_since(tmp_path, encoder):
+    folder, toy = tmp_path / "encoder", [toy_task()]
+    shutil.copytree(encoder, folder)
+    adapter = fit(tmp_path / "out", str(folder), tasks=toy)
+    load(adapter)
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: weight + 0.1 for name, weight in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    with refused("made with a frozen encoder named", "other weights"):
+        load(adapter)
+    about = json.loads((adapter / "atv_config.json").read_text())
+    del about["encoder"]["weights"]  # as before they were recorded
+    (adapter / "atv_config.json").write_text(json.dumps(about))
+    load(adapter)
+    (adapter / "atv_config.json").write_text(json.dumps(about | {"encoder": "a name"}))
+    with refused("encoder is 'a name'"):
+        load(adapter)
 
 
 def test_a_loaded_library_is_the_saved_one_and_is_refused_where_it_does_not_belong(tmp_path, encoder):

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, FunnelModel, set_seed
 
 from atv.config import ATVConfig
+from atv.data.collate import pad
 from atv.generator import Generator
 from atv.lm.load import load_encoder
 from atv.model import ATVModel
@@ -178,3 +179,15 @@ def test_a_model_that_reads_no_text_is_refused_by_name():
     model = AutoModel.from_config(AutoConfig.for_model("vit", **sizes))
     with refused("The generator 'ViTModel' cannot read a text", "Expected a model that takes token ids"):
         Generator(model, byte_level_tokenizer(), "mean", "{query}")
+
+
+def test_states_that_are_read_ahead_have_no_dropout():
+    generator = with_generator(encoder("bert", **BERT, hidden_dropout_prob=0.5)).generator.train()
+    generator.waits = True
+    encoded = generator.encode(QUERIES)
+    with generator.read_ahead(set(map(tuple, encoded))):
+        assert generator.training
+        assert generator.encoder.training
+        ahead = torch.stack([generator(*pad([ids], 1, "right"))[0] for ids in encoded])
+    alone = torch.stack([generator.eval()(*pad([ids], 1, "right"))[0] for ids in encoded])
+    torch.testing.assert_close(ahead, alone, atol=1e-4, rtol=1e-4)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import CONFIGS, GROUPED, SIZES, byte_level_tokenizer, make_llm, toy_task
 from peft import PeftModel, get_peft_model_state_dict
+from refusals import refused
 from rendering import prompt_text
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -86,7 +87,7 @@ def test_lora_adds_its_product_to_the_weights(name):
     model = make(LoRA, name, config=LoRAConfig(rank=3, alpha=5))
     by_hand = copy.deepcopy(model.llm)
     with torch.no_grad():
-        for (parent, child, _), (_, down, up) in zip(model.adapted._places, model.learned, strict=True):
+        for (parent, child, _), (_, down, up) in zip(model.adapted.places, model.learned, strict=True):
             place = next(name for name, module in model.llm.named_modules() if module is parent)
             added = 5 / 3 * up["default"].weight @ down["default"].weight  # (out, in)
             weight = by_hand.get_submodule(place).get_submodule(child).weight
@@ -104,8 +105,8 @@ def test_lora_counts_as_the_formula_and_as_peft_do():
     assert sum(p.numel() for p in model.parameters()) == expected
     with model.adapted.inserted():
         assert model.adapted.peft.get_nb_trainable_parameters()[0] == expected
-    assert {name for _, name, _ in model.adapted._places} == {"q_proj", "v_proj"}
-    assert len(model.adapted._places) == 2 * llm.num_hidden_layers
+    assert {name for _, name, _ in model.adapted.places} == {"q_proj", "v_proj"}
+    assert len(model.adapted.places) == 2 * llm.num_hidden_layers
 
 
 def test_lora_has_the_papers_settings():
@@ -375,10 +376,23 @@ def test_targets_are_named_where_peft_knows_none():
     llm.config.model_type = "unheard-of"
     with pytest.raises(ATVError, match=r"architecture unheard-of; name them with targets\. .*q_proj.*v_proj"):
         make(LoRA, llm=llm)
-    assert len(make(LoRA, llm=llm, config=LoRAConfig(targets=["o_proj"])).adapted._places) == 3
+    assert len(make(LoRA, llm=llm, config=LoRAConfig(targets=["o_proj"])).adapted.places) == 3
     with pytest.raises(ATVError, match="PEFT refuses these targets: .*nothing_like_it"):
         make(LoRA, llm=llm, config=LoRAConfig(targets=["nothing_like_it"]))
     assert list(vars(llm)).count("peft_config") == 0
+
+
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["q_proj", "embed_tokens"]])
+def test_an_embedding_is_no_target(tmp_path, targets):
+    """PEFT's matrices of it have other names and would stay as they are."""
+    llm = make_llm(dtype=torch.float32)
+    with refused("targets includes embed_tokens", "the type Embedding", "Leave it out"):
+        fit(LoRA, tmp_path / "out", llm, LoRAConfig(targets=targets))
+    assert not (tmp_path / "out").exists()
+    assert not any("lora" in name for name, _ in llm.named_modules())
+    fit(LoRA, tmp_path / "out", llm, LoRAConfig(targets=["q_proj", "lm_head"]), epochs=1)
+    learned = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert sum("lora_B" in name and bool(value.any()) for name, value in learned.items()) == 4
 
 
 @pytest.mark.parametrize(

@@ -674,3 +674,10 @@ def test_a_task_of_several_that_has_no_row_left_is_refused_before_it_is_trained(
     with refused(f"All 8 {split} rows are too long", "in the task texts"):
         train(model, [toy_task(), replace(texts, **{split: rows}, options=())], tmp_path, quick())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_without_a_trained_parameter_is_refused(tmp_path):
+    model = FullModel(make_llm(dtype=torch.float32), byte_level_tokenizer())
+    model.requires_grad_(False)
+    with refused("No gradient reaches the trained parameters"):
+        train(model, [toy_task()], tmp_path / "out", quick())

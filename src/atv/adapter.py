@@ -194,15 +194,24 @@ def vectors_shape(saved: artifact.Saved, folder: Path) -> tuple[int, int]:
     return shape[0], shape[1]
 
 
-def require_named_generator(saved: artifact.Saved, generator: Generator, folder: Path) -> None:
-    """Raise ATVError if a generator that the adapter only names has changed since the adapter was made."""
-    made = saved.about.get("generator", {}).get("weights")
+def require_named_generator(
+    saved: artifact.Saved, generator: Generator, folder: Path, called: str = "generator"
+) -> None:
+    """Raise ATVError if a generator that the adapter only names has changed since the adapter was made.
+
+    Args:
+        saved: from `artifact.read`. Older adapters do not say what weights it had.
+        generator: the model that now has the name.
+        folder: folder of the adapter.
+        called: key under which the adapter describes it.
+    """
+    made = saved.about.get(called, {}).get("weights")
     if not made:
         return
     found = identity.sample_weights(generator.encoder)
     if made.keys() != found.keys() or not all(identity.alike(made[name], found[name]) for name in made):
         raise ATVError(
-            f"The adapter {folder} was made with a frozen generator named {generator.name_or_path}; the model of that "
+            f"The adapter {folder} was made with a frozen {called} named {generator.name_or_path}; the model of that "
             "name now has other weights. Restore that model, or train the adapter again."
         )
 

@@ -207,6 +207,7 @@ def read(folder: Path, method: str | None = None) -> Saved:
         ("training.tasks", tasks, dict),
         *(_asking_parts(tasks) if isinstance(tasks, dict) else ()),
         ("generator", written.get("generator", {}), dict),
+        ("encoder", written.get("encoder", {}), dict),
     ):
         if not isinstance(value, kind):
             raise damaged(folder, f"{key} is {value!r}; expected a {kind.__name__}")

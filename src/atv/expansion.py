@@ -82,7 +82,7 @@ class Expansion(nn.Module):
         self.gate = Gate(state_size).to(self.common)
 
     def calibrate(self, states: Sequence[Tensor], sizes: Tensor) -> None:
-        """Set r and the standardisation of z from training rows.
+        """Set r and the standardisation of z from training rows, with a gate that knows none of them yet.
 
         Args:
             states: for each task (queries, state), of its training queries.
@@ -93,6 +93,7 @@ class Expansion(nn.Module):
             return
         if len(states) != len(self.means):
             self.set_tasks(len(states))
+        self.gate = Gate(self.means.shape[1]).to(self.common)  # a former training's would affect validation
         self.means.copy_(torch.stack([of_task.mean(0) for of_task in states]))
         within = torch.cat([of_task - mean for of_task, mean in zip(states, self.means, strict=True)])
         deviation = within.pow(2).mean(0).sqrt()

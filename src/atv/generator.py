@@ -158,19 +158,29 @@ class Generator(nn.Module):
     def read_ahead(self, queries: Set[tuple[int, ...]]) -> Iterator[None]:
         """Cache the states of these encoded queries inside this context, until training of the generator starts.
 
-        They are read in a fixed order, so that a resumed training gets exactly the same states.
+        They are read in a fixed order, so that a resumed training gets exactly the same states, and without dropout,
+        which would give each query the same wrong state in every epoch and in validation.
         """
         try:
             if self.waits or not self.trainable:
-                with bar("read queries", len(queries)) as progress, torch.no_grad():
-                    for batch in like_lengths(queries, READ_TOKENS):
-                        ids, mask = pad(batch, pad_id(self.tokenizer), "right")
-                        states = self(ids.to(self.device), mask.to(self.device))
-                        self._read |= zip(batch, states, strict=True)
-                        progress.advance(len(batch))
+                self._read = self._states_of(queries)
             yield
         finally:
             self._read = {}
+
+    @torch.no_grad()
+    def _states_of(self, queries: Set[tuple[int, ...]]) -> dict[tuple[int, ...], Tensor]:
+        found, was_training = dict[tuple[int, ...], Tensor](), self.training
+        self.eval()
+        try:
+            with bar("read queries", len(queries)) as progress:
+                for batch in like_lengths(queries, READ_TOKENS):
+                    ids, mask = pad(batch, pad_id(self.tokenizer), "right")
+                    found |= zip(batch, self(ids.to(self.device), mask.to(self.device)), strict=True)
+                    progress.advance(len(batch))
+        finally:
+            self.train(was_training)
+        return found
 
     def learn(self) -> None:
         """Start its training, if it waits for that; states that were read ahead are discarded."""

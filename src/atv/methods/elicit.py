@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
+from atv import adapter as adapters
 from atv import artifact
 from atv.config import EMBEDDED_GENERATOR, REGIONS, ATVConfig, Checked, Positions, TrainConfig
 from atv.data import Prompt, Task, asking_of
@@ -133,6 +134,7 @@ class Elicit(Method):
         folder, saved = artifact.read_for(cls.wanted_adapter(adapter), cls.name, llm)
         config = ElicitConfig.from_dict(saved.config)
         encoder = load_encoder(config.encoder).to(input_device(llm))
+        adapters.require_named_generator(saved, encoder, folder, "encoder")
         tasks, layers, width = len(saved.training.get("tasks", {})), len(decoder_layers(llm)), encoder.hidden_size
         entries = tasks * config.exemplars
         states = {"states": (entries, layers, text_config(llm).hidden_size), "embeddings": (entries, width)}
@@ -225,5 +227,10 @@ def _save(
         save_file(entries, part / LIBRARY_FILE, metadata={"format": "pt"})
         save_file({"weight": weight, "bias": bias}, part / RETRIEVER_FILE, metadata={"format": "pt"})
 
-    named = {"encoder": {"name": encoder.name_or_path, "revision": encoder.revision}}
-    artifact.save(adapter, Elicit.name, identity.describe_llm(llm), config.to_dict(), summary, write, named)
+    named = {
+        "name": encoder.name_or_path,
+        "revision": encoder.revision,
+        "weights": identity.sample_weights(encoder.encoder),
+    }
+    llm_identity = identity.describe_llm(llm)
+    artifact.save(adapter, Elicit.name, llm_identity, config.to_dict(), summary, write, {"encoder": named})

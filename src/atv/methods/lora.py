@@ -1,18 +1,19 @@
 """LoRA: a learned product of two thin matrices is added to each query and value projection (with PEFT)."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 from torch import nn
 
-from atv.config import Checked
+from atv.config import Checked, TrainConfig
+from atv.data import Task
 from atv.errors import ATVError
 from atv.lm.hooks import text_config
 from atv.methods.learn_once import at_least_one
-from atv.methods.peft_model import Adapted, PEFTMethod
+from atv.methods.peft_model import Adapted, PEFTMethod, PEFTModel
 
 
 @dataclass
@@ -66,29 +67,30 @@ class AdaptedByLoRA(Adapted):
         from peft.tuners.lora import LoraLayer
 
         super().__init__(llm, config)
-        self._places: list[tuple[nn.Module, str, Any]] = [
+        self.places: list[tuple[nn.Module, str, Any]] = [
             (parent, name, child)
             for parent in llm.modules()
             for name, child in parent.named_children()
             if isinstance(child, LoraLayer)
         ]
+        """Each target: its parent, its name, and PEFT's layer around it."""
         self.peft.unload()
 
     @contextmanager
     def inserted(self) -> Iterator[None]:
         """Insert PEFT's layers into the LLM for the duration of the context."""
         try:
-            for parent, name, layer in self._places:
+            for parent, name, layer in self.places:
                 setattr(parent, name, layer)
             yield
         finally:
-            for parent, name, layer in self._places:
+            for parent, name, layer in self.places:
                 setattr(parent, name, layer.base_layer)
 
     def learned(self) -> nn.Module:
         """The two matrices of each target module and the dropout before them."""
         return nn.ModuleList(
-            nn.ModuleList([layer.lora_dropout, layer.lora_A, layer.lora_B]) for _, _, layer in self._places
+            nn.ModuleList([layer.lora_dropout, layer.lora_A, layer.lora_B]) for _, _, layer in self.places
         )
 
     def forward(self, **inputs: Any) -> Any:
@@ -104,6 +106,25 @@ class LoRA(PEFTMethod):
     config_class = LoRAConfig
     train_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 4e-4}
     search: ClassVar[dict[str, tuple[Any, ...]]] = {"learning_rate": (4e-4, 1e-3, 2e-3, 2e-4)}
+
+    @classmethod
+    def untrained(
+        cls, llm: nn.Module, tokenizer: Any, tasks: Sequence[Task], config: LoRAConfig, train: TrainConfig
+    ) -> PEFTModel:
+        """The adapter around the frozen LLM.
+
+        Raises:
+            ATVError: a target has no input to multiply, such as an embedding: PEFT's matrices for it would not be
+                trained.
+        """
+        model = super().untrained(llm, tokenizer, tasks, config, train)
+        for _, name, layer in cast(AdaptedByLoRA, model.adapted).places:
+            if not layer.lora_A:
+                raise ATVError(
+                    f"targets includes {name}, a module of the type {type(layer.base_layer).__name__}; expected linear "
+                    "or convolutional modules, such as q_proj and v_proj. Leave it out."
+                )
+        return model
 
     @classmethod
     def adapt(cls, llm: nn.Module, config: LoRAConfig) -> Adapted:

@@ -226,7 +226,7 @@ def _require_gradient(model: AdapterModel, row: EncodedRow) -> None:
         return require_wiring(model)
     batch = {name: value.to(input_device(model.llm)) for name, value in model.collator()([row]).items()}
     learned = [p for p in model.parameters() if p.requires_grad]
-    gradients = torch.autograd.grad(model(**batch).loss, learned, allow_unused=True)
+    gradients = torch.autograd.grad(model(**batch).loss, learned, allow_unused=True) if learned else ()
     if not any(gradient is not None and gradient.any() for gradient in gradients):
         raise ATVError("No gradient reaches the trained parameters: the method does not work with this LLM.")
     return None
