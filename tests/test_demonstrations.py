@@ -21,8 +21,8 @@ from atv.evaluation.run import evaluate
 from atv.lm.prefix import SharedPrefix
 from atv.lm.scoring import longest_answer
 from atv.methods import METHODS
-from atv.methods.bm25 import words
 from atv.methods.demonstrations import Demonstrated
+from atv.words import words
 
 WORDS = ["harbour", "kettle", "lid", "boat", "quiet", "not", "A", "7", "the", "the", "the"]
 

@@ -11,7 +11,6 @@ import os
 import re
 import string
 import sys
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -23,13 +22,12 @@ from atv.data import Example, Task
 from atv.data.task import FEW_OPTIONS
 from atv.errors import ATVError, unknown
 from atv.files import sha256
+from atv.words import words
 
 if TYPE_CHECKING:
     from atv.lm.scoring import Options
 
 Need = Literal["next_token", "loglikelihood", "generate"]
-_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
-"""Characters that are written without spaces: Thai, Lao, Burmese, Khmer, Japanese kana, Chinese."""
 GENERATED = "generated"
 """Key of the generated answer in rows, however many metrics judge it."""
 
@@ -181,15 +179,10 @@ class TokenF1:
 
 
 class _Words:
-    """Splits texts for ROUGE: words and digits of any script, and single characters of scripts without spaces.
-
-    rouge-score's own tokenizer keeps Latin letters without accents and digits alone. Where a text has nothing else, the
-    tokens are the same.
-    """
+    """The tokenizer that rouge-score is given: its own one keeps Latin letters without accents and digits alone."""
 
     def tokenize(self, text: str) -> list[str]:
-        kept = (c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in text.lower())
-        return _UNSPACED.sub(r" \g<0> ", "".join(kept)).split()
+        return words(text.replace("_", " "), pairs=False)
 
 
 class RougeL:

@@ -1,9 +1,6 @@
 """BM25: demonstrations whose inputs share the most words with the query."""
 
-import unicodedata
 from collections.abc import Sequence
-from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -12,44 +9,14 @@ from torch import nn
 from atv.data import Example, Task
 from atv.errors import ATVError
 from atv.methods.demonstrations import Demonstrated
-
-UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Yi}\p{Line_Break=SA}ーｰ"
-"""Characters of scripts that put no spaces between words: Chinese, Japanese, Yi, and those of South-East Asia such as
-Thai, Lao, Khmer and Burmese (Unicode line breaking class SA)."""
-
-
-@cache
-def _patterns() -> tuple[Any, Any]:
-    """Patterns for an unspaced run or a word (letters, digits, _ and their marks), and for one character."""
-    import regex  # here, so that other methods do not wait for it
-
-    marks = r"\p{M}\p{Join_Control}"
-    letters = rf"[[\w\p{{N}}]--[{UNSPACED}{marks}]--[\p{{Pc}}--_]]"
-    run, word = rf"[{UNSPACED}][{UNSPACED}{marks}]*", rf"{letters}(?:{letters}|[{marks}])*"
-    return regex.compile(rf"(?V1)(?P<run>{run})|{word}"), regex.compile(r"\X")
-
-
-def words(text: str) -> list[str]:
-    """Words in lower case. No stop words and no minimum length, since inputs may differ only in `not`, `A` or `7`.
-
-    For scripts without spaces between words, single characters and pairs of neighbours are used instead.
-    """
-    pattern, character = _patterns()
-    found = []
-    for match in pattern.finditer(unicodedata.normalize("NFC", text.lower())):
-        if not match["run"]:
-            found.append(match[0])
-            continue
-        letters = [part for part in character.findall(match[0]) if any(map(str.isalnum, part))]
-        found += letters + [one + after for one, after in pairwise(letters)]
-    return found
+from atv.words import words
 
 
 class BM25(Demonstrated):
     """Demonstrations retrieved for each query from the task's training split.
 
     The score is bm25s' default: Lucene's variant with k1 = 1.5 and b = 0.75. A word that occurs twice in a query counts
-    twice; see `words` for tokenisation. Ties go to the earlier row of the split.
+    twice, and all words count, since inputs may differ only in `not`, `A` or `7` (`atv.words.words`). Ties go to the earlier row of the split.
     """
 
     name = "bm25"

@@ -10,7 +10,6 @@ from atv.data import Example, Prompt, Task
 from atv.errors import ATVError
 from atv.lm.hooks import base_llm, decoder_layers
 from atv.lm.lens import Readout, top_tokens
-from atv.methods.bm25 import words
 from atv.methods.elicit import Elicit
 from atv.model import ATVModel
 from atv.paper.analysis.geometry import LEAST, map_of, nearest, require_sklearn, variation
@@ -18,6 +17,7 @@ from atv.paper.analysis.lens import layer_by_layer
 from atv.paper.analysis.norms import beside_residual, scaled_vectors
 from atv.paper.analysis.swapped import KINDS, exchanged
 from atv.progress import Bar, bar, log
+from atv.words import words
 
 NEIGHBOURS = 90
 """Maximum number of training rows per task that can be neighbours: as many as the paper trains on."""
