@@ -7,7 +7,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "atv"
 LEVELS = [
-    ("floor", {"errors", "files", "processes", "progress", "provenance"}),
+    ("floor", {"errors", "files", "processes", "progress", "provenance", "words"}),
     ("ground", {"config"}),
     ("data", {"data"}),
     ("lm", {"lm"}),

@@ -15,8 +15,9 @@ from atv.words import words
 class BM25(Demonstrated):
     """Demonstrations retrieved for each query from the task's training split.
 
-    The score is bm25s' default: Lucene's variant with k1 = 1.5 and b = 0.75. A word that occurs twice in a query counts
-    twice, and all words count, since inputs may differ only in `not`, `A` or `7` (`atv.words.words`). Ties go to the earlier row of the split.
+    The score is bm25s' default: Lucene's variant with k1 = 1.5 and b = 0.75. All words count (`atv.words.words`), since
+    inputs may differ only in `not`, `A` or `7`; one that occurs twice in a query counts twice. Ties go to the earlier
+    row of the split.
     """
 
     name = "bm25"
