@@ -270,7 +270,7 @@ class Predict:
     """Frozen LLM. Default: the adapter's."""
     loading: Loading = group(Loading)
     input: str | None = option(None, panel=DATA)
-    """Column of the queries. Default: recognised by its name."""
+    """Column of the queries. Default: those of the training, or recognised by its name."""
     task: str | None = option(None, panel=DATA)
     """Training task whose template and options are used. Default: the only one."""
     template: str | None = option(None, panel=DATA)
