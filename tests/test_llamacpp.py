@@ -16,6 +16,7 @@ from serving import TEXTS, post, prompt, same_predictions, saved, sequential
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from atv.config import Positions
+from atv.data.render import Prompt
 from atv.errors import ATVError, Unavailable
 from atv.lm.load import load_outline
 from atv.serving import llamacpp, llamacpp_context
@@ -179,6 +180,11 @@ def test_the_memory_of_a_token_is_that_of_its_keys_and_values(kind, width, tmp_p
             sizes.append(context._cpp.llama_state_seq_get_size(context._context, sequence))
         assert expected <= (sizes[1] - sizes[0]) / 100 <= expected + 32  # with places and numbers of sequences
     context.close()
+
+
+def test_a_token_that_the_llm_does_not_have_is_refused(world, engine):
+    with refused("token id 400", "0 to 399"):
+        engine.submit(Request(Prompt([5, 400], "a"), sampling=Sampling(max_tokens=3)), print)
 
 
 def test_an_llm_whose_layers_have_other_outputs_is_refused(world, monkeypatch):

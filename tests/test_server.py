@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from types import SimpleNamespace
+from urllib.parse import urlsplit
 
 import openai
 import pytest
@@ -21,10 +22,11 @@ from serving import saved
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from atv.cli import main
+from atv.cli.serve import _address, _named
 from atv.serving.app import MOST_BYTES, make_app
 from atv.serving.engine import Engine, Limits
 from atv.serving.forms import Form
-from atv.serving.models import Models
+from atv.serving.models import NAME, Models
 from atv.serving.sampling import Likelihood
 from atv.serving.why import Reasons
 from benchmarks.serving import running
@@ -426,6 +428,51 @@ def test_one_request_has_as_many_answers_as_the_server_takes_at_a_time(world):
         two = {"model": "base", "prompt": ["a", "b"], "n": 2, "max_tokens": 1}
         assert client.post("/v1/completions", json=two).status_code == 400
     assert engine.numbers()["refused"] == engine._open == 0
+
+
+def test_token_ids_are_those_of_the_tokenizer_and_of_the_llm(world):
+    """Either may have more than the other: added tokens, or embeddings for none."""
+    tokens = len(world.engine.tokenizer)
+    assert tokens == world.llm.config.vocab_size
+    small = LlamaForCausalLM(LlamaConfig(**(SIZES | {"vocab_size": tokens - 3}))).eval()
+    engine = Engine(small, world.engine.tokenizer, Limits(rows=2))
+    app = make_app(engine, Models("base", engine.tokenizer, engine.load))
+    with TestClient(app, base_url="http://localhost") as client:
+        for token, status in ((tokens - 4, 200), (tokens - 3, 400), (tokens, 400), (-1, 400)):
+            asked = {"model": "base", "prompt": [5, token], "max_tokens": 1}
+            answer = client.post("/v1/completions", json=asked)
+            assert answer.status_code == status, answer.text
+        assert engine.healthy()
+
+
+def test_one_query_for_several_prompts_is_refused(world):
+    asked = {"model": "template", "query": "a", "max_tokens": 1}
+    for prompt, status in ((["a b", "c d"], 400), (["a b"], 200)):
+        found, answer, _ = post(world.port, "/v1/completions", json.dumps(asked | {"prompt": prompt}))
+        assert found == status, answer
+        assert status == 200 or "query is one text, and prompt has 2" in answer["error"]["message"]
+
+
+def test_an_adapters_name_and_folder_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "runs" / "lr=0.1").mkdir(parents=True)
+    for adapter, split in {
+        "runs/lr=0.1": ("lr=0.1", "runs/lr=0.1"),
+        "~/runs/lr=0.1": ("lr=0.1", f"{tmp_path}/runs/lr=0.1"),
+        "fast=runs/lr=0.1": ("fast", "runs/lr=0.1"),
+        "fast=~/runs/lr=0.1": ("fast", f"{tmp_path}/runs/lr=0.1"),
+        "fast=someone/on-the-hub": ("fast", "someone/on-the-hub"),
+        "runs/other": ("other", "runs/other"),
+    }.items():
+        assert _named(adapter) == split
+        assert NAME.fullmatch(split[0])
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_the_address_that_is_told_can_be_opened(host):
+    address = urlsplit(_address(host, 8000))
+    assert (address.hostname, address.port) == (host, 8000)
 
 
 HALF = "hi \ud83d"

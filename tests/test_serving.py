@@ -472,6 +472,9 @@ def test_what_can_never_be_answered_is_refused(world):
         engine.submit(Request(asked, sampling=Sampling(max_tokens=250)), print)
     with pytest.raises(ATVError, match="at most 1024"):
         engine.submit(Request(asked, sampling=Sampling(max_tokens=5000)), print)
+    for ids, begun in (([5, 400], ()), ([5], (-1,))):
+        with pytest.raises(ATVError, match=r"token id (400|-1); the LLM's are 0 to 399"):
+            engine.submit(Request(Prompt(ids, "a"), sampling=GREEDY, begun=begun), print)
     for options in ({"temperature": -1}, {"top_p": 0}, {"max_tokens": 0}, {"stop": ("",)}, {"logprobs": 99}):
         with pytest.raises(ATVError, match=next(iter(options))):
             Sampling(**options)

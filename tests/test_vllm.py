@@ -517,6 +517,8 @@ def test_what_can_never_be_answered_is_refused(world, engine):
         engine.check(Request(Prompt([1], "a"), sampling=Sampling(max_tokens=17)))
     with refused("60 tokens", "max_tokens is 5", "context is 64"):
         engine.check(Request(Prompt([1] * 60, "a"), sampling=Sampling(max_tokens=5)))
+    with refused("token id 400", "0 to 399"):
+        engine.check(Request(Prompt([1, 400], "a"), sampling=Sampling(max_tokens=5)))
     adapter = engine.load(world.folder / "last")
     with torch.no_grad():
         next(adapter.atv.expansion.parameters()).fill_(float("inf"))

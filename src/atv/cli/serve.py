@@ -54,7 +54,7 @@ def serve_adapters(given: Serve) -> None:
         for each, folder in adapters.items():
             models.add(each, folder)
         host, port = listening.getsockname()[:2]
-        address = f"http://{host}:{port}"
+        address = _address(host, port)
         log.info(
             f"Serving {', '.join(served.name for served in models)} at {address}/v1, with a page at {address} "
             "(stop with Ctrl-C)"
@@ -96,11 +96,17 @@ def _check(given: Serve) -> None:
 
 
 def _named(adapter: str) -> tuple[str, str]:
-    """Split NAME=DIR; the name of DIR alone is its last part."""
-    name, equals, folder = adapter.rpartition("=")
-    if equals:
-        return name, folder
-    return Path(adapter).resolve().name, adapter
+    """Split NAME=DIR; the name of DIR alone is its last part. A folder that exists is DIR, whatever its name is."""
+    alone = os.path.expanduser(adapter)
+    name, equals, folder = adapter.partition("=")
+    if equals and not Path(alone).is_dir():
+        return name, os.path.expanduser(folder)
+    return Path(alone).resolve().name, alone
+
+
+def _address(host: str, port: int) -> str:
+    """Return the URL of a socket's address, with an IPv6 address in brackets."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _own(host: str) -> bool:

@@ -189,6 +189,8 @@ class _Routes:
         ]  # fmt: skip
         if (answers := len(several) * (body.n or 1)) > MOST_ANSWERS:
             raise ATVError(f"The request asks for {answers} answers; expected at most {MOST_ANSWERS}.")
+        if body.query is not None and len(several) > 1:
+            raise ATVError(f"query is one text, and prompt has {len(several)}; send a request for each of them.")
         prompts = [await asyncio.to_thread(self.models.text, served, cast(str, each), body.query) for each in several]
         return await self.completions.complete(
             body, served, prompts, body.logprobs, body.max_tokens, request, chat=False

@@ -24,6 +24,7 @@ from atv.data.collate import pad_id
 from atv.data.render import Prompt
 from atv.errors import ATVError, Unavailable
 from atv.lm.ends import end_ids
+from atv.lm.hooks import base_llm
 from atv.lm.load import context_length
 from atv.methods import METHODS
 from atv.methods.atv import ATVMethod
@@ -159,6 +160,18 @@ class _Work(Row):
         return _tokens(self.request) + self.padding
 
 
+def embedded_tokens(llm: nn.Module) -> int:
+    """Return the number of an LLM's embeddings of tokens."""
+    return len(base_llm(llm).get_input_embeddings().weight)  # type: ignore[operator]
+
+
+def check_tokens(request: Request, vocabulary: int) -> None:
+    """Raise ATVError if a request has tokens that are not among the LLM's embeddings, of which there are so many."""
+    unknown = next((token for token in (*request.prompt.ids, *request.begun) if not 0 <= token < vocabulary), None)
+    if unknown is not None:
+        raise ATVError(f"The prompt has the token id {unknown}; the LLM's are 0 to {vocabulary - 1}.")
+
+
 def _tokens(request: Request) -> int:
     """Return the number of tokens that a request's prompt and answer may have."""
     return len(request.prompt.ids) + len(request.begun) + request.sampling.max_tokens
@@ -195,15 +208,23 @@ class BatchEngine(ABC):
         tokenizer: the LLM's.
         ends: tokens that end an answer.
         context: most tokens of a text that the LLM reads; None: any.
+        vocabulary: number of the LLM's embeddings of tokens, which may be fewer or more than the tokenizer's tokens.
         beginnings: known beginnings of prompts.
         limits: what it takes on.
     """
 
     def __init__(
-        self, tokenizer: Any, ends: Iterable[int], context: int | None, beginnings: Beginnings[Any], limits: Limits
+        self,
+        tokenizer: Any,
+        ends: Iterable[int],
+        context: int | None,
+        vocabulary: int,
+        beginnings: Beginnings[Any],
+        limits: Limits,
     ) -> None:
         self.tokenizer, self.limits = tokenizer, limits
         self.context, self._ends, self._beginnings = context, frozenset(ends), beginnings
+        self._vocabulary = vocabulary
         self._wake = threading.Condition()
         self._waiting: deque[_Work] = deque()
         self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
@@ -245,6 +266,7 @@ class BatchEngine(ABC):
         for what, limit in limits.items():
             if limit is not None and tokens + asked > limit:
                 raise ATVError(f"The prompt has {tokens} tokens, max_tokens is {asked}, and {what} is {limit} tokens.")
+        check_tokens(request, self._vocabulary)
 
     def submit(self, request: Request, deliver: Callable[[Piece], None]) -> Callable[[], None]:
         """Queue a request.
@@ -546,7 +568,8 @@ class Engine(BatchEngine):
     def __init__(self, llm: nn.Module, tokenizer: Any, limits: Limits | None = None) -> None:
         self.llm, limits = llm.eval(), limits or Limits()
         self._pad, self._shared = pad_id(tokenizer), CachedBeginnings(llm, limits.kept)
-        super().__init__(tokenizer, end_ids(llm, tokenizer), context_length(llm), self._shared, limits)
+        ends, context = end_ids(llm, tokenizer), context_length(llm)
+        super().__init__(tokenizer, ends, context, embedded_tokens(llm), self._shared, limits)
 
     def load(self, folder: Path) -> ATVModel:
         """Load an adapter for this engine's LLM; call it through `run` once there are requests.

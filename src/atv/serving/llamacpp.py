@@ -131,7 +131,8 @@ class LlamaCppEngine(BatchEngine):
         self._llm = LlamaCpp(gguf, limits, given)
         context = min(filter(None, (self._llm.context, context_length(self._outline))))
         shared = _Sequences(self._llm, limits.kept)
-        super().__init__(tokenizer, end_ids(self._outline, tokenizer), context, shared, limits)
+        ends = end_ids(self._outline, tokenizer)
+        super().__init__(tokenizer, ends, context, self._llm.vocabulary, shared, limits)
 
     def load(self, folder: Path) -> Steers:
         """Load an adapter for this engine's LLM.

@@ -161,7 +161,7 @@ class LlamaCpp:
         self.layers = int(cpp.llama_model_n_layer(self._model))
         self.width = int(cpp.llama_model_n_embd(self._model))
         self.context = int(cpp.llama_model_n_ctx_train(self._model))
-        self._vocabulary = int(cpp.llama_vocab_n_tokens(cpp.llama_model_get_vocab(self._model)))
+        self.vocabulary = int(cpp.llama_vocab_n_tokens(cpp.llama_model_get_vocab(self._model)))
         size = {"f16": 2, "f32": 4}[options.cache_type]
         shared = int(cpp.llama_model_n_head_kv(self._model))
         self.cell_bytes = self.layers * shared * (self._head_width("key") + self._head_width("value")) * size
@@ -256,7 +256,7 @@ class LlamaCpp:
         found = []
         for call in _calls(readings, self._ubatch):
             found += self._call(call)
-        return torch.stack(found) if found else torch.empty(0, self._vocabulary)
+        return torch.stack(found) if found else torch.empty(0, self.vocabulary)
 
     def _call(self, readings: Sequence[Reading]) -> list[Tensor]:
         batch: Any = self._batch
@@ -291,7 +291,7 @@ class LlamaCpp:
 
     def _logits(self, row: int) -> Tensor:
         values = self._cpp.llama_get_logits_ith(self._context, row)
-        buffer = ctypes.cast(values, ctypes.POINTER(ctypes.c_float * self._vocabulary)).contents
+        buffer = ctypes.cast(values, ctypes.POINTER(ctypes.c_float * self.vocabulary)).contents
         return torch.frombuffer(buffer, dtype=torch.float32).clone()
 
     def _computed(self, tensor: int, ask: bool, _: Any) -> bool:

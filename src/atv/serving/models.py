@@ -16,7 +16,7 @@ from atv.data.render import Example, Prompt, encode_text
 from atv.errors import ATVError, unknown
 from atv.vectors import ATV
 
-NAME = re.compile(r"[\w.:@/-]{1,100}")
+NAME = re.compile(r"[\w.:=@/-]{1,100}")
 
 
 class Loaded(Protocol):
@@ -94,7 +94,7 @@ class Models:
         """
         if name == self.base or not NAME.fullmatch(name):
             raise ATVError(
-                f"An adapter cannot be called {name!r}; expected 1 to 100 letters, digits and . : @ / _ -, and not "
+                f"An adapter cannot be called {name!r}; expected 1 to 100 letters, digits and . : = @ / _ -, and not "
                 f"{self.base}, which is the plain LLM."
             )
         found = artifact.locate(folder)

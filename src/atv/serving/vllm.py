@@ -21,7 +21,7 @@ from atv.errors import ATVError, Unavailable
 from atv.lm.ends import end_ids
 from atv.lm.load import load_outline, load_tokenizer, resolve
 from atv.progress import log
-from atv.serving.engine import Busy, Finish, Limits, Piece, Request
+from atv.serving.engine import Busy, Finish, Limits, Piece, Request, check_tokens, embedded_tokens
 from atv.serving.sampling import Likelihood, Sampling
 from atv.serving.steers import Steering, Steers, load_steers
 from atv.serving.text import TextStream
@@ -123,6 +123,7 @@ class VLLMEngine:
             raise ATVError(
                 f"The prompt has {tokens} tokens, max_tokens is {asked}, and vLLM's context is {self.context} tokens."
             )
+        check_tokens(request, embedded_tokens(self._outline))
 
     async def stream(self, request: Request) -> AsyncIterator[Piece]:
         """Yield the pieces of an answer; closing the iterator cancels the request. Raises `Busy`."""
