@@ -176,6 +176,37 @@ def test_weights_of_a_stranger_that_are_not_finite_are_refused_though_the_digest
         load(path)
 
 
+@pytest.mark.parametrize("size", [10**6, 10**12])
+@pytest.mark.parametrize("form", ["paper", "calibrated"])
+def test_a_stranger_names_no_vectors_that_the_weights_do_not_have(tmp_path, form, size):
+    """Before memory is taken for them."""
+    _, path = saved(tmp_path, parametrisation=form)
+    edit(vectors=[size, size])(path)
+    with refused("atv_config.json is damaged", f"vectors is [{size}, {size}]"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("hidden_size", 2**20, "(400, 24); expected (400, 1048576)"),
+        ("vocab_size", 2**40, "(400, 24); expected (1099511627776, 24)"),
+        ("intermediate_size", -3, "cannot be read"),
+        ("hidden_size", "x", "cannot be read"),
+        ("model_type", "unheard-of", "cannot be read"),
+    ],
+)
+def test_a_stranger_names_no_generator_that_the_weights_do_not_have(tmp_path, key, value, named):
+    _, path = saved(tmp_path)
+    file = path / "generator" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    written = json.loads((path / "atv_config.json").read_text())
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    edit(sha256=written["sha256"] | {"generator/config.json": digest})(path)
+    with refused(path / "generator", named, "train again"):
+        load(path)
+
+
 def test_saving_over_something_else_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ATVError, match="exists and is not an adapter"):

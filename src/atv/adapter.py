@@ -4,13 +4,14 @@ They are `expansion.safetensors`, a model card and, unless the generator can be 
 folder `generator/`.
 """
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -187,10 +188,18 @@ def saved_generator(config: ATVConfig, folder: Path) -> Generator:
 
 
 def vectors_shape(saved: artifact.Saved, folder: Path) -> tuple[int, int]:
-    """Return the number of vectors per query and their width."""
+    """Return the number of vectors per query and their width.
+
+    Raises:
+        ATVError: `vectors` is not that of the expansion's weights, which may not even fit in memory.
+    """
     shape = saved.about.get("vectors")
     if not isinstance(shape, list) or len(shape) != 2 or not all(type(size) is int and size > 0 for size in shape):
         raise artifact.damaged(folder, f"vectors is {shape!r}; expected their number and width")
+    with safe_open(folder / EXPANSION_FILE, "pt") as file:
+        sizes = {math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    if math.prod(shape) not in sizes:  # that of the common vector, or of the paper's bias
+        raise artifact.damaged(folder, f"vectors is {shape!r}, and no weight in {EXPANSION_FILE} has this many values")
     return shape[0], shape[1]
 
 

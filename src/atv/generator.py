@@ -1,14 +1,16 @@
 """The generator: a small language model that reads the query and returns one hidden state."""
 
 import copy
+from collections import defaultdict
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModel, LlamaConfig
+from transformers import AutoConfig, AutoModel, LlamaConfig
 
 from atv.config import SELF, ATVConfig, random_sizes
 from atv.data.collate import like_lengths, pad, pad_id, position_ids
@@ -16,14 +18,17 @@ from atv.data.render import encode_text
 from atv.errors import ATVError
 from atv.lm.hooks import decoder_layers, read_up_to, text_config, unregistered
 from atv.lm.load import (
+    ENCODER_FILE,
     context_length,
     load_encoder,
     load_saved_encoder,
     load_tokenizer,
+    new_model,
     read_sizes,
     reading_part,
     save_reading_part,
 )
+from atv.lm.quiet import quiet_libraries
 from atv.progress import bar, log
 
 CONSTANT = "constant"
@@ -100,7 +105,12 @@ class Generator(nn.Module):
 
     @classmethod
     def load_saved(cls, config: ATVConfig, folder: Path) -> "Generator":
-        """Load a generator written by `save`; `config` is that of its ATV."""
+        """Load a generator written by `save`; `config` is that of its ATV.
+
+        Raises:
+            ATVError: the folder's configuration describes no model, or one that other weights belong to.
+        """
+        _require_sizes_of_file(folder)
         encoder, tokenizer = load_saved_encoder(folder), load_tokenizer(str(folder))
         generator = cls(encoder, tokenizer, config.pooling, config.query_template, bool(config.train_generator))
         generator.name_or_path = config.generator
@@ -332,6 +342,36 @@ def new_generator(config: ATVConfig, layers: int, width: int, llm: nn.Module, to
     generator = Generator(encoder, tokenizer, config.pooling, config.query_template)
     generator.name_or_path = config.generator
     return generator
+
+
+def _require_sizes_of_file(folder: Path) -> None:
+    """Raise ATVError unless a saved generator's configuration describes the weights beside it.
+
+    This takes no memory for weights. Sizes that a stranger has written may be larger than any memory.
+    """
+    file = folder / ENCODER_FILE
+    try:
+        with quiet_libraries(), torch.device("meta"):
+            part = reading_part(new_model(AutoConfig.from_pretrained(folder, trust_remote_code=False)))
+        with safe_open(file, "pt") as tensors:
+            found = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except ATVError:
+        raise
+    except Exception as error:  # each library and each architecture has its own kinds
+        reason = " ".join(str(error).split())[:300]
+        raise ATVError(f"The generator in {folder} cannot be read: {reason}. Restore it or train again.") from error
+    names: dict[int, list[str]] = defaultdict(list)  # tied weights are in the file once
+    weights = part.state_dict(keep_vars=True)
+    for name, weight in weights.items():
+        names[id(weight)].append(name)
+    for tied in names.values():
+        expected = tuple(weights[tied[0]].shape)
+        if {found.get(name, expected) for name in tied} != {expected} or not found.keys() & tied:
+            shape = next((found[name] for name in tied if name in found), "missing")
+            raise ATVError(
+                f"{file} does not fit the config.json beside it: {tied[0]} is {shape}; expected {expected}. Restore "
+                "the generator or train again."
+            )
 
 
 def _needed(config: ATVConfig, llm: nn.Module | None, tokenizer: Any) -> tuple[nn.Module, Any]:
