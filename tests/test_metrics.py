@@ -254,6 +254,15 @@ def test_where_a_generated_answer_ends(said, end, options, generated):
     assert [row["scores"]["exact_match"] for row in rows] == [float(row["target"] == generated) for row in rows]
 
 
+def test_spaces_before_punctuation_belong_to_an_answer():
+    tokenizer = sentencepiece_tokenizer()
+    tokenizer.clean_up_tokenization_spaces = True  # then `decode` removes them
+    llm = says(tokenizer, "yes . no")
+    task = labelled(("yes . no", "no"), rows=4)
+    for row in evaluate(zero_shot(llm, tokenizer), [task], ["exact_match"], variants="first"):
+        assert row["outputs"]["generated"].startswith("yes . no")
+
+
 def test_json_may_have_several_lines_and_a_code_block_and_other_metrics_judge_the_first_line():
     """A correct answer is one line, and an LLM that was not trained writes JSON as it likes."""
     tokenizer = byte_level_tokenizer()

@@ -20,7 +20,7 @@ from atv.expansion import Expansion, PaperExpansion
 from atv.gate import STRENGTHS
 from atv.generator import READ_TOKENS, Generator, Itself, check_queries, load_generator
 from atv.lm.adapter_model import AdapterModel, AnswerLoss, answer_loss
-from atv.lm.ends import end_ids
+from atv.lm.ends import decoded, end_ids
 from atv.lm.hooks import SITES, base_llm, capture_outputs, input_device, text_config, unregistered
 from atv.lm.identity import describe_llm
 from atv.lm.load import load_llm, load_tokenizer
@@ -471,7 +471,7 @@ class ATVModel(AdapterModel):
         with self.steer([prompt.query for prompt in prompts]), torch.no_grad():
             output = cast(Any, self.llm).generate(**inputs, **checking(options))
         sequences = getattr(output, "sequences", output)
-        return cast(list[str], self.tokenizer.batch_decode(sequences[:, width:], skip_special_tokens=True))
+        return [decoded(self.tokenizer, ids, skip_special_tokens=True) for ids in sequences[:, width:].tolist()]
 
     # ---- the adapter ----
 

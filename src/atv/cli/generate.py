@@ -13,7 +13,7 @@ from atv.cli.output import print_lines
 from atv.data import Example, Prompt, Renderer, query_renderer
 from atv.data.collate import pad_id
 from atv.errors import ATVError
-from atv.lm.ends import end_ids
+from atv.lm.ends import decoded, end_ids
 from atv.model import ATVModel
 
 
@@ -40,7 +40,7 @@ def unsteered(atv: ATVModel, prompts: Sequence[Prompt], **options: Any) -> list[
     llm: Any = atv.llm
     ends = end_ids(llm, atv.tokenizer)
     plain = llm.generate(**inputs, **options, pad_token_id=pad_id(atv.tokenizer), eos_token_id=ends)
-    return atv.tokenizer.batch_decode(plain[:, width:], skip_special_tokens=True)  # type: ignore[no-any-return]
+    return [decoded(atv.tokenizer, ids, skip_special_tokens=True) for ids in plain[:, width:].tolist()]
 
 
 def answer(given: Generate) -> None:

@@ -11,7 +11,7 @@ from atv.data.render import answer_ids
 from atv.errors import ATVError
 from atv.evaluation.metrics import Likelihoods, Metric, Need, NextToken, reads_whole
 from atv.lm.continuation import Continuation
-from atv.lm.ends import end_ids
+from atv.lm.ends import decoded, end_ids
 from atv.lm.scoring import Options, longest_answer, task_options
 from atv.methods.base import Choice
 from atv.progress import log_once
@@ -110,7 +110,7 @@ class Requests:
                 each["loglikelihood"] = Likelihoods(self.options.texts, values)
         if "generate" in self.needs:
             for each, tokens in zip(found, behind.greedy(self.limit, self._ended), strict=True):
-                text = self.tokenizer.decode([token for token in tokens if token not in self._ends])
+                text = decoded(self.tokenizer, [token for token in tokens if token not in self._ends])
                 each["generate"] = text if self._lines else first_line(text)
         return found
 

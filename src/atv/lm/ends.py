@@ -1,5 +1,6 @@
-"""The tokens at which an LLM's answer ends."""
+"""The tokens at which an LLM's answer ends, and its text."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -20,6 +21,12 @@ def end_ids(llm: nn.Module, tokenizer: Any) -> list[int]:
     ids = {*known} if isinstance(known, list | tuple) else {known}
     ids |= {tokenizer.eos_token_id, _end_of_turn(tokenizer) if has_chat_template(tokenizer) else None}
     return sorted(int(token) for token in ids if token is not None)
+
+
+def decoded(tokenizer: Any, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+    """Return the text of tokens as it was generated: some tokenizers otherwise remove spaces before punctuation."""
+    how = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
+    return str(tokenizer.decode(ids, **how))
 
 
 @lru_cache(maxsize=16)

@@ -23,7 +23,7 @@ from atv.data.taught import Taught
 from atv.errors import ATVError
 from atv.files import write_bytes
 from atv.lm.continuation import Continuation
-from atv.lm.ends import end_ids
+from atv.lm.ends import decoded, end_ids
 from atv.lm.hooks import base_llm, input_device, quantization, text_config
 from atv.lm.identity import llm_digest
 from atv.lm.load import context_length
@@ -130,7 +130,7 @@ def taught_task(
             )
     answers = _cached(llm, tokenizer, prompts, limit, cache)
     ends = frozenset(end_ids(llm, tokenizer))
-    texts = [tokenizer.decode([token for token in answer.ids if token not in ends]).strip() for answer in answers]
+    texts = [decoded(tokenizer, [token for token in answer.ids if token not in ends]).strip() for answer in answers]
     taught = {
         example._replace(output=text): answer
         for example, text, answer in zip(every, texts, answers, strict=True)

@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from atv.lm.ends import decoded
+
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 """What a tokenizer returns for bytes that are no character, perhaps not yet."""
 CONTEXT = 8
@@ -73,7 +75,7 @@ class TextStream:
         """Decode the tokens from `first`, by default those that are decoded again."""
         tokens = self._tokens[self._first if first is None else first :]
         # Cleaning up, such as " ." to ".", would shorten text that was returned already.
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return decoded(self._tokenizer, tokens, skip_special_tokens=True)
 
     def _certain(self) -> str:
         places = [place for place in (self._held.find(text) for text in self._stop) if place >= 0]
