@@ -173,7 +173,8 @@ def llm_digest(llm: nn.Module) -> str:
             if isinstance(value, Tensor) and value.numel() and not value.is_meta:
                 flat = value.detach().reshape(-1)
                 digest.update(name.encode())
-                digest.update(flat[_spread(len(flat), QUANTISED).to(flat.device)].cpu().view(torch.uint8).numpy())
+                some = flat[_spread(len(flat), QUANTISED).to(flat.device)].cpu()
+                digest.update(some.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

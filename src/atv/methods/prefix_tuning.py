@@ -91,8 +91,8 @@ class AdaptedByPrefix(Adapted):
             caches = [output.past_key_values.layers for output in outputs]
             for layer, *others in zip(*caches, strict=True):
                 for name in ("keys", "values"):
-                    sides = [_widened(getattr(each, name), width) for each in (layer, *others)]
-                    setattr(layer, name, torch.cat(sides))
+                    own = [getattr(each, name) for each in (layer, *others)]
+                    setattr(layer, name, torch.cat([_widened(side, width) for side in own]))
         return outputs[0]
 
     def _require_room(self, tokens: int) -> None:
