@@ -104,7 +104,7 @@ class AdaptedByPrefix(Adapted):
 
 
 def _widened(side: Tensor, columns: int) -> Tensor:
-    """Keys or values (batch, heads, seq, head width) with zeros in front, up to so many columns."""
+    """Keys or values (batch, heads, seq, head width), padded with zeros in front to `columns` columns."""
     return nn.functional.pad(side, (0, 0, columns - side.shape[2], 0))
 
 

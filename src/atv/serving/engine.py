@@ -166,7 +166,7 @@ def embedded_tokens(llm: nn.Module) -> int:
 
 
 def check_tokens(request: Request, vocabulary: int) -> None:
-    """Raise ATVError if a request has tokens that are not among the LLM's embeddings, of which there are so many."""
+    """Raise ATVError if a token of a request is not among the `vocabulary` embeddings of the LLM."""
     unknown = next((token for token in (*request.prompt.ids, *request.begun) if not 0 <= token < vocabulary), None)
     if unknown is not None:
         raise ATVError(f"The prompt has the token id {unknown}; the LLM's are 0 to {vocabulary - 1}.")
