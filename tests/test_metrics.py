@@ -277,7 +277,11 @@ def test_json_may_have_several_lines_and_a_code_block_and_other_metrics_judge_th
             assert row["scores"] == {"json_valid": 1.0, "json_fields": right} | other["scores"]
             assert row["outputs"]["generated"] == said.strip()
     seen = []
-    own = lambda _, text: float(bool(seen.append(text)))  # noqa: E731
+
+    def own(_, text):
+        seen.append(text)
+        return 0.0
+
     evaluate(zero_shot(says(tokenizer, "yes\nand", end=True), tokenizer), [task], [own], variants="first")
     assert set(seen) == {"yes\nand"}
 

@@ -25,7 +25,7 @@ from atv.lm.hooks import SITES, base_llm, capture_outputs, input_device, text_co
 from atv.lm.identity import describe_llm
 from atv.lm.load import load_llm, load_tokenizer
 from atv.lm.prefix import ReadPrefix, steered_logits
-from atv.lm.scoring import checking
+from atv.lm.scoring import refusing_non_finite
 from atv.lm.spans import Known, Span, Tracked
 from atv.progress import bar, log
 from atv.steer import EDITS, Edit, VectorEdit, at_ends, steer
@@ -469,7 +469,7 @@ class ATVModel(AdapterModel):
         inputs = self.encode_prompts(prompts)
         width = inputs.pop("position_ids").shape[1]  # generate counts positions from the mask itself
         with self.steer([prompt.query for prompt in prompts]), torch.no_grad():
-            output = cast(Any, self.llm).generate(**inputs, **checking(options))
+            output = cast(Any, self.llm).generate(**inputs, **refusing_non_finite(options))
         sequences = getattr(output, "sequences", output)
         return [decoded(self.tokenizer, ids, skip_special_tokens=True) for ids in sequences[:, width:].tolist()]
 

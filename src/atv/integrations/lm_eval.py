@@ -40,7 +40,7 @@ from atv.lm.identity import llm_digest
 from atv.lm.load import load_tokenizer
 from atv.lm.prefix import call_llm
 from atv.lm.quiet import errors_alone
-from atv.lm.scoring import checking, decided
+from atv.lm.scoring import refusing_non_finite, require_finite
 from atv.lm.spans import Lengths, Spans, Tracked
 from atv.methods import METHODS
 from atv.methods.atv import ATVMethod
@@ -337,7 +337,7 @@ class ATVLM(HFLM):
         if isinstance(self.method.llm, Adapted):
             adapted = self.method.llm.inserted()
         with adapted, self._steered(prompts, Tracked, len(prompts)):
-            return super()._model_generate(context, max_length, stop, **checking(kwargs))  # type: ignore[no-any-return]
+            return super()._model_generate(context, max_length, stop, **refusing_non_finite(kwargs))  # type: ignore[no-any-return]
 
     def get_model_info(self) -> dict[str, Any]:
         """Return what lm-eval records about the model: also method and digest of the adapter, scale and query field."""
@@ -356,7 +356,7 @@ def _judged(logits: Tensor, continuation: Sequence[int]) -> tuple[float, bool]:
         continuation: its tokens.
     """
     tokens = torch.tensor(continuation)
-    scores = decided(logits).log_softmax(-1).gather(1, tokens[:, None])
+    scores = require_finite(logits).log_softmax(-1).gather(1, tokens[:, None])
     return scores.sum().item(), bool((logits.argmax(-1) == tokens).all())
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from atv.data.collate import position_ids
 from atv.lm.prefix import attention_alone, call_llm
-from atv.lm.scoring import Options, Prefix, decided
+from atv.lm.scoring import Options, Prefix, require_finite
 from atv.lm.spans import continuing
 
 SCORED_TOKENS = 512
@@ -38,7 +38,7 @@ class Continuation:
 
     def __init__(self, llm: nn.Module, inputs: Mapping[str, Tensor], output: Any) -> None:
         self.llm, self.ids, self.mask = llm, inputs["input_ids"], inputs["attention_mask"]
-        self.logits: Tensor = decided(output.logits[:, -1].float().cpu())
+        self.logits: Tensor = require_finite(output.logits[:, -1].float().cpu())
         """Logits after the prompts: (batch, vocabulary) float32, on the CPU."""
         cache: Any = getattr(output, "past_key_values", None)
         layers = list(cache.layers) if attention_alone(cache) else []
@@ -79,7 +79,7 @@ class Continuation:
             output = self._call(ids, mask, past, 1)
             past = output.past_key_values if past is not None else None
             logits = output.logits[:, -1].float().cpu()
-            decided(logits[list(there)])
+            require_finite(logits[list(there)])
 
     def read(self, prefixes: Sequence[Prefix]) -> list[list[Tensor]]:
         """Return log-probabilities (vocabulary,), on the CPU, after each token of each row's prefix."""
@@ -160,7 +160,7 @@ class Continuation:
         with continuing():
             output = self._call(ids, mask, self._fork(len(some)), length)
         following = (
-            decided(output.logits.float()).log_softmax(-1).unflatten(0, (rows, len(some)))
+            require_finite(output.logits.float()).log_softmax(-1).unflatten(0, (rows, len(some)))
         )  # (rows, some, length, vocab)
         added = []
         for place, number in enumerate(some):

@@ -29,8 +29,8 @@ Prefix = tuple[int, ...]
 """Tokens that several options begin with."""
 
 
-def decided(logits: Tensor) -> Tensor:
-    """Return logits (..., vocabulary) unchanged.
+def require_finite(logits: Tensor) -> Tensor:
+    """Return logits (..., vocabulary), of any floating-point dtype, unchanged.
 
     Raises:
         ATVError: one is NaN or the largest one of a row infinite, so that no token is likelier than others.
@@ -43,16 +43,16 @@ def decided(logits: Tensor) -> Tensor:
     return logits
 
 
-class _Decided(LogitsProcessor):
+class _Finite(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         del input_ids
-        return decided(scores)
+        return require_finite(scores)
 
 
-def checking(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options of transformers' `generate` with which each step raises as `decided` does."""
+def refusing_non_finite(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options of transformers' `generate` with which each step raises as `require_finite` does."""
     others = options.get("logits_processor") or ()  # after ours, since they may exclude tokens
-    return {**options, "logits_processor": LogitsProcessorList([_Decided(), *others])}
+    return {**options, "logits_processor": LogitsProcessorList([_Finite(), *others])}
 
 
 @dataclass

@@ -286,7 +286,7 @@ class Batch:
 
 
 def _known(rows: Sequence[Row], beginnings: CachedBeginnings | None) -> list[Sides | None]:
-    """Return what is known of the rows' prompts, and note the padding behind it; nothing if a row has no room for it.
+    """Return the cached beginnings of the rows' prompts and set each row's padding; no beginnings if one has no room.
 
     The other tokens of all rows begin in one column, so that those after a short known beginning may be far from it.
     """

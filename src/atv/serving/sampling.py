@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from atv.errors import ATVError
-from atv.lm.scoring import decided
+from atv.lm.scoring import require_finite
 
 MOST_LOGPROBS = 20
 """Most alternatives told for a token."""
@@ -84,7 +84,7 @@ class Sampler:
         Raises:
             ATVError: a logit is NaN or the largest one infinite, so that no token is likelier than others.
         """
-        highest = decided(logits).max()
+        highest = require_finite(logits).max()
         if self._sampling.temperature == 0:
             return int(logits.argmax())
         # The highest logit becomes 0 first, so that no temperature, however small, divides to an infinite one.

@@ -67,7 +67,7 @@ class Reasons:
         self._engine, self._training = engine, training
         self._domains: WeakKeyDictionary[Served, dict[int, Domain]] = WeakKeyDictionary()
         self._known: WeakKeyDictionary[Served, asyncio.Future[TrainingQueries | str]] = WeakKeyDictionary()
-        # Reading takes minutes, and other requests need the loop's own threads meanwhile.
+        # Reading takes minutes. In asyncio's default threads it would delay other requests.
         self._reader = ThreadPoolExecutor(1, "atv-training-queries")
 
     async def explain(self, served: Served, prompt: Prompt, factor: float | None) -> dict[str, Any]:
