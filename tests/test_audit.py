@@ -15,7 +15,7 @@ from atv.config import EMBEDDED_GENERATOR
 from atv.data import Example, Renderer, Task, findings, load_tasks, long_prompts, refuse_shared_inputs, unread_queries
 from atv.data.audit import unread
 from atv.data.render import answer_ids
-from atv.data.table import same
+from atv.data.splits import same
 from atv.errors import ATVError
 from atv.evaluation.records import RunWriter
 from atv.evaluation.run import evaluate

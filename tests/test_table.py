@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from refusals import refused
 
 from atv.data import Example, load_table, load_tasks
-from atv.data.table import load_queries, same
+from atv.data.splits import same
+from atv.data.table import load_queries
 from atv.errors import ATVError
 
 LABELS = ("billing", "how to", "007")

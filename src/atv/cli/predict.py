@@ -10,9 +10,9 @@ from atv.cli.loading import frozen_llm
 from atv.cli.options import Predict
 from atv.cli.output import print_lines
 from atv.data import query_renderer, trained_task
+from atv.data.columns import query_columns
 from atv.data.rows import Row
 from atv.data.stream import STANDARD, predict_stream
-from atv.data.table import query_columns
 from atv.data.task import QUERY_COLUMNS
 from atv.errors import ATVError
 from atv.evaluation.predict import Predictor, RowAnswers, answer_columns

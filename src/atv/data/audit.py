@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from atv.data.render import Renderer
-from atv.data.table import same
+from atv.data.splits import same
 from atv.data.task import SPLITS, Task, Variant
 from atv.errors import ATVError
 

@@ -11,8 +11,8 @@ import torch
 
 from atv import artifact
 from atv.data import Example, Prompt, check_chat_template, query_renderer, trained_task
+from atv.data.columns import query_columns, query_of
 from atv.data.render import fitting
-from atv.data.table import query_columns, query_of
 from atv.data.task import QUERY_COLUMNS
 from atv.errors import ATVError
 from atv.evaluation.requests import MOST_TOKENS, Requests

@@ -13,6 +13,7 @@ from atv import adapter as adapters
 from atv import artifact
 from atv.config import EMBEDDED_GENERATOR, REGIONS, ATVConfig, Checked, Positions, TrainConfig
 from atv.data import Prompt, Task, asking_of
+from atv.data.splits import stratified
 from atv.errors import ATVError, unknown
 from atv.files import write_bytes
 from atv.lm import identity
@@ -25,7 +26,6 @@ from atv.methods.exemplars import (
     exemplar_prompts,
     last_states,
     layer_scores,
-    spread_over_answers,
 )
 from atv.methods.learn_once import BEST, at_least_one, learn_once
 from atv.methods.retriever import Retriever, embed, fit_classifier, load_encoder
@@ -181,7 +181,8 @@ def _exemplars(
         progress.advance()
     made = torch.stack(states)
     if config.layers == BEST:
-        some = spread_over_answers(task.valid, config.layer_rows, f"{seed} {task.name}")
+        drawn = stratified([row.output for row in task.valid], config.layer_rows, f"{seed} {task.name}")
+        some = [task.valid[index] for index in drawn]
         layers = best_layers(*layer_scores(llm, tokenizer, task, made, config.scale, some))
     else:
         layers = torch.full((len(made),), NO_LAYER)  # finding the best ones takes most of the time

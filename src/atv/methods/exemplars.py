@@ -94,19 +94,6 @@ def last_states(llm: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]]
     return torch.stack([read[tuple(ids)] for ids in prompts])
 
 
-def spread_over_answers(rows: Sequence[Example], count: int, seed: str) -> list[Example]:
-    """At most `count` of the rows, drawn at random, with each answer in its share of all rows, in the order of `rows`.
-
-    The first rows of a table that is sorted by answer would all have the same one.
-    """
-    if count >= len(rows):
-        return list(rows)
-    order = random.Random(seed).sample(range(len(rows)), len(rows))
-    order.sort(key=lambda index: rows[index].output)  # a stable sort: at random within an answer
-    drawn = [order[(2 * part + 1) * len(rows) // (2 * count)] for part in range(count)]  # the middles of equal parts
-    return [rows[index] for index in sorted(drawn)]
-
-
 def in_turn(tokenizer: Any, task: Task, rows: Sequence[Example]) -> list[tuple[list[int], list[int]]]:
     """Prompts and answers of rows as token ids; the training variants alternate."""
     pairs, renderers = [], task.training_renderers()

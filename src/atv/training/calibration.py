@@ -1,6 +1,5 @@
 """The temperature of a task's options: how confident a trained model is, measured on validation rows."""
 
-import random
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from atv.data import Task
 from atv.data.collate import EncodedRow
+from atv.data.splits import stratified
 from atv.lm.adapter_model import AdapterModel
 from atv.lm.hooks import input_device
 from atv.lm.load import context_length
@@ -67,7 +67,7 @@ def temperature_of(model: AdapterModel, task: Task, rows: Sequence[EncodedRow]) 
         model: after its training, in eval mode.
         task: the task.
         rows: its encoded validation rows; of those whose prompt leaves room for each option, at most `ROWS` are used,
-            drawn by the task's name alone: the rows of a table are often sorted by answer.
+            with each answer in its share, drawn by the task's name alone.
     """
     if not (task.chooses and model.writes and rows):
         return None
@@ -77,8 +77,7 @@ def temperature_of(model: AdapterModel, task: Task, rows: Sequence[EncodedRow]) 
     limit, longest = context_length(model.llm), max(map(len, options.ids))
     if limit is not None:  # a query that was cut leaves room for its own answer alone
         rows = [row for row in rows if len(row.pairs[0][0]) + longest <= limit]
-    drawn = random.Random(task.name).sample(range(len(rows)), min(ROWS, len(rows)))
-    rows = [rows[index] for index in sorted(drawn)]
+    rows = [rows[index] for index in stratified([row.answer for row in rows], ROWS, task.name)]
     if not rows:
         return None
     right = torch.tensor([options.texts.index(row.answer) for row in rows])
