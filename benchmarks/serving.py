@@ -29,8 +29,9 @@ from atv.lm.ends import end_ids
 from atv.model import ATVModel
 from atv.progress import bar
 from atv.serving.app import KEEP_ALIVE, make_app
-from atv.serving.engine import Engine, Limits, Serving
+from atv.serving.engine import Engine
 from atv.serving.models import Models, Served
+from atv.serving.requests import Limits, Serving
 from benchmarks.common import SEED, Figure, Record, options_of, parser, ratio
 from benchmarks.subjects import make_atv, pairs_of, small_llm, small_name
 

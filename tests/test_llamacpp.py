@@ -22,11 +22,11 @@ from atv.lm.load import load_outline
 from atv.serving import llamacpp, llamacpp_context
 from atv.serving.app import make_app
 from atv.serving.batch import Row
-from atv.serving.engine import Limits, Request
 from atv.serving.gguf import check_gguf
 from atv.serving.llamacpp import LlamaCppEngine
 from atv.serving.llamacpp_context import LlamaCpp, Options, Reading, _calls, edits
 from atv.serving.models import Models
+from atv.serving.requests import Limits, Request
 from atv.serving.sampling import Sampling
 from atv.serving.steers import Part, Steering, edited_rows
 from benchmarks.serving import running

@@ -24,8 +24,9 @@ from atv.errors import ATVError
 from atv.methods.fixed import FixedConfig, FixedModel
 from atv.serving.app import make_app
 from atv.serving.batch import Row
-from atv.serving.engine import Engine, Limits
+from atv.serving.engine import Engine
 from atv.serving.models import Models, Served
+from atv.serving.requests import Limits
 from atv.serving.why import Reasons
 from atv.vectors import ATV
 from benchmarks.serving import running

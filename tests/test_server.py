@@ -24,9 +24,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 from atv.cli import main
 from atv.cli.serve import _address, _named
 from atv.serving.app import MOST_BYTES, make_app
-from atv.serving.engine import Engine, Limits
+from atv.serving.engine import Engine
 from atv.serving.forms import Form
 from atv.serving.models import NAME, Models
+from atv.serving.requests import Limits
 from atv.serving.sampling import Likelihood
 from atv.serving.why import Reasons
 from benchmarks.serving import running
@@ -378,7 +379,7 @@ def test_a_key_is_asked_for(world):
 
 
 def test_a_full_queue_says_when_to_come_back(world):
-    from atv.serving.engine import Busy
+    from atv.serving.requests import Busy
 
     class Full(_Idle):
         def stream(self, request):

@@ -17,7 +17,8 @@ from atv.data.render import Prompt
 from atv.errors import ATVError, Unavailable
 from atv.serving.batch import Batch, Row
 from atv.serving.beginnings import LEAST, CachedBeginnings
-from atv.serving.engine import FAILURES, Busy, Engine, Limits, Request
+from atv.serving.engine import FAILURES, Engine
+from atv.serving.requests import Busy, Limits, Request
 from atv.serving.sampling import Sampler, Sampling
 from atv.serving.text import TextStream, token_bytes
 

@@ -27,9 +27,9 @@ from atv.model import ATVModel
 from atv.serving import vllm, vllm_worker
 from atv.serving.app import make_app
 from atv.serving.batch import Row
-from atv.serving.engine import Busy, Limits, Request
 from atv.serving.models import Models
 from atv.serving.predict import EngineAnswers
+from atv.serving.requests import Busy, Limits, Request
 from atv.serving.sampling import Sampling
 from atv.serving.steers import Steering
 from atv.serving.vllm import VLLMEngine, cache_salt, check_config, likelihood

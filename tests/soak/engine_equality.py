@@ -31,7 +31,7 @@ from atv.lm.ends import end_ids
 from atv.lm.hooks import capture_outputs
 from atv.lm.load import load_tokenizer
 from atv.methods import METHODS
-from atv.serving.engine import Limits, Request
+from atv.serving.requests import Limits, Request
 from atv.serving.sampling import Sampling
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

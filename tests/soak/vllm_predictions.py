@@ -20,7 +20,7 @@ from serving import same_predictions
 from atv.config import ATVConfig
 from atv.model import ATVModel
 from atv.serving import predict
-from atv.serving.engine import Limits
+from atv.serving.requests import Limits
 from atv.serving.vllm import VLLMEngine
 
 

@@ -9,7 +9,7 @@ from atv.errors import ATVError
 from atv.processes import world_size
 
 if TYPE_CHECKING:
-    from atv.serving.engine import Limits, Serving
+    from atv.serving.requests import Limits, Serving
 
 
 def start_engine(name: str, given: Engines, loading: Loading, limits: "Limits") -> "Serving":

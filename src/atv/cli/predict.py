@@ -17,8 +17,8 @@ from atv.data.task import QUERY_COLUMNS
 from atv.errors import ATVError
 from atv.evaluation.predict import Predictor, RowAnswers, answer_columns
 from atv.methods import METHODS
-from atv.serving.engine import Limits, Serving
 from atv.serving.predict import EngineAnswers
+from atv.serving.requests import Limits, Serving
 
 
 class _Lazy:

@@ -15,7 +15,7 @@ from atv.lm.identity import public_name
 from atv.progress import log
 
 if TYPE_CHECKING:
-    from atv.serving.engine import Limits
+    from atv.serving.requests import Limits
 
 KEY = "ATV_API_KEY"
 
@@ -70,7 +70,7 @@ def serve_adapters(given: Serve) -> None:
 
 
 def _limits(given: Serve) -> "Limits":
-    from atv.serving.engine import Limits
+    from atv.serving.requests import Limits
 
     return Limits(
         rows=given.rows,

@@ -16,11 +16,11 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from atv.errors import ATVError, Unavailable
 from atv.progress import log
 from atv.serving.completions import Completions, Failed, until_gone
-from atv.serving.engine import Busy, Serving
-from atv.serving.engine import Request as Asked
 from atv.serving.metrics import Meter
 from atv.serving.models import Models, UnknownModel
 from atv.serving.page import FILES, file_route
+from atv.serving.requests import Busy, Serving
+from atv.serving.requests import Request as Asked
 from atv.serving.sampling import Sampling
 from atv.serving.schemas import MOST_ANSWERS, ChatCompletion, Completion, Load, Steer, explained
 from atv.serving.why import Reasons

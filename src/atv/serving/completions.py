@@ -13,11 +13,11 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from atv.data.render import Prompt
 from atv.errors import ATVError
-from atv.serving.engine import Busy, Piece, Serving
-from atv.serving.engine import Request as Asked
 from atv.serving.forms import Choice, Form
 from atv.serving.metrics import Meter
 from atv.serving.models import Models, Served
+from atv.serving.requests import Busy, Piece, Serving
+from atv.serving.requests import Request as Asked
 from atv.serving.sampling import Likelihood
 from atv.serving.schemas import DEFAULT_TOKENS, Ask
 

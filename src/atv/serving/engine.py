@@ -13,18 +13,16 @@ from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 from torch import Tensor, nn
 
 from atv import artifact
 from atv.data.collate import pad_id
-from atv.data.render import Prompt
 from atv.errors import ATVError, Unavailable
 from atv.lm.ends import end_ids
-from atv.lm.hooks import base_llm
 from atv.lm.load import context_length
 from atv.methods import METHODS
 from atv.methods.atv import ATVMethod
@@ -32,111 +30,14 @@ from atv.model import ATVModel
 from atv.progress import log
 from atv.serving.batch import Batch, Row
 from atv.serving.beginnings import Beginnings, CachedBeginnings
-from atv.serving.sampling import Likelihood, Sampler, Sampling
+from atv.serving.requests import Busy, Finish, Limits, Piece, Request, check_tokens, embedded_tokens
+from atv.serving.sampling import Likelihood, Sampler
 from atv.serving.text import TextStream
 
 T = TypeVar("T")
-Finish = Literal["stop", "length", "timeout", "cancelled", "error"]
 FAILURES = 8
 """Calls of the LLM that fail, with no step and no answer in between, until an engine is not healthy: more than those of
 one request that a client sends again."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What an engine takes on.
-
-    Raises:
-        ATVError: a limit is below 1.
-    """
-
-    rows: int = 32
-    """Most answers that are decoded together."""
-    waiting: int = 256
-    """Most requests that wait while `rows` are decoded, and most calls of `run`; further ones are refused (`Busy`)."""
-    tokens: int = 2**16
-    """Most tokens of all answers that are being decoded, prompts, room for answers and padding included: bounds
-    memory."""
-    prefill: int = 4096
-    """Most prompt tokens per call, padding included; exceeded only by a single prompt."""
-    answer: int = 1024
-    """Most tokens of one answer."""
-    seconds: float = 300.0
-    """Time after which a request ends, waiting included."""
-    kept: int = 2**29
-    """Bytes of keys and values of shared beginnings."""
-
-    def __post_init__(self) -> None:
-        """Validate the fields."""
-        for name in ("rows", "waiting", "tokens", "prefill", "answer", "seconds"):
-            if getattr(self, name) < 1:
-                raise ATVError(f"{name} is {getattr(self, name)}; expected at least 1.")
-
-
-class Busy(ATVError):
-    """Too many requests are waiting."""
-
-    def __init__(self, waiting: int, seconds: int) -> None:
-        super().__init__(f"{waiting} requests are waiting already; try again in {seconds} seconds.")
-        self.seconds = seconds
-
-
-@dataclass(frozen=True)
-class Request:
-    """What an engine answers."""
-
-    prompt: Prompt
-    model: ATVModel | None = None
-    """The adapter; None: the plain LLM."""
-    scale: float | None = None
-    """Strength of its vectors; None: the adapter's own."""
-    sampling: Sampling = field(default_factory=Sampling)
-    begun: tuple[int, ...] = ()
-    """Tokens with which the answer begins; they are read, and not part of what is answered."""
-
-
-class Piece(NamedTuple):
-    """A part of an answer. The last one has `finish`."""
-
-    text: str = ""
-    tokens: tuple[Likelihood, ...] = ()
-    """The new tokens, if log-probabilities were asked for."""
-    finish: Finish | None = None
-    """Why the answer ends; None: more follows."""
-    generated: int = 0
-    """Number of answer tokens so far, with the end token."""
-    error: Exception | None = None
-    """With `finish` "error"."""
-
-
-class Serving(Protocol):
-    """An engine of any kind, as the server uses it."""
-
-    tokenizer: Any
-    limits: Limits
-    context: int | None
-    """Most tokens of a text that the LLM reads; None: any."""
-
-    def load(self, folder: Path) -> Any:
-        """Load an adapter, as `Request.model` takes it; an object with the attribute `atv`."""
-
-    def check(self, request: Request) -> None:
-        """Raise ATVError if a request can never be answered."""
-
-    def stream(self, request: Request) -> AsyncIterator[Piece]:
-        """Yield the pieces of an answer; closing the iterator cancels the request. Raises `Busy`."""
-
-    async def run(self, function: Callable[[], T]) -> T:
-        """Call a function while the LLM is not in use. Raises `Busy`."""
-
-    def numbers(self) -> dict[str, float]:
-        """Return counters and gauges by name, for metrics."""
-
-    def healthy(self) -> bool:
-        """Whether requests are being answered."""
-
-    def close(self) -> None:
-        """Stop; running requests end with an error."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -157,24 +58,7 @@ class _Work(Row):
     @property
     def most(self) -> int:
         """Number of tokens that its prompt and answer may have, padding between them included."""
-        return _tokens(self.request) + self.padding
-
-
-def embedded_tokens(llm: nn.Module) -> int:
-    """Return the number of an LLM's embeddings of tokens."""
-    return len(base_llm(llm).get_input_embeddings().weight)  # type: ignore[operator]
-
-
-def check_tokens(request: Request, vocabulary: int) -> None:
-    """Raise ATVError if a token of a request is not among the `vocabulary` embeddings of the LLM."""
-    unknown = next((token for token in (*request.prompt.ids, *request.begun) if not 0 <= token < vocabulary), None)
-    if unknown is not None:
-        raise ATVError(f"The prompt has the token id {unknown}; the LLM's are 0 to {vocabulary - 1}.")
-
-
-def _tokens(request: Request) -> int:
-    """Return the number of tokens that a request's prompt and answer may have."""
-    return len(request.prompt.ids) + len(request.begun) + request.sampling.max_tokens
+        return self.request.tokens + self.padding
 
 
 class Decoded(Protocol):
@@ -259,7 +143,7 @@ class BatchEngine(ABC):
     def check(self, request: Request) -> None:
         """Raise ATVError if a request can never be answered."""
         asked = request.sampling.max_tokens
-        tokens = _tokens(request) - asked
+        tokens = request.tokens - asked
         if asked > self.limits.answer:
             raise ATVError(f"max_tokens is {asked}; expected at most {self.limits.answer}.")
         limits = {"the LLM's context": self.context, "the server's limit": self.limits.tokens}

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from atv.serving.engine import Finish, Piece
+from atv.serving.requests import Finish, Piece
 from atv.serving.sampling import Likelihood
 from atv.serving.text import token_bytes
 

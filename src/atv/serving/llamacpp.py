@@ -16,9 +16,10 @@ from atv.lm.load import context_length, load_outline, load_tokenizer
 from atv.progress import log
 from atv.serving.batch import Row
 from atv.serving.beginnings import MOST, Beginnings, Kept
-from atv.serving.engine import BatchEngine, Limits
+from atv.serving.engine import BatchEngine
 from atv.serving.gguf import check_gguf
 from atv.serving.llamacpp_context import SEQUENCES, LlamaCpp, Options, Reading, libraries, sequences
+from atv.serving.requests import Limits
 from atv.serving.steers import Steering, Steers, load_steers
 
 

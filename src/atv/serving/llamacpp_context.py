@@ -21,7 +21,7 @@ from torch import Tensor
 from atv.config import Positions
 from atv.errors import ATVError, Unavailable, unknown
 from atv.serving.beginnings import MOST
-from atv.serving.engine import Limits
+from atv.serving.requests import Limits
 from atv.serving.steers import Part, Steering, edited_rows
 
 TESTED = "0.3.36"

@@ -6,7 +6,7 @@ from typing import Any, cast
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 
-from atv.serving.engine import Serving
+from atv.serving.requests import Serving
 
 
 class Meter:

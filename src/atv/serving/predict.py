@@ -11,7 +11,7 @@ from atv.data import Prompt
 from atv.errors import ATVError
 from atv.evaluation.predict import Answer, QueryAnswers
 from atv.lm.scoring import Options
-from atv.serving.engine import Piece, Request, Serving
+from atv.serving.requests import Piece, Request, Serving
 from atv.serving.sampling import Likelihood, Sampling
 from atv.serving.vllm import SCORED
 

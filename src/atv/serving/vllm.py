@@ -21,7 +21,7 @@ from atv.errors import ATVError, Unavailable
 from atv.lm.ends import end_ids
 from atv.lm.load import load_outline, load_tokenizer, resolve
 from atv.progress import log
-from atv.serving.engine import Busy, Finish, Limits, Piece, Request, check_tokens, embedded_tokens
+from atv.serving.requests import Busy, Finish, Limits, Piece, Request, check_tokens, embedded_tokens
 from atv.serving.sampling import Likelihood, Sampling
 from atv.serving.steers import Steering, Steers, load_steers
 from atv.serving.text import TextStream

@@ -20,8 +20,8 @@ from atv.gate import Gate
 from atv.lm.hooks import decoder_layers
 from atv.model import ATVModel
 from atv.progress import log
-from atv.serving.engine import Busy, Serving
 from atv.serving.models import Served
+from atv.serving.requests import Busy, Serving
 from atv.training.record import training_tasks
 from atv.vectors import ATV
 
