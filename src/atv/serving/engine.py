@@ -30,7 +30,7 @@ from atv.model import ATVModel
 from atv.progress import log
 from atv.serving.batch import Batch, Row
 from atv.serving.beginnings import Beginnings, CachedBeginnings
-from atv.serving.requests import Busy, Finish, Limits, Piece, Request, check_tokens, embedded_tokens
+from atv.serving.requests import Busy, Finish, Limits, Piece, Request, check_request, embedded_tokens
 from atv.serving.sampling import Likelihood, Sampler
 from atv.serving.text import TextStream
 
@@ -142,15 +142,8 @@ class BatchEngine(ABC):
 
     def check(self, request: Request) -> None:
         """Raise ATVError if a request can never be answered."""
-        asked = request.sampling.max_tokens
-        tokens = request.tokens - asked
-        if asked > self.limits.answer:
-            raise ATVError(f"max_tokens is {asked}; expected at most {self.limits.answer}.")
-        limits = {"the LLM's context": self.context, "the server's limit": self.limits.tokens}
-        for what, limit in limits.items():
-            if limit is not None and tokens + asked > limit:
-                raise ATVError(f"The prompt has {tokens} tokens, max_tokens is {asked}, and {what} is {limit} tokens.")
-        check_tokens(request, self._vocabulary)
+        rooms = {"the LLM's context": self.context, "the server's limit": self.limits.tokens}
+        check_request(request, self.limits.answer, rooms, self._vocabulary)
 
     def submit(self, request: Request, deliver: Callable[[Piece], None]) -> Callable[[], None]:
         """Queue a request.

@@ -1,6 +1,6 @@
 """What every engine is asked and answers, and what it takes on."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
@@ -124,8 +124,23 @@ def embedded_tokens(llm: nn.Module) -> int:
     return len(base_llm(llm).get_input_embeddings().weight)  # type: ignore[operator]
 
 
-def check_tokens(request: Request, vocabulary: int) -> None:
-    """Raise ATVError if a token of a request is not among the `vocabulary` embeddings of the LLM."""
+def check_request(request: Request, answer: int, rooms: Mapping[str, int | None], vocabulary: int) -> None:
+    """Raise ATVError if a request can never be answered.
+
+    Args:
+        request: the request.
+        answer: most tokens of an answer.
+        rooms: most tokens of a prompt with its answer, by what says so; None: any number.
+        vocabulary: number of the LLM's embeddings of tokens.
+    """
+    asked = request.sampling.max_tokens
+    if asked > answer:
+        raise ATVError(f"max_tokens is {asked}; expected at most {answer}.")
+    for what, room in rooms.items():
+        if room is not None and request.tokens > room:
+            raise ATVError(
+                f"The prompt has {request.tokens - asked} tokens, max_tokens is {asked}, and {what} is {room} tokens."
+            )
     unknown = next((token for token in (*request.prompt.ids, *request.begun) if not 0 <= token < vocabulary), None)
     if unknown is not None:
         raise ATVError(f"The prompt has the token id {unknown}; the LLM's are 0 to {vocabulary - 1}.")

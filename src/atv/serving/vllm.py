@@ -21,7 +21,7 @@ from atv.errors import ATVError, Unavailable
 from atv.lm.ends import end_ids
 from atv.lm.load import load_outline, load_tokenizer, resolve
 from atv.progress import log
-from atv.serving.requests import Busy, Finish, Limits, Piece, Request, check_tokens, embedded_tokens
+from atv.serving.requests import Busy, Finish, Limits, Piece, Request, check_request, embedded_tokens
 from atv.serving.sampling import Likelihood, Sampling
 from atv.serving.steers import Steering, Steers, load_steers
 from atv.serving.text import TextStream
@@ -116,14 +116,7 @@ class VLLMEngine:
 
     def check(self, request: Request) -> None:
         """Raise ATVError if a request can never be answered."""
-        tokens, asked = len(request.prompt.ids) + len(request.begun), request.sampling.max_tokens
-        if asked > self.limits.answer:
-            raise ATVError(f"max_tokens is {asked}; expected at most {self.limits.answer}.")
-        if self.context is not None and tokens + asked > self.context:
-            raise ATVError(
-                f"The prompt has {tokens} tokens, max_tokens is {asked}, and vLLM's context is {self.context} tokens."
-            )
-        check_tokens(request, embedded_tokens(self._outline))
+        check_request(request, self.limits.answer, {"vLLM's context": self.context}, embedded_tokens(self._outline))
 
     async def stream(self, request: Request) -> AsyncIterator[Piece]:
         """Yield the pieces of an answer; closing the iterator cancels the request. Raises `Busy`."""
