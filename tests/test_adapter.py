@@ -234,7 +234,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_adapter(tmp_path):
         return load(path).expansion.map.bias
 
     former, seen = atv.expansion.map.bias.detach(), set()
-    for moment in itertools.count(step=7):
+    for moment in itertools.count(step=11):
         status = ended(forked(partial(save, float(moment + 1), moment)))
         assert status in (0, -signal.SIGKILL)
         new = torch.full_like(former, moment + 1)
