@@ -1,4 +1,4 @@
-"""Distil a system prompt with several methods and seeds, and print one table (docs/examples.md).
+"""Distil a system prompt with several methods and seeds, and print two tables (docs/examples.md).
 
 `python -m examples.distil DATA SYSTEM --metric examples.prices:right --config distil.toml --out DIR`. After an
 interruption, the same command resumes.
@@ -22,6 +22,7 @@ from atv.data import Example
 from atv.data.chat import Chat
 from atv.evaluation.distil import recovered
 from atv.evaluation.records import load_runs
+from atv.report.statistics import paired, score_names
 
 TIMED = 10
 """Queries whose answers are timed."""
@@ -70,15 +71,15 @@ def folder(method: str, seed: int) -> str:
     return f"{method.replace(':', '-')}-{seed}"
 
 
-def score(run: Path) -> str:
-    """Return the means of a run's scores, in percent."""
-    scores = [row["scores"] for row in load_runs([run])]
-    return " and ".join(f"{100 * fmean(row[name] for row in scores):.0f}%" for name in scores[0])
-
-
 def percent(values: Sequence[float]) -> str:
     """Return a mean over seeds and its sample standard deviation, in percent."""
     return f"{100 * fmean(values):.0f}%" + (f" ± {100 * stdev(values):.0f}" if len(values) > 1 else "")
+
+
+def signed(value: float, low: float, high: float) -> str:
+    """Return a difference and its interval, in points."""
+    value, low, high = (f"{100 * each:+.0f}" for each in (value, low, high))
+    return f"{value} ({low} to {high})"
 
 
 def by_query(runs: Sequence[dict[str, Any]]) -> list[float]:
@@ -86,35 +87,32 @@ def by_query(runs: Sequence[dict[str, Any]]) -> list[float]:
     return [fmean(values) for values in zip(*(run["divergences"] for run in runs), strict=True)]
 
 
-def table(out: Path, methods: Sequence[str], seeds: Sequence[int], metric: str) -> str:
-    """Return what the runs in a folder found, in Markdown. The first method is compared with the others."""
+def table(out: Path, methods: Sequence[str], seeds: Sequence[int]) -> str:
+    """Return what the runs in a folder recovered, in Markdown. The first method is compared with the others."""
     runs = {
         method: [json.loads((out / folder(method, seed) / "distil.json").read_text()) for seed in seeds]
         for method in methods
     }
     own = {method: by_query(found) for method, found in runs.items()}
     plain = runs[methods[0]][0]
-    without = plain["divergences_without"]
+    without, agreed = plain["divergences_without"], percent([plain["agreement_without"]])
     lines = [
-        f"| | recovered | 95% interval | {methods[0]} minus this | nats per token | same next token | {metric} |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-        f"| teacher | | | | 0 | 100% | {score(out / 'teacher')} |",
-        f"| without the prompt | 0% | | | {plain['divergence_without']:.3f} | "
-        f"{percent([plain['agreement_without']])} | {score(out / 'without')} |",
+        f"| | recovered | 95% interval | {methods[0]} minus this | nats per token | same next token |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| teacher | | | | 0 | 100% |",
+        f"| without the prompt | 0% | | | {plain['divergence_without']:.3f} | {agreed} |",
     ]
     for method, found in runs.items():
         _, low, high = recovered(own[method], without)
         # first's share minus this one's, as the share that is gone: 1 - (without - this + first) / without
         beside = [w - o + f for w, o, f in zip(without, own[method], own[methods[0]], strict=True)]
-        more, least, most = (f"{100 * value:+.0f}" for value in recovered(beside, without))
         cells = [
             method,
             percent([run["recovered"] for run in found]),
             f"{100 * low:.0f} to {100 * high:.0f}",
-            "" if method == methods[0] else f"{more} ({least} to {most})",
+            "" if method == methods[0] else signed(*recovered(beside, without)),
             f"{fmean(own[method]):.3f}",
             percent([run["agreement"] for run in found]),
-            "; ".join(score(out / folder(method, seed) / "eval") for seed in seeds),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     took = json.loads((out / "milliseconds.json").read_text())
@@ -128,6 +126,33 @@ def table(out: Path, methods: Sequence[str], seeds: Sequence[int], metric: str) 
             f"{took['without']:.0f} ms without it, {took['steered']:.0f} ms steered by {methods[0]}.",
         ]
     )
+
+
+def table_of_scores(out: Path, methods: Sequence[str], seeds: Sequence[int]) -> str:
+    """Return the scores of the answers, in Markdown. The first method is compared with the others on the same rows."""
+    runs = {(method, seed): load_runs([out / folder(method, seed) / "eval"]) for method in methods for seed in seeds}
+    rows = [row | {"method": method, "seed": seed} for (method, seed), found in runs.items() for row in found]
+    others = {"teacher": load_runs([out / "teacher"]), "without the prompt": load_runs([out / "without"])}
+    names = score_names(rows)
+    beside = f"{methods[0]} minus this"
+    lines = [
+        f"| | {' | '.join(f'{name} | {beside}' for name in names)} |",
+        f"| --- |{' ---: | ---: |' * len(names)}",
+    ]
+
+    def mean(found: Sequence[dict[str, Any]], name: str) -> float:
+        return fmean(row["scores"][name] for row in found)
+
+    for label, found in others.items():
+        lines.append(f"| {label} | {' | '.join(f'{percent([mean(found, name)])} |' for name in names)} |")
+    for method in methods:
+        cells = [method]
+        for name in names:
+            apart = None if method == methods[0] else paired(rows, methods[0], method, name)
+            cells.append(percent([mean(runs[method, seed], name) for seed in seeds]))
+            cells.append("" if apart is None else signed(apart.value, apart.low, apart.high))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -162,7 +187,7 @@ def main() -> None:
     if not (times := given.out / "milliseconds.json").exists():
         queries = [row["prompt"] for row in json.loads(given.data.read_text(encoding="utf-8"))["test"][:TIMED]]
         times.write_text(json.dumps(milliseconds(given.out / folder(methods[0], seeds[0]), queries, system)))
-    sys.stdout.write(table(given.out, methods, seeds, given.metric) + "\n")
+    sys.stdout.write(f"{table(given.out, methods, seeds)}\n\n{table_of_scores(given.out, methods, seeds)}\n")
 
 
 if __name__ == "__main__":

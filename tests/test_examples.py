@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 from statistics import fmean, stdev
 
+import numpy as np
 import pytest
 from chat_templates import chat_tokenizer
 from conftest import SIZES, make_generator
@@ -115,7 +116,7 @@ def test_metrics_of_distilled_prompts():
         assert obeys(example, "Hello. We do not know.") == {"begins": 0, "names_product": 0}
 
 
-def test_the_table_of_a_distillation_has_the_means_over_seeds_and_paired_differences(tmp_path, monkeypatch):
+def test_the_table_of_a_distillation_has_the_means_over_seeds_and_paired_differences(tmp_path):
     draw, without = random.Random(1), [1.0 + query / 10 for query in range(20)]
     found = {"atv": [], "fixed": []}
     for name, runs in found.items():
@@ -127,13 +128,39 @@ def test_the_table_of_a_distillation_has_the_means_over_seeds_and_paired_differe
             (tmp_path / f"{name}-{seed}").mkdir()
             (tmp_path / f"{name}-{seed}" / "distil.json").write_text(json.dumps(about))
     (tmp_path / "milliseconds.json").write_text(json.dumps({"teacher": 3.0, "without": 1.0, "steered": 2.0}))
-    monkeypatch.setattr(distil, "score", lambda _: "7%")
-    rows = [line.split(" | ") for line in distil.table(tmp_path, ["atv", "fixed"], [42, 43], "right").splitlines()]
+    rows = [line.split(" | ") for line in distil.table(tmp_path, ["atv", "fixed"], [42, 43]).splitlines()]
     share = {name: [run["recovered"] for run in runs] for name, runs in found.items()}
     for row in rows[4:6]:
         own = share[row[0].removeprefix("| ")]
         assert row[1] == f"{100 * fmean(own):.0f}% ± {100 * stdev(own):.0f}"
     assert int(re.match(r"[+-]\d+", rows[5][3])[0]) == round(100 * (fmean(share["atv"]) - fmean(share["fixed"])))
+
+
+def test_scores_of_a_distillation_are_compared_query_by_query(monkeypatch):
+    draw, queries = np.random.default_rng(0), 40
+    right = {
+        f"{name}-{seed}/eval": draw.random(queries) < share
+        for name, share in (("atv", 0.6), ("atv-last", 0.3))
+        for seed in (42, 43)
+    }
+    right |= {"teacher": draw.random(queries) < 0.8, "without": draw.random(queries) < 0.1}
+
+    def rows(folders):
+        (found,) = (right[str(folder)] for folder in folders)
+        place = {"task": "t", "category": "other", "template": 0, "answer_prefix": None}
+        return [place | {"example": example, "scores": {"right": float(x)}} for example, x in enumerate(found)]
+
+    monkeypatch.setattr(distil, "load_runs", rows)
+    _, _, teacher, without, first, last = distil.table_of_scores(Path(), ["atv", "atv:last"], [42, 43]).splitlines()
+    assert teacher.split() == ["|", "teacher", "|", f"{100 * right['teacher'].mean():.0f}%", "|", "|"]
+    assert f" {100 * right['without'].mean():.0f}% " in without
+    means = {name: [100 * right[f"{name}-{seed}/eval"].mean() for seed in (42, 43)] for name in ("atv", "atv-last")}
+    assert first.startswith(f"| atv | {fmean(means['atv']):.0f}% ± {stdev(means['atv']):.0f} | ")
+    assert last.startswith(f"| atv:last | {fmean(means['atv-last']):.0f}% ± {stdev(means['atv-last']):.0f} | ")
+    by_query = np.mean([right[f"atv-{s}/eval"] * 100.0 - right[f"atv-last-{s}/eval"] * 100.0 for s in (42, 43)], 0)
+    low, high = np.percentile(draw.choice(by_query, (10_000, queries)).mean(1), [2.5, 97.5])
+    said = [int(number) for number in re.findall(r"[+-]\d+", last)]
+    assert said == pytest.approx([by_query.mean(), low, high], abs=1.5)
 
 
 # ---- the page ----
