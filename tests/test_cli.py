@@ -18,7 +18,7 @@ from atv import __version__
 from atv.cli.commands import TABLES
 from atv.cli.loading import named_tasks
 from atv.cli.options import Tasks
-from atv.config import TrainConfig
+from atv.config import GENERATOR_OPTIONS, TrainConfig
 from atv.data import query_renderer
 from atv.errors import ATVError
 from atv.methods import METHODS, TRAINED
@@ -717,14 +717,17 @@ def test_help_shows_the_values_that_a_training_uses(method, extra):
     arguments = ["--method", method, *(extra if given else [])]
     shown = {p.name: p.default for p in COMMANDS["train"].make_context("train", arguments).command.params}
     hidden = getattr(METHODS[method].config_class, "UNLISTED", ())
-    loop = [] if METHODS[method].train_defaults is None else vars(train)
+    unused = GENERATOR_OPTIONS - METHODS[method].generator_options
+    loop = [] if METHODS[method].train_defaults is None else set(vars(train)) - unused
+    assert not unused & set(shown)
     assert {name: shown[name] for name in (*vars(config), *loop) if name not in hidden} == {
         name: values[name] for name in (*vars(config), *loop) if name not in hidden
     }
 
 
 def test_what_the_help_of_atv_is_made_of_without_torch_is_what_the_method_says():
-    assert learned("atv") == (METHODS["atv"].config_class, METHODS["atv"].train_defaults)
+    atv = METHODS["atv"]
+    assert learned("atv") == (atv.config_class, atv.train_defaults, atv.generator_options)
     assert set(TRAINED) == {name for name, method in METHODS.items() if method.config_class is not None}
     assert all(method.name == name for name, method in METHODS.items())
 

@@ -14,12 +14,13 @@ import pytest
 import torch
 from conftest import byte_level_tokenizer, make_atv, make_llm, toy_task
 from forks import ended, forked
+from refusals import refused
 from safetensors.torch import load_file, save_file
 
 from atv import artifact
 from atv.cli.config_file import ConfigFile
 from atv.cli.options import Sweep
-from atv.config import ATVConfig, TrainConfig
+from atv.config import GENERATOR_OPTIONS, ATVConfig, TrainConfig
 from atv.data import UNSEEN
 from atv.errors import ATVError
 from atv.evaluation.measure import Frozen
@@ -254,6 +255,34 @@ def test_settings_go_from_the_papers_to_the_users():
         method_settings("elicit", [{"elicit": {"epochs": 1}}], 3)
     with pytest.raises(ATVError, match="learns nothing"):
         method_settings("zero-shot", [], 3)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fixed",
+        "lora",
+        "i2cl",
+        *(pytest.param(n, marks=pytest.mark.exhaustive) for n in ("learned-tv", "prefix", "full")),
+    ],
+)
+def test_options_that_a_method_does_not_have_would_have_no_effect_on_it(name, tmp_path):
+    method, llm = METHODS[name], make_llm(dtype=torch.float32)
+    assert not method.generator_options
+    values = {"generator_learning_rate": 0.3, "bf16": True, "generator_start": 0.9, "adaptive_dropout": 0.9}
+    values |= {"state_dropout": 0.1}
+    assert set(values) == GENERATOR_OPTIONS
+    digests = []
+    for given in ({}, values):
+        train = TrainConfig(epochs=1, batch_size=4, learning_rate=0.01, **given)
+        made = method.fit(
+            llm, byte_level_tokenizer(), [toy_task()], tmp_path / f"{bool(given)}", method.config_class(), train
+        )
+        digests.append({file.name: sha256(file) for file in made.rglob("*.safetensors")})
+    assert digests[0] == digests[1] != {}
+    for key, value in values.items():
+        with refused(f"Unknown option of the method {name}: {key!r}"):
+            method_settings(name, [{name: {key: value}}], 42)
 
 
 @pytest.mark.parametrize(

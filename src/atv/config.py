@@ -47,6 +47,10 @@ PAPER_TRAINING: dict[str, Any] = {
     "templates_per_row": 3,
 }
 """Options in which the paper's training differs from the defaults."""
+GENERATOR_OPTIONS = frozenset(
+    ("generator_learning_rate", "bf16", "generator_start", "adaptive_dropout", "state_dropout")
+)
+"""Options of TrainConfig that have an effect only on methods with a generator."""
 READ = 6400
 """Rows that a training reads by default, each as often as it is read."""
 ENOUGH_TO_TRAIN = 200

@@ -143,7 +143,7 @@ def _with_settings(method: str, tables: Sequence[Tables]) -> Iterator[Shown]:
         yield shown._replace(default=method) if shown.name == "method" else shown
         if shown.name == "method":
             yield from options_of(of.config, METHOD, values)
-            yield from (own for own in options_of(TrainConfig, TRAINING, values) if own.name in of.loop())
+            yield from (own for own in options_of(TrainConfig, TRAINING, values) if own.name in of.options())
 
 
 def _calling(run: Callable[[T], None], kind: type[T]) -> Callable[..., None]:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Self
 
 from torch import nn
 
-from atv.config import ATVConfig, Checked, TrainConfig
+from atv.config import GENERATOR_OPTIONS, ATVConfig, Checked, TrainConfig
 from atv.data import Prompt, Task
 from atv.doctor import model_summary
 from atv.methods.base import Method
@@ -21,6 +21,7 @@ class ATVMethod(Method):
     name = "atv"
     config_class: ClassVar[type[Checked] | None] = ATVConfig
     model_class: ClassVar[type[ATVModel]] = ATVModel
+    generator_options: ClassVar[frozenset[str]] = GENERATOR_OPTIONS
     search: ClassVar[dict[str, tuple[Any, ...]]] = {
         "learning_rate": (0.1, 0.03, 0.3),
         "generator_learning_rate": (5e-5, 1e-4),

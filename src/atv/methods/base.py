@@ -35,6 +35,7 @@ class Method(ABC):
         config_class: the options of a trained method. None: there is nothing to train.
         train_defaults: fields of TrainConfig for which the method's own paper has other values. None: the method is
             learned without a training loop and uses only the seed of TrainConfig.
+        generator_options: those of `atv.config.GENERATOR_OPTIONS` that have an effect on it.
         search: the grid of a sweep: fields of `config_class` or TrainConfig, each with its values.
         serves: the outputs that metrics may request: `next_token`, `loglikelihood` and `generate`. The LLM provides all
             three. A method whose `choose` returns answers without scores serves only `generate`.
@@ -50,6 +51,7 @@ class Method(ABC):
     name: ClassVar[str]
     config_class: ClassVar[type[Checked] | None] = None
     train_defaults: ClassVar[dict[str, Any] | None] = {}
+    generator_options: ClassVar[frozenset[str]] = frozenset()
     search: ClassVar[dict[str, tuple[Any, ...]]] = {}
     serves: ClassVar[frozenset[str]] = frozenset({"next_token", "loglikelihood", "generate"})
     edited_tokens: int | None = None

@@ -211,6 +211,7 @@ class Encoder(Method):
     name = "encoder"
     config_class: ClassVar[type[Checked] | None] = EncoderConfig
     train_defaults: ClassVar[dict[str, Any] | None] = {"learning_rate": 1e-3, "generator_learning_rate": 1e-4}
+    generator_options: ClassVar[frozenset[str]] = frozenset(("generator_learning_rate", "bf16"))
     search: ClassVar[dict[str, tuple[Any, ...]]] = {
         "generator_learning_rate": (1e-4, 5e-5, 2e-4),
         "learning_rate": (1e-3, 3e-3),

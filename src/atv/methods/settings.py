@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from atv.config import PAPER, PAPER_TRAINING, ATVConfig, Checked, TrainConfig
+from atv.config import GENERATOR_OPTIONS, PAPER, PAPER_TRAINING, ATVConfig, Checked, TrainConfig
 from atv.errors import ATVError, unknown
 from atv.methods import METHODS, TRAINED
 
@@ -29,14 +29,18 @@ class Learned(NamedTuple):
     """Its configuration class."""
     train: dict[str, Any] | None
     """Its defaults that differ from TrainConfig's. None: it has no training loop."""
+    generator: frozenset[str] = GENERATOR_OPTIONS
+    """Those of `GENERATOR_OPTIONS` that have an effect on it."""
 
     def own(self) -> list[str]:
         """The names of its configuration's options."""
         return [field.name for field in fields(self.config)]  # type: ignore[arg-type]
 
-    def loop(self) -> list[str]:
-        """The names of its training options, without the seed, which every method has."""
-        return [] if self.train is None else [field.name for field in fields(TrainConfig) if field.name != "seed"]
+    def options(self) -> list[str]:
+        """The names of its configuration's and training's options, without the seed, which every method has."""
+        unused = GENERATOR_OPTIONS - self.generator | {"seed"}
+        loop = [] if self.train is None else [field.name for field in fields(TrainConfig)]
+        return [*self.own(), *(option for option in loop if option not in unused)]
 
 
 def learned(name: str) -> Learned:
@@ -48,7 +52,7 @@ def learned(name: str) -> Learned:
     method = METHODS[name]
     if method.config_class is None:
         raise ATVError(f"The method {name} learns nothing: measure it with atv eval --method {name}.")
-    return Learned(method.config_class, method.train_defaults)
+    return Learned(method.config_class, method.train_defaults, method.generator_options)
 
 
 def method_settings(name: str, tables: Sequence[Tables], seed: int) -> Settings:
@@ -63,16 +67,18 @@ def method_settings(name: str, tables: Sequence[Tables], seed: int) -> Settings:
         ATVError: an option that the method does not have.
     """
     of = learned(name)
-    own, loop = of.own(), of.loop()
+    own = of.own()
+    # All methods share one TrainConfig: under `all`, and in the paper's, are options without an effect on this one.
+    loop = [] if of.train is None else [field.name for field in fields(TrainConfig) if field.name != "seed"]
     values: dict[str, Any] = dict(of.train or {})
     for table in tables:
         values |= {key: value for key, value in table.get(ALL, {}).items() if key in (*own, *loop)}
+        for key in table.get(name, {}):
+            if key not in of.options():
+                raise unknown(f"option of the method {name}:", key, of.options())
         values |= table.get(name, {})
     if values.get("parametrisation") == "paper":  # then all other defaults are the paper's too
         values = PAPER | PAPER_TRAINING | values
-    for key in values:
-        if key not in (*own, *loop):
-            raise unknown(f"option of the method {name}:", key, [*own, *loop])
     config = of.config.from_dict({key: value for key, value in values.items() if key in own})
     train = TrainConfig(seed=seed, **{key: value for key, value in values.items() if key in loop})
     return Settings(config, train)
@@ -82,7 +88,7 @@ def check_tables(tables: Tables, file: Path) -> None:
     """Raise ATVError for an unknown key in a file's tables of methods; in `all`, for one that no method has."""
     for name, values in tables.items():
         asked = TRAINED if name == ALL else (name,)
-        known = {key for of in map(learned, asked) for key in (*of.own(), *of.loop())}
+        known = {key for of in map(learned, asked) for key in of.options()}
         for key in values:
             if key not in known:
                 raise unknown(f"option in [{name}] of {file}:", key, known)
