@@ -88,6 +88,7 @@ def test_a_method_is_evaluated_with_the_chat_template_that_it_was_trained_with(w
     plan, given = Plan((name,), (1,), (8,), valid_rows=4, test_rows=4), GIVEN | {name: own.get(name, {})}
     (run,) = compare(plan, Frozen(str(tmp_path / "llm"), dtype="float32"), [task], tmp_path / "out", given=given)
     assert len(load_runs([run])) == 4
+    assert read(run / "run.json")["method"]["training"]["train_rows"] == {"kettles": 8}
 
 
 @pytest.mark.parametrize(
@@ -288,6 +289,18 @@ def test_a_comparison_from_before_runs_had_labels_is_resumed(world, tmp_path, mo
     monkeypatch.setattr(Frozen, "load", lambda _: pytest.fail("The LLM was loaded, and there was nothing to do."))
     runs = made(world, tmp_path, train_rows=(4,), seeds=(1,))
     assert {row["method"] for row in load_runs(runs)} == {"zero-shot", "fixed, 4 rows"}
+
+
+def test_runs_say_how_many_rows_were_learned_from_and_seeds_that_draw_others_are_one_line(world, tmp_path):
+    frozen, plan = Frozen(str(world / "llm"), dtype="float32"), Plan(("fixed", "icl"), (1, 2), (4,), test_rows=2)
+    runs = compare(plan, frozen, tasks()[1:], tmp_path, given=GIVEN)
+    for run in runs:
+        about = read(run / "run.json")
+        if about["settings"]["method"] == "fixed":
+            assert about["method"]["training"]["train_rows"] == {"kettles": 4}
+        del about["settings"]["label"]  # which would tell numbers of rows apart by itself
+        (run / "run.json").write_text(json.dumps(about))
+    assert {row["method"] for row in load_runs(runs)} == {"fixed", "icl"}
 
 
 def scored_rows(method, scores, task="films", seed=1):
