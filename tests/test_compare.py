@@ -198,6 +198,12 @@ def test_the_answer_in_words():
     )
     assert answer(rows_of("lora", "x-")).startswith("lora scores best on films: 50.0%")
     assert answer([]) == ""
+    tied = rows_of("lora", "x" * 30 + "-" * 10) + rows_of("atv", "-" * 10 + "x" * 30) + rows_of("zero-shot", "-" * 40)
+    assert answer(tied).startswith("atv and lora score best on films: 75.0% (exact_match); always")
+    assert "By the 95% intervals, atv is above zero-shot; not told apart from lora." in answer(tied)
+    near = [row for number, name in enumerate(("fixed", "lora")) for task in ("a", "b")
+            for row in rows_of(name, "x" * (1000 + number * (task == "a")) + "-" * 1000, task)]  # fmt: skip
+    assert "fixed and lora score best on average over 2 in-domain tasks: 50.0%" in answer(near)
     assert compare_tables(Comparison({None: rows_of("lora", "x-")}, {None: {}}))[-1].title == "Cost"
 
 
@@ -230,6 +236,25 @@ def test_the_command_prints_and_writes_the_report(world, tmp_path, monkeypatch, 
     code, _, err = run("--template", "no place")
     assert code == 2
     assert "has no {input}" in err
+
+
+@pytest.mark.parametrize("name", ["Unseen", "all 2"])
+def test_a_data_set_with_a_name_that_tables_use_is_refused_before_training(world, tmp_path, name):
+    own = [replace(tasks()[0], name=name), tasks()[1]]
+    with refused("name with a meaning in tables", f"found {name}", "Rename the file"):
+        compare(Plan(("zero-shot",)), Frozen(str(world / "llm")), own, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_sets_named_like_columns_of_tables_have_columns_of_their_own():
+    names = ("tokens", "s/query", "Avg")
+    rows = [row for number, name in enumerate(names) for method in ("atv", "lora")
+            for row in rows_of(method, "x" * number + "-" * (4 - number), name)]  # fmt: skip
+    table = compare_tables(Comparison({None: rows}, {None: {}}))[0]
+    assert table.columns == ["method", "tokens", "s/query", "tokens (data)", "s/query (data)", "Avg (data)", "Avg"]
+    for line in table.rows[:2]:
+        assert line[1:] == ["1", "0.1000", "0.0", "25.0", "50.0", "25.0"]
+    assert table.rows[2] == [CONSTANT, "–", "–", "50.0", "50.0", "50.0", "50.0"]
 
 
 def test_several_processes_are_refused(world, tmp_path, monkeypatch, capsys):
