@@ -25,9 +25,10 @@ def adapter(tmp_path):
     return tmp_path / "adapter"
 
 
-def a_run(folder, adapter, found):
+def a_run(folder, adapter, found, **changed):
     """A finished run with one row for each of the scores."""
-    run = RunWriter(folder, {"method": "atv", "llm": "tiny", "seed": 42, "adapter": adapter, "tasks": {"toy": "4"}})
+    settings = {"method": "atv", "llm": "tiny", "seed": 42, "adapter": adapter, "tasks": {"toy": "4"}}
+    run = RunWriter(folder, settings | changed)
     run.append(
         Row("toy", "NLU", "test", 0, None, index, "yes", {"exact_match": one}, {"generated": "yes"}, 9, 0.5)
         for index, one in enumerate(found)
@@ -91,6 +92,32 @@ def test_results_of_something_else_are_refused(adapter, tmp_path, other):
             adapter / "README.md", "atv", artifact.identity(adapter), ABOUT, [a_run(tmp_path / "run", other, [1.0])]
         )
     assert (adapter / "README.md").read_text() == former
+
+
+def test_results_are_of_the_adapter_s_own_method(adapter, tmp_path, capsys):
+    digest, card = artifact.identity(adapter), adapter / "README.md"
+    a_run(tmp_path / "runs" / "atv", digest, [1.0, 0.0])
+    shown = a_run(tmp_path / "runs" / "shown", digest, [1.0, 1.0], method="icl+atv", shots=4)
+    write_card(card, "atv", digest, {}, [tmp_path / "runs"])
+    assert [result.metric_value for result in ModelCard.load(card).data.eval_results] == [0.5]
+    assert "is a run of icl+atv, not of atv; it is left out" in " ".join(capsys.readouterr().err.split())
+    former = card.read_text()
+    with refused("no run of the adapter's own method; found icl+atv", "atv eval --adapter"):
+        write_card(card, "atv", digest, {}, [shown])
+    assert card.read_text() == former
+
+
+@pytest.mark.parametrize("changed", [{"dtype": "float16"}, {"variants": "all"}, {"llm": "other"}, {"label": "mine"}])
+def test_results_that_no_single_setting_has_are_refused(adapter, tmp_path, changed):
+    digest, former = artifact.identity(adapter), (adapter / "README.md").read_text()
+    runs = [a_run(tmp_path / "one", digest, [1.0, 0.0]), a_run(tmp_path / "two", digest, [1.0, 1.0], **changed)]
+    with refused("differ in more than their seeds", *map(str, runs), "--results"):
+        write_card(adapter / "README.md", "atv", digest, {}, runs)
+    assert (adapter / "README.md").read_text() == former
+    write_card(
+        adapter / "README.md", "atv", digest, {}, [a_run(tmp_path / "three", digest, [1.0, 1.0], seed=3), runs[0]]
+    )
+    assert ModelCard.load(adapter / "README.md").data.eval_results[0].metric_value == 0.75
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 import csv
 import json
 import random
+import re
 from collections import Counter
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from atv.cli import report as command
 from atv.cli.options import Report
 from atv.evaluation.metrics import FEW_OPTIONS
 from atv.evaluation.records import load_runs
-from atv.report import classification_details, classification_tables, classified
+from atv.report import classification_details, classification_tables, classified, markdown, write_page
 from atv.report.classification import MISTAKES, calibration_error, mistakes_table
 from atv.report.plots import draw
 
@@ -133,6 +135,25 @@ def test_the_most_confident_mistakes_come_first_each_test_row_once():
                         "predicted": "spam", "probability": "90.0", "wrong in": "2 of 2"}  # fmt: skip
     assert (lines[1]["query"], lines[1]["probability"], lines[1]["wrong in"]) == ("query 2", "80.0", "1 of 2")
     assert [line["query"] for line in lines[2:]] == [f"query {3 + number}" for number in range(MISTAKES - 2)]
+
+
+def test_labels_with_line_breaks_bars_and_control_characters_keep_tables_and_plots_whole(tmp_path):
+    options = ("two\nlines", "a|b", "bell\x07")
+    rows = [
+        row(options[index % 3], options[index % 2], example=index, options=options, run=str(tmp_path))
+        for index in range(12)
+    ]
+    (tmp_path / "run.json").write_text(json.dumps({"schema": 2, "settings": {}}))
+    tables = classification_details(rows)
+    assert [line["label"] for line in lines_of(tables[0])] == ["macro", "a|b", "bell\x07", "two lines"]
+    for table in tables:
+        head, rule, *lines = [line for line in markdown(table).splitlines() if line.startswith("|")]
+        assert {len(re.findall(r"(?<!\\)\|", line)) for line in (head, rule, *lines)} == {len(table.columns) + 1}
+        assert len(lines) == len(table.rows)
+    for file in write_page(rows, tables, tmp_path / "report.html", "report"):
+        assert file.suffix != ".svg" or ElementTree.parse(file)
+    [plot] = draw(next(table for table in tables if table.title.startswith("Confusion")), "a")
+    assert "bell\ufffd" in "".join(ElementTree.fromstring(plot.svg).itertext())
 
 
 def test_rows_without_probabilities_have_no_calibration_and_no_mistakes():

@@ -88,6 +88,7 @@ def test_a_method_is_evaluated_with_the_chat_template_that_it_was_trained_with(w
     plan, given = Plan((name,), (1,), (8,), valid_rows=4, test_rows=4), GIVEN | {name: own.get(name, {})}
     (run,) = compare(plan, Frozen(str(tmp_path / "llm"), dtype="float32"), [task], tmp_path / "out", given=given)
     assert len(load_runs([run])) == 4
+    assert read(run / "run.json")["method"]["training"]["train_rows"] == {"kettles": 8}
 
 
 @pytest.mark.parametrize(
@@ -197,6 +198,12 @@ def test_the_answer_in_words():
     )
     assert answer(rows_of("lora", "x-")).startswith("lora scores best on films: 50.0%")
     assert answer([]) == ""
+    tied = rows_of("lora", "x" * 30 + "-" * 10) + rows_of("atv", "-" * 10 + "x" * 30) + rows_of("zero-shot", "-" * 40)
+    assert answer(tied).startswith("atv and lora score best on films: 75.0% (exact_match); always")
+    assert "By the 95% intervals, atv is above zero-shot; not told apart from lora." in answer(tied)
+    near = [row for number, name in enumerate(("fixed", "lora")) for task in ("a", "b")
+            for row in rows_of(name, "x" * (1000 + number * (task == "a")) + "-" * 1000, task)]  # fmt: skip
+    assert "fixed and lora score best on average over 2 in-domain tasks: 50.0%" in answer(near)
     assert compare_tables(Comparison({None: rows_of("lora", "x-")}, {None: {}}))[-1].title == "Cost"
 
 
@@ -229,6 +236,25 @@ def test_the_command_prints_and_writes_the_report(world, tmp_path, monkeypatch, 
     code, _, err = run("--template", "no place")
     assert code == 2
     assert "has no {input}" in err
+
+
+@pytest.mark.parametrize("name", ["Unseen", "all 2"])
+def test_a_data_set_with_a_name_that_tables_use_is_refused_before_training(world, tmp_path, name):
+    own = [replace(tasks()[0], name=name), tasks()[1]]
+    with refused("name with a meaning in tables", f"found {name}", "Rename the file"):
+        compare(Plan(("zero-shot",)), Frozen(str(world / "llm")), own, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_sets_named_like_columns_of_tables_have_columns_of_their_own():
+    names = ("tokens", "s/query", "Avg")
+    rows = [row for number, name in enumerate(names) for method in ("atv", "lora")
+            for row in rows_of(method, "x" * number + "-" * (4 - number), name)]  # fmt: skip
+    table = compare_tables(Comparison({None: rows}, {None: {}}))[0]
+    assert table.columns == ["method", "tokens", "s/query", "tokens (data)", "s/query (data)", "Avg (data)", "Avg"]
+    for line in table.rows[:2]:
+        assert line[1:] == ["1", "0.1000", "0.0", "25.0", "50.0", "25.0"]
+    assert table.rows[2] == [CONSTANT, "–", "–", "50.0", "50.0", "50.0", "50.0"]
 
 
 def test_several_processes_are_refused(world, tmp_path, monkeypatch, capsys):
@@ -288,6 +314,18 @@ def test_a_comparison_from_before_runs_had_labels_is_resumed(world, tmp_path, mo
     monkeypatch.setattr(Frozen, "load", lambda _: pytest.fail("The LLM was loaded, and there was nothing to do."))
     runs = made(world, tmp_path, train_rows=(4,), seeds=(1,))
     assert {row["method"] for row in load_runs(runs)} == {"zero-shot", "fixed, 4 rows"}
+
+
+def test_runs_say_how_many_rows_were_learned_from_and_seeds_that_draw_others_are_one_line(world, tmp_path):
+    frozen, plan = Frozen(str(world / "llm"), dtype="float32"), Plan(("fixed", "icl"), (1, 2), (4,), test_rows=2)
+    runs = compare(plan, frozen, tasks()[1:], tmp_path, given=GIVEN)
+    for run in runs:
+        about = read(run / "run.json")
+        if about["settings"]["method"] == "fixed":
+            assert about["method"]["training"]["train_rows"] == {"kettles": 4}
+        del about["settings"]["label"]  # which would tell numbers of rows apart by itself
+        (run / "run.json").write_text(json.dumps(about))
+    assert {row["method"] for row in load_runs(runs)} == {"fixed", "icl"}
 
 
 def scored_rows(method, scores, task="films", seed=1):

@@ -92,6 +92,16 @@ def test_a_report_of_a_folder_has_its_experiments_and_the_other_runs(done):
     assert not any(table.title.startswith("Rank") for table in only)
 
 
+def test_an_experiment_takes_no_method_from_the_main_tables(done, tmp_path):
+    shutil.copytree(done / "runs", tmp_path / "runs", ignore=shutil.ignore_patterns("fixed-*-*"))
+    before = report_tables([tmp_path])[1]
+    assert {row[2] for row in before[0].rows} == {"zero-shot", "fixed", "icl"}
+    shutil.copytree(done, tmp_path, dirs_exist_ok=True)
+    after = report_tables([tmp_path])[1]
+    assert [table.title for table in after[: len(before)]] == [table.title for table in before]
+    assert [table.rows for table in after[: len(before)]] == [table.rows for table in before]
+
+
 def test_json_files_that_are_no_records_are_left_alone(done, tmp_path, capsys):
     """Folders named experiments are common, also beside one named runs."""
     shutil.copytree(done, tmp_path / "runs" / "mine")

@@ -374,6 +374,34 @@ def test_runs_of_one_method_that_differ_in_more_than_seeds_are_kept_apart(tmp_pa
     assert "differ in template" not in markdown(comparison_table(load_runs([tmp_path / "c", tmp_path / "a"]), "mine"))
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "apart"),
+    [
+        ({}, {"adapter": "b"}, True),  # the same seeds: it learned from other rows
+        ({}, {"adapter": "b", "seed": 2}, False),
+        ({}, {"adapter": "b", "trained with": 2}, False),
+        ({}, {"adapter": "b", "seed": 2, "rows": {"sentiment": 60}}, True),
+        ({"rows": None}, {"adapter": "b", "seed": 2, "rows": {"sentiment": 60}}, False),  # an earlier version's record
+        ({}, {"adapter": "b", "seed": 2, "rows": {"sentiment": 16, "topic": 16}}, True),
+        ({"rows": None}, {"adapter": "b", "seed": 2, "rows": None, "tasks": ["topic"]}, True),
+        ({"adapter": None}, {"adapter": None}, False),
+        ({"shown": "x", "adapter": None}, {"shown": "y", "adapter": None}, True),
+        ({"shown": "x", "adapter": None}, {"shown": "y", "adapter": None, "seed": 2}, False),
+    ],
+)
+def test_runs_that_learned_from_other_rows_are_kept_apart_except_where_the_seed_draws_them(tmp_path, one, other, apart):
+    learned = {"adapter": "a", "seed": 1, "trained with": 1, "rows": {"sentiment": 16}, "shown": None}
+    for name, changed in (("one", learned | one), ("other", learned | other)):
+        shown = {"demonstrations from": {"sentiment": changed["shown"]}} if changed["shown"] else {}
+        tasks = {task: {} for task in changed.get("tasks", changed["rows"] or ["sentiment"])}
+        training = {"train": {"seed": changed["trained with"]}, "tasks": tasks}
+        training |= {"train_rows": changed["rows"]} if changed["rows"] else {}
+        run = fresh(tmp_path / name, 1, seed=changed["seed"], adapter=changed["adapter"], **shown)
+        run.finish(method={"config": {}, "training": training})
+    found = {row["method"] for row in load_runs([tmp_path])}
+    assert found == ({"atv (one)", "atv (other)"} if apart else {"atv"})
+
+
 def test_rows_that_two_runs_wrote_or_somebody_removed_are_noticed(folder):
     one = fresh(folder, rows=2)
     other = fresh(folder, rows=0)

@@ -177,6 +177,14 @@ def test_a_table_as_markdown_is_this_text():
     )
 
 
+def test_heads_and_titles_in_markdown_have_no_bar_or_line_break_of_a_name():
+    head, _, columns, rule, line, *_ = markdown(Table("Of a|b\nand c", ["x", "A|:"], [["1\u20282", "3"]], "")).split(
+        "\n"
+    )
+    assert (head, columns, line) == (r"# Of a\|b and c", r"| x | A\|: |", "| 1 2 | 3 |")
+    assert rule.count("|") == 3
+
+
 def with_prefix(rows, *prefixes):
     return [part | {"answer_prefix": prefix} for part, prefix in zip(rows, prefixes, strict=True)]
 

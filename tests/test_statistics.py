@@ -1,5 +1,6 @@
 """Scores and paired differences: against means worked out by hand, exact enumeration and scipy's own bootstrap."""
 
+import tracemalloc
 from fractions import Fraction
 from itertools import product
 from unittest import mock
@@ -135,6 +136,28 @@ def test_the_interval_is_that_of_scipy_on_one_task():
     ).confidence_interval
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.01)
     assert found.high - found.low > 0.1
+
+
+@pytest.mark.parametrize("different", [5, 5000])
+def test_resampling_takes_little_memory_and_has_the_spread_of_the_mean(different):
+    units = np.random.default_rng(3).random(different)[np.arange(5000) % different] / 5000
+    tracemalloc.start()
+    found = statistics.bootstrap([units, np.zeros(3)])
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 2**26  # resamples x units would be 400 MB
+    assert found.shape == (statistics.RESAMPLES,)
+    assert found.mean() == pytest.approx(units.sum(), abs=1e-3)
+    assert found.std() == pytest.approx(units.std() * 5000**0.5, rel=0.05)
+
+
+def test_the_interval_of_continuous_scores_is_that_of_scipy():
+    units = np.random.default_rng(5).normal(0.1, 1, 300)
+    expected = scipy.stats.bootstrap(
+        (units,), np.sum, method="percentile", n_resamples=10_000, rng=np.random.default_rng(7)
+    ).confidence_interval
+    width = expected.high - expected.low
+    assert np.percentile(statistics.bootstrap([units]), [2.5, 97.5]) == pytest.approx(expected, abs=0.04 * width)
 
 
 def test_rows_are_resampled_within_their_task():

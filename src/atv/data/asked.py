@@ -129,10 +129,14 @@ def check_test_rows(task: Task, training: Training) -> None:
 
 
 def asking_of(tasks: Sequence[Task], tokenizer: Any) -> dict[str, Any]:
-    """Return the entries of a training summary that say how tasks are asked, for `as_trained` and the check below."""
+    """Return the entries of a training summary that say how tasks are asked, for `as_trained` and the check below.
+
+    It also has the number of training rows of each task.
+    """
     return {
         "tasks": {task.name: task.asking() | table_of(task.prepared) for task in tasks},
         "chat_template": chat_template_digest(tokenizer),
+        "train_rows": {task.name: len(task.train) for task in tasks},
     }
 
 

@@ -1,11 +1,12 @@
 """Methods compared on one's own data sets: each is trained and evaluated on each data set, with several seeds."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from atv.data import Task
+from atv.data import UNSEEN, Task
 from atv.errors import ATVError, unknown
 from atv.evaluation.measure import Frozen, learn, measure, remove_results
 from atv.evaluation.run import metrics_of
@@ -120,8 +121,9 @@ def compare(
         force: start over.
 
     Raises:
-        ATVError: two data sets have one name, one has fewer training rows than the plan wants, a metric is not one that
-            all methods have, a setting is unknown, or `out` was made with other settings.
+        ATVError: two data sets have one name, one has a name with a meaning in tables (`Unseen`, `all 2`), one has
+            fewer training rows than the plan wants, a metric is not one that all methods have, a setting is unknown, or
+            `out` was made with other settings.
     """
     _check_data_sets(plan, tasks)
     tasks = [replace(task.drawn(None, None, 0, test=plan.test_rows), category=task.name) for task in tasks]
@@ -167,6 +169,11 @@ def _check_data_sets(plan: Plan, tasks: Sequence[Task]) -> None:
     names = [task.name for task in tasks]
     if len(set(names)) < len(names):
         raise ATVError(f"Two data sets have one name; found {', '.join(names)}. Rename a file or folder.")
+    taken = [name for name in names if name == UNSEEN or re.fullmatch(r"all \d+", name)]
+    if taken:
+        raise ATVError(
+            f"A data set has a name with a meaning in tables; found {', '.join(taken)}. Rename the file or folder."
+        )
     most = max(rows or 0 for rows in plan.train_rows)
     few = [f"{task.name} has {len(task.train)}" for task in tasks if len(task.train) < most]
     if few:

@@ -220,7 +220,8 @@ def load_runs(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
     """Rows of several runs, each with its run's `method` (or label), `llm`, `seed` and `run` (the folder).
 
     `asking` is how the prompts of the row's task were written, as JSON. Runs of one method that differ in more than
-    their seeds (in demonstrations, dtype, prompts, configuration or training) have their folder in `method`.
+    their seeds and the rows drawn with them (in demonstrations, dtype, prompts, configuration, training, training tasks
+    or their numbers of rows) have their folder in `method`; so do runs with the same seeds and different adapters.
 
     Args:
         folders: folders of runs, or folders that contain runs at any depth. A run found twice is read once.
@@ -259,25 +260,50 @@ def _labels(runs: Mapping[Path, Mapping[str, Any]]) -> dict[Path, str]:
     """The name of each run's method: with the run's folder if runs of that name differ in more than their seeds."""
     found = {run: about.get("settings", {}) for run, about in runs.items()}
     names = {run: settings.get("label", settings.get("method")) for run, settings in found.items()}
-    alike: dict[tuple[Any, ...], dict[str, list[Path]]] = {}
+    alike: dict[tuple[Any, ...], list[Path]] = {}
     for folder, settings in found.items():
         for task in settings.get("tasks", {}):
-            group = alike.setdefault((names[folder], settings.get("llm"), task), {})
-            group.setdefault(_way(runs[folder], task), []).append(folder)
-    mixed = {run for ways in alike.values() if len(ways) > 1 for some in ways.values() for run in some}
+            alike.setdefault((names[folder], settings.get("llm"), task), []).append(folder)
+    mixed = {run for (*_, task), some in alike.items() if _differ([runs[run] for run in some], task) for run in some}
     if not mixed:
         return names
     above = os.path.commonpath([run.absolute().parent for run in mixed])
     return names | {run: f"{names[run]} ({run.absolute().relative_to(above).as_posix()})" for run in mixed}
 
 
+def _differ(runs: Iterable[Mapping[str, Any]], task: str) -> bool:
+    """Whether runs of one name differ, for a task, in more than their seeds and the rows drawn with them."""
+    ways: dict[str, set[str]] = {}
+    for run in runs:
+        ways.setdefault("settings", set()).add(_way(run, task))
+        for what, found in _learned_from(run, task).items():
+            ways.setdefault(what, set()).add(found)
+    return any(len(found) > 1 for found in ways.values())
+
+
 def _way(run: Mapping[str, Any], task: str) -> str:
-    """Everything recorded that affects a run's rows of a task, except for seeds and the rows themselves."""
+    """Every setting that affects a run's rows of a task, except for seeds."""
     settings, method = run["settings"], run.get("method") or {}
-    train = {key: value for key, value in (method.get("training") or {}).get("train", {}).items() if key != "seed"}
+    training = method.get("training") or {}
+    train = {key: value for key, value in training.get("train", {}).items() if key != "seed"}
     of_run = {key: settings.get(key) for key in ("method", "revision", "dtype", "quantization", "variants", "shots")}
-    found = [of_run, _asking(settings, task), method.get("config"), train]
+    found = [of_run, _asking(settings, task), method.get("config"), train, sorted(training.get("tasks", {}))]
     return json.dumps(found, sort_keys=True)
+
+
+def _learned_from(run: Mapping[str, Any], task: str) -> dict[str, str]:
+    """What a run learned from, as far as it is recorded: numbers of training rows, adapter and demonstrations.
+
+    Other seeds may draw other rows, so the last two stand for the run's seeds alone.
+    """
+    settings, training = run["settings"], (run.get("method") or {}).get("training") or {}
+    seeds = f"{settings.get('seed')} {training.get('train', training).get('seed')}"
+    found = {
+        "training rows": training.get("train_rows"),
+        f"adapter {seeds}": settings.get("adapter"),
+        f"demonstrations {seeds}": settings.get("demonstrations from", {}).get(task),
+    }
+    return {what: json.dumps(value, sort_keys=True) for what, value in found.items() if value is not None}
 
 
 def _asking(settings: Mapping[str, Any], task: str) -> str | None:

@@ -8,6 +8,8 @@ from typing import Any
 from atv.errors import ATVError
 from atv.evaluation.records import load_runs, read_run
 from atv.files import write_text
+from atv.methods import METHODS
+from atv.progress import log
 from atv.report.formats import markdown
 from atv.report.statistics import Row, score_names, scored, scores
 from atv.report.tables import score_table
@@ -32,9 +34,11 @@ def write_card(file: Path, title: str, adapter: str, about: Mapping[str, Any], r
         adapter: the adapter's digest, as runs record it.
         about: metadata by the hub's names: `license`, `language` and `datasets`. An empty value leaves the card's own.
         runs: folders of runs of this adapter, or folders that contain them. They replace the card's former results.
+            Runs of another method that uses the adapter, such as `icl+atv`, are left out.
 
     Raises:
-        ATVError: the card cannot be read, a value is malformed, or a run is of another adapter.
+        ATVError: the card cannot be read, a value is malformed, a run is of another adapter, or the runs differ in more
+            than their seeds, so that their mean would be the result of none of them.
     """
     from huggingface_hub import ModelCard
 
@@ -50,8 +54,8 @@ def write_card(file: Path, title: str, adapter: str, about: Mapping[str, Any], r
         if found:
             setattr(card.data, name, found)
     if runs:
-        rows = load_runs(runs)
-        _require_of(adapter, rows)
+        rows = load_runs(_own_runs(adapter, load_runs(runs)))
+        _require_one_way(rows)
         card.data.model_name = card.data.model_name or title
         card.data.metrics = score_names(rows)
         card.data.eval_results = _results(rows, card.data.datasets)
@@ -66,15 +70,41 @@ def _require_form(name: str, found: Any) -> None:
             raise ATVError(f"{name.removesuffix('s')} is {each!r}; expected {expected}.")
 
 
-def _require_of(adapter: str, rows: Sequence[Row]) -> None:
-    for folder in dict.fromkeys(row["run"] for row in rows):
-        found = read_run(Path(folder)).get("settings", {}).get("adapter")
-        if found != adapter:
-            of = f"another adapter ({found})" if found else "a method without an adapter"
-            raise ATVError(
-                f"{folder} is a run of {of}; expected runs of this one ({adapter}). An adapter that was trained again "
-                "is another one: evaluate it with atv eval --adapter DIR --out NEW."
-            )
+def _own_runs(adapter: str, rows: Sequence[Row]) -> list[str]:
+    """The folders of the rows' runs, all of this adapter, without those of other methods that use it."""
+    methods = {folder: _method_of(adapter, folder) for folder in dict.fromkeys(row["run"] for row in rows)}
+    trained = {method: METHODS[method].trained_as() if method in METHODS else method for method in methods.values()}
+    others = {folder: method for folder, method in methods.items() if method != trained[method]}
+    if len(others) == len(methods):
+        raise ATVError(
+            f"There is no run of the adapter's own method; found {', '.join(trained) or 'no rows'}. Make one with: "
+            "atv eval --adapter DIR --out NEW"
+        )
+    for folder, method in others.items():
+        log.warning(f"{folder} is a run of {method}, not of {trained[method]}; it is left out of the results.")
+    return [folder for folder in methods if folder not in others]
+
+
+def _method_of(adapter: str, folder: str) -> str:
+    """The method of a run, which must be one of this adapter."""
+    settings = read_run(Path(folder)).get("settings", {})
+    found = settings.get("adapter")
+    if found != adapter:
+        of = f"another adapter ({found})" if found else "a method without an adapter"
+        raise ATVError(
+            f"{folder} is a run of {of}; expected runs of this one ({adapter}). An adapter that was trained again "
+            "is another one: evaluate it with atv eval --adapter DIR --out NEW."
+        )
+    return str(settings["method"])
+
+
+def _require_one_way(rows: Sequence[Row]) -> None:
+    ways = {(row["llm"], row["method"]): row["run"] for row in rows}
+    if len(ways) > 1:
+        raise ATVError(
+            f"The runs {', '.join(ways.values())} differ in more than their seeds (LLM, dtype, prompts, variants or "
+            "label). Name runs with the same settings after --results."
+        )
 
 
 def _results(rows: Sequence[Row], datasets: Any) -> list[Any]:

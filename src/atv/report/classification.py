@@ -151,7 +151,7 @@ def label_table(rows: Sequence[Row], score: str | None = None) -> Table:
         macro = precision_recall_fscore_support(targets, found, labels=labels, average="macro", zero_division=0)
         lines.append([task, method, "macro", *(f"{100 * value:.1f}" for value in macro[:3]), str(len(some))])
         lines += [
-            [task, method, name, *(f"{100 * value:.1f}" for value in values), str(int(count))]
+            [task, method, _line(name), *(f"{100 * value:.1f}" for value in values), str(int(count))]
             for name, *values, count in zip(labels, *each, strict=True)
         ]
     note = (

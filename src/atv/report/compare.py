@@ -9,7 +9,16 @@ from typing import Any
 from atv.data import UNSEEN
 from atv.evaluation.records import load_runs
 from atv.files import read_json
-from atv.report.comparison import ATV, comparison_table, in_domain_table, left_out, shown, told_apart
+from atv.report.comparison import (
+    ATV,
+    AVERAGE,
+    comparison_table,
+    in_domain_table,
+    left_out,
+    own_column,
+    shown,
+    told_apart,
+)
 from atv.report.experiments import ABOUT_COSTS, COSTS, costs
 from atv.report.statistics import Row, Scores, score_names, scored, scores, tasks_of
 from atv.report.tables import MISSING, Table, marked, meaning
@@ -91,6 +100,8 @@ def compare_tables(found: Comparison, reference: str = ATV) -> list[Table]:
 def answer(rows: Sequence[Row], size: str = "", unit: str = "in-domain tasks", reference: str = ATV) -> str:
     """The result in two sentences: who scores best on average, and how the reference compares to the others.
 
+    Methods whose means are equal as shown score best together.
+
     Args:
         rows: rows on one LLM; those of unseen tasks are not used.
         size: what is said about the training rows, such as " with 90 training rows".
@@ -105,21 +116,28 @@ def answer(rows: Sequence[Row], size: str = "", unit: str = "in-domain tasks", r
     rows = scored(rows, key)
     tasks = tasks_of(rows)
     means = {method: scores(own, key, tasks).in_domain for method, own in _by_method(rows).items()}
-    known = sorted((-score.mean, method) for method, score in means.items() if score is not None)
+    known = {method: round(100 * score.mean, 1) for method, score in means.items() if score is not None}
     if not known:
         return ""
-    best = known[0][1]
+    best = sorted(method for method, mean in known.items() if mean == max(known.values()))
     where = f"on average over {len(tasks)} {unit}" if len(tasks) > 1 else f"on {next(iter(tasks))}"
     constant = _constant(rows, key).in_domain
-    text = f"{best} scores best {where}{size}: {shown(means[best], key)}% ({key})"
+    # Methods with one mean have their own spreads.
+    reached = shown(means[best[0]], key) if len(best) == 1 else f"{known[best[0]]:.1f}"
+    text = f"{_listed(best)} score{'s' * (len(best) == 1)} best {where}{size}: {reached}% ({key})"
     if constant is not None:
         text += f"; always giving the most frequent answer scores {shown(constant, key)}%"
     text += "."
     said = ""
     if {reference} < means.keys():
         said = told_apart(line for line in comparison_table(rows, reference).rows if line[0] == key)
-    own = "" if best == reference else f", which scores {shown(means[reference], key)}%," if said else ""
+    own = "" if reference in best else f", which scores {shown(means[reference], key)}%," if said else ""
     return f"{text} By the 95% intervals, {reference}{own} is {said}." if said else text
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names as in a sentence."""
+    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
 
 
 def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -155,8 +173,9 @@ def _scores(rows: Sequence[Row], key: str) -> Table:
     lines = list(table.rows)
     if constant.in_domain is not None:
         note += f" Last row: {CONSTANT}, which always gives the most frequent answer."
-        found = constant.categories | {"Avg": constant.in_domain}
-        without = {*left.values(), "Avg"} if left else set()
+        found = {own_column(name): score for name, score in constant.categories.items()}
+        found |= {AVERAGE: constant.in_domain}
+        without = {*map(own_column, left.values()), AVERAGE} if left else set()
         cells = [(column, shown(found.get(column), column)) for column in table.columns[1:]]
         lines.append([CONSTANT, *(marked(cell) if column in without else cell for column, cell in cells)])
     return replace(table, title=f"Scores: {key}", rows=lines, note=note)

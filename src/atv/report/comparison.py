@@ -15,6 +15,8 @@ PUBLISHED = "paper, "
 """Prefix of rows with published numbers."""
 PAPER_SCORE = "first_token"
 """The score of published numbers."""
+AVERAGE = "Avg"
+"""Column of the mean over categories or tasks."""
 COSTS = {"tokens": ("prompt_tokens", 0), "s/query": ("seconds", 4)}  # what is averaged, number of decimals
 
 _SPREAD = (
@@ -110,15 +112,21 @@ def _scores_table(rows: Sequence[Row], key: str, beside: Published | None, avera
     for method, asked in _by_method(rows).items():
         found = scores(defined(asked, left), key, judged)
         costs = {name: average(scores(asked, source, tasks)) for name, (source, _) in COSTS.items()}
-        lines[method] = costs | (found.tasks if unseen else found.categories) | {"Avg": average(found)}
+        each = found.tasks if unseen else found.categories
+        lines[method] = costs | {own_column(name): score for name, score in each.items()} | {AVERAGE: average(found)}
     published = beside.lines(part, lines, judged) if beside and key == PAPER_SCORE else {}
     note = f"{_measured(rows)} {meaning([key])} {averaged} {_SPREAD} {_COST}"
     names, without = (tasks, {*left}) if unseen else (tasks.values(), {*left.values()})
-    columns = [*COSTS, *_ordered(names, beside.order if beside else ()), "Avg"]
-    without |= {"Avg"} if left else set()
+    columns = [*COSTS, *map(own_column, _ordered(names, beside.order if beside else ())), AVERAGE]
+    without = {*map(own_column, without), *([AVERAGE] if left else ())}
     table = _table(f"{part.capitalize()} {key}: {rows[0]['llm']}", columns, lines, published, note, without, beside)
     plots = ("scores", "cost") if key == first else ("scores",)
     return replace(table, plots=plots, runs=runs_of(rows), footnote=footnote(rows, key))
+
+
+def own_column(name: str) -> str:
+    """The column of a task or category, with a name that no column of costs or averages has."""
+    return f"{name} (data)" if name in COSTS or name == AVERAGE else name
 
 
 def summary_table(rows: Sequence[Row], beside: Published | None = None) -> Table:

@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from atv.errors import ATVError
-from atv.evaluation.records import below, load_runs
+from atv.evaluation.records import below, load_runs, read_run
 from atv.files import read_json
 from atv.progress import log
 from atv.report.comparison import (
@@ -83,10 +83,16 @@ def load_experiment(file: Path) -> Found:
 
 
 def report_tables(folders: Sequence[str | Path], beside: Published | None = None) -> tuple[list[Row], list[Table]]:
-    """The rows of all runs in folders, and tables of the runs that belong to no experiment and of each experiment."""
+    """The rows of all runs in folders; their tables, without conditions of experiments alone; each experiment's tables.
+
+    A run under its method's own name, which experiments share with the main tables, is in both.
+    """
     experiments = find_experiments(map(Path, folders))
     rows = load_runs(folders)
-    named = {Path(run).resolve() for found in experiments for run in runs_of(found.rows)}
+    conditions = {
+        run for found in experiments for run in runs_of(found.rows) if "label" in read_run(Path(run))["settings"]
+    }
+    named = {Path(run).resolve() for run in conditions}
     rest = [row for row in rows if Path(row["run"]).resolve() not in named]
     tables = all_tables(rest, beside) if rest else []
     return rows, tables + [table for found in experiments for table in experiment_tables(found, beside)]

@@ -17,7 +17,7 @@ _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasci
 
 def markdown(table: Table) -> str:
     """A table as Markdown."""
-    lines = [f"# {table.title}", "", "| " + " | ".join(table.columns) + " |"]
+    lines = [f"# {_unbroken(table.title)}", "", "| " + " | ".join(map(_unbroken, table.columns)) + " |"]
     aligned = (" --- " if index < table.text else " ---: " for index in range(len(table.columns)))
     lines.append("|" + "|".join(aligned) + "|")
     lines += ["| " + " | ".join(row) + " |" for row in _cells(table, "**{}**", _unbroken)]
@@ -125,8 +125,8 @@ def _cells(table: Table, mark: str, written: Callable[[str], str] = str) -> list
 
 
 def _unbroken(text: str) -> str:
-    """Text for a cell of a Markdown table."""
-    return text.replace("|", r"\|")
+    """Text for a cell or a heading in Markdown, which ends at a line break and, in a table, at a bar."""
+    return " ".join(text.splitlines()).replace("|", r"\|")
 
 
 def _escaped(text: str) -> str:

@@ -1,7 +1,8 @@
 """Plots of tables with matplotlib: as files, and as SVG inside a page, where text has the page's colour."""
 
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from atv.report.analysis_plots import map_plot, norms_plot
 from atv.report.classification_plots import confusion_plot, reliability_plot
@@ -20,6 +21,7 @@ from atv.report.figure import (
 )
 from atv.report.tables import Table, number
 
+_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _LEADER = {"arrowstyle": "-", "color": INK, "alpha": 0.35, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 4}
 
 
@@ -47,6 +49,7 @@ def draw(table: Table, name: str) -> list[Plot]:
     """
     from matplotlib import rc_context  # here, so that tables do not need matplotlib
 
+    table = _drawable(table)
     plots = []
     for kind in table.plots:
         with rc_context(STYLE):  # type: ignore[arg-type]
@@ -172,6 +175,13 @@ def _curve(table: Table) -> Drawn:
         for method, *cells in rows
     )
     return figure, f"{text}.", Table(table.title, table.columns, rows, "", text=1)
+
+
+def _drawable(table: Table) -> Table:
+    """A table with a mark in the place of each character that XML, and so SVG, does not allow."""
+    title, *columns = (_NOT_XML.sub("\ufffd", text) for text in (table.title, *table.columns))
+    rows = [[_NOT_XML.sub("\ufffd", cell) for cell in row] for row in table.rows]
+    return replace(table, title=title, columns=columns, rows=rows)
 
 
 _KINDS: dict[str, Callable[[Table], Drawn]] = {

@@ -46,6 +46,7 @@ def _save(
         },
         "chat_template": chat_template_digest(model.tokenizer),
         "train": settings["train"],
+        "train_rows": {name: task["train"] for name, task in settings["tasks"].items()},
         "best_step": record["best_step"],
         "best_eval_accuracy": record["best_eval_accuracy"],
         "best_eval_loss": record["best_eval_loss"],
