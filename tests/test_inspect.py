@@ -276,6 +276,15 @@ def test_the_generator_self_is_asked_about_the_prompt_itself():
     assert found.layers[-1].steered[found.leader] == max(found.layers[-1].steered.values())
 
 
+def test_a_query_that_is_cut_is_said():
+    model = trained()
+    model.llm.config.max_position_embeddings = 80
+    for query, cut in ((QUERY, False), (f"{QUERY} " * 40, True)):
+        found = inspect_query(model, query)
+        assert found.cut is cut
+        assert ("It is cut at its end" in inspection_lines(found)[1]) is cut
+
+
 def test_it_is_a_record_of_json_values():
     model = trained()
     found = inspect_query(model, QUERY, known=TrainingQueries(model, [toy_task()]))

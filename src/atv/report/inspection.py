@@ -19,7 +19,8 @@ def inspection_lines(found: "Inspection", left_out: str = "") -> list[str]:
         found: from `inspect_query`.
         left_out: why the nearest training queries are not there.
     """
-    lines = [f"Query: {shortened(found.query)}", ""]
+    lines = [f"Query: {shortened(found.query)}"]
+    lines += ["It is cut at its end, since the LLM's context has no room for all of it.", ""] if found.cut else [""]
     lines += [_distance(found.gate, found.distance)]
     if found.nearest is None:
         lines += [f"The nearest training queries are left out: {left_out}"] if left_out else []
