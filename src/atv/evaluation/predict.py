@@ -101,8 +101,8 @@ class QueryAnswers(ABC):
     def answers(self, examples: Sequence[Example]) -> Iterator[list[tuple[int, Answer]]]:
         """Answer queries.
 
-        A query that does not fit the LLM's context is cut at its end, as its answer says. One that is empty, or that the chat template
-        refuses, has a `problem` instead of an answer.
+        A query that does not fit the LLM's context is cut at its end, as its answer says. One that is empty, or that
+        the chat template refuses, has a `problem` instead of an answer.
 
         Args:
             examples: their outputs are not used.

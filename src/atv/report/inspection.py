@@ -85,13 +85,21 @@ def _promoted(found: "Inspection") -> list[str]:
     if found.leader == found.promoted:
         lines += [f"It is the likeliest answer from layer {found.leads_from} on; {without} at the last layer."]
     else:
-        lines += [f"That is not enough: {shortened(str(found.leader))} stays the likeliest answer."]
-    if found.plain.probabilities and plain != found.plain.answer:
-        lines += [
-            f"(Layers judge answers by the tokens that tell them apart. Without vectors these favour {plain!r}, and "
-            f"the whole answer with its end is likelier for {found.plain.answer!r}.)"
-        ]
-    return lines
+        leads = f"{shortened(str(found.leader))} {'stays' if plain == found.leader else 'is'} the likeliest"
+        whole = found.steered.probabilities is None or found.steered.answer == found.leader
+        lines += [f"That is not enough: {leads} answer." if whole else f"At the last layer {leads} all the same."]
+    return [*lines, *_judged_otherwise(found, plain)]
+
+
+def _judged_otherwise(found: "Inspection", plain: str) -> list[str]:
+    """Why the likeliest answer at the last layer, `plain` without vectors, is not the LLM's answer."""
+    sides = (("Without vectors", plain, found.plain), ("With them", found.leader, found.steered))
+    differ = [
+        f"{who} these favour {leads!r}, and the whole answer with its end is likelier for {said.answer!r}."
+        for who, leads, said in sides
+        if said.probabilities and leads != said.answer
+    ]
+    return [f"(Layers judge answers by the tokens that tell them apart. {' '.join(differ)})"] if differ else []
 
 
 def inspection_table(found: "Inspection") -> Table:
