@@ -422,11 +422,15 @@ def test_the_command_says_it_with_the_training_rows_read_again(run, atv, monkeyp
     assert "Without vectors the LLM answers " in text
     assert text.count("Layer by layer") == 1
 
+    (run / "same.csv").write_text((run / "boats.csv").read_text())
+    assert atv(*ask, "--data", run / "same.csv")[1] == text  # under another name, and the same rows are drawn
+
     (run / "other.csv").write_text((run / "boats.csv").read_text().replace(",yes", ",no!"))
     code, text, err = atv(*ask, "--data", run / "other.csv")
     assert code == 0, err
     assert "-> 'no!'" in text or "-> 'no'" in text
-    assert f"nearest of {len(whole.train)} training" in text
+    assert "nearest of 12 training" in text
+    assert f"They may not be rows of the training: according to {run / 'out' / 'train.json'} it had other" in text
 
     (run / "boats.csv").rename(run / "away.csv")
     code, text, err = atv(*ask)
@@ -441,10 +445,16 @@ def test_the_command_says_it_with_the_training_rows_read_again(run, atv, monkeyp
     assert "does not say where the rows of boats came from" in atv(*ask)[1]
     (run / "out" / "train.json").write_text("{}")
     assert "is damaged" in atv(*ask)[1]
+    assert "is damaged" in atv(*ask, "--data", run / "same.csv")[1]
     (run / "out" / "train.json").unlink()
     code, text, err = atv(*ask)
     assert code == 0, err
     assert "the adapter contains none, and" in text
+    code, text, err = atv(*ask, "--data", run / "same.csv")
+    assert code == 0, err
+    assert f"nearest of {len(whole.train)} training" in text
+    assert "They may not be rows of the training: " in text
+    assert "does not exist." in text
 
     code, _, err = atv(*ask, "--input", "text")
     assert (code, "expected --data" in err) == (2, True)

@@ -12,18 +12,18 @@ LONGEST = 100
 """Most characters of a query or an answer that are shown."""
 
 
-def inspection_lines(found: "Inspection", left_out: str = "") -> list[str]:
+def inspection_lines(found: "Inspection", note: str = "") -> list[str]:
     """Return sentences about a query, in lines of text.
 
     Args:
         found: from `inspect_query`.
-        left_out: why the nearest training queries are not there.
+        note: why the nearest training queries are not there, or why they may be those of other rows.
     """
     lines = [f"Query: {shortened(found.query)}"]
     lines += ["It is cut at its end, since the LLM's context has no room for all of it.", ""] if found.cut else [""]
     lines += [_distance(found.gate, found.distance)]
     if found.nearest is None:
-        lines += [f"The nearest training queries are left out: {left_out}"] if left_out else []
+        lines += [f"The nearest training queries are left out: {note}"] if note else []
     else:
         drawn = f", drawn at random from {found.training}," if found.compared < found.training else ""
         lines += [f"The {len(found.nearest)} nearest of {found.compared} training queries{drawn} and their answers:"]
@@ -31,6 +31,7 @@ def inspection_lines(found: "Inspection", left_out: str = "") -> list[str]:
         for near in found.nearest:
             where = f" ({near.task})" if several else ""
             lines += [f"  {near.cosine:.2f}  {shortened(near.query)}{where} -> {shortened(near.answer)}"]
+        lines += [f"They may not be rows of the training: {note}"] if note else []
     lines += ["", _said("Without vectors the LLM", found.plain), _said("With them it", found.steered)]
     return [*lines, "", *_promoted(found)]
 
