@@ -427,7 +427,11 @@ def test_an_experiments_conditions_differ_in_what_they_set_alone(world, tmp_path
         ("reference = 'x'\n[conditions.atv]\nmethod = 'atv'", "Unknown reference"),
         ("analysis = 1\n[conditions.atv]\nmethod = 'atv'", "true or false"),
         ("analysis = true\n[conditions.atv]\nmethod = 'atv'", "of the conditions atv and elicit"),
-        ("[conditions.'a b']\nmethod = 'atv'\n[conditions.'a:b']\nmethod = 'atv'", "differ only in punctuation"),
+        ("[conditions.'a b']\nmethod = 'atv'\n[conditions.'a:b']\nmethod = 'atv'", "would share the folder runs/a-b"),
+        (
+            "[conditions.atv]\nmethod = 'atv'\nscale = 0.5\n[conditions.b]\nmethod = 'atv'",
+            "share the folder trained/atv",
+        ),
         ("[conditions", "is not a TOML file"),
     ],
 )
@@ -437,12 +441,25 @@ def test_a_wrong_experiment_is_refused(tmp_path, text, named):
         read_experiment(str(tmp_path / "wrong.toml"))
 
 
+def test_experiments_whose_conditions_would_share_a_folder_are_refused(tmp_path):
+    for name, label, positions in (("one", "atv, wide", "last:16"), ("two", "atv: wide", "all")):
+        text = f"[conditions.atv]\nmethod = 'atv'\n[conditions.'{label}']\nmethod = 'atv'\npositions = '{positions}'"
+        (tmp_path / f"{name}.toml").write_text(text)
+    one, two = (read_experiment(str(tmp_path / f"{name}.toml")) for name in ("one", "two"))
+    assert [of.label for of in conditions_of([one, one])] == ["atv", "atv, wide"]
+    with pytest.raises(ATVError, match="'atv, wide' and 'atv: wide' would share the folder runs/atv-wide-SEED"):
+        conditions_of([one, two])
+
+
 def test_the_experiments_of_the_package_are_whole():
     for name in known_experiments():
         experiment = read_experiment(name)
         assert experiment.asks, name
         assert len(experiment.conditions) > 1, name
-    conditions_of(map(read_experiment, known_experiments()))  # a label is one condition in all of them
+    found = conditions_of(map(read_experiment, known_experiments()))
+    assert (
+        len({of.name for of in found}) == len({of.label for of in found}) == len(found)
+    )  # a label is one condition in all of them
     with pytest.raises(ATVError, match="Unknown experiment 'region'. Did you mean|Unknown experiment 'region'"):
         read_experiment("region")
     with pytest.raises(ATVError, match="No file"):
