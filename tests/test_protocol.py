@@ -349,6 +349,39 @@ def test_a_sweep_never_sees_the_test_rows_and_keeps_the_best(world, tmp_path, mo
     assert file.tables == best
 
 
+def test_a_sweep_of_another_method_keeps_the_former_one(world, tmp_path, monkeypatch):
+    frozen, given = world
+    scores = {"first_token": 0.5, "first_token_among_options": 0.5}
+    monkeypatch.setattr("atv.paper.sweep._try", lambda *_: scores)
+
+    def swept(name, profile=TINY, some=(0, 1, 2), **how):
+        settings = {"given": given, "trials": 2} | how
+        return sweep(profile, frozen, [tasks()[n] for n in some], tmp_path, methods=[name], **settings)
+
+    lora = swept("lora")
+    both = swept("fixed")
+    record = json.loads((tmp_path / "sweep.json").read_text())
+    assert list(both) == list(record["best"]) == list(record["trials"]) == ["lora", "fixed"]
+    assert both["lora"] == lora["lora"]
+    assert ConfigFile(tmp_path / "settings.toml", ()).tables == both
+    for other, named in (
+        ({"trials": 3}, "trials.lora: 2 there, 3 now"),
+        ({"profile": replace(TINY, train_rows=3)}, "profile.train_rows"),
+        ({"some": (0, 2)}, "tasks"),
+        ({"given": given | {"all": {"epochs": 7}}}, "all.epochs"),
+    ):
+        with pytest.raises(ATVError, match=named):
+            swept("atv", **other)
+    assert json.loads((tmp_path / "sweep.json").read_text()) == record
+    (tmp_path / "sweep.json").write_text(json.dumps({key: record[key] for key in record if key != "all"}))
+    assert list(swept("atv")) == ["lora", "fixed", "atv"]  # a record without settings of all methods
+    (tmp_path / "sweep.json").write_text('{"trials": []}')
+    with pytest.raises(ATVError, match="is damaged"):
+        swept("atv")
+    assert list(swept("atv", force=True)) == ["atv"]
+    assert list(swept("atv", trials=3)) == ["atv"]  # more trials of all its methods are added
+
+
 def test_wrong_names_are_refused_before_anything_is_done(world, tmp_path):
     frozen, _ = world
     with pytest.raises(ATVError, match="Unknown method 'atc'"):
