@@ -314,6 +314,8 @@ def test_the_command_keeps_all_columns_and_resumes(tmp_path, monkeypatch, capsys
     code, _, err = run("predict", tmp_path / "more.csv", *use[2:], "--out", tmp_path / "more.jsonl")
     assert code == 0, err
     assert json.loads((tmp_path / "more.jsonl.json").read_text())["settings"]["read"] == ["text"]
+    code, _, err = run(*use, "--max-new-tokens", 9, "--out", tmp_path / "b.csv")
+    assert (code, "--max-new-tokens is for generated answers" in err) == (2, True), err
     code, _, err = run(*use, "--input", "body", "--out", tmp_path / "b.csv")
     assert (code, "no column 'body'" in err) == (2, True), err
     code, said, err = run(*use, "--out", "-")
