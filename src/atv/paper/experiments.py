@@ -118,7 +118,7 @@ def conditions_of(experiments: Iterable[Experiment]) -> list[Condition]:
             )
     folders: dict[str, tuple[str, Any]] = {}
     for of in found.values():
-        holds = {f"runs/{of.name}": of.label}
+        holds: dict[str, Any] = {f"runs/{of.name}": of.label}
         if of.trained is not None:
             holds[f"trained/{of.trained}"] = (of.trained_as, of.settings, of.train_rows)
         for folder, what in holds.items():
