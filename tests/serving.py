@@ -133,6 +133,7 @@ def same_predictions(engine, adapter, model):
         assert sorted(found) == list(range(len(rows)))
         if long:  # an engine's cut is a token shorter
             assert expected.pop(6).problem == found[6].problem == ""
+            assert [index for index, answer in found.items() if answer.cut] == [6]
         for index, answer in expected.items():
             # a server leaves out special tokens, an evaluation only end tokens
             text = answer.text.replace("<unk>", "").replace("<s>", "").replace("<pad>", "").strip()

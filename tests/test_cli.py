@@ -184,6 +184,8 @@ def test_the_llm_itself_may_read_the_query(atv, world, tmp_path):
     code, said, err = atv("doctor", *models(world), "--generator", "self")
     assert code == 0, err
     assert "All 9 checks passed." in said
+    data = ("--data", tmp_path / "no.csv")
+    check_refused(*atv("doctor", *models(world), "--generator", "self", *data), ["No file or folder", "no.csv"])
 
 
 def test_another_method_is_trained_with_its_own_settings_and_known_by_its_adapter(atv, world, tmp_path):
@@ -287,6 +289,7 @@ def test_doctor_passes_on_a_named_llm_and_fails_on_a_broken_hook(atv, world, mon
     code, said, err = atv(*arguments)
     assert code == 0, err
     assert "All 8 checks passed." in said
+    check_refused(*atv(*arguments, "--input", "x"), ["--input and --output name columns", "expected --data"])
     monkeypatch.setattr("atv.steer.add_vectors", lambda hidden, *rest: hidden)
     code, said, _ = atv(*arguments)
     assert code == 1

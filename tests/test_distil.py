@@ -290,6 +290,7 @@ def test_the_command_distils_a_system_prompt_from_queries_alone(tmp_path, monkey
             "method that a teacher can train 'encoder'",
         ),
         (["--teacher-system", tmp_path / "system.txt", "--task", "x"], "the queries of one table"),
+        ([], "--teacher-tokens is for a teacher; add --teacher-system or --teacher-shots"),
         (["--teacher-shots", 99, "--input", "prompt", "--output", "label"], "--teacher-shots is 99"),
     ):
         code, _, err = run(*more)

@@ -276,6 +276,15 @@ def test_the_generator_self_is_asked_about_the_prompt_itself():
     assert found.layers[-1].steered[found.leader] == max(found.layers[-1].steered.values())
 
 
+def test_a_query_that_is_cut_is_said():
+    model = trained()
+    model.llm.config.max_position_embeddings = 80
+    for query, cut in ((QUERY, False), (f"{QUERY} " * 40, True)):
+        found = inspect_query(model, query)
+        assert found.cut is cut
+        assert ("It is cut at its end" in inspection_lines(found)[1]) is cut
+
+
 def test_it_is_a_record_of_json_values():
     model = trained()
     found = inspect_query(model, QUERY, known=TrainingQueries(model, [toy_task()]))
@@ -328,12 +337,9 @@ def test_the_sentences_follow_from_the_numbers():
     assert "is 0.25 (0.50 for the distance, 0.50 chosen" in said(found, gate=0.25, distance=between)
     assert "added in full" in said(found, gate=1.0, distance=replace(near, strength=1.0))
     assert "left out: no file" in "\n".join(inspection_lines(found, "no file"))
-    lost = said(found, promoted="yes", promoted_from=1, leader="no")
-    assert "promote 'yes'" in lost
-    assert "each layer from 1 on (layers 0 to 2)" in lost
-    assert "not enough: 'no' stays" in lost
     last = replace(found.layers[-1], plain={"no": 0.4, "yes": 0.6})
     won = {"promoted": "yes", "promoted_from": 0, "leader": "yes", "leads_from": 2, "layers": [last] * 3}
+    won |= {"steered": Said("Yes.", "yes", {"yes": 0.6, "no": 0.4})}
     assert "likeliest answer from layer 2 on; also without them at the last layer." in said(found, **won)
     assert "these favour 'yes', and the whole answer with its end is likelier for 'no'" in said(found, **won)
     won |= {"layers": [replace(last, plain={"no": 0.6, "yes": 0.4})] * 3}
@@ -342,6 +348,27 @@ def test_the_sentences_follow_from_the_numbers():
     long = said(found, query="word " * 50)
     assert " ... " in long.splitlines()[0]
     assert len(long.splitlines()[0]) < 130
+
+
+def test_a_lead_by_tokens_does_not_contradict_the_whole_answer():
+    no, yes = Said("No.", "no", {"no": 0.6, "yes": 0.4}), Said("Yes.", "yes", {"yes": 0.6, "no": 0.4})
+    found = inspect_query(trained(), QUERY)
+    layers = [replace(found.layers[-1], plain={"no": 0.6, "yes": 0.4})] * 3
+    lost = {"promoted": "yes", "promoted_from": 1, "leader": "no", "layers": layers, "plain": no}
+    text = said(found, **lost, steered=no)
+    assert "promote 'yes'" in text
+    assert "each layer from 1 on (layers 0 to 2)" in text
+    assert text.endswith("That is not enough: 'no' stays the likeliest answer.")
+    text = said(found, **lost, steered=yes)
+    assert "With them it answers 'yes' (60% among the options)" in text
+    assert "not enough" not in text
+    assert "At the last layer 'no' stays the likeliest all the same." in text
+    assert "With them these favour 'no', and the whole answer with its end is likelier for 'yes'.)" in text
+    assert "Without vectors these" not in text
+    won = lost | {"leader": "yes", "leads_from": 2}
+    assert "With them these favour 'yes', and the whole answer" in said(found, **won, steered=no)
+    lost |= {"layers": [replace(layers[0], plain={"no": 0.4, "yes": 0.6})] * 3}
+    assert "At the last layer 'no' is the likeliest all the same." in said(found, **lost, steered=yes)
 
 
 # ---- the training rows, read again ----
@@ -395,11 +422,15 @@ def test_the_command_says_it_with_the_training_rows_read_again(run, atv, monkeyp
     assert "Without vectors the LLM answers " in text
     assert text.count("Layer by layer") == 1
 
+    (run / "same.csv").write_text((run / "boats.csv").read_text())
+    assert atv(*ask, "--data", run / "same.csv")[1] == text  # under another name, and the same rows are drawn
+
     (run / "other.csv").write_text((run / "boats.csv").read_text().replace(",yes", ",no!"))
     code, text, err = atv(*ask, "--data", run / "other.csv")
     assert code == 0, err
     assert "-> 'no!'" in text or "-> 'no'" in text
-    assert f"nearest of {len(whole.train)} training" in text
+    assert "nearest of 12 training" in text
+    assert f"They may not be rows of the training: according to {run / 'out' / 'train.json'} it had other" in text
 
     (run / "boats.csv").rename(run / "away.csv")
     code, text, err = atv(*ask)
@@ -414,10 +445,16 @@ def test_the_command_says_it_with_the_training_rows_read_again(run, atv, monkeyp
     assert "does not say where the rows of boats came from" in atv(*ask)[1]
     (run / "out" / "train.json").write_text("{}")
     assert "is damaged" in atv(*ask)[1]
+    assert "is damaged" in atv(*ask, "--data", run / "same.csv")[1]
     (run / "out" / "train.json").unlink()
     code, text, err = atv(*ask)
     assert code == 0, err
     assert "the adapter contains none, and" in text
+    code, text, err = atv(*ask, "--data", run / "same.csv")
+    assert code == 0, err
+    assert f"nearest of {len(whole.train)} training" in text
+    assert "They may not be rows of the training: " in text
+    assert "does not exist." in text
 
     code, _, err = atv(*ask, "--input", "text")
     assert (code, "expected --data" in err) == (2, True)

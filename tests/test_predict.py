@@ -130,6 +130,24 @@ def test_a_row_without_an_answer_is_counted_and_the_others_are_answered(tmp_path
     assert "1 row: The row has input 1.5" in said
 
 
+def test_queries_that_are_cut_are_counted(tmp_path, caplog):
+    atv = trained(tmp_path)
+    atv.llm.config.max_position_embeddings = 40
+    after = max(len(encode_pair(atv.tokenizer, "A:", option)[1]) for option in ("no", "yes")) - 1
+    lengths = [len(encode_pair(atv.tokenizer, prompt_text(toy_task(), "7" * n), "no")[0]) for n in range(1, 40)]
+    fits, long = ("7" * (sum(length <= 40 - after for length in lengths) + more) for more in (0, 1))
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "atv"):
+        predict(atv, [fits, {"input": None}, long, "the harbour", "leaks " * 400])
+    said = [record.getMessage() for record in caplog.records]
+    assert "The queries of 2 of 5 rows are cut at their end" in said[0]
+    assert said[0].endswith("the first of them row 2.")
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "atv"):
+        predict(atv, [fits])
+    assert not caplog.records
+
+
 def test_reasons_are_counted_without_the_numbers_of_their_rows(tmp_path, caplog):
     rows = [{"input": cell} for n in range(20) for cell in ([{"role": "tool", "content": "a"}], f"leaks {n}")]
     rows += [{"input": n + 0.5} for n in range(6)]
@@ -296,6 +314,8 @@ def test_the_command_keeps_all_columns_and_resumes(tmp_path, monkeypatch, capsys
     code, _, err = run("predict", tmp_path / "more.csv", *use[2:], "--out", tmp_path / "more.jsonl")
     assert code == 0, err
     assert json.loads((tmp_path / "more.jsonl.json").read_text())["settings"]["read"] == ["text"]
+    code, _, err = run(*use, "--max-new-tokens", 9, "--out", tmp_path / "b.csv")
+    assert (code, "--max-new-tokens is for generated answers" in err) == (2, True), err
     code, _, err = run(*use, "--input", "body", "--out", tmp_path / "b.csv")
     assert (code, "no column 'body'" in err) == (2, True), err
     code, said, err = run(*use, "--out", "-")

@@ -378,6 +378,39 @@ def test_a_sweep_never_sees_the_test_rows_and_keeps_the_best(world, tmp_path, mo
     assert file.tables == best
 
 
+def test_a_sweep_of_another_method_keeps_the_former_one(world, tmp_path, monkeypatch):
+    frozen, given = world
+    scores = {"first_token": 0.5, "first_token_among_options": 0.5}
+    monkeypatch.setattr("atv.paper.sweep._try", lambda *_: scores)
+
+    def swept(name, profile=TINY, some=(0, 1, 2), **how):
+        settings = {"given": given, "trials": 2} | how
+        return sweep(profile, frozen, [tasks()[n] for n in some], tmp_path, methods=[name], **settings)
+
+    lora = swept("lora")
+    both = swept("fixed")
+    record = json.loads((tmp_path / "sweep.json").read_text())
+    assert list(both) == list(record["best"]) == list(record["trials"]) == ["lora", "fixed"]
+    assert both["lora"] == lora["lora"]
+    assert ConfigFile(tmp_path / "settings.toml", ()).tables == both
+    for other, named in (
+        ({"trials": 3}, "trials.lora: 2 there, 3 now"),
+        ({"profile": replace(TINY, train_rows=3)}, "profile.train_rows"),
+        ({"some": (0, 2)}, "tasks"),
+        ({"given": given | {"all": {"epochs": 7}}}, "all.epochs"),
+    ):
+        with pytest.raises(ATVError, match=named):
+            swept("atv", **other)
+    assert json.loads((tmp_path / "sweep.json").read_text()) == record
+    (tmp_path / "sweep.json").write_text(json.dumps({key: record[key] for key in record if key != "all"}))
+    assert list(swept("atv")) == ["lora", "fixed", "atv"]  # a record without settings of all methods
+    (tmp_path / "sweep.json").write_text('{"trials": []}')
+    with pytest.raises(ATVError, match="is damaged"):
+        swept("atv")
+    assert list(swept("atv", force=True)) == ["atv"]
+    assert list(swept("atv", trials=3)) == ["atv"]  # more trials of all its methods are added
+
+
 def test_wrong_names_are_refused_before_anything_is_done(world, tmp_path):
     frozen, _ = world
     with pytest.raises(ATVError, match="Unknown method 'atc'"):
@@ -456,7 +489,11 @@ def test_an_experiments_conditions_differ_in_what_they_set_alone(world, tmp_path
         ("reference = 'x'\n[conditions.atv]\nmethod = 'atv'", "Unknown reference"),
         ("analysis = 1\n[conditions.atv]\nmethod = 'atv'", "true or false"),
         ("analysis = true\n[conditions.atv]\nmethod = 'atv'", "of the conditions atv and elicit"),
-        ("[conditions.'a b']\nmethod = 'atv'\n[conditions.'a:b']\nmethod = 'atv'", "differ only in punctuation"),
+        ("[conditions.'a b']\nmethod = 'atv'\n[conditions.'a:b']\nmethod = 'atv'", "would share the folder runs/a-b"),
+        (
+            "[conditions.atv]\nmethod = 'atv'\nscale = 0.5\n[conditions.b]\nmethod = 'atv'",
+            "share the folder trained/atv",
+        ),
         ("[conditions", "is not a TOML file"),
     ],
 )
@@ -466,12 +503,25 @@ def test_a_wrong_experiment_is_refused(tmp_path, text, named):
         read_experiment(str(tmp_path / "wrong.toml"))
 
 
+def test_experiments_whose_conditions_would_share_a_folder_are_refused(tmp_path):
+    for name, label, positions in (("one", "atv, wide", "last:16"), ("two", "atv: wide", "all")):
+        text = f"[conditions.atv]\nmethod = 'atv'\n[conditions.'{label}']\nmethod = 'atv'\npositions = '{positions}'"
+        (tmp_path / f"{name}.toml").write_text(text)
+    one, two = (read_experiment(str(tmp_path / f"{name}.toml")) for name in ("one", "two"))
+    assert [of.label for of in conditions_of([one, one])] == ["atv", "atv, wide"]
+    with pytest.raises(ATVError, match="'atv, wide' and 'atv: wide' would share the folder runs/atv-wide-SEED"):
+        conditions_of([one, two])
+
+
 def test_the_experiments_of_the_package_are_whole():
     for name in known_experiments():
         experiment = read_experiment(name)
         assert experiment.asks, name
         assert len(experiment.conditions) > 1, name
-    conditions_of(map(read_experiment, known_experiments()))  # a label is one condition in all of them
+    found = conditions_of(map(read_experiment, known_experiments()))
+    assert (
+        len({of.name for of in found}) == len({of.label for of in found}) == len(found)
+    )  # a label is one condition in all of them
     with pytest.raises(ATVError, match="Unknown experiment 'region'. Did you mean|Unknown experiment 'region'"):
         read_experiment("region")
     with pytest.raises(ATVError, match="No file"):

@@ -624,6 +624,7 @@ def test_a_missing_vllm_and_another_version_are_refused(monkeypatch):
         (("--engine", "vllm", "--quantization", "4bit"), "--quantization is for"),
         (("--engine", "vllm", "--tokens", "9"), "--tokens is for"),
         (("--engine", "vllm", "--shared-memory", "0.1"), "--shared-memory is for"),
+        (("--engine", "vllm", "--training-queries"), "--training-queries is for --engine transformers"),
         (("--engine", "vllm", "--engine-options", "{"), "not JSON"),
         (("--engine", "vllm", "--engine-options", "[1]"), "expected an object"),
         (("--engine-options", "{}"), "is for --engine vllm and llamacpp"),

@@ -8,11 +8,14 @@ from atv.cli.output import output, print_lines
 from atv.config import ATVConfig
 from atv.data import load_tasks, unread_queries
 from atv.doctor import check_wiring, model_summary
+from atv.errors import ATVError
 from atv.model import ATVModel
 
 
 def examine(given: Doctor) -> bool:
     """Print every check; true if all passed."""
+    if given.data is None and (given.input is not None or given.output is not None):
+        raise ATVError("--input and --output name columns of a table; expected --data with that table.")
     config = ATVConfig(
         generator=given.generator,
         pooling=given.pooling,  # type: ignore[arg-type]
@@ -20,12 +23,13 @@ def examine(given: Doctor) -> bool:
         layer_path=given.layer_path,
         positions=given.positions,
     )
+    tasks = [] if given.data is None else load_tasks(data=given.data, input=given.input, output=given.output)
     llm, tokenizer = frozen_llm(given.llm, given.loading).load()
     set_seed(0)
     atv = ATVModel(llm, config, tokenizer=tokenizer)
     print_lines([model_summary(atv)])
-    if given.data is not None and atv.generator.tokenizer is not None:
-        for task in load_tasks(data=given.data, input=given.input, output=given.output):
+    if atv.generator.tokenizer is not None:
+        for task in tasks:
             print_lines(unread_queries(task, atv.generator.tokenizer))
     checks = check_wiring(atv)
     for check in checks:

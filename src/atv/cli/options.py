@@ -162,8 +162,8 @@ class Train:
     are not read, and the method learns to make the LLM answer so without it."""
     teacher_shots: int | None = option(None, panel=DATA, min=1)
     """Distil demonstrations: that many rows of --data with their answers, which the teacher reads before each query."""
-    teacher_tokens: int = option(64, panel=DATA, min=1)
-    """Maximum number of tokens of a teacher's answer."""
+    teacher_tokens: int | None = option(None, panel=DATA, min=1)
+    """Maximum number of tokens of a teacher's answer. Default: 64."""
     method: str = option("atv", panel=METHOD, also=lambda: listed("Known", TRAINED))
     """How the LLM is adapted. This panel and the next show the options of one method: atv train --method NAME --help
     shows those of another, with its defaults."""

@@ -85,6 +85,12 @@ def predict_file(given: Predict) -> None:
     if saved.method not in METHODS:
         raise ATVError(f"{folder} is an adapter of the method {saved.method}, which is not known here.")
     query_renderer(saved.training, saved.config.get("reads", "query"), given.task, given.template)
+    options = trained_task(saved.training, given.task)[1].get("options")
+    if options is not None and given.max_new_tokens is not None:
+        raise ATVError(
+            "--max-new-tokens is for generated answers, and the adapter chooses among the options of its training "
+            "task; leave it out."
+        )
     check_engine(given.engines, given.loading)
     answers = _Lazy(given, folder, saved)
     settings = {
@@ -100,7 +106,7 @@ def predict_file(given: Predict) -> None:
             raise ATVError(f"The GGUF file {file} does not exist.")
         settings |= {"engine": given.engines.engine, "gguf": file and [file.name, file.stat().st_size]}
         settings |= {"engine_options": given.engines.engine_options}
-    columns = answer_columns(trained_task(saved.training, given.task)[1].get("options"))
+    columns = answer_columns(options)
     try:
         asked = predict_stream(given.file, given.out, columns, answers, settings, given.force, answers.choose)
         answers.report()

@@ -85,6 +85,8 @@ def _limits(given: Serve) -> "Limits":
 def _check(given: Serve) -> None:
     """Raise ATVError for options that the chosen engine does not have."""
     check_engine(given.engines, given.loading)
+    if given.training_queries and given.engines.engine != "transformers":
+        raise ATVError("--training-queries is for --engine transformers, since others do not read them; leave it out.")
     plain = Serve()
     changed = {"--tokens": given.tokens != plain.tokens, "--shared-memory": given.shared_memory != plain.shared_memory}
     for option, differs in changed.items():

@@ -18,6 +18,8 @@ from atv.progress import log
 
 DISTILLED = ("atv", "fixed", "lora", "prefix", "full")
 """Methods that learn the distribution of a teacher."""
+TEACHER_TOKENS = 64
+"""Maximum number of tokens of a teacher's answer by default."""
 
 
 def train_adapter(given: Train, store: PrefixStore | None = None) -> Path:
@@ -38,6 +40,8 @@ def train_adapter(given: Train, store: PrefixStore | None = None) -> Path:
     store = store or PrefixStore(memory, disk)
     if given.teacher_system is not None or given.teacher_shots is not None:
         return _distil(given, settings, store)
+    if given.teacher_tokens is not None:
+        raise ATVError("--teacher-tokens is for a teacher; add --teacher-system or --teacher-shots, or leave it out.")
     tasks = named_tasks(given.tasks)
     if not given.tasks.task:
         left_out = [task.name for task in tasks if task.category == UNSEEN]
@@ -73,7 +77,12 @@ def _distil(given: Train, settings: Settings, store: PrefixStore) -> Path:
     queries = queries.drawn(given.train_rows, given.valid_rows, given.seed)
     llm, tokenizer = frozen_llm(given.llm, given.loading).load()
     cache = given.out.parent / "teachers"
-    how: dict[str, Any] = {"system": system, "shots": shots, "limit": given.teacher_tokens, "cache": cache}
+    how: dict[str, Any] = {
+        "system": system,
+        "shots": shots,
+        "limit": given.teacher_tokens or TEACHER_TOKENS,
+        "cache": cache,
+    }
     task = taught_task(llm, tokenizer, queries, student, **how)
     method = METHODS[given.method]
     adapter = method.fit(llm, tokenizer, [task], given.out, *settings, force=given.force, store=store)

@@ -118,6 +118,8 @@ class Inspection:
     """What an ATV does for one query."""
 
     query: str
+    cut: bool
+    """Whether the LLM reads it cut at its end, to fit its context."""
     task: str
     """The training task as which it is asked; empty: none."""
     gate: float
@@ -253,6 +255,7 @@ def inspect_query(
     requests = Requests(atv.llm, atv.tokenizer, render, needs, options=options, limit=limit, lines=True)
     room = context_length(atv.llm)
     prompt = fitting(render, atv.tokenizer, example, None if room is None else room - requests.read_after)
+    cut = len(prompt.ids) < len(render.prompt(atv.tokenizer, example).ids)
     plain = _said(ZeroShot(atv.llm, atv.tokenizer), requests, prompt, 1.0)
     steered = _said(method, requests, prompt, float(asked.get("temperature") or 1.0))
     if options is None and plain.text and steered.text:
@@ -264,6 +267,7 @@ def inspect_query(
     raised, leading = [each.raised for each in layers], [_first(each.steered) for each in layers]
     return Inspection(
         query=example.input,
+        cut=cut,
         task=name,
         gate=gate,
         distance=near,

@@ -41,6 +41,8 @@ class Answer(NamedTuple):
     """Probability of each option, most likely first; they sum to 1. None: the answer is generated."""
     problem: str = ""
     """Why there is no answer. Empty: there is one."""
+    cut: bool = False
+    """Whether the query was cut at its end to fit the LLM's context."""
 
     @property
     def probability(self) -> float | None:
@@ -99,8 +101,8 @@ class QueryAnswers(ABC):
     def answers(self, examples: Sequence[Example]) -> Iterator[list[tuple[int, Answer]]]:
         """Answer queries.
 
-        A query that does not fit the LLM's context is cut at its end. One that is empty, or that the chat template
-        refuses, has a `problem` instead of an answer.
+        A query that does not fit the LLM's context is cut at its end, as its answer says. One that is empty, or that
+        the chat template refuses, has a `problem` instead of an answer.
 
         Args:
             examples: their outputs are not used.
@@ -109,13 +111,16 @@ class QueryAnswers(ABC):
             Indices in `examples`, each with its answer; each index once.
         """
         prompts: dict[int, Prompt] = {}
-        problems = []
+        problems, cut, room = [], set(), self.room
         for index, example in enumerate(examples):
             if not example.input.strip():
                 problems.append((index, Answer("", problem="The query is empty.")))
                 continue
             try:
-                prompt = fitting(self.render, self.tokenizer, example, self.room)
+                prompt = self.render.prompt(self.tokenizer, example)
+                if room is not None and len(prompt.ids) > room:
+                    prompt = fitting(self.render, self.tokenizer, example, room)
+                    cut.add(index)
             except ATVError as error:
                 problems.append((index, Answer("", problem=str(error))))
             else:
@@ -123,7 +128,8 @@ class QueryAnswers(ABC):
         if problems:
             yield problems
         if prompts:
-            yield from self.ask(prompts)
+            for batch in self.ask(prompts):
+                yield [(index, answer._replace(cut=index in cut)) for index, answer in batch]
 
     def chosen(self, values: Sequence[float]) -> Answer:
         """Return the answer, given the options' log-probabilities."""
@@ -202,7 +208,7 @@ def answer_columns(options: Sequence[str] | None) -> list[str]:
 
 
 class RowAnswers:
-    """Answers the rows of a table as new columns, and counts the rows without an answer.
+    """Answers the rows of a table as new columns; counts the rows without an answer and those with a cut query.
 
     Args:
         predictor: answers queries.
@@ -214,6 +220,8 @@ class RowAnswers:
         self.rows = 0
         self.problems: Counter[str] = Counter()
         """Number of rows by the reason why they have no answer."""
+        self.cut: list[int] = []
+        """Numbers of the rows whose queries were cut at their end."""
         self.options = None if predictor.options is None else predictor.options.texts
 
     def __call__(self, rows: Sequence[tuple[int, Mapping[str, Any]]]) -> Iterator[list[tuple[int, dict[str, Any]]]]:
@@ -233,6 +241,7 @@ class RowAnswers:
         if failed:
             yield failed
         for batch in self.predictor.answers(examples):
+            self.cut += [numbers[index] for index, answer in batch if answer.cut]
             yield [(numbers[index], self._columns(answer)) for index, answer in batch]
 
     def _columns(self, answer: Answer) -> dict[str, Any]:
@@ -245,7 +254,12 @@ class RowAnswers:
         return dict(zip(answer_columns(options), values, strict=True))
 
     def report(self) -> None:
-        """Log how many rows have no answer, and the most frequent reasons."""
+        """Log how many queries were cut, how many rows have no answer, and the most frequent reasons."""
+        if self.cut:
+            log.warning(
+                f"The queries of {len(self.cut)} of {self.rows} rows are cut at their end to fit the LLM's context "
+                f"(room for {self.predictor.room} prompt tokens), the first of them row {min(self.cut)}."
+            )
         if not self.problems:
             return
         log.warning(f"{self.problems.total()} of {self.rows} rows have no answer, for these reasons:")
@@ -282,7 +296,8 @@ def predict(
 
     Returns:
         Each row with the new columns `answer` and, for a task with options, `p(OPTION)`: its calibrated probability.
-        They are None for a row that cannot be answered; how many and why is logged.
+        They are None for a row that cannot be answered; how many and why is logged, and how many queries were cut at
+        their end to fit the LLM's context.
 
     Raises:
         ATVError: as for `Predictor`; or a column is not there, or has the name of a new one.

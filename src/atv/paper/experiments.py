@@ -95,14 +95,20 @@ def read_experiment(name: str) -> Experiment:
     reference = text.get("reference", labels[0])
     if reference not in labels:
         raise unknown(f"reference in {path}:", reference, labels)
-    if len({condition.name for condition in conditions}) < len(labels):
-        raise ATVError(f"{path}: two labels differ only in punctuation and would share a folder; found {labels}.")
     said = {key: str(text.get(key, "")) for key in ("title", "asks")}
-    return Experiment(path.stem, said["title"] or path.stem, said["asks"], conditions, reference, _analysed(path, text))
+    experiment = Experiment(
+        path.stem, said["title"] or path.stem, said["asks"], conditions, reference, _analysed(path, text)
+    )
+    conditions_of([experiment])
+    return experiment
 
 
 def conditions_of(experiments: Iterable[Experiment]) -> list[Condition]:
-    """The conditions of several experiments without duplicates; ATVError if a label has two meanings."""
+    """The conditions of several experiments without duplicates.
+
+    Raises:
+        ATVError: a label has two meanings, or two conditions would share a folder that only one of them belongs into.
+    """
     found: dict[str, Condition] = {}
     for condition in (condition for experiment in experiments for condition in experiment.conditions):
         if found.setdefault(condition.label, condition) != condition:
@@ -110,6 +116,18 @@ def conditions_of(experiments: Iterable[Experiment]) -> list[Condition]:
                 f"The condition {condition.label!r} is {found[condition.label]} in one experiment and {condition} in "
                 "another; give one of them another label."
             )
+    folders: dict[str, tuple[str, Any]] = {}
+    for of in found.values():
+        holds: dict[str, Any] = {f"runs/{of.name}": of.label}
+        if of.trained is not None:
+            holds[f"trained/{of.trained}"] = (of.trained_as, of.settings, of.train_rows)
+        for folder, what in holds.items():
+            label, former = folders.setdefault(folder, (of.label, what))
+            if former != what:
+                raise ATVError(
+                    f"The conditions {label!r} and {of.label!r} would share the folder {folder}-SEED; give one of them "
+                    "a label that differs in letters or digits and is no method's name."
+                )
     return list(found.values())
 
 

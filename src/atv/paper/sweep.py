@@ -13,7 +13,7 @@ from atv.errors import ATVError, unknown
 from atv.evaluation.measure import Frozen, measure
 from atv.evaluation.metrics import FirstToken
 from atv.evaluation.records import load_runs
-from atv.files import write_json, write_text
+from atv.files import read_json, same_settings, write_json, write_text
 from atv.lm.prefix_store import PrefixStore
 from atv.methods import METHODS
 from atv.methods.settings import Tables, method_settings
@@ -52,6 +52,8 @@ def sweep(
 ) -> dict[str, dict[str, Any]]:
     """Try settings of trained methods on validation rows; returns each method's best and writes `settings.toml`.
 
+    Other methods that were swept into `out` before are kept beside these, if the same was asked of them.
+
     Each trial is trained on a seed's training rows with `profile`. Half of the validation rows choose the epoch; the
     trial is evaluated on the other half. The test split is never used. The best trial has the highest mean
     `first_token` over tasks; ties go to the earlier trial, so the default is kept unless another is better.
@@ -64,7 +66,11 @@ def sweep(
         methods: names of trained methods; by default those of `IN_TABLES` with settings to choose from.
         trials: number of trials per method.
         given: settings of all trials; they override the profile's.
-        force: start over.
+        force: start over, and drop the methods of before.
+
+    Raises:
+        ATVError: a method has no settings to choose from, or fewer than `trials`; or `out` was made with another
+            profile, LLM, data, number of trials or settings of all methods.
     """
     names = list(methods) or [name for name in IN_TABLES if METHODS[name].search]
     for name in names:
@@ -79,9 +85,9 @@ def sweep(
         "profile": {key: value for key, value in asdict(profile).items() if key != "settings"},
         **frozen.described(),
         "tasks": {task.name: task.digest("train", "valid") for task in in_domain},
+        "all": dict((given or {}).get("all", {})),
     }
-    results: dict[str, Any] = {}
-    best: dict[str, dict[str, Any]] = {}
+    results, best = ({}, {}) if force else _others(out, names, asked, trials)
     store = PrefixStore()
     done = 0
     for name in names:
@@ -97,6 +103,26 @@ def sweep(
         write_json(out / RECORD_FILE, asked | {"trials": results, "best": best} | provenance())
     write_text(out / SETTINGS_FILE, _toml(best))
     return best
+
+
+def _others(
+    out: Path, names: Sequence[str], asked: Mapping[str, Any], trials: int
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, dict[str, Any]]]:
+    """The trials and the best settings of other methods swept before; ATVError if something else was asked of them."""
+    file = out / RECORD_FILE
+    if not file.exists():
+        return {}, {}
+    record = read_json(file, "the record of a sweep")
+    try:
+        results, best = (
+            {name: of for name, of in record[key].items() if name not in names} for key in ("trials", "best")
+        )
+        there = {key: record.get(key, asked[key]) for key in asked}
+        there["trials"] = {name: len(rows) for name, rows in results.items()}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ATVError(f"{file} is damaged: {error!r}. Use another --out, or --force.") from error
+    same_settings(there, {**asked, "trials": dict.fromkeys(results, trials)}, out)
+    return results, best
 
 
 def _on_validation_rows(task: Task, profile: Profile, seed: int) -> Task:

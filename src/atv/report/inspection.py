@@ -12,17 +12,18 @@ LONGEST = 100
 """Most characters of a query or an answer that are shown."""
 
 
-def inspection_lines(found: "Inspection", left_out: str = "") -> list[str]:
+def inspection_lines(found: "Inspection", note: str = "") -> list[str]:
     """Return sentences about a query, in lines of text.
 
     Args:
         found: from `inspect_query`.
-        left_out: why the nearest training queries are not there.
+        note: why the nearest training queries are not there, or why they may be those of other rows.
     """
-    lines = [f"Query: {shortened(found.query)}", ""]
+    lines = [f"Query: {shortened(found.query)}"]
+    lines += ["It is cut at its end, since the LLM's context has no room for all of it.", ""] if found.cut else [""]
     lines += [_distance(found.gate, found.distance)]
     if found.nearest is None:
-        lines += [f"The nearest training queries are left out: {left_out}"] if left_out else []
+        lines += [f"The nearest training queries are left out: {note}"] if note else []
     else:
         drawn = f", drawn at random from {found.training}," if found.compared < found.training else ""
         lines += [f"The {len(found.nearest)} nearest of {found.compared} training queries{drawn} and their answers:"]
@@ -30,6 +31,7 @@ def inspection_lines(found: "Inspection", left_out: str = "") -> list[str]:
         for near in found.nearest:
             where = f" ({near.task})" if several else ""
             lines += [f"  {near.cosine:.2f}  {shortened(near.query)}{where} -> {shortened(near.answer)}"]
+        lines += [f"They may not be rows of the training: {note}"] if note else []
     lines += ["", _said("Without vectors the LLM", found.plain), _said("With them it", found.steered)]
     return [*lines, "", *_promoted(found)]
 
@@ -84,13 +86,21 @@ def _promoted(found: "Inspection") -> list[str]:
     if found.leader == found.promoted:
         lines += [f"It is the likeliest answer from layer {found.leads_from} on; {without} at the last layer."]
     else:
-        lines += [f"That is not enough: {shortened(str(found.leader))} stays the likeliest answer."]
-    if found.plain.probabilities and plain != found.plain.answer:
-        lines += [
-            f"(Layers judge answers by the tokens that tell them apart. Without vectors these favour {plain!r}, and "
-            f"the whole answer with its end is likelier for {found.plain.answer!r}.)"
-        ]
-    return lines
+        leads = f"{shortened(str(found.leader))} {'stays' if plain == found.leader else 'is'} the likeliest"
+        whole = found.steered.probabilities is None or found.steered.answer == found.leader
+        lines += [f"That is not enough: {leads} answer." if whole else f"At the last layer {leads} all the same."]
+    return [*lines, *_judged_otherwise(found, plain)]
+
+
+def _judged_otherwise(found: "Inspection", plain: str) -> list[str]:
+    """Why the likeliest answer at the last layer, `plain` without vectors, is not the LLM's answer."""
+    sides = (("Without vectors", plain, found.plain), ("With them", found.leader, found.steered))
+    differ = [
+        f"{who} these favour {leads!r}, and the whole answer with its end is likelier for {said.answer!r}."
+        for who, leads, said in sides
+        if said.probabilities and leads != said.answer
+    ]
+    return [f"(Layers judge answers by the tokens that tell them apart. {' '.join(differ)})"] if differ else []
 
 
 def inspection_table(found: "Inspection") -> Table:
