@@ -54,7 +54,9 @@ def exemplar_prompts(
         asked = rows[number % len(rows)]
         others = [row for index, row in enumerate(task.train) if index != asked]
         shown = draw.sample(others, min(shots, len(others)))
-        prompt = fitted(llm, tokenizer, task, shown, task.train[asked], renderers[number % len(renderers)])
+        prompt = fitted(
+            tokenizer, task, shown, task.train[asked], renderers[number % len(renderers)], context_length(llm)
+        )
         check_length(llm, task, "train", prompt.ids)
         prompts.append((asked, prompt))
     return prompts
