@@ -179,6 +179,22 @@ def test_each_task_has_a_gate_of_its_own():
     assert (together.limits[1] > together.limits[0] + 0.2).all()
 
 
+def test_of_too_many_training_queries_only_the_large_tasks_are_thinned_out(monkeypatch):
+    monkeypatch.setattr("atv.gate.MOST", 100)
+    torch.manual_seed(0)
+    tasks = [torch.randn(400, 8), torch.ones(8) + torch.randn(12, 8), torch.randn(28, 8), torch.randn(200, 8)]
+    asked, valid = torch.randn(12, 8) + 0.5, [torch.randn(5, 8) for _ in tasks]
+    together = Gate(8)
+    together.fit(tasks, 0.1, valid)
+    kept = together.reference_tasks.bincount().tolist()
+    assert kept == [30, 12, 28, 30]  # (100 - 12 - 28) / 2
+    for number in (1, 2):
+        alone = Gate(8)
+        alone.fit([tasks[number]], 0.1, [valid[number]])
+        found = together.openness(asked, torch.full((12,), number))
+        assert torch.allclose(found, alone.openness(asked, torch.zeros(12, dtype=torch.long)), atol=1e-6)
+
+
 def test_the_strength_of_a_task_is_that_with_the_likeliest_answers_on_its_validation_rows():
     """Beside a loop that reads each validation prompt alone."""
     atv = calibrated(dtype=torch.float32).eval()

@@ -1,5 +1,7 @@
 """Demonstrations before the query: which, how many, in what order, and that reading them once changes nothing."""
 
+import itertools
+import json
 import math
 import random
 import re
@@ -19,7 +21,6 @@ from atv.data import Example, Task
 from atv.evaluation.records import RunWriter
 from atv.evaluation.run import evaluate
 from atv.lm.prefix import SharedPrefix
-from atv.lm.scoring import longest_answer
 from atv.methods import METHODS
 from atv.methods.demonstrations import Demonstrated
 from atv.words import words
@@ -163,7 +164,8 @@ def test_bm25_drops_from_the_front_what_does_not_fit_before_each_query(limit):
     task, method = random_task(), load("bm25", roomy_llm(limit))
     counts = set()
     render = task.training_renderers()[0]
-    limit -= longest_answer(method.tokenizer, task, render)
+    method.read_after = 3
+    limit -= method.read_after
     prompts = method.prompts(task, task.test, render)
     for prompt, shown, example in zip(prompts, method.demonstrations(task, task.test), task.test, strict=True):
         kept = prompt.demonstrations
@@ -189,6 +191,36 @@ def test_icl_drops_the_same_number_before_every_query_and_still_reads_them_once(
     assert read < 0.5 * sum(row["prompt_tokens"] for row in rows)
     said = capsys.readouterr().err
     assert said.count(f"icl: 40 of 40 prompts had fewer than 16 demonstrations (down to {kept})") == 1
+
+
+def never_right(example, output):
+    return 0.0
+
+
+@pytest.mark.parametrize("metric", ["json", never_right])
+@pytest.mark.parametrize("name", ["icl", "bm25"])
+def test_a_metric_that_reads_more_after_a_prompt_costs_no_more_demonstrations_than_it_must(name, metric, capsys):
+    plain, number = random_task(test=3), itertools.count()
+    answers = {
+        split: tuple(
+            row._replace(output=json.dumps({"team": row.output, "n": next(number) % 3}))
+            for row in getattr(plain, split)
+        )
+        for split in ("train", "valid", "test")
+    }
+    task = Task(plain.name, plain.templates, **answers)
+    method, limit = load(name, roomy_llm(256)), 256
+    found = evaluate(method, [task], [metric], variants="first")
+    longest = max(len(method.tokenizer(f" {row.output}</s>")["input_ids"]) for rows in answers.values() for row in rows)
+    limit -= 2 * longest + 16 - 1  # the last token that is generated is not read
+    drawn = method.demonstrations(task, task.test)
+    kept = [
+        max(count for count in range(17) if fits(method, task, shown[16 - count :], example, limit))
+        for shown, example in zip(drawn, task.test, strict=True)
+    ]
+    assert [row["demonstrations"] for row in found] == ([min(kept)] * 3 if name == "icl" else kept)
+    assert 0 < min(kept) < 16
+    assert "are cut" not in capsys.readouterr().err
 
 
 def test_icl_looks_again_where_the_most_characters_are_not_the_most_tokens():

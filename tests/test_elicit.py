@@ -11,7 +11,8 @@ from refusals import refused
 from safetensors.torch import load_file, save_file
 
 from atv.config import ATVConfig, TrainConfig
-from atv.data import Example, Task
+from atv.data import Example, Task, Template
+from atv.data.render import fitting
 from atv.evaluation.records import RunWriter
 from atv.evaluation.run import evaluate
 from atv.methods import METHODS, exemplars
@@ -89,7 +90,36 @@ def test_states_are_the_hidden_states_of_a_prompt_written_by_hand(name):
         torch.testing.assert_close(norm(states[2]), expected[3][0, -1])
 
 
-def test_demonstrations_that_the_context_has_no_room_for_are_left_out_and_a_long_row_is_refused():
+def long_row(row):
+    return row._replace(input=row.input + " the boats came in" * 90)
+
+
+def test_a_long_query_is_cut_at_its_end_and_counted(capsys):
+    task, tokenizer, llm = toy_task(), byte_level_tokenizer(), make_llm()
+    rows = {split: list(getattr(task, split)) for split in ("train", "valid")}
+    for split in rows.values():
+        split[3] = long_row(split[3])
+    task = dataclasses.replace(task, **{split: tuple(some) for split, some in rows.items()})
+    prompts = exemplars.exemplar_prompts(llm, tokenizer, task, count=8, shots=2, seed=7)
+    (cut,) = [prompt for row, prompt in prompts if row == 3]
+    assert cut.demonstrations == 0
+    assert 250 < len(cut.ids) <= 256
+    assert task.train[3].input.startswith(cut.query)
+    states = torch.randn(2, 3, 32, dtype=torch.float64)
+    found = exemplars.layer_scores(llm, tokenizer, task, states, 1.0, rows=task.valid)
+
+    render = Template(
+        task.templates[0], "A:"
+    )  # of the fourth row; the first token of an answer tells the options apart
+    rows["valid"][3] = task.valid[3]._replace(input=fitting(render, tokenizer, task.valid[3], 256).query)
+    expected = exemplars.layer_scores(llm, tokenizer, task, states, 1.0, rows=rows["valid"])
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    said = " ".join(capsys.readouterr().err.split())
+    for split in ("training", "validation"):
+        assert f"toy: the queries of 1 of 8 {split} rows are cut at their end" in said
+
+
+def test_demonstrations_that_the_context_has_no_room_for_are_left_out_and_a_row_without_room_is_refused():
     task, tokenizer, llm = toy_task(), byte_level_tokenizer(), make_llm()
     llm.config.max_position_embeddings = 90
     prompts = exemplars.exemplar_prompts(llm, tokenizer, task, count=8, shots=16, seed=7)
@@ -97,22 +127,26 @@ def test_demonstrations_that_the_context_has_no_room_for_are_left_out_and_a_long
     rows = [row for row, _ in exemplars.exemplar_prompts(llm, tokenizer, task, count=12, shots=1, seed=7)]
     assert sorted(rows[:8]) == list(range(8))
     assert rows[8:] == rows[:4]
-    llm.config.max_position_embeddings = 9
-    with refused("training row", "context is 9"):
+    llm.config.max_position_embeddings = 3
+    with refused("training row", "room for 3"):
         exemplars.exemplar_prompts(llm, tokenizer, task, count=1, shots=1, seed=7)
-    with refused("validation row", "context is 9"):
+    with refused("validation row", "room for 3"):
         exemplars.layer_scores(llm, tokenizer, task, torch.zeros(1, 3, 32), 1.0, rows=task.valid[:2])
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
-@pytest.mark.parametrize("at_once", [100, 10])
+@pytest.mark.parametrize("at_once", [100, 10, 2])
 def test_the_best_layer_is_that_of_full_passes_over_all_layers(name, at_once, monkeypatch):
     monkeypatch.setattr(exemplars, "AT_ONCE", at_once)
     llm, tokenizer = make_llm(name), byte_level_tokenizer()
     task = dataclasses.replace(toy_task(), valid=(Example("the kettle", "yes"), *toy_task().valid))  # unequal lengths
     torch.manual_seed(0)
     states, scale = 3 * torch.randn(4, 3, 32, dtype=torch.float64), 2.0
+    read = []
+    hook = llm.register_forward_pre_hook(lambda _, __, inputs: read.append(len(inputs["input_ids"])), with_kwargs=True)
     right, likely = exemplars.layer_scores(llm, tokenizer, task, states, scale, rows=task.valid[:5])
+    hook.remove()
+    assert max(read) == min(at_once, 20)
     best = exemplars.best_layers(right, likely)
     for exemplar in range(4):
         scores = []

@@ -14,7 +14,8 @@ from rendering import encode_pair, prompt_text
 from torch import nn
 
 from atv.config import Positions, TrainConfig
-from atv.data import Example, Prompt, Task
+from atv.data import Example, Prompt, Task, Template
+from atv.data.render import fitting
 from atv.errors import ATVError
 from atv.evaluation.records import RunWriter
 from atv.evaluation.run import evaluate, steered
@@ -182,6 +183,19 @@ def test_a_query_of_an_unknown_task_takes_the_context_of_the_task_with_the_neare
     assert tasks_of("another", "", "another") == expected
     assert tasks_of("another", "sums", "") == [expected[0], 1, expected[2]]
     assert set(expected) == {0, 1}
+
+
+def test_a_long_query_is_cut_at_its_end():
+    toy = toy_task()
+    written = toy.train[3].input + " the boats came in" * 90
+    task = replace(toy, train=(*toy.train[:3], toy.train[3]._replace(input=written), *toy.train[4:]))
+    model = I2CLModel(make_llm(), I2CLConfig(demonstrations=8), byte_level_tokenizer())
+    model.read([task, TASKS[1]], seed=7)
+    cut = fitting(Template("{input}"), model.tokenizer, Example(written, ""), 256).query
+    expected = model._states([cut])[0]  # itself tested above
+    shown = random.Random("7 toy").sample(task.train, 8)
+    torch.testing.assert_close(model.queries[shown.index(task.train[3])], expected)
+    assert model.tasks_of([Prompt([], written)]).tolist() == [0]
 
 
 def quick(**options):

@@ -162,6 +162,7 @@ def test_the_logits_of_a_padded_batch_are_those_of_hooks_by_hand(tmp_path):
 
 def test_layer_and_ridge_are_those_with_most_validation_rows_right(tmp_path, monkeypatch):
     monkeypatch.setattr(linear_module, "RIDGES", (10.0, 0.1))
+    monkeypatch.setattr(exemplars, "AT_ONCE", 3)  # the eight validation rows of a task are read in parts
     llm = make_llm(dtype=torch.float32)
     said = [TOKENIZER(f"A: {word}")["input_ids"][2] for word in ("yes", "no", "two", "six")]
     with torch.no_grad():  # it says hardly anything else
@@ -189,6 +190,20 @@ def test_layer_and_ridge_are_those_with_most_validation_rows_right(tmp_path, mon
     assert (said["layer"], said["ridge"]) == best
     assert said["valid_accuracy"] == pytest.approx(right[best])
     assert len(set(right.values())) > 1
+
+
+def test_long_queries_are_cut_at_their_end(tmp_path, capsys):
+    splits = {split: list(getattr(TASKS[0], split)) for split in ("train", "valid", "test")}
+    for rows in splits.values():
+        rows[0] = rows[0]._replace(input=rows[0].input + " the boats came in" * 90)
+    task = replace(TASKS[0], **{split: tuple(rows) for split, rows in splits.items()})
+    llm = make_llm(dtype=torch.float32)
+    llm.config.max_position_embeddings = 200
+    adapter = Linear.fit(llm, TOKENIZER, [task], tmp_path, LinearConfig(shots=2, layer=1), TrainConfig(seed=7))
+    assert len(evaluate(load(adapter, llm), [task], ["first_token"], variants="first")) == len(task.test)
+    said = " ".join(capsys.readouterr().err.split())
+    for split in ("training", "validation", "test"):
+        assert f"toy: the queries of 1 of {len(task.train)} {split} rows are cut at their end" in said
 
 
 def test_fewer_layers_are_tried_if_fewer_are_asked_for(tmp_path):

@@ -20,6 +20,7 @@ from atv.config import TrainConfig
 from atv.data import Rendering
 from atv.data.collate import left_padded
 from atv.errors import ATVError
+from atv.evaluation.predict import predict
 from atv.evaluation.records import RunWriter
 from atv.evaluation.run import evaluate
 from atv.files import sha256
@@ -183,6 +184,31 @@ def test_a_prompt_that_fits_only_without_the_prefix_is_refused():
     model = make(PrefixTuning, config=PrefixConfig(virtual_tokens=250))
     with pytest.raises(ATVError, match="virtual tokens before it are 258 tokens and the LLM's context is 256"):
         read(model.adapted, PROMPTS)
+
+
+def test_the_prefix_and_a_query_that_is_cut_have_room_together(tmp_path, capsys):
+    splits = {split: list(getattr(toy_task(), split)) for split in ("train", "valid", "test")}
+    for rows in splits.values():
+        rows[3] = rows[3]._replace(input=rows[3].input + " the boats came in" * 90)
+    task, llm = replace(toy_task(), **{split: tuple(rows) for split, rows in splits.items()}), make_llm()
+    columns = []
+    llm.register_forward_pre_hook(
+        lambda _, __, inputs: columns.append(inputs["attention_mask"].shape[1]), with_kwargs=True
+    )
+    adapter = fit(PrefixTuning, tmp_path / "out", llm, PrefixConfig(virtual_tokens=30), task, epochs=1)
+    assert 250 < max(columns) <= 256
+    columns.clear()
+    method = PrefixTuning.load(llm, byte_level_tokenizer(), adapter)
+    evaluate(method, [task], ["option_likelihood", "json"], variants="first")
+    assert 256 - 24 < max(columns) <= 256
+    said = " ".join(capsys.readouterr().err.split())
+    for split in ("train", "valid"):
+        assert f"{split}: the queries of 1 of 8 rows are cut" in said
+    assert "toy: the queries of 1 of 8 test rows are cut" in said
+    columns.clear()
+    (answer,) = predict(method, [task.test[3].input])
+    assert answer["answer"] in task.options
+    assert 240 < max(columns) <= 256
 
 
 # ---- what is trained ----

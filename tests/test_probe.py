@@ -354,12 +354,23 @@ def test_options_that_no_probe_can_have_are_refused(options, named):
         ProbeConfig(**options)
 
 
-def test_a_layer_that_the_llm_does_not_have_and_a_prompt_that_is_too_long_are_refused(tmp_path, generator):
+def test_the_llm_reads_long_queries_cut_at_their_end(tmp_path, generator):
+    splits = {split: list(getattr(TASKS[0], split)) for split in ("train", "valid", "test")}
+    for rows in splits.values():
+        rows[0] = rows[0]._replace(input=rows[0].input + " the boats came in" * 90)
+    task, llm = replace(TASKS[0], **{split: tuple(rows) for split, rows in splits.items()}), make_llm()
+    method = load(trained(tmp_path, generator, llm, [task], source="llm", layer=1, penalty=1.0), llm)
+    tokens = [choice.prompt_tokens for choice in method.choose(task, task.test, task.training_renderers()[0])]
+    assert 250 < tokens[0] <= 256
+    assert max(tokens[1:]) < 50
+
+
+def test_a_layer_that_the_llm_does_not_have_and_a_prompt_without_room_for_the_query_are_refused(tmp_path, generator):
     with refused("layer is 3", "layers 0 to 2"):
         trained(tmp_path / "a", generator, source="llm", layer=3)
     llm = make_llm(dtype=torch.float32)
-    llm.config.max_position_embeddings = 9
-    with refused("training row", "context is 9"):
+    llm.config.max_position_embeddings = 3
+    with refused("training row", "room for 3"):
         trained(tmp_path / "b", generator, llm, source="llm")
 
 

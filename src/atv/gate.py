@@ -14,7 +14,7 @@ from torch import Tensor, nn
 NEAREST = 3
 """Number of nearest training queries that a query is compared with."""
 MOST = 4096
-"""Most training queries that are kept."""
+"""Most training queries that are kept, of all tasks together."""
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Strengths of the own part that are tried on validation rows."""
 
@@ -62,14 +62,19 @@ class Gate(nn.Module):
     def fit(self, states: Sequence[Tensor], share: float, valid: Sequence[Tensor]) -> None:
         """Store the training queries' states, and measure how near they and the validation queries are to them.
 
+        Of more than `MOST` distinct queries, only the tasks with more than their share of these are thinned out.
+
         Args:
             states: for each task (queries, state), as the generator returns them.
             share: share of a task's training queries themselves for which the gate begins to close.
             valid: for each task (validation queries, state).
         """
         distinct = [of_task.unique(dim=0) for of_task in states]
-        every = -(-sum(map(len, distinct)) // MOST)
-        kept = [of_task[::every] for of_task in distinct]
+        shares = _shares([len(of_task) for of_task in distinct])
+        kept = [
+            of_task[torch.arange(share, device=of_task.device) * len(of_task) // share]
+            for of_task, share in zip(distinct, shares, strict=True)
+        ]
         self.references = nn.functional.normalize(torch.cat(kept), dim=-1)
         self.reference_tasks = _numbers(kept, self.limits.device)
         limits = []
@@ -149,6 +154,15 @@ class Gate(nn.Module):
         for name in ("reference_tasks", "validated_tasks"):
             if ((getattr(self, name) < 0) | (getattr(self, name) >= tasks)).any():
                 errors.append(f"{prefix}{name} has numbers that are none of the {tasks} tasks.")
+
+
+def _shares(counts: Sequence[int]) -> list[int]:
+    """Return how many of each task's queries may be kept, at least 1: what small tasks leave is for the larger ones."""
+    shares, left = [0] * len(counts), MOST
+    for place, task in enumerate(sorted(range(len(counts)), key=counts.__getitem__)):
+        shares[task] = max(1, min(counts[task], left // (len(counts) - place)))
+        left -= shares[task]
+    return shares
 
 
 def _numbers(by_task: Sequence[Tensor], device: torch.device) -> Tensor:

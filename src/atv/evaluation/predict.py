@@ -17,7 +17,7 @@ from atv.data.task import QUERY_COLUMNS
 from atv.errors import ATVError
 from atv.evaluation.requests import MOST_TOKENS, Requests
 from atv.evaluation.run import read_batch
-from atv.lm.load import context_length, load_llm, load_tokenizer
+from atv.lm.load import load_llm, load_tokenizer
 from atv.lm.prefix import SharedPrefix
 from atv.lm.scoring import encoded_options
 from atv.methods import METHODS
@@ -181,7 +181,7 @@ class Predictor(QueryAnswers):
     @property
     def room(self) -> int | None:
         """Most tokens of a prompt; None: any number."""
-        limit = context_length(self.method.llm)
+        limit = self.method.context
         return None if limit is None else limit - self.requests.read_after
 
     def ask(self, prompts: Mapping[int, Prompt]) -> Iterator[list[tuple[int, Answer]]]:

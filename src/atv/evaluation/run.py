@@ -180,7 +180,8 @@ def _ask(
                 append([_row_of(requests, metrics, task, variant, index, chosen[index], seconds) for index in batch])
         return
     began = time.perf_counter()
-    prompts = _fitting(method, task, render, method.prompts(task, task.test, render), requests.read_after)
+    method.read_after = requests.read_after
+    prompts = _fitting(method, task, render, method.prompts(task, task.test, render))
     encoded = [prompt.ids for prompt in prompts]
     seconds_before = time.perf_counter() - began
     by_length = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))  # less padding
@@ -261,30 +262,27 @@ def steered(method: Method, prompts: Sequence[Prompt]) -> AbstractContextManager
     return nullcontext() if edit is None else steer(method.llm, edit, Tracked(len(prompts), edit.positions))
 
 
-def _fitting(
-    method: Method, task: Task, render: Renderer, prompts: Sequence[Prompt], read_after: int
-) -> Sequence[Prompt]:
+def _fitting(method: Method, task: Task, render: Renderer, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
     """The prompts; where one does not fit the LLM's context, its query is cut at its end, and how many is logged.
 
     Raises:
         ATVError: what stands around a query does not fit either.
     """
-    limit = context_length(method.llm)
-    if limit is None:
+    room, fitted = method.room, list(prompts)
+    if room is None:
         return prompts
-    room, fitted = limit - read_after, list(prompts)
     long = [index for index, prompt in enumerate(prompts) if len(prompt.ids) > room]
     for index in long:
         try:
             fitted[index] = fitting(render, method.tokenizer, task.test[index], room)._replace(task=task.name)
         except TooLong as error:
             raise ATVError(
-                f"Task {task.name}, test row {index}: {error} {read_after} tokens are read after it."
+                f"Task {task.name}, test row {index}: {error} {method.read_after} tokens are read after it."
             ) from None
     if long:
         log.warning(
             f"{task.name}: the queries of {len(long)} of {len(prompts)} test rows are cut at their end to fit the "
-            f"LLM's context of {limit} tokens, the first of them row {long[0]}."
+            f"LLM's context of {context_length(method.llm)} tokens, the first of them row {long[0]}."
         )
     return fitted
 

@@ -96,6 +96,11 @@ class AdapterModel(nn.Module, ABC):
     """Whether answers are the LLM's tokens, rather than the classes of a model without an LLM."""
 
     @property
+    def context(self) -> int | None:
+        """Most tokens of a prompt and its answer; None: any number."""
+        return context_length(self.llm)
+
+    @property
     def reads(self) -> str:
         """What the generator reads, as in `Task.renderers`: "query" or "prompt"."""
         return "query"
@@ -204,7 +209,7 @@ class AdapterModel(nn.Module, ABC):
         Raises:
             TooLong: the answer and what stands around the query leave it no room.
         """
-        prompts, pairs, cut, limit = [], [], False, context_length(self.llm)
+        prompts, pairs, cut, limit = [], [], False, self.context
         for render in row.renderers:
             whole = render.prompt(self.tokenizer, row.example)
             answer = render.answer(self.tokenizer, whole, row.example.output)
@@ -233,7 +238,7 @@ class AdapterModel(nn.Module, ABC):
         return {name: tensor.to(device) for name, tensor in inputs.items()}
 
     def _check_length(self, prompt: Prompt, more: int = 0) -> None:
-        limit, tokens = context_length(self.llm), len(prompt.ids) + more
+        limit, tokens = self.context, len(prompt.ids) + more
         if limit is not None and tokens > limit:
             raise ATVError(
                 f"A prompt has {tokens} tokens and the LLM's context is {limit}; shorten or drop it. The generator "

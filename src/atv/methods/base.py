@@ -12,6 +12,7 @@ from atv.config import Checked, TrainConfig
 from atv.data import Example, Prompt, Renderer, Task
 from atv.errors import ATVError
 from atv.lm.adapter_model import AdapterModel
+from atv.lm.load import context_length
 from atv.lm.prefix_store import PrefixStore
 from atv.steer import Edit
 
@@ -46,6 +47,7 @@ class Method(ABC):
         reads: the text that `edit` finds in `Prompt.query`, as for `Task.renderers`: "query" or "prompt".
         shots: number of demonstrations requested before each query. 0 on the class: the method has none.
         seed: seed of the method's random choices.
+        read_after: most tokens that are read after a prompt; the evaluation sets it before it calls `prompts`.
     """
 
     name: ClassVar[str]
@@ -58,10 +60,21 @@ class Method(ABC):
     reads: str = "query"
     shots: int = 0
     seed: int = 42
+    read_after: int = 0
 
     def __init__(self, llm: nn.Module, tokenizer: Any) -> None:
         self.llm = llm
         self.tokenizer = tokenizer
+
+    @property
+    def context(self) -> int | None:
+        """Most tokens of a prompt and what is read after it; None: any number."""
+        return context_length(self.llm)
+
+    @property
+    def room(self) -> int | None:
+        """Most tokens of a prompt, so that `read_after` tokens can be read after it; None: any number."""
+        return None if self.context is None else self.context - self.read_after
 
     @classmethod
     def trained_as(cls) -> str | None:
@@ -180,8 +193,8 @@ class Method(ABC):
         """The prompt for each of `examples`, which are all examples of a task with this renderer.
 
         All at once, because their common prefix is read once: a method that must shorten one prompt can shorten all of
-        them alike. As token ids, because only those show whether a prompt fits the LLM's context. The time this takes
-        counts toward a query's seconds.
+        them alike. As token ids, because only those show whether a prompt fits `room`. The evaluation cuts a query
+        whose prompt has more tokens. The time this takes counts toward a query's seconds.
         """
         return [render.prompt(self.tokenizer, example)._replace(task=task.name) for example in examples]
 

@@ -5,30 +5,32 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
-
 from atv.data import Example, Prompt, Renderer, Task
-from atv.lm.load import context_length
-from atv.lm.scoring import longest_answer
 from atv.methods.base import Method
 
 
 def fitted(
-    llm: nn.Module, tokenizer: Any, task: Task, shown: Sequence[Example], example: Example, render: Renderer
+    tokenizer: Any, task: Task, shown: Sequence[Example], example: Example, render: Renderer, room: int | None
 ) -> Prompt:
-    """A query after as many of the last demonstrations in `shown` as fit the LLM's context, possibly none."""
+    """A query after as many of the last demonstrations in `shown` as `room` tokens hold, possibly none.
+
+    Args:
+        tokenizer: the LLM's.
+        task: the task.
+        shown: its demonstrations.
+        example: the query.
+        render: the renderer.
+        room: most tokens of the prompt; None: any number. The query alone may have more.
+    """
 
     def prompt(kept: int) -> Prompt:
         return render.prompt(tokenizer, example, shown[len(shown) - kept :])._replace(task=task.name)
 
-    whole, limit = prompt(len(shown)), context_length(llm)
-    if limit is None:
-        return whole
-    limit -= longest_answer(tokenizer, task, render)  # leave room for any answer
-    if len(whole.ids) <= limit:
+    whole = prompt(len(shown))
+    if room is None or len(whole.ids) <= room:
         return whole
     # The prompt grows with each demonstration, so binary search finds the count.
-    return prompt(bisect_right(range(1, len(shown)), limit, key=lambda kept: len(prompt(kept).ids)))
+    return prompt(bisect_right(range(1, len(shown)), room, key=lambda kept: len(prompt(kept).ids)))
 
 
 class Demonstrated(Method):
@@ -49,6 +51,6 @@ class Demonstrated(Method):
         """Each query after as many of its demonstrations as fit."""
         chosen = self.demonstrations(task, examples)
         return [
-            fitted(self.llm, self.tokenizer, task, shown, example, render)
+            fitted(self.tokenizer, task, shown, example, render, self.room)
             for shown, example in zip(chosen, examples, strict=True)
         ]

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from atv.config import Positions
-from atv.data import Example, Prompt, Task
+from atv.data import Example, Prompt, Renderer, Task
 from atv.data.collate import IGNORED, Collator, EncodedRow, left_padded, like_lengths, pad_id
+from atv.data.render import TooLong, fitting
 from atv.errors import ATVError
 from atv.lm.adapter_model import answer_loss
 from atv.lm.hooks import capture_outputs, decoder_layers, input_device, read_up_to
@@ -18,10 +19,11 @@ from atv.lm.prefix import ReadPrefix, as_cache, call_llm, full_sides, read_prefi
 from atv.lm.scoring import answers_right, training_options
 from atv.lm.spans import Known
 from atv.methods.demonstrations import fitted
+from atv.progress import log_once
 from atv.steer import AddVectors, steer
 
 AT_ONCE = 100
-"""Prompts per call in the search for the best layer."""
+"""Most prompts per call in the search for the best layer."""
 SPLIT_NAMES = {"train": "training", "valid": "validation", "test": "test"}
 LAST = Positions.parse("last")
 READ_TOKENS = 1024
@@ -45,29 +47,61 @@ def exemplar_prompts(
     """Prompts for `count` training rows, each after `shots` other rows as demonstrations, with the rows' indices.
 
     Rows repeat only if there are fewer than `count`; templates alternate. There are fewer demonstrations if they exceed
-    the LLM's context or the task has too few rows.
+    the LLM's context or the task has too few rows, and none before a query that is cut as by `plain_prompts`.
     """
     draw = random.Random(f"{seed} {task.name}")
     rows = draw.sample(range(len(task.train)), len(task.train))
-    prompts, renderers = [], task.training_renderers()
-    for number in range(count):
-        asked = rows[number % len(rows)]
+    rows = [rows[number % len(rows)] for number in range(count)]
+    plain = plain_prompts(llm, tokenizer, task, "train", [task.train[row] for row in rows])
+    prompts, renderers, room = [], task.training_renderers(), context_length(llm)
+    for number, asked in enumerate(rows):
         others = [row for index, row in enumerate(task.train) if index != asked]
         shown = draw.sample(others, min(shots, len(others)))
-        prompt = fitted(llm, tokenizer, task, shown, task.train[asked], renderers[number % len(renderers)])
-        check_length(llm, task, "train", prompt.ids)
-        prompts.append((asked, prompt))
+        prompt = fitted(tokenizer, task, shown, task.train[asked], renderers[number % len(renderers)], room)
+        prompts.append((asked, prompt if prompt.demonstrations else plain[number]))
     return prompts
 
 
-def check_length(llm: nn.Module, task: Task, split: str, ids: Sequence[int]) -> None:
-    """Raise ATVError if the prompt of a row of a split exceeds the LLM's context."""
-    limit = context_length(llm)
-    if limit is not None and len(ids) > limit:
-        raise ATVError(
-            f"Task {task.name}: a {SPLIT_NAMES[split]} row makes a prompt of {len(ids)} tokens and the LLM's context "
-            f"is {limit}; shorten or drop the row."
+def plain_prompts(
+    llm: nn.Module,
+    tokenizer: Any,
+    task: Task,
+    split: str,
+    rows: Sequence[Example],
+    renderers: Sequence[Renderer] | None = None,
+    read_after: int = 0,
+) -> list[Prompt]:
+    """Prompts of rows. A query that does not fit the LLM's context is cut at its end, and how many is logged.
+
+    Args:
+        llm: the frozen LLM.
+        tokenizer: the LLM's.
+        task: the task.
+        split: of the rows: train, valid or test.
+        rows: the rows.
+        renderers: they alternate. None: those of training.
+        read_after: most tokens that are read after a prompt.
+
+    Raises:
+        ATVError: what stands around a query does not fit either.
+    """
+    limit, renderers, prompts, cut = context_length(llm), renderers or task.training_renderers(), [], set()
+    for number, row in enumerate(rows):
+        render = renderers[number % len(renderers)]
+        prompt = render.prompt(tokenizer, row)
+        if limit is not None and len(prompt.ids) > limit - read_after:
+            cut.add(row)
+            try:
+                prompt = fitting(render, tokenizer, row, limit - read_after)
+            except TooLong as error:
+                raise ATVError(f"Task {task.name}, a {SPLIT_NAMES[split]} row: {error}") from None
+        prompts.append(prompt._replace(task=task.name))
+    if cut:
+        log_once(
+            f"{task.name}: the queries of {len(cut)} of {len({*rows})} {SPLIT_NAMES[split]} rows are cut at their end "
+            f"to fit the LLM's context of {limit} tokens."
         )
+    return prompts
 
 
 @torch.no_grad()
@@ -94,14 +128,19 @@ def last_states(llm: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]]
     return torch.stack([read[tuple(ids)] for ids in prompts])
 
 
-def in_turn(tokenizer: Any, task: Task, rows: Sequence[Example]) -> list[tuple[list[int], list[int]]]:
-    """Prompts and answers of rows as token ids; the training variants alternate."""
-    pairs, renderers = [], task.training_renderers()
-    for number, row in enumerate(rows):
-        render = renderers[number % len(renderers)]
-        prompt = render.prompt(tokenizer, row)
-        pairs.append((prompt.ids, render.answer(tokenizer, prompt, row.output)))
-    return pairs
+def judged_rows(llm: nn.Module, tokenizer: Any, task: Task, rows: Sequence[Example]) -> list[EncodedRow]:
+    """Validation rows with one prompt each (`plain_prompts`) and the tokens by which its answer is judged."""
+    options, renderers = training_options(tokenizer, task), task.training_renderers()
+    tokens = [options.judged[row.output] for row in rows]
+    prompts = plain_prompts(llm, tokenizer, task, "valid", rows, read_after=max(tokens) - 1)
+    answers = (
+        renderers[number % len(renderers)].answer(tokenizer, prompts[number], row.output)
+        for number, row in enumerate(rows)
+    )
+    return [
+        EncodedRow([0], [(prompt.ids, answer[:judged])], judged)
+        for prompt, answer, judged in zip(prompts, answers, tokens, strict=True)
+    ]
 
 
 @torch.no_grad()
@@ -132,11 +171,26 @@ def layer_scores(
         Accuracy over the whole vocabulary and mean log-probability of the right tokens, both (exemplars, layers)
         float32 on the CPU.
     """
-    told_apart, asked = training_options(tokenizer, task).judged, []
-    for row, (prompt, answer) in zip(rows, in_turn(tokenizer, task, rows), strict=True):
-        tokens = told_apart[row.output]
-        asked.append(EncodedRow([0], [(prompt, answer[:tokens])], tokens))
-        check_length(llm, task, "valid", prompt + answer[: tokens - 1])
+    layers = decoder_layers(llm)
+    chosen = layers if at is None else [layers[index] for index in at]
+    asked, parts = judged_rows(llm, tokenizer, task, rows), []
+    for start in range(0, len(asked), AT_ONCE):
+        some = slice(start, start + AT_ONCE)
+        made = states if states.dim() == 3 else states[:, some]
+        parts.append(_row_scores(llm, tokenizer, asked[some], made, scale, chosen))
+    right, likely = (torch.cat(of, dim=-1).mean(-1) for of in zip(*parts, strict=True))
+    return right, likely
+
+
+def _row_scores(
+    llm: nn.Module,
+    tokenizer: Any,
+    asked: Sequence[EncodedRow],
+    states: Tensor,
+    scale: float,
+    layers: Sequence[nn.Module],
+) -> tuple[Tensor, Tensor]:
+    """What `layer_scores` averages over rows, both (exemplars, layers, rows); the rows are read in one call."""
     inputs = Collator(LAST, pad_id(tokenizer), 0)(asked)  # each (rows, seq)
     targets, judged = inputs.pop("labels"), torch.tensor([row.judged for row in asked])  # (rows, answer), (rows,)
     steered = ("input_ids", "attention_mask", "position_ids", "edit_mask")
@@ -144,7 +198,7 @@ def layer_scores(
     read = _read_once(llm, inputs, targets.shape[1])
 
     def scores(layer: nn.Module, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores (some,) for vectors (some, 1, hidden) or (some, rows, 1, hidden)."""
+        """Scores (some, rows) for vectors (some, 1, hidden) or (some, rows, 1, hidden)."""
         made = vectors.flatten(0, -3)
         logits = steered_logits(
             llm,
@@ -158,15 +212,13 @@ def layer_scores(
         assert found.losses is not None
         right = answers_right(found.right, judged.repeat(len(vectors)))  # (some * rows,)
         likely = -found.losses * (targets != IGNORED).sum(1).repeat(len(vectors))
-        return right.view(len(vectors), -1).float().mean(1), likely.view(len(vectors), -1).mean(1)
+        return right.view(len(vectors), -1).float(), likely.view(len(vectors), -1)
 
-    layers = decoder_layers(llm)
-    chosen = layers if at is None else [layers[index] for index in at]
-    right, likely = torch.empty(2, len(states), len(chosen)).unbind()
+    right, likely = torch.empty(2, len(states), len(layers), len(asked)).unbind()
     at_once = max(1, AT_ONCE // len(asked))
     for start in range(0, len(states), at_once):
         some = slice(start, start + at_once)
-        for index, layer in enumerate(chosen):
+        for index, layer in enumerate(layers):
             right[some, index], likely[some, index] = scores(layer, states[some, ..., index : index + 1, :])
     return right, likely
 

@@ -33,8 +33,9 @@ from torch import Tensor, nn
 
 from atv import artifact
 from atv.config import Checked, Positions, TrainConfig
-from atv.data import Prompt, Task
+from atv.data import Example, Prompt, Task, Template
 from atv.data.collate import left_padded, pad_id
+from atv.data.render import INPUT, fitting
 from atv.errors import ATVError
 from atv.lm import identity
 from atv.lm.adapter_model import AdapterModel, AnswerLoss, plain_loss
@@ -168,10 +169,11 @@ class I2CLModel(AdapterModel):
 
     @torch.no_grad()
     def _states(self, queries: Sequence[str]) -> Tensor:
-        """The states by which queries are compared: (queries, hidden), each of length 1."""
-        states = []
-        for start in range(0, len(queries), READ_TOGETHER):
-            inputs = self.encode_prompts(queries[start : start + READ_TOGETHER])
+        """The states by which queries, cut to the LLM's context, are compared: (queries, hidden), each of length 1."""
+        bare, states = Template(INPUT), []
+        prompts = [fitting(bare, self.tokenizer, Example(query, ""), self.context) for query in queries]
+        for start in range(0, len(prompts), READ_TOGETHER):
+            inputs = self.encode_prompts(prompts[start : start + READ_TOGETHER])
             with capture_outputs(decoder_layers(self.llm)[-1:]) as captured:
                 call_llm(self.llm, keep=1, use_cache=False, **inputs)
             states.append(captured[0][:, -1].float().to(self.coefficients.device))

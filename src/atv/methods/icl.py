@@ -25,10 +25,10 @@ class ICL(Demonstrated):
         """Each query after as many demonstrations as fit before the longest one, so that all prompts begin alike."""
         drawn = self.demonstrations(task, examples)[0]
         longest = max(examples, key=lambda example: len(example.input))  # in characters: an estimate, corrected below
-        kept = fitted(self.llm, self.tokenizer, task, drawn, longest, render).demonstrations
+        kept = fitted(self.tokenizer, task, drawn, longest, render, self.room).demonstrations
         while True:
             shown = drawn[len(drawn) - kept :]
-            prompts = [fitted(self.llm, self.tokenizer, task, shown, example, render) for example in examples]
+            prompts = [fitted(self.tokenizer, task, shown, example, render, self.room) for example in examples]
             least = min(prompt.demonstrations for prompt in prompts)
             if least == kept:
                 return prompts

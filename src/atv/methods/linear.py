@@ -33,7 +33,7 @@ from atv.lm.hooks import decoder_layers, input_device, text_config
 from atv.lm.prefix_store import PrefixStore
 from atv.lm.spans import Span
 from atv.methods.base import Method
-from atv.methods.exemplars import check_length, exemplar_prompts, in_turn, last_states, layer_scores
+from atv.methods.exemplars import exemplar_prompts, judged_rows, last_states, layer_scores, plain_prompts
 from atv.methods.learn_once import BEST, at_least_one, layers_to_try, learn_once, note_few, number_or_best
 from atv.progress import bar
 from atv.steer import add_from, at_ends
@@ -239,9 +239,9 @@ def _read(
     file = parts / f"{task.name}.safetensors"
     if not file.exists():
         shown = exemplar_prompts(llm, tokenizer, task, len(task.train), shots, seed)
-        plain = [prompt for prompt, _ in in_turn(tokenizer, task, [task.train[row] for row, _ in shown])]
+        plain = plain_prompts(llm, tokenizer, task, "train", [task.train[row] for row, _ in shown])
         read = {
-            "without": last_states(llm, tokenizer, plain)[:, layers],
+            "without": last_states(llm, tokenizer, [prompt.ids for prompt in plain])[:, layers],
             "with": last_states(llm, tokenizer, [prompt.ids for _, prompt in shown])[:, layers],
         }
         write_bytes(file, save(read, {"format": "pt"}))
@@ -260,9 +260,7 @@ def _scores(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """How well validation rows are answered, for each ridge and layer; see `layer_scores`."""
-    prompts = [prompt for prompt, _ in in_turn(tokenizer, task, task.valid)]
-    for ids in prompts:
-        check_length(llm, task, "valid", ids)
+    prompts = [row.pairs[0][0] for row in judged_rows(llm, tokenizer, task, task.valid)]
     asked = last_states(llm, tokenizer, prompts)[:, layers].float()  # (valid, layers, hidden)
     made = torch.stack(
         [

@@ -17,6 +17,7 @@ from atv.errors import ATVError
 from atv.lm import identity
 from atv.lm.adapter_model import AdapterModel, AnswerLoss, plain_loss
 from atv.lm.hooks import base_llm, unregistered
+from atv.lm.load import context_length
 from atv.lm.quiet import quiet_libraries
 from atv.methods.base import Method
 
@@ -49,6 +50,11 @@ class Adapted(nn.Module, ABC):
         """The LLM, as for any PEFT model."""
         llm: nn.Module = self.peft.get_base_model()
         return llm
+
+    @property
+    def context(self) -> int | None:
+        """Most tokens of a prompt and its answer; None: any number."""
+        return context_length(self)
 
     @contextmanager
     def inserted(self) -> Iterator[None]:
@@ -87,6 +93,11 @@ class PEFTModel(AdapterModel):
         with quiet_libraries():  # PEFT imports bitsandbytes
             unregistered(self, adapted=method.adapt(llm, config))
         self.learned = self.adapted.learned()
+
+    @property
+    def context(self) -> int | None:
+        """Most tokens of a prompt and its answer that the adapter leaves room for; None: any number."""
+        return self.adapted.context
 
     def describe(self) -> dict[str, Any]:
         """The method's configuration."""
@@ -150,6 +161,11 @@ class PEFTMethod(Method):
     def __init__(self, model: PEFTModel) -> None:
         super().__init__(model.eval().adapted.eval(), model.tokenizer)
         self.model = model
+
+    @property
+    def context(self) -> int | None:
+        """Most tokens of a prompt and what is read after it that the adapter leaves room for; None: any number."""
+        return self.model.context
 
     @classmethod
     @abstractmethod

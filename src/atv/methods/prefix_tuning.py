@@ -33,6 +33,12 @@ class AdaptedByPrefix(Adapted):
     tokens, padding, prompt. The padding is masked, and positions continue after the virtual tokens.
     """
 
+    @property
+    def context(self) -> int | None:
+        """The LLM's context without the virtual tokens."""
+        limit = super().context
+        return None if limit is None else limit - int(self.peft.active_peft_config.num_virtual_tokens)
+
     def learned(self) -> nn.Module:
         """The keys and values, in float32."""
         encoders: nn.Module = self.peft.prompt_encoder

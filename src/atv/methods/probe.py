@@ -28,7 +28,7 @@ from atv.lm.hooks import decoder_layers, input_device, text_config
 from atv.lm.prefix_store import PrefixStore
 from atv.methods.answers import choices
 from atv.methods.base import Choice, Method
-from atv.methods.exemplars import check_length, last_states
+from atv.methods.exemplars import last_states, plain_prompts
 from atv.methods.learn_once import BEST, layers_to_try, learn_once, note_few, number_or_best
 from atv.methods.retriever import check_encoder, fit_classifier, load_encoder, read_queries
 from atv.progress import bar
@@ -155,11 +155,8 @@ class Reader:
         """Prompts of rows in the first template, as token ids; empty if the LLM reads nothing."""
         if self.generator is not None:
             return [[] for _ in rows]
-        render = task.training_renderers()[0]
-        encoded = [render.prompt(self.tokenizer, row).ids for row in rows]
-        for ids in encoded:
-            check_length(self.llm, task, split, ids)
-        return encoded
+        first = task.training_renderers()[:1]
+        return [prompt.ids for prompt in plain_prompts(self.llm, self.tokenizer, task, split, rows, first)]
 
     def states(self, rows: Sequence[Example], prompts: Sequence[list[int]]) -> Tensor:
         """States (rows, layers, state) on the CPU; layers is 1 for a generator or a single layer."""

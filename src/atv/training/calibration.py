@@ -13,7 +13,6 @@ from atv.data.collate import EncodedRow
 from atv.data.splits import stratified
 from atv.lm.adapter_model import AdapterModel
 from atv.lm.hooks import input_device
-from atv.lm.load import context_length
 from atv.lm.scoring import training_options
 
 ROWS = 200
@@ -74,7 +73,7 @@ def temperature_of(model: AdapterModel, task: Task, rows: Sequence[EncodedRow]) 
     options = training_options(model.tokenizer, task)
     if options.continued:  # the loss of an answer does not say whether it ends there
         return None
-    limit, longest = context_length(model.llm), max(map(len, options.ids))
+    limit, longest = model.context, max(map(len, options.ids))
     if limit is not None:  # a query that was cut leaves room for its own answer alone
         rows = [row for row in rows if len(row.pairs[0][0]) + longest <= limit]
     rows = [rows[index] for index in stratified([row.answer for row in rows], ROWS, task.name)]
