@@ -163,6 +163,7 @@ def test_train_eval_report_generate_on_ones_own_models_and_data(atv, world, tmp_
     code, alone, err = atv(*ask)
     assert code == 0, err
     assert len(calls) == 1
+    check_refused(*atv(*ask[:-1], "the harbour leaks " * 200), ["the LLM's context is 256", "none for an answer"])
     code, said, err = atv(*ask, "--compare")
     assert code == 0, err
     assert len(calls) == 3

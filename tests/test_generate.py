@@ -6,10 +6,13 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, make_atv, pairwise, steer_known
 from generation import NEW, PROMPTS, QUERIES, generated, recomputed
+from refusals import refused
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import CompileConfig, StaticCache, TextStreamer
+from transformers import CompileConfig, GenerationConfig, StaticCache, TextStreamer
 
+from atv.cli.generate import room
 from atv.data.collate import edit_mask
+from atv.data.render import Prompt
 from atv.errors import ATVError
 from atv.lm.hooks import base_llm
 
@@ -185,6 +188,38 @@ def test_scale_zero_is_the_base_model_bit_for_bit():
 def test_wrong_input_is_named(prompts, queries, named):
     with pytest.raises(ATVError, match=named):
         make_atv(dtype=torch.float32).generate(prompts, queries, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_an_answer_that_the_context_has_no_room_for_is_refused(name):
+    """GPT-2 has no position beyond it, and LLaMA would go on without one that it was trained with."""
+    atv = make_atv(name, dtype=torch.float32)
+    prompt = Prompt(list(range(5, 255)), "the harbour")
+    fits = {"min_new_tokens": 6, "do_sample": False}
+    read = []
+    with base_llm(atv.llm).register_forward_hook(lambda *_: read.append(1)):
+        answers = atv.generate([prompt], max_new_tokens=6, **fits)
+    assert len(read) == 6
+    assert atv.generate([prompt], max_length=256, **fits) == answers
+    asked = GenerationConfig(max_new_tokens=7)
+    for options in ({"max_new_tokens": 7}, {"generation_config": asked}):
+        with refused("has 250 tokens, max_new_tokens is 7", "the LLM's context is 256"):
+            atv.generate(["a", prompt], **options)
+    with refused("has 250 tokens, max_length is 257", "the LLM's context is 256"):
+        atv.generate([prompt], max_length=257)
+
+
+def test_the_command_line_asks_for_no_more_than_the_context_leaves(capsys):
+    atv = make_atv(dtype=torch.float32)
+    short, long, whole = (Prompt([5] * length, "the harbour") for length in (10, 250, 256))
+    assert room(atv, [short, long], 6) == 6
+    assert capsys.readouterr().err == ""
+    assert room(atv, [long, short], 7) == 6
+    said = " ".join(capsys.readouterr().err.split())
+    assert "Answers end after 6 tokens instead of 7" in said
+    assert "the longest prompt has 250, and the LLM's context is 256" in said
+    with refused("has 256 tokens and the LLM's context is 256", "none for an answer"):
+        room(atv, [short, whole], 1)
 
 
 class Operations(TorchDispatchMode):

@@ -1,12 +1,15 @@
 """LLMs in 8 and 4 bit: steered and trained through, the same adapter on all of them, and what is missing is named."""
 
 import json
+import shutil
 from importlib.util import find_spec
 
 import pytest
 import torch
 from conftest import GROUPED, PAPER_FORM, byte_level_tokenizer, make_generator, toy_task
+from refusals import refused
 from rendering import row_of
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, set_seed
 
 import atv.lm.load as models
@@ -133,7 +136,41 @@ def test_an_unknown_quantization_and_a_missing_or_unusable_package_are_named(fol
 
     monkeypatch.setattr(models, "find_spec", lambda name: True)
     monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", unusable)
-    with pytest.raises(ATVError, match="in 8bit on cpu: no library for this device Install a bitsandbytes"):
+    with refused("the LLM in 8bit on cpu", "no library for this device. Install a bitsandbytes"):
         load_llm(folder, device="cpu", quantization="8bit")
-    with pytest.raises(RuntimeError):
+    with refused(f"the LLM {folder!r}: no library for this device. Expected files that belong together"):
         load_llm(folder, device="cpu")
+
+
+@needs_package
+@pytest.mark.parametrize("bits", BITS)
+def test_a_file_that_is_quantised_already_is_read_with_its_scales(folder, tmp_path, bits):
+    llm = load_llm(folder, dtype="float32", device="cpu", quantization=bits)
+    llm.save_pretrained(tmp_path)
+    found = load_llm(str(tmp_path), dtype="float32", device="cpu")
+    assert quantization(found) == describe_llm(found)["quantization"] == bits
+    ids = torch.arange(5, 45)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(found(ids).logits, llm(ids).logits)
+    with refused(tmp_path, "is quantised already", "4bit quantises plain weights"):
+        load_llm(str(tmp_path), device="cpu", quantization="4bit")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="transformers keeps such weights in FP8 where there is a GPU")
+def test_an_fp8_file_is_read_with_its_scales(folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    expected, written = {}, {}
+    for name, weight in load_file(tmp_path / "model.safetensors").items():
+        expected[name] = written[name] = weight
+        if name.endswith("proj.weight"):
+            scale = weight.abs().max() / 448
+            written[name] = (weight / scale).to(torch.float8_e4m3fn)
+            written[f"{name}_scale_inv"] = scale.repeat(-(-len(weight) // 64), -(-weight.shape[1] // 64))
+            expected[name] = written[name].float() * scale
+    save_file(written, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [64, 64]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    llm = load_llm(str(tmp_path), dtype="float32", device="cpu")
+    assert quantization(llm) is None  # they are plain numbers again
+    torch.testing.assert_close(dict(llm.state_dict()), expected, rtol=2**-7, atol=0)  # by way of bfloat16

@@ -23,7 +23,7 @@ from atv.lm.adapter_model import AdapterModel, AnswerLoss, answer_loss
 from atv.lm.ends import decoded, end_ids
 from atv.lm.hooks import SITES, base_llm, capture_outputs, input_device, text_config, unregistered
 from atv.lm.identity import describe_llm
-from atv.lm.load import load_llm, load_tokenizer
+from atv.lm.load import context_length, load_llm, load_tokenizer
 from atv.lm.prefix import ReadPrefix, steered_logits
 from atv.lm.scoring import refusing_non_finite
 from atv.lm.spans import Known, Span, Tracked
@@ -430,7 +430,8 @@ class ATVModel(AdapterModel):
             The new text of each sequence; `num_return_sequences` per prompt, grouped by prompt.
 
         Raises:
-            ATVError: an argument is not allowed, or the LLM's logits are not finite.
+            ATVError: an argument is not allowed, a prompt with its answer would exceed the LLM's context, or the LLM's
+                logits are not finite.
         """
         if isinstance(prompts, str) or isinstance(queries, str) or not prompts:
             raise ATVError("generate takes a non-empty list of prompts, and as many queries (or none).")
@@ -446,6 +447,7 @@ class ATVModel(AdapterModel):
         generate_options.setdefault("pad_token_id", pad_id(self.tokenizer))
         generate_options.setdefault("eos_token_id", end_ids(self.llm, self.tokenizer))
         by_length = sorted(range(len(asked)), key=lambda index: len(asked[index].ids))
+        self._check_room(len(asked[by_length[-1]].ids), generate_options)
         answers: dict[int, list[str]] = {}
         with bar("generate", len(asked)) if progress else nullcontext() as shown:
             for start in range(0, len(asked), batch_size):
@@ -463,6 +465,22 @@ class ATVModel(AdapterModel):
         if isinstance(prompt, str) and not self.training_summary.get("tasks"):
             return plain_prompt(self.tokenizer, prompt)
         return self.render([prompt], task)[0]
+
+    def _check_room(self, longest: int, options: Mapping[str, Any]) -> None:
+        """Raise ATVError if a prompt of `longest` tokens and an answer are longer than the LLM's context."""
+        limit = context_length(self.llm)
+        configs = (options.get("generation_config"), getattr(base_llm(self.llm), "generation_config", None))
+        places = (options, *(vars(config) for config in configs if config is not None))
+        for name, read in (("max_new_tokens", longest), ("max_length", 0)):  # transformers bounds an answer without any
+            asked = next((found for place in places if (found := place.get(name)) is not None), None)
+            if asked is None:
+                continue
+            if limit is not None and read + asked > limit:
+                raise ATVError(
+                    f"The longest prompt has {longest} tokens, {name} is {asked}, and the LLM's context is {limit} "
+                    "for both. Shorten the prompt, or ask for a shorter answer."
+                )
+            return
 
     def _generate(self, prompts: Sequence[Prompt], options: Mapping[str, Any]) -> list[str]:
         """Return the new text of each sequence of one batch."""

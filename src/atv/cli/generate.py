@@ -14,7 +14,9 @@ from atv.data import Example, Prompt, Renderer, query_renderer
 from atv.data.collate import pad_id
 from atv.errors import ATVError
 from atv.lm.ends import decoded, end_ids
+from atv.lm.load import context_length
 from atv.model import ATVModel
+from atv.progress import log
 
 
 def read_adapter(given: Generate | Inspect) -> tuple[Path, artifact.Saved, Renderer]:
@@ -43,12 +45,34 @@ def unsteered(atv: ATVModel, prompts: Sequence[Prompt], **options: Any) -> list[
     return [decoded(atv.tokenizer, ids, skip_special_tokens=True) for ids in plain[:, width:].tolist()]
 
 
+def room(atv: ATVModel, prompts: Sequence[Prompt], wanted: int) -> int:
+    """The most tokens of an answer: those that are wanted, or fewer that the LLM's context leaves the longest prompt.
+
+    Raises:
+        ATVError: it leaves none.
+    """
+    context, longest = context_length(atv.llm), max(len(prompt.ids) for prompt in prompts)
+    if context is None or longest + wanted <= context:
+        return wanted
+    if longest >= context:
+        raise ATVError(
+            f"The longest prompt has {longest} tokens and the LLM's context is {context}, which leaves none for an "
+            "answer. Shorten the query."
+        )
+    log.warning(
+        f"Answers end after {context - longest} tokens instead of {wanted}: the longest prompt has {longest}, and the "
+        f"LLM's context is {context}"
+    )
+    return context - longest
+
+
 def answer(given: Generate) -> None:
     """Print the answer to each query; with --compare also that of the frozen LLM alone."""
     folder, saved, render = read_adapter(given)
     atv = onto_llm(given, folder, saved)
     prompts = [render.prompt(atv.tokenizer, Example(query, "")) for query in given.query]
-    how: dict[str, Any] = {"max_new_tokens": given.max_new_tokens, "do_sample": given.temperature > 0}
+    most = room(atv, prompts, given.max_new_tokens)
+    how: dict[str, Any] = {"max_new_tokens": most, "do_sample": given.temperature > 0}
     if given.temperature > 0:
         how["temperature"] = given.temperature
     set_seed(given.seed)

@@ -6,7 +6,9 @@ wherever a model id is accepted, without a network.
 """
 
 import os
+import re
 import shutil
+from collections.abc import Set
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -27,6 +29,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from atv.config import EMBEDDED_GENERATOR, EMBEDDED_LLM
 from atv.errors import ATVError, unknown
 from atv.files import local, recover_folder, replace_folder, sha256, write_text
+from atv.lm.hooks import quantization as quantization_of
 from atv.lm.quiet import errors_alone, quiet_libraries
 from atv.processes import local_rank, world_size
 from atv.progress import log
@@ -149,18 +152,35 @@ def _join(parts: list[Path], whole: Path, name: str) -> None:
         )
 
 
-def _load(loader: Any, kind: str, name: str, **options: Any) -> Any:
-    """Call a transformers loader; raise a one-line ATVError for any wrong name."""
+_SOURCES = (
+    "Expected a Hugging Face id that can be reached, a local folder in Hugging Face format, or one of "
+    f"{', '.join(EMBEDDED)}."
+)
+_PARTS = "Expected files that belong together, the packages that they need, and memory for them."
+
+
+def _load(loader: Any, kind: str, name: str, *, parts: str = _PARTS, **options: Any) -> Any:
+    """Call a transformers loader.
+
+    Args:
+        loader: the transformers class.
+        kind: what is loaded, for the error.
+        name: Hugging Face id, folder, or embedded name.
+        parts: what to do about an error that does not come from a wrong name.
+        options: of its `from_pretrained`.
+
+    Raises:
+        ATVError: it cannot be loaded, whatever the reason.
+    """
     source = resolve(name)
     try:
         with quiet_libraries():
             return loader.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ATVError(
-            f"Cannot load the {kind} {name!r}: {reason} Expected a Hugging Face id that can be reached, a local folder "
-            f"in Hugging Face format, or one of {', '.join(EMBEDDED)}."
-        ) from error
+    except Exception as error:  # damaged files raise errors of every type in transformers, which checks little
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        sentence = reason if reason.endswith((".", "!", "?")) else f"{reason}."
+        advice = _SOURCES if isinstance(error, OSError | ValueError | KeyError | SafetensorError) else parts
+        raise ATVError(f"Cannot load the {kind} {name!r}: {sentence} {advice}") from error
 
 
 def load_llm(
@@ -186,7 +206,8 @@ def load_llm(
         trust_remote_code: run code that comes with the model; only for a model that you trust.
 
     Raises:
-        ATVError: it cannot be loaded, or lacks weights, which would then be random.
+        ATVError: it cannot be loaded, lacks weights, which would then be random, or has weights that its configuration
+            does not describe; or `quantization` is given and its files are quantised already.
     """
     dtype = parse_dtype(dtype, device) if isinstance(dtype, str) else dtype
     if device == "auto" and world_size() > 1:
@@ -196,25 +217,76 @@ def load_llm(
         )
     device = device or (f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu")
     _check_device(device)
-    options = {"dtype": dtype, "device_map": device, "quantization_config": _quantized(quantization, dtype)}
-    options |= {"revision": revision, "trust_remote_code": trust_remote_code, "output_loading_info": True}
-    try:
-        llm, loaded = _load(AutoModelForCausalLM, "LLM", name, **options)
-    except (ImportError, RuntimeError) as error:
-        if quantization is None:
-            raise
-        reason = " ".join(str(error).split())[:300]
-        raise ATVError(
-            f"Cannot load {name!r} in {quantization} on {device}: {reason} Install a bitsandbytes that fits this "
-            "machine (pip install --upgrade bitsandbytes), or leave the quantization out."
-        ) from error
+    options = {"dtype": dtype, "device_map": device, "revision": revision, "trust_remote_code": trust_remote_code}
+    kind, parts = "LLM", _PARTS
+    if quantization is not None:
+        options["quantization_config"] = _quantized(quantization, dtype)
+        _refuse_twice_quantized(name, quantization, revision=revision, trust_remote_code=trust_remote_code)
+        kind = f"LLM in {quantization} on {device},"
+        parts = (
+            "Install a bitsandbytes that fits this machine (pip install --upgrade bitsandbytes), or leave the "
+            "quantization out."
+        )
+    llm, loaded = _load_weights(AutoModelForCausalLM, kind, name, parts=parts, **options)
     if missing := sorted(loaded["missing_keys"]):
         raise ATVError(
             f"The LLM {name!r} lacks {len(missing)} weights of a {type(llm).__name__} ({missing[0]}, ...), which would "
             "be random. Name a causal language model that has all of them."
         )
+    _refuse_unread(name, llm, loaded["unexpected_keys"])
     llm.config._name_or_path = llm.name_or_path = name  # the name that was asked for, not a cache folder
     return cast(nn.Module, llm.eval())
+
+
+def _load_weights(loader: Any, kind: str, name: str, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """Return a model and what transformers says about its weights.
+
+    Raises:
+        ATVError: it cannot be loaded, or a weight has another shape than its configuration says.
+    """
+    # transformers' own error for such shapes refers to a log message; with this option it returns them.
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, loaded = _load(loader, kind, name, **options)
+    for key, found, expected in sorted(loaded["mismatched_keys"]):
+        raise ATVError(
+            f"Cannot load the {kind} {name!r}: its weight {key} has the shape {tuple(found)}, and according to its "
+            f"config.json {tuple(expected)}. Expected files that belong together: restore the config.json of these "
+            "weights."
+        )
+    return model, loaded
+
+
+def _refuse_twice_quantized(name: str, quantization: str, **options: Any) -> None:
+    """Raise ATVError if an LLM's files are quantised: transformers would take their numbers for plain weights."""
+    config = _load(AutoConfig, "configuration of", name, **options)
+    if any(getattr(part, "quantization_config", None) for part in (config, config.get_text_config())):
+        raise ATVError(
+            f"The LLM {name!r} is quantised already, and {quantization} quantises plain weights: leave the "
+            "quantization out to load it as it is."
+        )
+
+
+def _refuse_unread(name: str, llm: Any, unexpected: Set[str]) -> None:
+    """Raise ATVError if an LLM's files hold what was not read, and without which it computes something else.
+
+    Args:
+        name: the LLM's name.
+        llm: the loaded LLM.
+        unexpected: names of the tensors for which it has no place, without those that transformers knows to be unused.
+    """
+    own = quantization_of(llm)
+    if own is not None and not getattr(llm, "is_quantized", False):
+        raise ATVError(
+            f"The weights of the LLM {name!r} are quantised with {own}, which transformers does not know. Upgrade it, "
+            "or name the LLM in another format."
+        )
+    masks = re.compile(r"\.(attn|attention)\.(bias|masked_bias|causal_mask)$")  # constants in old GPT-J files
+    if unread := sorted(key for key in unexpected if not masks.search(key)):
+        raise ATVError(
+            f"The weights of the LLM {name!r} hold {len(unread)} tensors that a {type(llm).__name__} with its "
+            f"config.json does not have ({unread[0]}, ...). Restore the config.json of these weights; if they are of "
+            "no use to the LLM, load it with transformers, and save it again without them."
+        )
 
 
 def load_outline(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> nn.Module:
@@ -235,10 +307,8 @@ def load_outline(name: str, *, revision: str | None = None, trust_remote_code: b
     return cast(nn.Module, llm.eval())
 
 
-def _quantized(quantization: str | None, dtype: torch.dtype) -> Any:
+def _quantized(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     """Return transformers' configuration of a quantisation."""
-    if quantization is None:
-        return None
     if quantization not in ("8bit", "4bit"):
         raise unknown("quantization", quantization, ("8bit", "4bit"))
     if find_spec("bitsandbytes") is None:
@@ -298,11 +368,8 @@ def load_encoder(name: str, revision: str | None = None) -> nn.Module:
     Raises:
         ATVError: it cannot be loaded, or lacks a weight of the part that reads, which would then be random.
     """
-    options = {"dtype": torch.float32, "revision": revision, "output_loading_info": True, "trust_remote_code": False}
-    try:
-        model, loaded = _load(AutoModel, "generator", name, **options)
-    except RuntimeError as error:  # shapes do not match
-        raise ATVError(f"Cannot load the generator {name!r}: {' '.join(str(error).split())[:300]}") from error
+    options = {"dtype": torch.float32, "revision": revision, "trust_remote_code": False}
+    model, loaded = _load_weights(AutoModel, "generator", name, **options)
     read = {id(p) for p in reading_part(model).parameters()}
     named = model.named_parameters(remove_duplicate=False)
     missing = sorted(key for key, p in named if id(p) in read and key in loaded["missing_keys"])
