@@ -307,7 +307,7 @@ class TrainConfig(Checked):
     generator_learning_rate: float | None = field(
         default=None, metadata={"flags": ["--generator-learning-rate", "--generator-lr"]}
     )
-    """Peak learning rate of the generator. Default: 5e-5, or 1e-3 for one that starts from random weights."""
+    """Peak learning rate of the generator. Default for an ATV: 5e-5, or 1e-3 if it starts from random weights."""
     best_epoch: Literal["accuracy", "loss"] = "accuracy"
     """Keep the last epoch whose validation accuracy is at most one standard error below the best one, or the epoch with
     the lowest validation loss, as always with a teacher."""

@@ -204,7 +204,7 @@ class Evaluate:
     method: str | None = option(None, panel=METHOD, also=lambda: listed("Known", METHODS))
     """Method to evaluate. Default: the adapter's method or, without an adapter, zero-shot."""
     adapter: Path | None = option(None, panel=METHOD)
-    """Folder written by atv train."""
+    """Folder written by atv train, or ORG/NAME on the Hugging Face hub."""
     shots: int | None = option(None, panel=METHOD)
     """Number of demonstrations, for methods that use them. Default: 16."""
     seed: int = seed_field(METHOD)
@@ -225,7 +225,7 @@ class Generate:
     query: list[str] = option(argument=True)
     """One or more queries."""
     adapter: Path = adapter_field()
-    """Folder written by atv train."""
+    """Folder written by atv train, or ORG/NAME on the Hugging Face hub."""
     llm: str | None = adapters_llm_field()
     """Frozen LLM. Default: the adapter's."""
     loading: Loading = group(Loading)
@@ -265,7 +265,7 @@ class Predict:
     file: str = option(argument=True, parser=model)
     """CSV, TSV, JSONL, JSON or Parquet file, or - for JSON lines from standard input."""
     adapter: Path = adapter_field()
-    """Folder written by atv train."""
+    """Folder written by atv train, or ORG/NAME on the Hugging Face hub."""
     llm: str | None = adapters_llm_field()
     """Frozen LLM. Default: the adapter's."""
     loading: Loading = group(Loading)
@@ -293,7 +293,7 @@ class LMEval:
     arguments: list[str] | None = option(None, argument=True)
     """Everything else goes to lm-eval run, such as its --tasks and its --include_path."""
     adapter: str = option(panel=MODEL, parser=model)
-    """Folder written by atv train."""
+    """Folder written by atv train, or ORG/NAME on the Hugging Face hub."""
     llm: str | None = adapters_llm_field()
     """Frozen LLM. Default: the adapter's."""
     loading: Loading = group(Loading)
@@ -371,13 +371,13 @@ class Serve:
     port: int = option(8000, panel=SERVER, min=0)
     """Port; 0: a free one."""
     rows: int = option(32, panel=SERVER, min=1)
-    """Most answers that are decoded together."""
+    """Maximum number of answers that are decoded together."""
     waiting: int = option(256, panel=SERVER, min=1)
-    """Most requests that wait; further ones are refused with status 429."""
+    """Maximum number of requests that wait; further ones are refused with status 429."""
     tokens: int = option(2**16, panel=SERVER, min=1)
-    """Most tokens of all answers being decoded, prompts and padding included; bounds memory."""
+    """Maximum number of tokens of all answers being decoded, prompts and padding included; bounds memory."""
     max_tokens: int = option(1024, panel=SERVER, min=1)
-    """Most tokens of one answer."""
+    """Maximum number of tokens of one answer."""
     timeout: float = option(300.0, panel=SERVER, min=1)
     """Seconds after which a request ends, waiting included."""
     shared_memory: float = option(0.5, panel=SERVER, min=0)
@@ -391,7 +391,7 @@ class Inspect:
     query: list[str] = option(argument=True)
     """One or more queries."""
     adapter: Path = adapter_field()
-    """Folder written by atv train with the method atv."""
+    """Folder written by atv train with the method atv, or ORG/NAME on the Hugging Face hub."""
     llm: str | None = adapters_llm_field()
     """Frozen LLM. Default: the adapter's."""
     loading: Loading = group(Loading)
@@ -465,7 +465,7 @@ class Card:
     """Of `atv card`."""
 
     adapter: Path = option(argument=True)
-    """Folder written by atv train."""
+    """Folder written by atv train, or ORG/NAME on the Hugging Face hub."""
     results: list[Path] | None = option(None, panel=DATA)
     """Folder with runs of atv eval of this adapter; repeatable. They replace the card's former results."""
     license: str | None = option(None, panel=OUTPUT)
@@ -556,7 +556,7 @@ class Analysis:
     """Of `atv paper analysis`."""
 
     adapter: Path = adapter_field()
-    """Folder written by atv train with the method atv."""
+    """Folder written by atv train with the method atv, or ORG/NAME on the Hugging Face hub."""
     elicit: Path | None = option(None, panel=MODEL)
     """Folder written by atv train --method elicit for the same LLM, to show for comparison."""
     llm: str | None = adapters_llm_field()

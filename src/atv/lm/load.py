@@ -281,7 +281,8 @@ def _refuse_unread(name: str, llm: Any, unexpected: Set[str]) -> None:
             "or name the LLM in another format."
         )
     masks = re.compile(r"\.(attn|attention)\.(bias|masked_bias|causal_mask)$")  # constants in old GPT-J files
-    if unread := sorted(key for key in unexpected if not masks.search(key)):
+    body = f"{llm.base_model_prefix}."  # a head of its own, such as a value head, changes no answer
+    if unread := sorted(key for key in unexpected if key.startswith(body) and not masks.search(key)):
         raise ATVError(
             f"The weights of the LLM {name!r} hold {len(unread)} tensors that a {type(llm).__name__} with its "
             f"config.json does not have ({unread[0]}, ...). Restore the config.json of these weights; if they are of "

@@ -22,10 +22,12 @@ class ATVMethod(Method):
     config_class: ClassVar[type[Checked] | None] = ATVConfig
     model_class: ClassVar[type[ATVModel]] = ATVModel
     generator_options: ClassVar[frozenset[str]] = GENERATOR_OPTIONS
-    search: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "learning_rate": (0.1, 0.03, 0.3),
-        "generator_learning_rate": (5e-5, 1e-4),
+    search: ClassVar[dict[str, tuple[Any, ...]]] = {"learning_rate": (0.1, 0.03, 0.3, 0.01)}
+    paper_search: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "scale": (0.001, 0.01, 0.1),
+        "learning_rate": (5e-4, 2e-3, 1e-2),
     }
+    """The grid for the paper's parametrisation, whose vectors have no size of their own."""
 
     def __init__(self, atv: ATVModel) -> None:
         super().__init__(atv.llm, atv.tokenizer)

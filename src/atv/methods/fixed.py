@@ -56,4 +56,3 @@ class Fixed(ATVMethod):
     config_class = FixedConfig
     model_class = FixedModel
     generator_options: ClassVar[frozenset[str]] = frozenset()
-    search: ClassVar[dict[str, tuple[Any, ...]]] = {"learning_rate": (0.1, 0.03, 0.3, 0.01)}

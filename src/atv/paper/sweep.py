@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 from atv.data import UNSEEN, Task
 from atv.errors import ATVError, unknown
@@ -16,6 +16,7 @@ from atv.evaluation.records import load_runs
 from atv.files import read_json, same_settings, write_json, write_text
 from atv.lm.prefix_store import PrefixStore
 from atv.methods import METHODS
+from atv.methods.atv import ATVMethod
 from atv.methods.settings import Tables, method_settings
 from atv.paper.profiles import IN_TABLES, Profile
 from atv.paper.reproduce import chosen_tasks
@@ -28,8 +29,9 @@ SETTINGS_FILE = "settings.toml"
 
 def trials_of(name: str, count: int, tables: Sequence[Tables], seed: int) -> list[dict[str, Any]]:
     """`count` different choices: first the method's defaults, then others from its `search`."""
-    search = METHODS[name].search
     config, train = method_settings(name, tables, seed)
+    paper = getattr(config, "parametrisation", "") == "paper"
+    search = cast(type[ATVMethod], METHODS[name]).paper_search if paper else METHODS[name].search
     values = train.to_dict() | config.to_dict()
     default = {key: values[key] for key in search}
     others = [dict(zip(search, some, strict=True)) for some in product(*search.values())]
