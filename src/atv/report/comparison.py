@@ -118,7 +118,7 @@ def _scores_table(rows: Sequence[Row], key: str, beside: Published | None, avera
     note = f"{_measured(rows)} {meaning([key])} {averaged} {_SPREAD} {_COST}"
     names, without = (tasks, {*left}) if unseen else (tasks.values(), {*left.values()})
     columns = [*COSTS, *map(own_column, _ordered(names, beside.order if beside else ())), AVERAGE]
-    without = {*map(own_column, without), *([AVERAGE] if left else ())}
+    without = {*map(own_column, without), *([AVERAGE] if left else [])}
     table = _table(f"{part.capitalize()} {key}: {rows[0]['llm']}", columns, lines, published, note, without, beside)
     plots = ("scores", "cost") if key == first else ("scores",)
     return replace(table, plots=plots, runs=runs_of(rows), footnote=footnote(rows, key))
