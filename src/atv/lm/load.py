@@ -301,7 +301,7 @@ def load_outline(name: str, *, revision: str | None = None, trust_remote_code: b
     Raises:
         ATVError: it cannot be loaded, or its weights are not in safetensors files.
     """
-    options = {"revision": revision, "trust_remote_code": trust_remote_code, "dtype": "auto"}
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code, "dtype": "auto"}
     with errors_alone("accelerate.big_modeling"):  # it warns that the weights are where they were asked to be
         llm = _load(AutoModelForCausalLM, "LLM", name, device_map={"": "disk"}, **options)
     llm.config._name_or_path = llm.name_or_path = name
