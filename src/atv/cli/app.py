@@ -80,7 +80,7 @@ def _refuse(message: str) -> None:
 
 @command(app, "demo")
 def demo(given: options.Demo) -> None:
-    """Train on the built-in tasks with the embedded models, compare with zero-shot, probe and fixed, answer three queries."""
+    """Train on the built-in tasks with the embedded models, compare with other methods, answer three queries."""
     from atv.cli.demo import run_demo
 
     run_demo(given)
