@@ -1,6 +1,6 @@
 """Distil a system prompt with several methods and seeds, and print two tables (docs/examples.md).
 
-`python -m examples.distil DATA SYSTEM --metric examples.prices:right --config distil.toml --out DIR`. After an
+`python -m examples.distil DATA SYSTEM --metric examples.prices:right --config prices.toml --out DIR`. After an
 interruption, the same command resumes.
 """
 
