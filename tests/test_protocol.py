@@ -334,9 +334,8 @@ def test_trials_begin_with_the_default_and_differ(name):
         method_settings(name, [{name: trial}], 42)
 
 
-@pytest.mark.parametrize("name", ["atv", "fixed"])
-def test_trials_of_the_papers_form_have_its_size_of_rates(name):
-    trials = trials_of(name, 4, [PROFILES["paper"].tables(), {name: {"parametrisation": "paper"}}], seed=42)
+def test_trials_of_the_papers_form_have_its_size_of_rates():
+    trials = trials_of("atv", 4, [PROFILES["paper"].tables()], seed=42)
     assert trials[0] == {"scale": ATVConfig.paper().scale, "learning_rate": TrainConfig.paper().learning_rate}
     for trial in trials:
         assert trial["learning_rate"] <= 20 * TrainConfig.paper().learning_rate
