@@ -171,6 +171,7 @@ def launched(*arguments):
     return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.mark.exhaustive  # the rows are compared above, and the next test starts torchrun too
 def test_torchrun_evaluates_and_the_main_process_speaks(tmp_path):
     make_llm(dtype=torch.float32).save_pretrained(tmp_path / "llm")
     byte_level_tokenizer().save_pretrained(tmp_path / "llm")
