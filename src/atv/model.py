@@ -23,7 +23,7 @@ from atv.lm.adapter_model import AdapterModel, AnswerLoss, answer_loss
 from atv.lm.ends import decoded, end_ids
 from atv.lm.hooks import SITES, base_llm, capture_outputs, input_device, text_config, unregistered
 from atv.lm.identity import describe_llm
-from atv.lm.load import context_length, load_llm, load_tokenizer
+from atv.lm.load import load_llm, load_tokenizer
 from atv.lm.prefix import ReadPrefix, steered_logits
 from atv.lm.scoring import refusing_non_finite
 from atv.lm.spans import Known, Span, Tracked
@@ -468,7 +468,7 @@ class ATVModel(AdapterModel):
 
     def _check_room(self, longest: int, options: Mapping[str, Any]) -> None:
         """Raise ATVError if a prompt of `longest` tokens and an answer are longer than the LLM's context."""
-        limit = context_length(self.llm)
+        limit = self.context
         configs = (options.get("generation_config"), getattr(base_llm(self.llm), "generation_config", None))
         places = (options, *(vars(config) for config in configs if config is not None))
         for name, read in (("max_new_tokens", longest), ("max_length", 0)):  # transformers bounds an answer without any

@@ -14,7 +14,6 @@ from atv.data import Example, Prompt, Renderer, query_renderer
 from atv.data.collate import pad_id
 from atv.errors import ATVError
 from atv.lm.ends import decoded, end_ids
-from atv.lm.load import context_length
 from atv.model import ATVModel
 from atv.progress import log
 
@@ -51,7 +50,7 @@ def room(atv: ATVModel, prompts: Sequence[Prompt], wanted: int) -> int:
     Raises:
         ATVError: it leaves none.
     """
-    context, longest = context_length(atv.llm), max(len(prompt.ids) for prompt in prompts)
+    context, longest = atv.context, max(len(prompt.ids) for prompt in prompts)
     if context is None or longest + wanted <= context:
         return wanted
     if longest >= context:

@@ -25,7 +25,6 @@ from atv.expansion import Expansion
 from atv.gate import MOST, NEAREST
 from atv.lm.hooks import capture_outputs, decoder_layers, input_device
 from atv.lm.lens import Readout, top_tokens
-from atv.lm.load import context_length
 from atv.lm.prefix import SharedPrefix, call_llm
 from atv.lm.scoring import Options, encoded_options
 from atv.lm.spans import Known
@@ -176,7 +175,7 @@ class TrainingQueries:
         """Number of training rows that there are."""
         self.rows = rows if len(rows) <= MOST else random.Random(0).sample(rows, MOST)
         """The compared rows: task and example."""
-        room = context_length(atv.llm)
+        room = atv.context
         atv.eval()
         renderers = {task.name: task.training_renderers(atv.reads)[0] for task in tasks}
         call = call or (lambda function: function())
@@ -253,7 +252,7 @@ def inspect_query(
     limit = max(LEAST_TOKENS, 2 * int(asked.get("answer_tokens") or longest))
     needs: set[Need] = {"generate"} if options is None else {"generate", "loglikelihood"}
     requests = Requests(atv.llm, atv.tokenizer, render, needs, options=options, limit=limit, lines=True)
-    room = context_length(atv.llm)
+    room = atv.context
     prompt = fitting(render, atv.tokenizer, example, None if room is None else room - requests.read_after)
     cut = len(prompt.ids) < len(render.prompt(atv.tokenizer, example).ids)
     plain = _said(ZeroShot(atv.llm, atv.tokenizer), requests, prompt, 1.0)
